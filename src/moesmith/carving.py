@@ -1,0 +1,191 @@
+"""The carving: which channels of the parent's feed-forward networks each expert keeps, and who routes to it.
+
+Every method ends in a carving and everything after it starts from one: the runnable model (``moe.build``),
+training, evaluation, the report and the exports. It is a small delta on its parent: index lists, routers,
+and what compensation or training changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesmith.artefact import read_json, read_tensors, write_json, write_tensors
+from moesmith.errors import MoesmithError
+from moesmith.gates import GateSpec
+from moesmith.parents import Parent
+from moesmith.recipe import Compensation
+
+FORMAT = 1
+
+
+@dataclass
+class CarvedLayer:
+    """One layer's experts.
+
+    Attributes:
+        channels: E sorted int64 vectors, the kept rows of gate/up and columns of down; widths may differ.
+        router_ED: router matrix (E, D), fp32, bias-free.
+        noise_ED: noise matrix of DIVE's training gate (E, D), or ``None``.
+        bias_ED: FLAP's compensation bias (E, D) fp32 when the carving's compensation is ``bias``.
+        constant_D: v with v·x ≈ 1 on router inputs (``router.constant_direction``); carries a bias in a stock file.
+        down: E refitted ``down_proj`` matrices (D, F_e) when the compensation is ``refit``.
+    """
+
+    channels: list[Tensor]
+    router_ED: Tensor
+    noise_ED: Tensor | None = None
+    bias_ED: Tensor | None = None
+    constant_D: Tensor | None = None
+    down: list[Tensor] | None = None
+
+
+@dataclass
+class Carving:
+    """A Mixture-of-Experts as a delta on its parent.
+
+    Attributes:
+        layers: one :class:`CarvedLayer` per decoder layer.
+        gate: the gate's semantics.
+        d_ff: the parent's FFN width F.
+        compensation: ``none``, ``bias`` (FLAP's, dive.md §3.3) or ``refit`` (ridge least squares, ``refit.py``).
+        lora: merged by :meth:`expert_weights`; ``"{layer}.{gate|up|down}.{A|B}"`` to (E, r, in) or (E, out, r);
+            the scale alpha / r is already in B.
+        norms: parent parameter name to the trained norm weight.
+        provenance: where it came from (method, recipe, hashes), JSON-able.
+
+    Example:
+        >>> carving = Carving.load("RUN/stages/carve")        # doctest: +SKIP
+        >>> carving.union().mean()                            # doctest: +SKIP
+        tensor(0.83)
+    """
+
+    layers: list[CarvedLayer]
+    gate: GateSpec
+    d_ff: int
+    compensation: Compensation = "none"
+    lora: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def widths(self) -> Tensor:
+        """Kept channels per layer and expert, (L, E) int64."""
+        return torch.tensor([[len(kept) for kept in layer.channels] for layer in self.layers])
+
+    def mask(self, layer: int) -> Tensor:
+        """The layer's channel masks, (E, F) bool."""
+        mask_EF = torch.zeros(self.gate.experts, self.d_ff, dtype=torch.bool)
+        for expert, kept in enumerate(self.layers[layer].channels):
+            mask_EF[expert, kept] = True
+        return mask_EF
+
+    def overlap(self) -> Tensor:
+        """Intersection over union of every two experts' channels, (L, E, E) in [0, 1]."""
+        layers = []
+        for index in range(len(self.layers)):
+            mask_EF = self.mask(index).float()
+            both_EE = mask_EF @ mask_EF.T
+            sizes_E = mask_EF.sum(-1)
+            layers.append(both_EE / (sizes_E[:, None] + sizes_E[None, :] - both_EE))
+        return torch.stack(layers)
+
+    def union(self) -> Tensor:
+        """Share of the parent's channels that at least one expert keeps, (L,) in [0, 1]."""
+        return torch.stack([self.mask(i).any(0).float().mean() for i in range(len(self.layers))])
+
+    def expert_weights(self, parent: Parent, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One expert's merged weights in fp32: gate (F_e, D), up (F_e, D), down (D, F_e).
+
+        Compensation by refit and LoRA are merged; a compensation bias is not part of these matrices.
+        """
+        carved, ffn = self.layers[layer], parent.ffns[layer]
+        kept = carved.channels[expert].to(ffn.gate_FD.device)
+        weights = {
+            "gate": ffn.gate_FD[kept].float(),
+            "up": ffn.up_FD[kept].float(),
+            "down": (carved.down[expert] if carved.down is not None else ffn.down_DF[:, kept]).float(),
+        }
+        for name, weight in weights.items():
+            if f"{layer}.{name}.A" in self.lora:
+                A_rI, B_Or = (self.lora[f"{layer}.{name}.{half}"][expert].float() for half in "AB")
+                if name == "down":  # ragged experts: A's columns beyond this expert's width are padding
+                    A_rI = A_rI[:, : len(kept)]
+                else:
+                    B_Or = B_Or[: len(kept)]
+                weights[name] = weight + (B_Or @ A_rI).to(weight.device)
+        return weights["gate"], weights["up"], weights["down"]
+
+    def parameters(self, parent: Parent) -> dict[str, int]:
+        """Parameter counts: the parent's, and the MoE's in total and active per token (embeddings included)."""
+        dense = sum(p.numel() for p in parent.model.parameters())
+        ffn = 3 * parent.L * parent.D * parent.F
+        widths_LE, bias = self.widths(), 0 if self.compensation != "bias" else parent.D
+        router = self.gate.experts * parent.D if self.gate.experts > 1 else 0
+        total = dense - ffn + int(widths_LE.sum()) * 3 * parent.D + parent.L * (router + self.gate.experts * bias)
+        mean_L = widths_LE.double().mean(1)  # a token's expert is not known beforehand: the layer's mean width
+        active = dense - ffn + round(float(mean_L.sum()) * 3 * parent.D * self.gate.top_k)
+        active += parent.L * (router + self.gate.top_k * bias)
+        return {"parent_parameters": dense, "parameters_total": total, "parameters_active": active}
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``carving.safetensors`` and ``carving.json`` into ``folder``."""
+        folder = Path(folder)
+        tensors: dict[str, Tensor] = {"widths": self.widths().to(torch.int32)}
+        for index, layer in enumerate(self.layers):
+            tensors[f"{index}.channels"] = torch.cat(layer.channels).to(torch.int32)
+            for name in ("router_ED", "noise_ED", "bias_ED", "constant_D"):
+                if (value := getattr(layer, name)) is not None:
+                    tensors[f"{index}.{name}"] = value
+            for expert, down_DF in enumerate(layer.down or ()):
+                tensors[f"{index}.down.{expert}"] = down_DF
+        tensors |= {f"lora.{name}": value for name, value in self.lora.items()}
+        tensors |= {f"norm.{name}": value for name, value in self.norms.items()}
+        write_tensors(folder / "carving.safetensors", tensors)
+        header = {"format": FORMAT, "gate": self.gate.model_dump(), "d_ff": self.d_ff, "layers": len(self.layers)}
+        header |= {"compensation": self.compensation, "provenance": self.provenance}
+        write_json(folder / "carving.json", header)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Carving:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            MoesmithError: the folder holds no carving, or one of a newer format.
+        """
+        folder = Path(folder)
+        header = read_json(folder / "carving.json")
+        if header["format"] > FORMAT:
+            raise MoesmithError(f"{folder} was written by a newer moesmith", "Upgrade moesmith to read it.")
+        tensors = read_tensors(folder / "carving.safetensors")
+        experts = header["gate"]["experts"]
+        layers = []
+        for index in range(header["layers"]):
+            widths = tensors["widths"][index].tolist()
+            down = [tensors[f"{index}.down.{e}"] for e in range(experts)] if f"{index}.down.0" in tensors else None
+            layers.append(
+                CarvedLayer(
+                    channels=list(tensors[f"{index}.channels"].long().split(widths)),
+                    router_ED=tensors[f"{index}.router_ED"],
+                    noise_ED=tensors.get(f"{index}.noise_ED"),
+                    bias_ED=tensors.get(f"{index}.bias_ED"),
+                    constant_D=tensors.get(f"{index}.constant_D"),
+                    down=down,
+                )
+            )
+        parts = {
+            kind: {name.removeprefix(f"{kind}."): v for name, v in tensors.items() if name.startswith(f"{kind}.")}
+            for kind in ("lora", "norm")
+        }
+        return cls(
+            layers=layers,
+            gate=GateSpec(**header["gate"]),
+            d_ff=header["d_ff"],
+            compensation=header["compensation"],
+            lora=parts["lora"],
+            norms=parts["norm"],
+            provenance=header["provenance"],
+        )

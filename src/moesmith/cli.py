@@ -1,0 +1,178 @@
+"""The command line: arguments in, one call, a table or JSON out. No logic lives here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moesmith.console import out, say, show_table
+from moesmith.errors import MoesmithError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Turn a dense language model into a Mixture-of-Experts, and prove what it did.",
+)
+
+Model = Annotated[str, typer.Option(help="folder, hub id, .gguf file, or smollm2-135m")]
+Data = Annotated[str, typer.Option(help="folder of JSONL files, YAML of Hugging Face data sets, or builtin")]
+Settings = Annotated[list[str], typer.Option("--set", help="section.key=value on top of the recipe; repeatable")]
+Budget = Annotated[str | None, typer.Option(help="demo, small or paper")]
+RunFolder = Annotated[Path, typer.Argument(help="a folder made by 'moesmith convert'")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
+
+
+def _print_json(value: Any) -> None:
+    out.print(json.dumps(value, indent=2, ensure_ascii=False), markup=False)
+
+
+@app.command()
+def presets(as_json: Json = False) -> None:
+    """List the recipes that come with moesmith."""
+    from moesmith.recipe import presets as known
+
+    found = known()
+    if as_json:
+        _print_json(found)
+    else:
+        show_table("presets", ["name", "what it does"], list(found.items()))
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    model: Model,
+    data: Data = "builtin",
+    settings: Settings = [],  # noqa: B006
+    budget: Budget = None,
+    as_json: Json = False,
+) -> None:
+    """Predict parameters, memory, disk, tokens and wall time before any work."""
+    from moesmith.conversion import choose_domains
+    from moesmith.parents import load_parent
+    from moesmith.plan import make_plan
+    from moesmith.recipe import load_recipe
+
+    chosen = load_recipe(recipe, budget, settings)
+    domains = choose_domains(data, chosen)
+    found = make_plan(chosen, load_parent(model), len(domains), measure=True).as_dict()
+    if as_json:
+        _print_json(found)
+        return
+    rows: list[tuple[str, str]] = [
+        ("parameters of the parent", f"{found['parent_parameters']:,}"),
+        ("parameters in total", f"{found['parameters_total']:,}"),
+        ("parameters active per token", f"{found['parameters_active']:,}"),
+        ("stock architecture", found["architecture"]),
+        ("channels per expert", f"{found['expert_width']:,}"),
+        ("peak memory", f"{found['memory'] / 2**30:.1f} GiB"),
+        ("disk", f"{found['disk'] / 2**30:.2f} GiB"),
+        ("domains", f"{len(domains)}"),
+    ]
+    for name in ("calibration", "affinity", "training", "evaluation"):
+        tokens = found[f"{name}_tokens"]
+        rows.append((f"{name}", f"{tokens:,} tokens, about {_duration(found['seconds'][name])}"))
+    rows.append(("wall time on this machine", f"about {_duration(found['seconds_total'])}"))
+    show_table(f"plan of {chosen.name}", ["", ""], rows)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:,.1f} h"
+    )
+
+
+@app.command()
+def convert(
+    recipe: RecipeName,
+    model: Model,
+    out_folder: Annotated[Path, typer.Option("--out", help="the run's folder; repeat the command to continue it")],
+    data: Data = "builtin",
+    settings: Settings = [],  # noqa: B006
+    budget: Budget = None,
+    reuse: Annotated[list[Path], typer.Option(help="a run whose fitting stages are taken over; repeatable")] = [],  # noqa: B006
+) -> None:
+    """Turn a dense model into a Mixture-of-Experts; the same command continues a run that was stopped."""
+    from moesmith.conversion import convert as run_conversion
+    from moesmith.overview import describe, show
+
+    run_conversion(recipe, model, data, out_folder, settings=settings, budget=budget, reuse=reuse)
+    show(describe(out_folder), brief=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunFolder,
+    data: Annotated[str | None, typer.Option(help="data source; the run's own if left out")] = None,
+    tasks: Annotated[str, typer.Option(help="comma-separated: domains, wikitext2, lambada, arc_easy, ...")] = "domains",
+    limit: Annotated[int | None, typer.Option(help="items per task")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens per domain and for wikitext2")] = 16_384,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this file")] = None,
+) -> None:
+    """Evaluate the finished model beside its dense parent."""
+    from moesmith.compare import compare
+
+    table = compare(run, data, [task for task in tasks.split(",") if task], limit, tokens)
+    rows = [(row["task"], row["metric"], row["parent"], row["moe"]) for row in table["results"]]
+    show_table(f"{run}", ["task", "metric", "dense parent", "MoE"], rows)
+    if json_file is not None:
+        from moesmith.artefact import write_json
+
+        write_json(json_file, table)
+
+
+@app.command()
+def inspect(run: RunFolder, as_json: Json = False) -> None:
+    """Show a run's carving, gate and stages."""
+    from moesmith.overview import describe, show
+
+    found = describe(run)
+    if as_json:
+        _print_json(found)
+    else:
+        show(found)
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompt: str,
+    tokens: Annotated[int, typer.Option(help="new tokens")] = 60,
+    chat: Annotated[bool, typer.Option(help="put the prompt through the chat template")] = False,
+) -> None:
+    """Continue a prompt with the dense parent and the MoE, side by side."""
+    from moesmith.compare import continuations
+
+    for name, text in continuations(run, prompt, tokens, chat).items():
+        out.print(f"--- {name} ---\n{text}\n", markup=False)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    output: Annotated[Path | None, typer.Option(help="where to write; RUN/report.html if left out")] = None,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    from moesmith.report.page import write_report
+
+    say(f"written: {write_report(run, output)}")
+
+
+def main() -> None:
+    """Entry point: a MoesmithError is one line and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except MoesmithError as error:
+        print(f"moesmith: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,107 @@
+"""The finished model beside its dense parent: evaluation tables and continuations of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moesmith.artefact import read_json
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
+from moesmith.harness import evaluate_tasks
+from moesmith.parents import Parent, load_parent
+from moesmith.stages.finish import load_stock
+from moesmith.text import load_domains
+
+
+def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
+    """A run's dense parent and its finished model.
+
+    Raises:
+        MoesmithError: the run is not finished, or its parent is not the one it was made from.
+    """
+    header = read_json(folder / "run.json")
+    if not (folder / "model" / "config.json").is_file():
+        raise MoesmithError(f"{folder} has no finished model", "Run the same 'moesmith convert' again to finish it.")
+    parent = load_parent(header["inputs"]["model"])
+    if parent.digest != header["inputs"]["model_digest"]:
+        raise MoesmithError(
+            f"{header['inputs']['model']} is not the parent {folder} was made from (weights {parent.digest},"
+            f" not {header['inputs']['model_digest']})",
+            "Put the original weights back, or convert again.",
+        )
+    return parent, load_stock(folder / "model", parent)
+
+
+def compare(
+    folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int
+) -> dict[str, Any]:
+    """Evaluate parent and MoE on the same text and items.
+
+    Args:
+        folder: a finished run.
+        data: data source; the run's own when ``None``.
+        tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.evaluate_tasks``.
+        limit: items per task.
+        tokens: evaluation tokens per domain, and of WikiText-2.
+
+    Returns:
+        ``{"results": [{"task", "metric", "parent", "moe"}, ...], ...}``, JSON-able.
+    """
+    header = read_json(folder / "run.json")
+    source = data or header["inputs"]["data"]
+    local = Path(source) if Path(source).is_dir() else None
+    if local is None and (needy := {"wikitext2", "lambada"} & set(tasks)):
+        raise MoesmithError(f"{', '.join(sorted(needy))} needs files of that name", "Give --data a folder that holds them.")
+    parent, moe = models_of(folder)
+    names = header["recipe"]["domains"]["names"] if data is None else None
+
+    def measure(model: PreTrainedModel) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], float] = {}
+        if "domains" in tasks:
+            window = header["recipe"]["evaluate"]["window"]
+            values = domain_perplexities(model, parent.tokenizer, load_domains(source, names), tokens, window)
+            found |= {(f"domain {name}", "perplexity"): value for name, value in values.items()}
+            found["domains, geometric mean", "perplexity"] = geometric_mean(values.values())
+        if "wikitext2" in tasks and local:
+            for length, value in wikitext2(model, parent.tokenizer, local, tokens=tokens).items():
+                found[f"wikitext2, window {length}", "perplexity"] = value
+        if "lambada" in tasks and local:
+            scores = lambada(model, parent.tokenizer, local, limit)
+            found |= {("lambada", key): scores[key] for key in ("perplexity", "acc")}
+        if rest := [task for task in tasks if task not in ("domains", "wikitext2", "lambada")]:
+            for task, metrics in evaluate_tasks(model, parent.tokenizer, rest, local, limit).items():
+                found |= {(task, metric): value for metric, value in metrics.items()}
+        return found
+
+    say("dense parent")
+    dense = measure(parent.model)
+    say("MoE")
+    sparse = measure(moe)
+    rows = [{"task": t, "metric": m, "parent": v, "moe": sparse[t, m]} for (t, m), v in dense.items()]
+    return {"run": str(folder), "data": source, "limit": limit, "tokens": tokens, "results": rows}
+
+
+def continuations(folder: Path, prompt: str, tokens: int, chat: bool) -> dict[str, str]:
+    """Greedy continuations of a prompt by the dense parent and the MoE."""
+    parent, moe = models_of(folder)
+    tokenizer = parent.tokenizer
+    if chat:
+        if not tokenizer.chat_template:
+            raise MoesmithError("the parent has no chat template", "Leave --chat out.")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
+
+    def go_on(model: PreTrainedModel) -> str:
+        generate: Callable[..., torch.Tensor] = model.generate
+        ids = generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return {"dense parent": go_on(parent.model), "MoE": go_on(moe)}

@@ -1,0 +1,103 @@
+"""A conversion from start to finish: the stages in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+from moesmith.parents import Parent, load_parent
+from moesmith.pipeline import Run
+from moesmith.plan import check_room, make_plan
+from moesmith.recipe import Recipe, load_recipe
+from moesmith.stages.carve import affinity_stage, carve_stage
+from moesmith.stages.data import domains_stage, moments_stage, stages_to_train
+from moesmith.stages.finish import evaluate_stage, export_stage
+from moesmith.stages.training import experts_stage, router_stage
+from moesmith.text import Domain, load_domains, source_digest
+
+
+def convert(
+    recipe: str | Recipe,
+    model: str | Parent,
+    data: str,
+    out: str | Path,
+    *,
+    settings: Sequence[str] = (),
+    budget: str | None = None,
+    reuse: Sequence[str | Path] = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> Run:
+    """Turn a dense model into a Mixture-of-Experts.
+
+    Args:
+        recipe: a preset's name, a YAML file, or a :class:`Recipe`.
+        model: what :func:`moesmith.load_parent` takes, or a loaded parent.
+        data: a folder of JSONL files, a YAML of Hugging Face data sets, or ``builtin``.
+        out: the run's folder; the same call on it continues a run that was killed.
+        settings: ``section.key=value`` on top of the recipe.
+        budget: ``demo``, ``small`` or ``paper``.
+        reuse: other runs whose finished stages are taken over where nothing that they depend on differs.
+        dtype: the parent's dtype.
+
+    Returns:
+        The finished run; ``run.folder / "model"`` is an ordinary Hugging Face folder.
+
+    Raises:
+        MoesmithError: anything the user can mend, before work starts where that is possible.
+
+    Example:
+        >>> import moesmith
+        >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, budget, settings)
+    domains = choose_domains(data, chosen)
+    parent = model if isinstance(model, Parent) else load_parent(model, dtype)
+    out = Path(out)
+    inputs = {
+        "model": parent.source,
+        "model_digest": parent.digest,
+        "data": data,
+        "data_digest": source_digest(data, [domain.name for domain in domains]),
+    }
+    check_room(make_plan(chosen, parent, len(domains)), out)
+    run = Run(out, chosen, inputs, [Path(path) for path in reuse])
+    with run.lock():
+        domains_stage(run, parent, domains)
+        moments_stage(run, parent, [domain.name for domain in domains])
+        affinity_stage(run, parent, domains)
+        carve_stage(run, parent)
+        made = ["carve"]
+        training = stages_to_train(chosen)
+        if "stage1" in training:
+            router_stage(run, parent)
+            made.append("router")
+        if "stage2" in training:
+            experts_stage(run, parent, made[-1])
+            made.append("experts")
+        export_stage(run, parent, made[-1])
+        evaluate_stage(run, parent, made)
+    say(f"finished: {out / 'model'}")
+    return run
+
+
+def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
+    """The recipe's domains of a data source.
+
+    Raises:
+        MoesmithError: a single domain where experts need several, or more clusters than domains.
+    """
+    domains = load_domains(data, recipe.domains.names)
+    clustered = recipe.carve.method == "dive" and recipe.affinity.method != "random"
+    if clustered and recipe.carve.experts > 1:
+        if len(domains) < 2:
+            raise MoesmithError(f"{data} holds one domain, and experts need domains to differ by", "Add more domains.")
+        if len(domains) < recipe.carve.experts:
+            raise MoesmithError(
+                f"{recipe.carve.experts} experts need at least as many domains, and {data} holds {len(domains)}",
+                f"Add domains or set carve.experts to {len(domains)} or less.",
+            )
+    return domains

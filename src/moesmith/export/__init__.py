@@ -1,0 +1,1 @@
+"""Exports: a carving as files that other software loads, verified by logits. One target per file."""

@@ -1,0 +1,320 @@
+"""A carving as an ordinary Hugging Face folder: Mixtral, Qwen2-MoE or Qwen3-MoE, whichever holds its attention.
+
+Nobody needs moesmith to load the result. Experts are written one tensor each (``experts.N.…``), the layout that
+transformers of every version, vLLM, SGLang and llama.cpp's converter read. A stock expert is
+y = down(act(gate x) * (up x)) without a bias, and all experts have one width; so
+
+* a compensation bias b becomes one more channel, fed by the constant direction v of the router input (v·x ≈ 1):
+  gate row K·v, up row v, down column b / act(K);
+* narrower experts are padded with zero channels, to the widest and to a multiple of :data:`ALIGN`.
+
+Shapes: D model width, W expert width on disk, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
+
+from moesmith.artefact import read_json, write_json, write_tensors
+from moesmith.carving import Carving
+from moesmith.errors import MoesmithError
+from moesmith.export.verify import verify_stock
+from moesmith.moe import SlicedExperts, build, moe_blocks
+from moesmith.parents import Parent
+from moesmith.structure import STREAM, attention_of, attention_weights, attention_window, decoder_layers, head_dim
+
+__all__ = ["stock_config", "stock_reference", "verify_stock", "write_companions", "write_stock"]
+
+ALIGN = 32  # channels; quantisation blocks and grouped matrix kernels want multiples of it
+SHARD_BYTES = 4 * 2**30
+ARCHITECTURES = {
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# names of an expert's gate, up and down on disk
+EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"),
+    "qwen2_moe": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+    "qwen3_moe": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+}
+# fmt: off
+CARRIED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "attention_dropout",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+)
+# fmt: on
+
+
+def constant_gain(activation: Callable[[Tensor], Tensor]) -> float:
+    """The K with which the constant channel s·act(K·s) / act(K), s = v·x ≈ 1, strays least from 1.
+
+    v·x is 1 up to a standard deviation of about 0.05. With a positive K the channel is nearly s², so its error is
+    twice that of s. s·act(K·s) has a stationary point at a negative K (−2.22 for SiLU): there the error is of second
+    order, 0.3 % where s errs by 5 %, and outliers of s are damped. Found on a grid, for any activation.
+    """
+    s_N = torch.linspace(0.85, 1.15, 61, dtype=torch.float64)
+    weight_N = torch.exp(-0.5 * ((s_N - 1) / 0.05) ** 2)
+    gains = [
+        k / 100 for k in range(-600, 601) if abs(float(activation(torch.tensor(k / 100, dtype=torch.float64)))) > 0.02
+    ]
+
+    def error(gain: float) -> float:
+        channel_N = s_N * activation(gain * s_N) / activation(torch.tensor(gain, dtype=torch.float64))
+        return float((weight_N * (channel_N - 1) ** 2).sum())
+
+    return min(gains, key=error)
+
+
+def constant_channel(parent: Parent, carving: Carving, layer: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The channel that stands in for a layer's biases: gate row (D,), up row (D,), one down column per expert (E, D).
+
+    ``None`` when the layer has no bias.
+
+    Raises:
+        MoesmithError: there is a bias and no constant direction.
+    """
+    carved, activation = carving.layers[layer], parent.ffns[layer].activation
+    if carved.bias_ED is None:
+        return None
+    if carved.constant_D is None:
+        raise MoesmithError(
+            f"Layer {layer} has a compensation bias and the carving holds no constant direction for it",
+            "Set CarvedLayer.constant_D (router.constant_direction), or write the native format, which has biases.",
+        )
+    gain = constant_gain(activation)
+    v_D = carved.constant_D.float()
+    return gain * v_D, v_D, carved.bias_ED.float() / activation(torch.tensor(gain))
+
+
+def stock_width(carving: Carving) -> int:
+    """Expert width on disk: the widest expert, its constant channel included, rounded up to :data:`ALIGN`."""
+    widest = int(carving.widths().max()) + any(layer.bias_ED is not None for layer in carving.layers)
+    return -(-widest // ALIGN) * ALIGN
+
+
+def stock_config(parent: Parent, carving: Carving) -> PreTrainedConfig:
+    """The stock architecture's config with every field of the parent that attention, embedding and tokens need.
+
+    Raises:
+        MoesmithError: a gate that the stock architectures do not have.
+    """
+    gate, old = carving.gate, parent.config
+    if not (gate.renormalise or gate.order == "topk-softmax") or gate.scale != 1:
+        raise MoesmithError(
+            "The carving's gate does not give weights that sum to 1, as every runtime of the stock architectures does",
+            "Use renormalise = true and scale = 1, or write the native format.",
+        )
+    fields: dict[str, Any] = {name: getattr(old, name) for name in CARRIED if hasattr(old, name)}
+    fields["rope_parameters"] = copy.deepcopy(old.rope_parameters)
+    fields["rope_parameters"].pop("partial_rotary_factor", None)  # 1, or the parent would have been refused
+    fields["head_dim"] = head_dim(old)
+    fields["hidden_act"] = parent.ffns[0].activation_name
+    fields["tie_word_embeddings"] = _tied(parent.model)
+    fields["num_experts_per_tok"] = gate.top_k
+    fields["output_router_logits"] = False
+    fields["architectures"] = [ARCHITECTURES[parent.family]]
+    if "original_max_position_embeddings" in fields["rope_parameters"] and hasattr(
+        old, "original_max_position_embeddings"
+    ):
+        fields["original_max_position_embeddings"] = old.original_max_position_embeddings
+    window, width = attention_window(old), stock_width(carving)
+    if parent.family == "mixtral":
+        return MixtralConfig(**fields, sliding_window=window, num_local_experts=gate.experts, intermediate_size=width)
+    fields |= {"num_experts": gate.experts, "moe_intermediate_size": width, "intermediate_size": parent.F}
+    fields |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    fields |= {"use_sliding_window": window is not None, "sliding_window": window}
+    if parent.family == "qwen3_moe":
+        return Qwen3MoeConfig(**fields, attention_bias=False)
+    kind = "full_attention" if window is None else "sliding_attention"
+    # the architecture insists on a shared expert; width 0 makes it an exact zero
+    return Qwen2MoeConfig(**fields, qkv_bias=True, shared_expert_intermediate_size=0, layer_types=[kind] * parent.L)
+
+
+def stock_tensors(parent: Parent, carving: Carving, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder in ``dtype``, one at a time: (name on disk, tensor on the CPU)."""
+    model, names = parent.model, {id(p): name for name, p in parent.model.named_parameters()}
+
+    def trained(module: Any) -> Tensor:  # a norm's weight, the carving's if it was trained
+        return carving.norms.get(names[id(module.weight)], module.weight)
+
+    def out(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return name, tensor.detach().to("cpu", dtype, copy=True)
+
+    embedding: Any = model.get_input_embeddings()
+    yield out("model.embed_tokens.weight", embedding.weight)
+    for index, layer in enumerate(decoder_layers(model)[1]):
+        prefix, attention = f"model.layers.{index}", attention_of(layer)
+        for name in STREAM:
+            yield out(f"{prefix}.{name}.weight", trained(getattr(layer, name)))
+        for name, tensor in attention_weights(layer, parent.config).items():
+            owner = name.rsplit(".", 1)[0]
+            yield out(f"{prefix}.self_attn.{name}", trained(getattr(attention, owner)) if "norm" in owner else tensor)
+        for name, tensor in _moe_tensors(parent, carving, index):
+            yield out(f"{prefix}.{name}", tensor)
+    yield out("model.norm.weight", trained(model.base_model.norm))
+    if not _tied(model):
+        head: Any = model.get_output_embeddings()
+        yield out("lm_head.weight", head.weight)
+
+
+def _moe_tensors(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, Tensor]]:
+    """One layer's router and experts in fp32."""
+    family, width, constant = parent.family, stock_width(carving), constant_channel(parent, carving, index)
+    yield ("block_sparse_moe" if family == "mixtral" else "mlp") + ".gate.weight", carving.layers[index].router_ED
+    for expert in range(carving.gate.experts):
+        gate_FD, up_FD, down_DF = carving.expert_weights(parent, index, expert)
+        if constant is not None:
+            gate_D, up_D, down_ED = (part.to(gate_FD.device) for part in constant)
+            gate_FD, up_FD = torch.cat([gate_FD, gate_D[None]]), torch.cat([up_FD, up_D[None]])
+            down_DF = torch.cat([down_DF, down_ED[expert][:, None]], 1)
+        missing = width - len(gate_FD)
+        padded = F.pad(gate_FD, (0, 0, 0, missing)), F.pad(up_FD, (0, 0, 0, missing)), F.pad(down_DF, (0, missing))
+        for name, tensor in zip(EXPERT_NAMES[family], padded, strict=True):
+            yield f"{name.format(expert)}.weight", tensor
+    if family == "qwen2_moe":
+        for name, shape in (("gate_proj", (0, parent.D)), ("up_proj", (0, parent.D)), ("down_proj", (parent.D, 0))):
+            yield f"mlp.shared_expert.{name}.weight", torch.zeros(shape)
+        yield "mlp.shared_expert_gate.weight", torch.zeros(1, parent.D)
+
+
+def _tied(model: PreTrainedModel) -> bool:
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head.weight is embedding.weight
+
+
+def write_stock(parent: Parent, carving: Carving, folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
+
+    Weights are made and written one shard at a time, so a model larger than the memory left fits. An earlier model
+    in ``folder`` is replaced. Follow with :func:`verify_stock`.
+
+    Returns:
+        ``architecture``, ``expert_width`` (channels on disk), ``zero_channels`` (share of them that is padding) and
+        ``bytes``.
+
+    Raises:
+        MoesmithError: the gate or a bias does not fit a stock architecture, ``folder`` holds something that is not a
+            model, or the disk is full.
+    """
+    config = stock_config(parent, carving)
+    config.dtype = dtype
+    with whole_folder(folder) as work:
+        size = _write_shards(work, stock_tensors(parent, carving, dtype))
+        config.save_pretrained(work)
+        _add_legacy_fields(work / "config.json")
+        write_companions(parent, work)
+    width = stock_width(carving)
+    used = carving.widths().double().mean() + (carving.compensation == "bias")
+    return {
+        "architecture": ARCHITECTURES[parent.family],
+        "expert_width": width,
+        "zero_channels": round(1 - float(used) / width, 4),
+        "bytes": size,
+    }
+
+
+def write_companions(parent: Parent, folder: Path) -> None:
+    """What a model needs besides weights: tokenizer, chat template, generation config."""
+    parent.tokenizer.save_pretrained(folder)
+    if parent.model.generation_config is not None:  # as it is: its own save refuses what older models carry
+        write_json(folder / "generation_config.json", parent.model.generation_config.to_diff_dict())
+
+
+def _add_legacy_fields(path: Path) -> None:
+    """Repeat under their names before transformers 5 what older readers would replace by defaults without a word."""
+    config = read_json(path)
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config["num_local_experts"]
+    rope = dict(config["rope_parameters"])
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rope
+    write_json(path, config)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder to fill, renamed to ``folder`` at the end; an error leaves ``folder`` as it was.
+
+    Raises:
+        MoesmithError: ``folder`` is a file, or holds files and no model.
+    """
+    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise MoesmithError(f"{folder} exists and holds no model", "Give another folder, or delete it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(work, folder)
+    except OSError as error:
+        raise MoesmithError(
+            f"cannot write {folder}: {error.strerror or error}", "Free disk space and run again."
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> int:
+    """Write safetensors of at most about :data:`SHARD_BYTES` each, with an index if there are several; total bytes."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        write_tensors(folder / f"part-{len(shards)}", shard, {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    filled = 0
+    for name, tensor in tensors:
+        if shard and filled + tensor.nbytes > SHARD_BYTES:
+            flush()
+            filled = 0
+        shard[name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return total
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"part-{number}").rename(folder / file)
+        index |= dict.fromkeys(names, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    return total
+
+
+def stock_reference(parent: Parent, carving: Carving) -> PreTrainedModel:
+    """What a folder of :func:`write_stock` must compute: ``moe.build``'s sliced model, biases as constant channels."""
+    model = build(parent, carving, "sliced")
+    for index, block in enumerate(moe_blocks(model)):
+        if (constant := constant_channel(parent, carving, index)) is None:
+            continue
+        old = block.experts
+        assert isinstance(old, SlicedExperts)
+        gate_D, up_D, down_ED = (part.to(old.down_proj) for part in constant)
+        gate_EFD, up_EFD = old.gate_up_proj.chunk(2, 1)
+        rows = [part.expand(len(down_ED), 1, -1) for part in (gate_D, up_D)]
+        gate_up_EGD = torch.cat([gate_EFD, rows[0], up_EFD, rows[1]], 1)
+        block.experts = SlicedExperts(gate_up_EGD, torch.cat([old.down_proj, down_ED[..., None]], 2), old.activation)
+    return model

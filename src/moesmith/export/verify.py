@@ -1,0 +1,138 @@
+"""Does the folder compute what the carving computes? Asked of every export, answered with logits."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moesmith.errors import MoesmithError
+from moesmith.gates import Router
+from moesmith.moe import moe_blocks
+from moesmith.parents import Parent, checked, first_line, quiet
+
+TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
+ROUNDED_AGREEMENT = 0.8  # share of equal next tokens asked for where fp32 does not fit in memory
+
+
+def verify_stock(parent: Parent, folder: Path, reference: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Load ``folder`` with plain transformers and compare it with ``reference`` in fp32.
+
+    Two correct models part where rounding tips a router between two nearly equal experts, and that token and those
+    after it differ from there on. So tokens are compared up to their row's first such flip, and there all must agree;
+    if flips leave less than half of the tokens, the routers differ. Where fp32 does not fit in memory the models are
+    compared in their own dtype by their most likely next tokens.
+
+    Args:
+        parent: its device runs the comparison.
+        folder: what ``stock.write_stock`` wrote; deleted if it disagrees.
+        reference: ``stock.stock_reference`` of the same parent and carving. A model with exact compensation biases
+            cannot agree with constant channels to the last digits: the difference is then measured, not judged.
+        ids: (N, S) token ids.
+
+    Returns:
+        ``logits_difference`` (largest, over compared tokens), ``logits_kl`` (mean Kullback-Leibler divergence in nats),
+        ``argmax_agreement``, ``compared_tokens`` and ``verified_dtype``.
+
+    Raises:
+        MoesmithError: the folder does not load, lacks tensors or computes something else. It is deleted.
+    """
+    try:
+        dtype = torch.float32 if _fits(reference) else reference.dtype
+        expected = _run(reference, ids, dtype)
+        found = _run(_loaded(folder, dtype).to(parent.device), ids, dtype)
+        return _judge(folder, expected, found, exact=dtype == torch.float32, biased=_biased(reference))
+    except MoesmithError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _loaded(folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # transformers and safetensors each have their own error types
+        raise MoesmithError(f"{folder} does not load: {first_line(error)}") from error
+    return checked(loaded, str(folder)).eval()
+
+
+def _judge(folder: Path, expected: Result, found: Result, *, exact: bool, biased: bool) -> dict[str, Any]:
+    same_NS = expected.logits.argmax(-1) == found.logits.argmax(-1)
+    difference_NS = (expected.logits - found.logits).abs().amax(-1)
+    flipped_NS = torch.zeros_like(same_NS)
+    if exact and not biased:
+        for one_TK, other_TK in zip(expected.routed, found.routed, strict=True):
+            flipped_NS |= (one_TK.sort(-1).values != other_TK.sort(-1).values).any(-1).view_as(flipped_NS)
+    compared_NS = flipped_NS.long().cumsum(-1) == 0
+    agreement, compared = float(same_NS.double().mean()), float(compared_NS.double().mean())
+    largest = float(difference_NS[compared_NS].max()) if compared else float("inf")
+    if biased:
+        good = True
+    elif exact:
+        good = compared >= 0.5 and largest <= TOLERANCE * float(expected.logits.std())
+    else:
+        good = agreement >= ROUNDED_AGREEMENT
+    if not good:
+        raise MoesmithError(
+            f"{folder} does not compute what the carving computes: the logits differ by up to "
+            f"{float(difference_NS.max()):.3g}, {agreement:.0%} of next tokens agree",
+            "It was deleted. This is a fault of moesmith or of the installed transformers: please report it.",
+        )
+    ours, theirs = expected.logits.log_softmax(-1), found.logits.log_softmax(-1)
+    return {
+        "logits_difference": largest,
+        "logits_kl": max(0.0, float((ours.exp() * (ours - theirs)).sum(-1).mean())),
+        "argmax_agreement": round(agreement, 4),
+        "compared_tokens": int(compared_NS.sum()),
+        "verified_dtype": "float32" if exact else "native",
+    }
+
+
+def _biased(model: nn.Module) -> bool:
+    return any(getattr(block.experts, "bias_ED", None) is not None for block in moe_blocks(model))
+
+
+def _fits(model: PreTrainedModel) -> bool:
+    """Whether an fp32 copy fits in the free memory of the model's device."""
+    need = 1.2 * 4 * sum(p.numel() for p in model.parameters())
+    cuda = model.device.type == "cuda"
+    return need < (torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available)
+
+
+@dataclass
+class Result:
+    """fp32 logits (N, S, V) on the CPU, and every layer's expert ids (N·S, K)."""
+
+    logits: Tensor
+    routed: list[Tensor]
+
+
+@torch.no_grad()
+def _run(model: Any, ids: Tensor, dtype: torch.dtype) -> Result:
+    if model.dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)  # a copy: our own models share the parent's tensors
+    with _routing(model) as routed:
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    return Result(logits, routed)
+
+
+@contextmanager
+def _routing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the expert ids of our routers or of a stock architecture's, layer by layer."""
+    seen: list[Tensor] = []
+    routers = [m for m in model.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
+    handles = [m.register_forward_hook(lambda _m, _i, out: seen.append(out[2].cpu())) for m in routers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

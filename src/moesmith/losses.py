@@ -1,0 +1,96 @@
+"""Next-token and distillation loss from hidden states, without ever holding the whole logits.
+
+The output head is frozen in every stage, so the gradient of the loss with respect to a hidden state has a closed form
+and is taken in the forward pass, a chunk of tokens at a time: two head products per chunk instead of the three of
+checkpointing, and memory for one chunk of logits instead of T × vocabulary numbers in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 128  # tokens whose logits exist at once
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        labels_N: Tensor,
+        teacher_ND: Tensor | None,
+        mix: float,
+        temperature: float,
+    ) -> Tensor:
+        N = len(hidden_ND)
+        total = torch.zeros((), dtype=torch.float64)
+        grad_ND = torch.empty_like(hidden_ND)
+        for rows in torch.arange(N).split(CHUNK):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits_CV = F.linear(hidden_ND[part], head_VD)
+            grad_CV = torch.zeros((), dtype=torch.float32)
+            if mix < 1:
+                log_CV = F.log_softmax(logits_CV, -1, dtype=torch.float32)
+                labels_C1 = labels_N[part, None]
+                total -= (1 - mix) * log_CV.gather(1, labels_C1).sum().double()
+                grad_CV = log_CV.exp_().mul_(1 - mix)
+                grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, mix - 1, dtype=torch.float32))
+            if teacher_ND is not None and mix > 0:
+                wanted_CV = F.log_softmax(F.linear(teacher_ND[part], head_VD) / temperature, -1, dtype=torch.float32)
+                given_CV = F.log_softmax(logits_CV / temperature, -1, dtype=torch.float32)
+                p_CV = wanted_CV.exp()
+                total += mix * temperature**2 * (p_CV * wanted_CV.sub_(given_CV)).sum().double()
+                grad_CV = given_CV.exp_().sub_(p_CV).mul_(mix * temperature).add_(grad_CV)
+            grad_ND[part] = grad_CV.to(hidden_ND.dtype) @ head_VD
+        ctx.save_for_backward(grad_ND)
+        ctx.scale = 1 / N
+        return (total / N).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * (grad * ctx.scale).to(grad_ND.dtype), None, None, None, None, None
+
+
+def head_loss(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    teacher_ND: Tensor | None = None,
+    mix: float = 0.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(1 − mix) · cross-entropy + mix · τ² · KL(teacher ‖ student), mean over N tokens, a scalar.
+
+    Args:
+        hidden_ND: final hidden states (N, D), those that predict ``labels_N``.
+        head_VD: the frozen output head (V, D); it gets no gradient.
+        labels_N: next token ids.
+        teacher_ND: the dense parent's hidden states for the same tokens; its head is the same.
+        mix: share of distillation in [0, 1]; 0 without a teacher.
+        temperature: τ, applied to both sides of the KL term.
+    """
+    return _HeadLoss.apply(hidden_ND, head_VD, labels_N, teacher_ND, mix, temperature)  # type: ignore[no-any-return]
+
+
+def head_loss_reference(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    teacher_ND: Tensor | None = None,
+    mix: float = 0.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The same loss in plain autograd, for the tests."""
+    logits_NV = F.linear(hidden_ND, head_VD).float()
+    loss = (1 - mix) * F.cross_entropy(logits_NV, labels_N)
+    if teacher_ND is not None:
+        wanted_NV = (F.linear(teacher_ND, head_VD).float() / temperature).log_softmax(-1)
+        given_NV = (logits_NV / temperature).log_softmax(-1)
+        loss = loss + mix * temperature**2 * F.kl_div(given_NV, wanted_NV, reduction="batchmean", log_target=True)
+    return loss

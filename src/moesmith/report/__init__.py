@@ -1,0 +1,1 @@
+"""What a run did, to look at: the routing recorder, the figures and the HTML page."""

@@ -1,0 +1,410 @@
+"""The report: one self-contained HTML page about a run, made from what its stages left on disk.
+
+Every section is built on its own. What a run does not have (a static mask has no affinity, an untrained model no
+loss) becomes one sentence in its place.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from moesmith.artefact import MANIFEST, read_json, write_text
+from moesmith.carving import Carving
+from moesmith.errors import MoesmithError
+from moesmith.report import figures, style
+from moesmith.report.routing import Routing
+
+DEAD = 0.05  # an expert is dead below this part of the uniform share
+_STAGES = ("domains", "moments", "affinity", "carve", "router", "experts", "export", "evaluate")
+_MODELS = {
+    "parent": "parent (dense)",
+    "carve": "carved",
+    "router": "router trained",
+    "experts": "experts trained",
+}
+_TRAINED = {"router": "Stage 1: routers", "experts": "Stage 2: experts"}
+
+
+def write_report(run: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        run: a folder made by ``moesmith convert``, finished or not.
+        output: where to write; ``RUN/report.html`` if left out.
+
+    Returns:
+        The file written.
+
+    Raises:
+        MoesmithError: the folder holds no run, or matplotlib or jinja2 is not installed.
+    """
+    source = _Source(Path(run))
+    output = Path(output) if output is not None else source.folder / "report.html"
+    template = _template()
+    sections = {
+        "perplexity": _section(_perplexity, source, "This run has not been evaluated."),
+        "affinity": _section(_affinity, source, "This run did not mine affinity: no matrix decided who shares an expert."),
+        "overlap": _section(_overlap, source, "Overlap needs a carving with two experts or more."),
+        "training": _section(_training, source, "Nothing was trained in this run."),
+        "routing": _section(_routing, source, "No routing was recorded: the run has one expert, or is not evaluated."),
+        "text": _section(_text, source, "No text was recorded with its experts."),
+    }
+    page = template.render(
+        summary=_summary(source),
+        palette=[{"colour": style.colour(e), "line": _line(e)} for e in range(source.experts)],
+        clusters=source.clusters,
+        provenance=_provenance(source),
+        **sections,
+    )
+    write_text(output, page)
+    return output
+
+
+@dataclass
+class _Source:
+    """A run's folder: what several sections read."""
+
+    folder: Path
+    header: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.header = read_json(self.folder / "run.json")
+
+    def stage(self, name: str) -> Path:
+        return self.folder / "stages" / name
+
+    @cached_property
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        return {s: read_json(self.stage(s) / MANIFEST) for s in _STAGES if (self.stage(s) / MANIFEST).is_file()}
+
+    @cached_property
+    def experts(self) -> int:
+        return int(self.header.get("recipe", {}).get("carve", {}).get("experts") or 0)
+
+    @cached_property
+    def clusters(self) -> list[list[str]]:
+        """Domains per expert; empty unless every domain belongs to exactly one expert."""
+        path = self.stage("affinity") / "clusters.json"
+        if not path.is_file():
+            return []
+        clusters: list[list[str]] = read_json(path).get("clusters", [])
+        names = [name for cluster in clusters for name in cluster]
+        return clusters if len(clusters) > 1 and len(set(names)) == len(names) else []
+
+    @cached_property
+    def home(self) -> dict[str, int]:
+        """The expert made for each domain."""
+        return {name: expert for expert, cluster in enumerate(self.clusters) for name in cluster}
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        found: dict[str, Any] = read_json(_present(self.stage("evaluate") / "evaluation.json"))
+        return found
+
+    @cached_property
+    def routing(self) -> Routing:
+        return Routing.load(_present(self.stage("evaluate") / "routing.npz"))
+
+    def in_order(self, names: Sequence[str]) -> list[str]:
+        """Domains of one expert side by side, experts in order."""
+        return sorted(names, key=lambda name: self.home.get(name, len(self.clusters)))
+
+
+class _Absent(Exception):
+    """A section's source is not there."""
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise _Absent
+    return path
+
+
+def _section(build: Callable[[_Source], dict[str, Any]], source: _Source, sentence: str) -> dict[str, Any]:
+    """A section's content, or ``{"absent": sentence}``."""
+    try:
+        return build(source)
+    except _Absent:
+        return {"absent": sentence}
+    except (MoesmithError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return {"absent": f"This part could not be read ({type(error).__name__}: {error})."}
+
+
+def _template() -> Any:
+    try:
+        import matplotlib  # noqa: F401
+        from jinja2 import Environment
+    except ImportError as error:
+        raise MoesmithError("the report needs matplotlib and jinja2", "pip install 'moesmith[report]'") from error
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "big": big}
+    return environment.from_string((files("moesmith.report") / "page.html").read_text(encoding="utf-8"))
+
+
+def _picture(figure: Any, name: str, description: str) -> Any:
+    from markupsafe import Markup
+
+    return Markup(style.to_svg(figure, name, description))
+
+
+def number(value: Any) -> str:
+    """Three or four digits, as much as a perplexity or a loss is worth; a dash for what is unknown."""
+    if isinstance(value, str | bool):
+        return str(value)
+    if value is None or not math.isfinite(value):
+        return "–"
+    if isinstance(value, int) or float(value).is_integer():
+        return f"{value:,.0f}"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.3g}" if size < 1 else f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    """A share in per cent, three digits."""
+    return f"{100 * value:.3g}\N{NO-BREAK SPACE}%"
+
+
+def big(value: float) -> str:
+    """A count with its unit: 134.5 M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.{2 if unit == 'B' else 1}f} {unit}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as s, min or h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _line(expert: int) -> str:
+    """Underline that tells experts of one colour apart in the text."""
+    return ("solid", "dashed", "dotted", "double")[expert // len(style.EXPERT_COLOURS) % 4]
+
+
+def _summary(source: _Source) -> dict[str, Any]:
+    recipe, inputs = source.header.get("recipe", {}), source.header.get("inputs", {})
+    carve = recipe.get("carve", {})
+    counts: dict[str, Any] = {}
+    for name in ("carve", "export"):
+        counts |= source.manifests.get(name, {}).get("metrics", {})
+    sizes = {key: counts.get(key) for key in ("parent_parameters", "parameters_total", "parameters_active")}
+    found: dict[str, Any] = {"recipe": recipe.get("name", "?"), "description": recipe.get("description", "")}
+    found |= {"parent": inputs.get("model", "?"), "carve": carve, "router": recipe.get("router", {})} | sizes
+    found["short"] = str(found["parent"]).rstrip("/").rsplit("/", 1)[-1]
+    found |= {"before": None, "after": None, "domains": 0}
+    try:
+        stages = source.evaluation["stages"]
+        found["domains"] = len(stages["parent"]["domains"])
+        found["before"], found["after"] = stages["parent"]["geomean"], stages[list(stages)[-1]]["geomean"]
+    except (_Absent, MoesmithError, LookupError, TypeError):
+        pass  # not evaluated yet: the page says so in its section
+    return found
+
+
+def _perplexity(source: _Source) -> dict[str, Any]:
+    stages = source.evaluation["stages"]
+    labels = {name: _MODELS.get(name, name) for name in stages}
+    names = source.in_order(list(next(iter(stages.values()))["domains"]))
+    values = {labels[name]: {d: stage["domains"].get(d) for d in names} for name, stage in stages.items()}
+    means = {labels[name]: stage["geomean"] for name, stage in stages.items()}
+    first, last = next(iter(values.values())), list(values.values())[-1]
+
+    def ratio(now: float | None, before: float | None) -> float | None:
+        return now / before if now and before and len(stages) > 1 else None
+
+    rows = [
+        {"domain": name, "values": [v[name] for v in values.values()], "ratio": ratio(last[name], first[name])}
+        for name in names
+    ]
+    everything = list(means.values())
+    return {
+        "figure": _picture(figures.stages_figure(values, means), "stages", "Perplexity per domain after each stage"),
+        "labels": list(values),
+        "rows": rows,
+        "means": everything,
+        "ratio": ratio(everything[-1], everything[0]),
+        "worst": max((row["ratio"] for row in rows if row["ratio"]), default=0.0),
+        "home": source.home,
+        "window": source.evaluation.get("window"),
+        "tokens": source.evaluation.get("tokens"),
+    }
+
+
+def _affinity(source: _Source) -> dict[str, Any]:
+    folder = source.stage("affinity")
+    names, matrix = _read_matrix(_present(folder / "affinity.csv"))
+    tree = folder / "linkage.csv"
+    linkage = np.array(_read_rows(tree), float) if tree.is_file() else None
+    figure = figures.affinity_figure(matrix, names, linkage, source.clusters)
+    raw = None
+    if (folder / "matrix.csv").is_file():
+        columns, values = _read_matrix(folder / "matrix.csv")
+        best = np.nanargmin(values, axis=0)
+        raw = {"names": columns, "rows": list(zip(columns, values.tolist(), strict=True)), "best": best.tolist()}
+    settings = source.header["recipe"].get("affinity", {})
+    return {
+        "figure": _picture(figure, "affinity", "Correlation between domains as a heatmap, clusters boxed"),
+        "method": settings.get("method"),
+        "settings": settings,
+        "tree": figures.affinity_order(matrix, names, linkage, source.clusters)[1] is not None,
+        "raw": raw,
+    }
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row for row in csv.reader(file) if row]
+
+
+def _read_matrix(path: Path) -> tuple[list[str], NDArray[np.float64]]:
+    """A square matrix with names in the first row and column."""
+    head, *rows = _read_rows(path)
+    matrix = np.array([row[1:] for row in rows], float)
+    if matrix.shape != (len(head) - 1,) * 2:
+        raise ValueError(f"{path.name} is not square")
+    return head[1:], matrix
+
+
+def _overlap(source: _Source) -> dict[str, Any]:
+    _present(source.stage("carve") / "carving.json")
+    carving = Carving.load(source.stage("carve"))
+    if carving.gate.experts < 2:
+        raise _Absent
+    iou, union, widths = (x.numpy().astype(float) for x in (carving.overlap(), carving.union(), carving.widths()))
+    pairs = iou[:, *np.triu_indices(carving.gate.experts, 1)]
+    kept = float(widths.mean() / carving.d_ff)
+    return {
+        "figure": _picture(figures.overlap_figure(iou, union), "overlap", "Overlap of the experts' channels"),
+        "layers": _picture(figures.overlap_layers_figure(iou), "overlaps", "Overlap of the experts' channels by layer"),
+        "mean": float(pairs.mean()),
+        "random": kept / (2 - kept),
+        "union": float(union.mean()),
+        "random_union": 1 - (1 - kept) ** carving.gate.experts,
+        "kept": kept,
+        "width": round(float(widths.mean())),
+        "d_ff": carving.d_ff,
+    }
+
+
+def _training(source: _Source) -> dict[str, Any]:
+    curves, facts = {}, []
+    for name, title in _TRAINED.items():
+        path = source.stage(name) / "log.jsonl"
+        steps = _read_log(path) if path.is_file() else []
+        if not steps:
+            continue
+        curves[title] = ([s["tokens"] for s in steps], [s["loss"] for s in steps])
+        tenth = max(1, len(steps) // 10)
+        spec = source.header["recipe"].get({"router": "stage1", "experts": "stage2"}[name], {})
+        facts.append(
+            {
+                "title": title,
+                "steps": len(steps),
+                "tokens": steps[-1]["tokens"],
+                "start": statistics.mean(s["loss"] for s in steps[:tenth]),
+                "end": statistics.mean(s["loss"] for s in steps[-tenth:]),
+                "speed": statistics.median(s.get("tokens_per_second", math.nan) for s in steps),
+                "trainable": source.manifests.get(name, {}).get("metrics", {}).get("trainable"),
+                "loss": spec.get("loss", "next-token"),
+            }
+        )
+    if not curves:
+        raise _Absent
+    return {"figure": _picture(figures.training_figure(curves), "training", "Training loss over tokens"), "facts": facts}
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The steps of a log; a last line cut off by a kill is left out."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in record and "tokens" in record:
+            steps.append(record)
+    return steps
+
+
+def _routing(source: _Source) -> dict[str, Any]:
+    routing = source.routing
+    if routing.experts < 2:
+        raise _Absent
+    names = source.in_order(routing.domains)
+    share = routing.share()[[routing.domains.index(name) for name in names]]
+    home = [source.home.get(name) for name in names]
+    own = [float(share[i, expert]) for i, expert in enumerate(home) if expert is not None]
+    dead: dict[int, list[tuple[int, float]]] = {}
+    for layer, expert, load in routing.dead(DEAD):
+        dead.setdefault(layer, []).append((expert, load))
+    entropy, balance, load_LE = routing.entropy_L, routing.balance_L, routing.load_LE
+    return {
+        "load": _picture(figures.load_figure(load_LE, DEAD), "load", "Share of choices per expert and layer"),
+        "domains": _picture(figures.domain_figure(share, names, home), "domains", "Experts chosen per domain"),
+        "entropy": _picture(figures.entropy_figure(entropy, balance), "entropy", "Routing entropy per layer"),
+        "dead": dead,
+        "count": sum(len(row) for row in dead.values()),
+        "all": load_LE.size,
+        "threshold": DEAD / routing.experts,
+        "tokens": int(routing.tokens_D.sum()),
+        "uniform": 1 / routing.experts,
+        "own": statistics.mean(own) if own else None,
+        "mean_entropy": float(entropy.mean()),
+        "mean_balance": float(balance.mean()),
+        "busiest": float(load_LE.max()),
+    }
+
+
+def _text(source: _Source) -> dict[str, Any]:
+    routing = source.routing
+    samples: list[Mapping[str, Any]] = [
+        {
+            "domain": sample.domain,
+            "home": source.home.get(sample.domain),
+            "tokens": sample.tokens,
+            "ids": sample.ids_LTK.tolist(),
+        }
+        for sample in sorted(routing.samples, key=lambda s: source.home.get(s.domain, len(source.clusters)))
+    ]
+    if not samples or routing.experts < 2:
+        raise _Absent
+    layers, _, top_k = routing.samples[0].ids_LTK.shape
+    return {"layers": layers, "top_k": top_k, "samples": samples}
+
+
+def _provenance(source: _Source) -> dict[str, Any]:
+    stages = []
+    for name, manifest in source.manifests.items():
+        metrics = {
+            key.replace("_", " "): value
+            for key, value in manifest.get("metrics", {}).items()
+            if isinstance(value, int | float | str) and not isinstance(value, bool)
+        }
+        row = {"name": name, "seconds": manifest.get("seconds"), "key": manifest.get("key", ""), "metrics": metrics}
+        stages.append(row | {"files": manifest.get("files", {})})
+    recipe = source.header.get("recipe", {})
+    return {
+        "seed": recipe.get("seed"),
+        "inputs": source.header.get("inputs", {}),
+        "versions": source.header.get("versions", {}),
+        "stages": stages,
+        "seconds": sum(row["seconds"] or 0 for row in stages),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),
+    }

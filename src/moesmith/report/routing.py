@@ -1,0 +1,238 @@
+"""Which expert took which token: a recorder for our own blocks and for stock Hugging Face MoE models.
+
+The recorder hooks the routers themselves. ``output_router_logits`` is not used: many architectures drop it
+on the way out. Shapes: D domains, L layers, E experts, K active experts, T tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesmith.artefact import write_atomic
+from moesmith.errors import MoesmithError
+
+SAMPLE_TOKENS = 120
+
+
+@dataclass
+class Sample:
+    """The beginning of one domain's text, with the experts of every layer and token.
+
+    Attributes:
+        domain: the domain's name.
+        tokens: T pieces of text; joined they are the text. A token that ends inside a character is empty, and
+            the token that completes the character carries it.
+        ids_LTK: chosen experts (L, T, K), the one with the largest weight first.
+    """
+
+    domain: str
+    tokens: list[str]
+    ids_LTK: NDArray[np.int64]
+
+
+@dataclass
+class Routing:
+    """Counts of a router's choices over text.
+
+    Attributes:
+        domains: D names.
+        counts_DLE: how often each expert was chosen, (D, L, E) int64; a token counts K times.
+        entropy_DL: mean entropy of the router's softmax over all E experts, in nats, (D, L).
+        tokens_D: tokens seen per domain.
+        samples: one short text per domain.
+    """
+
+    domains: tuple[str, ...]
+    counts_DLE: NDArray[np.int64]
+    entropy_DL: NDArray[np.float64]
+    tokens_D: NDArray[np.int64]
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return int(self.counts_DLE.shape[2])
+
+    @property
+    def load_LE(self) -> NDArray[np.float64]:
+        """Each expert's share of the choices, all domains together, (L, E); rows sum to 1."""
+        return _shares(self.counts_DLE.sum(0))
+
+    def share(self, layer: int | None = None) -> NDArray[np.float64]:
+        """Each expert's share of a domain's choices, in one layer or over all layers, (D, E); rows sum to 1."""
+        return _shares(self.counts_DLE.sum(1) if layer is None else self.counts_DLE[:, layer])
+
+    @property
+    def entropy_L(self) -> NDArray[np.float64]:
+        """Mean entropy of a token's router probabilities over log E, (L,) in [0, 1]; 0 means a certain router."""
+        return self._over_log(np.average(self.entropy_DL, axis=0, weights=self.tokens_D))
+
+    @property
+    def balance_L(self) -> NDArray[np.float64]:
+        """Entropy of the experts' load over log E, (L,) in [0, 1]; 1 means every expert is used equally."""
+        load_LE = self.load_LE
+        return self._over_log(-(load_LE * np.log(np.where(load_LE > 0, load_LE, 1))).sum(-1))
+
+    def dead(self, threshold: float = 0.05) -> list[tuple[int, int, float]]:
+        """Experts chosen less than ``threshold`` times the uniform share: (layer, expert, load)."""
+        load_LE = self.load_LE
+        return [(int(layer), int(e), float(load_LE[layer, e])) for layer, e in np.argwhere(load_LE < threshold / self.experts)]
+
+    def _over_log(self, entropy_L: NDArray[np.float64]) -> NDArray[np.float64]:
+        return entropy_L / np.log(self.experts) if self.experts > 1 else np.zeros_like(entropy_L)
+
+    def save(self, path: str | Path) -> None:
+        """Write an ``.npz`` of plain arrays; text is JSON in a byte array, so nothing is pickled."""
+        text = {"domains": self.domains, "samples": [[s.domain, s.tokens] for s in self.samples]}
+        arrays: dict[str, NDArray[Any]] = {f"sample_{i}": s.ids_LTK for i, s in enumerate(self.samples)}
+        arrays |= {"counts_DLE": self.counts_DLE, "entropy_DL": self.entropy_DL, "tokens_D": self.tokens_D}
+        arrays["text"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        write_atomic(Path(path), lambda temporary: temporary.write_bytes(buffer.getvalue()) and None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Routing:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            MoesmithError: the file is damaged or not a routing record.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                text = json.loads(arrays["text"].tobytes())
+                return cls(
+                    domains=tuple(text["domains"]),
+                    counts_DLE=arrays["counts_DLE"],
+                    entropy_DL=arrays["entropy_DL"],
+                    tokens_D=arrays["tokens_D"],
+                    samples=[Sample(name, tokens, arrays[f"sample_{i}"]) for i, (name, tokens) in enumerate(text["samples"])],
+                )
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # numpy and zipfile have no common error type for a damaged file
+            raise MoesmithError(f"{path} is not a routing record: {error}", "Delete it and evaluate again.") from error
+
+
+def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+
+
+def find_routers(model: nn.Module) -> list[nn.Module]:
+    """The routers in layer order: the ``router`` or ``gate`` beside an ``experts`` module.
+
+    Raises:
+        MoesmithError: the model has none.
+    """
+    routers = []
+    for module in model.modules():
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            router = getattr(module, "router", None) or getattr(module, "gate", None)
+            if isinstance(router, nn.Module):
+                routers.append(router)
+    if not routers:
+        raise MoesmithError("the model has no router to record", "Give a Mixture-of-Experts model.")
+    return routers
+
+
+@contextmanager
+def _hooked(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Inside the ``with``, each forward pass fills the list with (logits (T, E), ids (T, K)) per layer."""
+    routers = find_routers(model)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, _: Any, output: Any) -> None:
+        if not (isinstance(output, tuple) and len(output) == 3):
+            raise MoesmithError(
+                f"{type(module).__name__} does not return (logits, weights, ids)",
+                "Its routing cannot be recorded; use a model with the Hugging Face router contract.",
+            )
+        logits, _, ids = output
+        seen.append((logits.detach().flatten(0, -2), ids.detach().flatten(0, -2)))
+
+    handles = [router.register_forward_hook(hook) for router in routers]
+    training = model.training
+    model.eval()
+    try:
+        yield seen
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def record_routing(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts_by_domain: Mapping[str, Tensor],
+    batch: int = 8,
+) -> Routing:
+    """Count the experts' choices on text.
+
+    Args:
+        model: a model of ``moe.build`` or a stock Hugging Face MoE (Mixtral, Qwen-MoE, ...).
+        tokenizer: for the readable sample of each domain.
+        texts_by_domain: per domain blocks of token ids (N, window) without padding.
+        batch: blocks per forward pass.
+
+    Returns:
+        Counts over every token of every block, and the routing of the first 120 tokens of each domain.
+
+    Raises:
+        MoesmithError: the model has no router, or one without the (logits, weights, ids) contract.
+    """
+    counts, entropies, samples = [], [], []
+    with _hooked(model) as seen:
+        for name, blocks in texts_by_domain.items():
+            count_LE: Tensor | int = 0
+            entropy_L: Tensor | float = 0.0
+            for part in blocks.split(batch):
+                seen.clear()
+                model(input_ids=part.to(model.device), use_cache=False)
+                layers = [(torch.bincount(ids.flatten(), minlength=logits.shape[-1]), _entropy(logits)) for logits, ids in seen]
+                count_LE = count_LE + torch.stack([count for count, _ in layers]).cpu()
+                entropy_L = entropy_L + torch.stack([entropy for _, entropy in layers]).cpu()
+            counts.append(count_LE)
+            entropies.append(entropy_L / blocks.numel())
+            start = blocks[:1, :SAMPLE_TOKENS]
+            seen.clear()
+            model(input_ids=start.to(model.device), use_cache=False)
+            ids_LTK = torch.stack([ids for _, ids in seen]).cpu().numpy().astype(np.int64)
+            samples.append(Sample(name, pieces(tokenizer, start[0].tolist()), ids_LTK))
+    return Routing(
+        domains=tuple(texts_by_domain),
+        counts_DLE=torch.stack(counts).numpy(),
+        entropy_DL=torch.stack(entropies).numpy(),
+        tokens_D=np.array([blocks.numel() for blocks in texts_by_domain.values()]),
+        samples=samples,
+    )
+
+
+def _entropy(logits_TE: Tensor) -> Tensor:
+    """Sum over tokens of the entropy of softmax(logits), in nats, float64."""
+    log_TE = logits_TE.float().log_softmax(-1)
+    return -(log_TE.exp() * log_TE).sum(-1).double().sum()
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The readable part that each token adds to the text; joined, the pieces are the decoded text."""
+    found, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
+        found.append(text[len(done) :] if whole else "")
+        done = text if whole else done
+    return found

@@ -1,0 +1,1 @@
+"""The bodies of the stages, in the order of a conversion; ``conversion.py`` strings them together."""

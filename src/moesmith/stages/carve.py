@@ -1,0 +1,239 @@
+"""Stages *affinity* (which domains share an expert) and *carve* (the carving before any training)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from moesmith import affinity as mining
+from moesmith.artefact import read_json, read_tensors, write_json, write_text
+from moesmith.carving import CarvedLayer, Carving
+from moesmith.console import meter, say
+from moesmith.errors import MoesmithError
+from moesmith.evaluate import perplexity
+from moesmith.gates import GateSpec
+from moesmith.methods import METHODS
+from moesmith.moe import build
+from moesmith.moments import Moments, Second, channel_moments, group_moments, merge, pool
+from moesmith.parents import Parent
+from moesmith.pipeline import Run
+from moesmith.refit import compensation_bias, refit_down
+from moesmith.router import constant_direction, lda_router, random_router
+from moesmith.scores import channel_scores, choose
+from moesmith.stages.data import moments_of, windows_of
+from moesmith.text import Domain, evaluation_blocks
+
+
+def affinity_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
+    """Cluster the domains; saves the similarity, the perplexity matrix, the tree and the clusters."""
+    recipe, names = run.recipe, [domain.name for domain in domains]
+    spec, experts = recipe.affinity, recipe.carve.experts
+    needs_clusters = recipe.carve.method == "dive"
+
+    def body(work: Path) -> dict[str, Any]:
+        if not needs_clusters or spec.method == "random":
+            # no affinity: a static mask and random experts see every domain; the control draws from the pool
+            write_json(work / "clusters.json", {"clusters": [names] * experts})
+            return {"clusters": [names] * experts}
+        scores = [channel_scores(parent, moments_of(run, name), recipe.carve.score) for name in names]
+        matrix = None
+        if spec.method == "perplexity":
+            matrix = _perplexities(run, parent, domains, scores, work)
+            similarity = mining.perplexity_similarity(matrix, spec.profile)
+        else:
+            similarity = mining.score_similarity(scores)
+        if spec.method == "published":
+            assert spec.published is not None
+            clusters = mining.published(spec.published, names, experts)
+            found = mining.Affinity(names, matrix, similarity, None, clusters)
+        else:
+            found = mining.mine(names, similarity, experts, spec.linkage, matrix)
+        _write_matrix(work / "affinity.csv", names, found.similarity)
+        if matrix is not None:
+            _write_matrix(work / "matrix.csv", names, matrix)
+        if found.tree is not None:
+            _write_rows(work / "linkage.csv", [[repr(float(x)) for x in row] for row in found.tree])
+        write_json(work / "clusters.json", {"clusters": found.clusters})
+        for expert, group in enumerate(found.clusters):
+            say(f"  expert {expert}: {', '.join(group)}")
+        return {"clusters": found.clusters}
+
+    settings: dict[str, Any] = {"needed": needs_clusters, "experts": experts, "names": names}
+    if needs_clusters:
+        carve = recipe.carve
+        settings |= {"affinity": spec.model_dump(), "score": carve.score}
+        if spec.method == "perplexity":
+            settings |= {"ratio": carve.ratio, "selection": carve.selection}
+    return run.stage("affinity", ["moments"], settings, body)
+
+
+def _perplexities(
+    run: Run, parent: Parent, domains: Sequence[Domain], scores: Sequence[Tensor], work: Path
+) -> np.ndarray:
+    """The n × n perplexities of pruned models with bias compensation (dive.md §5); finished rows survive a kill."""
+    spec, carve = run.recipe.affinity, run.recipe.carve
+    blocks = [evaluation_blocks(d, parent.tokenizer, spec.tokens, spec.window).blocks for d in domains]
+    rows = []
+    with meter("affinity", len(domains) * sum(block.numel() for block in blocks)) as bar:
+        for domain, score in zip(domains, scores, strict=True):
+            path = work / f"row-{domain.name}.json"
+            if not path.is_file():
+                channels = [[kept] for kept in choose(score, carve.ratio, carve.selection)]
+                one = GateSpec(experts=1, top_k=1)
+                pruned = _carving(parent, channels, [moments_of(run, domain.name)], one, "bias")
+                model = build(parent, pruned, "sliced")
+                row = []
+                for block in blocks:
+                    row.append(perplexity(model, block))
+                    bar.advance(block.numel(), domain.name)
+                write_json(path, row)
+            rows.append(read_json(path))
+    return np.array(rows)
+
+
+def _carving(
+    parent: Parent, channels: list[list[Tensor]], groups: Sequence[Moments], gate: GateSpec, compensation: str
+) -> Carving:
+    """Channels and, if asked for, FLAP's bias; routers are zero."""
+    layers = []
+    for index, kept_E in enumerate(channels):
+        layer = CarvedLayer(kept_E, torch.zeros(gate.experts, parent.D))
+        if compensation == "bias":
+            down_DF = parent.ffns[index].down_DF
+            bias = [compensation_bias(down_DF, g.mean_LF[index], k) for g, k in zip(groups, kept_E, strict=True)]
+            layer.bias_ED = torch.stack(bias)
+        layers.append(layer)
+    return Carving(layers, gate, parent.F, "bias" if compensation == "bias" else "none")
+
+
+def carve_stage(run: Run, parent: Parent) -> Path:
+    """Channels, compensation and router start: the whole MoE before training."""
+    recipe = run.recipe
+    spec, start = recipe.carve, recipe.router
+
+    def body(work: Path) -> dict[str, Any]:
+        clusters = read_json(run.path("affinity") / "clusters.json")["clusters"]
+        windows = windows_of(run)
+        if spec.method == "dive" and recipe.affinity.method == "random":
+            groups_ids = _pool_draws(windows, spec.experts, recipe.seed)
+            groups = [channel_moments(parent, ids, label="moments of the pool") for ids in groups_ids]
+        else:
+            groups_ids = [torch.cat([windows[name] for name in names]) for names in clusters]
+            groups = [pool([moments_of(run, name) for name in names]) for names in clusters]
+        gate = GateSpec(experts=spec.experts, top_k=spec.top_k, noise=start.noise)
+        channels = METHODS[spec.method](parent, groups, spec, recipe.seed)
+        carving = _carving(parent, channels, groups, gate, spec.compensation)
+        carving.compensation = spec.compensation
+        metrics = _second_pass(run, parent, carving, groups_ids)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        for layer in carving.layers:
+            if spec.experts > 1 and start.start == "random":
+                layer.router_ED = random_router(spec.experts, parent.D, generator)
+            if spec.experts > 1 and start.noise:
+                layer.noise_ED = random_router(spec.experts, parent.D, generator)
+        carving.provenance = {"recipe": recipe.name, "clusters": clusters, "parent": run.inputs}
+        carving.save(work)
+        iou = carving.overlap()[:, ~torch.eye(spec.experts, dtype=torch.bool)]
+        metrics |= {"union": round(float(carving.union().mean()), 4)} | carving.parameters(parent)
+        return metrics | {"overlap": round(float(iou.mean()), 4) if iou.numel() else None}
+
+    settings = {
+        "carve": spec.model_dump(),
+        "router": start.model_dump(),
+        "scale": recipe.stage1.gate_temperature,
+        "random_groups": recipe.affinity.method == "random",
+        "name": recipe.name,
+    }
+    return run.stage("carve", ["affinity"], settings, body)
+
+
+def _pool_draws(windows: dict[str, Tensor], experts: int, seed: int) -> list[Tensor]:
+    """The control without affinity mining (dive.md §4.7): each expert gets its own draw from all domains' windows."""
+    everything = torch.cat(list(windows.values()))
+    size = max(1, len(everything) // experts)
+    draws = []
+    for expert in range(experts):
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed + expert))
+        draws.append(everything[order[:size]])
+    return draws
+
+
+def _second_pass(run: Run, parent: Parent, carving: Carving, groups_ids: Sequence[Tensor]) -> dict[str, Any]:
+    """What needs second moments: refit, closed-form router, constant direction. Fills ``carving`` in place."""
+    recipe = run.recipe
+    spec, start = recipe.carve, recipe.router
+    refit, lda = spec.compensation == "refit", start.start == "lda" and spec.experts > 1
+    if not (refit or lda or spec.compensation == "bias"):
+        return {}
+    distinct = {id(ids): ids for ids in groups_ids}  # llama-moe's groups are all one
+    errors: list[float] = []
+    for layers in layer_groups(parent, len(distinct), gram=refit):
+        collected = group_moments(parent, list(distinct.values()), layers, gram=refit)
+        by_id = dict(zip(distinct, collected, strict=True))
+        with meter("closed forms", len(layers), "layers") as bar:
+            for offset, index in enumerate(layers):
+                inputs = [by_id[id(ids)][0][offset] for ids in groups_ids]
+                layer, ffn = carving.layers[index], parent.ffns[index]
+                weights = [float(len(ids)) for ids in groups_ids]
+                layer.constant_D, error = constant_direction(merge(inputs, weights))
+                errors.append(error)
+                if lda:
+                    layer.router_ED = lda_router(inputs, start.ridge, recipe.stage1.gate_temperature)
+                if refit:
+                    grams = [by_id[id(ids)][1][offset] for ids in groups_ids]
+                    layer.down = _refit(ffn.down_DF, layer.channels, grams, weights, recipe)
+                bar.advance(1)
+    return {"constant_direction_error_mean": statistics.mean(errors), "constant_direction_error_max": max(errors)}
+
+
+def _refit(
+    down_DF: Tensor, channels: Sequence[Tensor], grams: Sequence[Second], weights: Sequence[float], recipe: Any
+) -> list[Tensor]:
+    spec = recipe.carve
+    pooled_FF = merge(grams, weights).gram_NN
+    refitted = []
+    for kept, gram in zip(channels, grams, strict=True):
+        mixed_FF = torch.lerp(gram.gram_NN, pooled_FF, spec.pool)
+        refitted.append(refit_down(down_DF, mixed_FF, kept, spec.ridge).to(down_DF.dtype))
+    return refitted
+
+
+def layer_groups(parent: Parent, groups: int, *, gram: bool) -> list[list[int]]:
+    """Layers whose second moments fit in half of the free memory together.
+
+    Raises:
+        MoesmithError: not even one layer fits.
+    """
+    per_layer = 4 * groups * (parent.D**2 + (parent.F**2 if gram else 0))
+    at_once = int(psutil.virtual_memory().available * 0.5) // per_layer
+    if at_once < 1:
+        raise MoesmithError(
+            f"the Gram matrices of one layer need {per_layer / 2**30:.1f} GiB, more than half of the free memory",
+            "Free memory, use fewer experts, or set carve.compensation to bias.",
+        )
+    order = list(range(parent.L))
+    return [order[i : i + at_once] for i in range(0, parent.L, at_once)]
+
+
+def _write_matrix(path: Path, names: Sequence[str], matrix: np.ndarray) -> None:
+    _write_rows(path, [["", *names], *([n, *(repr(float(x)) for x in r)] for n, r in zip(names, matrix, strict=True))])
+
+
+def _write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def evaluation_of(run: Run) -> dict[str, Tensor]:
+    """Evaluation blocks by domain, (N, window) int64."""
+    return {name: ids.long() for name, ids in read_tensors(run.path("domains") / "evaluation.safetensors").items()}

@@ -1,0 +1,91 @@
+"""Stages *export* (an ordinary Hugging Face folder, verified) and *evaluate* (held-out perplexity after every stage)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moesmith.artefact import MANIFEST, read_json, write_json, write_text
+from moesmith.card import model_card
+from moesmith.carving import Carving
+from moesmith.console import say
+from moesmith.evaluate import geometric_mean, perplexity
+from moesmith.export.stock import stock_reference, write_stock
+from moesmith.export.verify import verify_stock
+from moesmith.moe import build
+from moesmith.parents import Parent, quiet
+from moesmith.pipeline import Run
+from moesmith.report.routing import record_routing
+from moesmith.stages.carve import evaluation_of
+
+
+def export_stage(run: Run, parent: Parent, before: str) -> Path:
+    """Write ``RUN/model`` in the parent's stock MoE architecture and compare its logits with the carving's own."""
+    target = run.folder / "model"
+    if not (target / "config.json").is_file():
+        (run.path("export") / MANIFEST).unlink(missing_ok=True)
+
+    def body(_work: Path) -> dict[str, Any]:
+        carving = Carving.load(run.path(before))
+        metrics = dict(write_stock(parent, carving, target, parent.model.dtype))
+        ids = next(iter(evaluation_of(run).values()))[:2, :128]
+        metrics |= verify_stock(parent, target, stock_reference(parent, carving), ids)
+        if carving.compensation == "bias":  # the constant channel stands in for it: say how well
+            measured = verify_stock(parent, target, build(parent, carving, "sliced"), ids)
+            metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
+            say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
+        return metrics | carving.parameters(parent)
+
+    return run.stage("export", [before], {}, body)
+
+
+def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
+    """Perplexity per domain of the parent and of every stage's carving, and the finished model's routing.
+
+    The last stage is measured on ``RUN/model`` itself, loaded by plain transformers.
+    """
+    folder = run.folder / "model"
+
+    def body(work: Path) -> dict[str, Any]:
+        blocks = evaluation_of(run)
+        results: dict[str, Any] = {}
+        for name in ["parent", *made]:
+            path = work / f"{name}.json"
+            if not path.is_file():
+                last = name == made[-1]
+                if name == "parent":
+                    model = parent.model
+                elif last:
+                    model = load_stock(folder, parent)
+                else:
+                    model = build(parent, Carving.load(run.path(name)), "sliced")
+                write_json(path, _perplexities(model, blocks, name))
+            results[name] = read_json(path)
+        spec = run.recipe.evaluate
+        summary = {"stages": results, "window": spec.window, "tokens": sum(b.numel() for b in blocks.values())}
+        write_json(work / "evaluation.json", summary)
+        if run.recipe.carve.experts > 1:
+            model = load_stock(folder, parent)
+            few = {name: block[: max(1, 2048 // block.shape[1])] for name, block in blocks.items()}
+            record_routing(model, parent.tokenizer, few, 4).save(work / "routing.npz")
+        return {name: result["geomean"] for name, result in results.items()}
+
+    final = run.stage("evaluate", ["domains", *made, "export"], {"made": made}, body)
+    write_text(folder / "README.md", model_card(run))
+    return final
+
+
+def _perplexities(model: PreTrainedModel, blocks: dict[str, Tensor], label: str) -> dict[str, Any]:
+    domains = {name: perplexity(model, block, label=f"{label}: {name}") for name, block in blocks.items()}
+    worst = max(domains, key=lambda name: domains[name])
+    return {"domains": domains, "geomean": geometric_mean(domains.values()), "worst": worst}
+
+
+def load_stock(folder: Path, parent: Parent) -> PreTrainedModel:
+    """The finished folder, as anybody would load it."""
+    with quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=parent.model.dtype)
+    return model.to(parent.device).eval()

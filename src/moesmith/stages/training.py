@@ -1,0 +1,102 @@
+"""Stages *router* (stage 1: dense router training) and *experts* (stage 2: LoRA and norms, sparse); dive.md §7."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moesmith.artefact import read_tensors
+from moesmith.carving import Carving
+from moesmith.console import say
+from moesmith.lora import add_lora, lora_tensors
+from moesmith.moe import build, moe_blocks
+from moesmith.parents import Parent
+from moesmith.pipeline import Run
+from moesmith.recipe import TrainSection
+from moesmith.train import train
+
+
+def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Every norm weight by parameter name, replaced by a copy so that the parent keeps its own."""
+    found = {}
+    for path, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and not list(module.children()):
+            module.weight = nn.Parameter(weight.detach().clone())
+            found[f"{path}.weight"] = module.weight
+    return found
+
+
+def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, nn.Parameter]:
+    """Set gates and adapters as the stage wants them; returns what it trains, by name.
+
+    Router weights are trained where they can receive a gradient: with the dense gate, with a sparse gate of K > 1,
+    or straight-through (dive.md §6.2).
+    """
+    blocks = moe_blocks(model)
+    parameters: dict[str, nn.Parameter] = {}
+    if spec.lora_rank:
+        add_lora(model, spec.lora_rank, spec.lora_alpha, spec.lora_dropout, seed)
+        for index, block in enumerate(blocks):
+            assert block.experts.lora is not None
+            parameters |= {f"lora.{index}.{name}": p for name, p in block.experts.lora.named_parameters()}
+    if spec.norms:
+        parameters |= {f"norm.{name}": p for name, p in norm_parameters(model).items()}
+    for index, block in enumerate(blocks):
+        router = block.router
+        router.temperature = spec.gate_temperature if spec.gate == "dense" else None
+        router.gradient = spec.router_gradient
+        alive = spec.gate == "dense" or router.spec.top_k > 1 or router.gradient == "straight-through"
+        if spec.train_router and router.spec.experts > 1 and alive:
+            parameters[f"router.{index}"] = router.weight
+            if router.noise is not None:
+                parameters[f"noise.{index}"] = router.noise
+    return parameters
+
+
+def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.Parameter]) -> Carving:
+    """The carving with what training changed."""
+    blocks = moe_blocks(model)
+    layers = [
+        replace(
+            layer,
+            router_ED=block.router.weight.detach().float().cpu(),
+            noise_ED=None if block.router.noise is None else block.router.noise.detach().float().cpu(),
+        )
+        for layer, block in zip(carving.layers, blocks, strict=True)
+    ]
+    norms = {n.removeprefix("norm."): p.detach().clone() for n, p in parameters.items() if n.startswith("norm.")}
+    return replace(carving, layers=layers, lora=lora_tensors(blocks) or carving.lora, norms=norms or carving.norms)
+
+
+def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str, spec: TrainSection) -> Path:
+    form = "masked" if spec.gate == "dense" else "sliced"
+    distilled = spec.loss == "distill" and spec.mix > 0
+
+    def body(work: Path) -> dict[str, Any]:
+        carving = Carving.load(run.path(before))
+        model = build(parent, carving, form)  # type: ignore[arg-type]
+        parameters = prepare(model, spec, run.recipe.seed)
+        count = sum(p.numel() for p in parameters.values())
+        say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
+        blocks = read_tensors(run.path("domains") / "training.safetensors")[section].long()
+        teacher = parent.model if distilled else None
+        outcome = train(model, parameters, blocks, spec, work, teacher=teacher, seed=run.recipe.seed, label=name)
+        harvest(model, carving, parameters).save(work)
+        return outcome.metrics()
+
+    return run.stage(name, [before], spec.model_dump(), body)
+
+
+def router_stage(run: Run, parent: Parent) -> Path:
+    """Stage 1: the routers alone, dense gate in the masked form (dive.md §7)."""
+    return _train_stage(run, parent, "router", "stage1", "carve", run.recipe.stage1)
+
+
+def experts_stage(run: Run, parent: Parent, before: str) -> Path:
+    """Stage 2: LoRA on the experts and all norms, sparse gate in the sliced form (dive.md §7)."""
+    return _train_stage(run, parent, "experts", "stage2", before, run.recipe.stage2)

@@ -1,0 +1,123 @@
+"""Domains: named texts with a calibration and an evaluation split, and the way from them to token windows.
+
+This is the module to import from: reading is here, records in ``records``, sampling and packing in ``sampling``, the
+built-in domains in ``builtin``, Hugging Face data sets in ``hub``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesmith.artefact import digest, file_digest
+from moesmith.builtin import builtin_digest, builtin_domains
+from moesmith.errors import MoesmithError
+from moesmith.hub import hub_domains, read_sets
+from moesmith.records import Domain, Record, as_text, choose, fields, kind, read_jsonl
+from moesmith.sampling import Packed, evaluation_blocks, pack, sample_windows, training_blocks
+
+__all__ = [
+    "Domain",
+    "Packed",
+    "Record",
+    "as_text",
+    "evaluation_blocks",
+    "fields",
+    "kind",
+    "load_domains",
+    "pack",
+    "read_jsonl",
+    "sample_windows",
+    "source_digest",
+    "training_blocks",
+]
+
+BUILTIN = "builtin"
+SHIPPED = {"paper24": Path(__file__).parent / "datasets" / "paper24.yaml"}
+SPLITS = {"train": "calibration", "test": "evaluation"}  # as files are named → what the split is for
+
+
+def load_domains(source: str, names: Sequence[str] | None = None) -> list[Domain]:
+    """Read domains.
+
+    Args:
+        source: ``builtin``; a folder of ``<name>.train.jsonl`` (calibration) with ``<name>.test.jsonl`` (evaluation);
+            a ``.yaml`` file describing Hugging Face data sets (see ``hub``); or ``paper24``, DIVE's own 24 sets.
+        names: which domains, in this order. By default all, sorted by name; in a folder, sets with only one of the
+            two files are then passed over.
+
+    Raises:
+        MoesmithError: nothing of that name, no complete set, an unknown name (the nearest one is given), a set asked
+            for that has only one split, or an empty or malformed file (with its line).
+    """
+    if source == BUILTIN:
+        return builtin_domains(names)
+    path = _locate(source)
+    if path.is_file():
+        return hub_domains(path, names)
+    groups = _groups(path)
+    return [
+        Domain(name, tuple(read_jsonl(train)), tuple(read_jsonl(test)), groups.get(name, ""))
+        for name, (train, test) in _files(path, names).items()
+    ]
+
+
+def source_digest(source: str, names: Sequence[str] | None = None) -> str:
+    """A short hash of the files ``load_domains`` would read, to notice changed inputs.
+
+    For Hugging Face data sets it covers their description, not the data: give a ``revision`` to fix those.
+
+    Raises:
+        MoesmithError: as ``load_domains``, except for what is inside the files.
+    """
+    if source == BUILTIN:
+        return builtin_digest(names)
+    path = _locate(source)
+    if path.is_file():
+        sets = read_sets(path)
+        return digest({name: sets[name].model_dump() for name in choose(sorted(sets), names, str(path))})
+    return digest({name: [file_digest(file) for file in pair] for name, pair in _files(path, names).items()})
+
+
+def _locate(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix in (".yaml", ".yml")):
+        return path
+    if source in SHIPPED:
+        return SHIPPED[source]
+    near = difflib.get_close_matches(source, [BUILTIN, *SHIPPED], n=1)
+    cure = f"Did you mean '{near[0]}'?" if near else f"Give a folder, a .yaml file, {BUILTIN} or {', '.join(SHIPPED)}."
+    what = "is neither a folder nor a .yaml file" if path.exists() else "does not exist"
+    raise MoesmithError(f"the data source {source} {what}", cure)
+
+
+def _files(folder: Path, names: Sequence[str] | None) -> dict[str, tuple[Path, Path]]:
+    """Set → its calibration and evaluation file."""
+    found = {
+        split: {p.name.removesuffix(f".{split}.jsonl") for p in folder.glob(f"*.{split}.jsonl")} for split in SPLITS
+    }
+    every, complete = sorted(found["train"] | found["test"]), sorted(found["train"] & found["test"])
+    chosen = complete if names is None else choose(every, names, str(folder))
+    for name in chosen:
+        for split, use in SPLITS.items():
+            if name not in found[split]:
+                raise MoesmithError(
+                    f"domain '{name}' has no {use} split: {folder / f'{name}.{split}.jsonl'} is missing",
+                    "Add the file or leave the domain out.",
+                )
+    if not chosen:
+        raise MoesmithError(
+            f"{folder} holds no domain",
+            "A domain is a pair of files, <name>.train.jsonl and <name>.test.jsonl, with one record per line.",
+        )
+    return {name: (folder / f"{name}.train.jsonl", folder / f"{name}.test.jsonl") for name in chosen}
+
+
+def _groups(folder: Path) -> dict[str, str]:
+    """Set → field, from ``index.json``; nothing depends on it, so a file of another shape says nothing."""
+    try:
+        return {entry["set"]: str(entry["domain"]) for entry in json.loads((folder / "index.json").read_text())}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}

@@ -1,0 +1,279 @@
+"""One training loop for every stage, on accelerate.
+
+A step is a pure function of (trained weights, optimiser state, step number): the data of a step and its random
+numbers follow from the seed and the number, so resuming needs no random-generator state and ends with the same bits
+as an undisturbed run. The model stays in its own dtype; the trained parameters have fp32 masters in the optimiser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesmith.artefact import read_metadata, read_tensors, write_tensors
+from moesmith.console import meter, say
+from moesmith.errors import MoesmithError
+from moesmith.losses import head_loss
+from moesmith.recipe import TrainSection
+
+SAVE_SECONDS = 60.0
+
+
+class Student(nn.Module):
+    """The model in training with its loss, so that data-parallel wrappers see one forward call."""
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None, spec: TrainSection) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.__dict__["teacher"] = teacher  # not a submodule: it is neither trained nor wrapped
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Mean loss over the tokens that have a successor."""
+        hidden_ND = self._hidden(self.model, ids_BS)
+        teacher_ND = None
+        mix = self.spec.mix if self.spec.loss == "distill" else 0.0
+        if self.teacher is not None and mix > 0:
+            with torch.no_grad():
+                teacher_ND = self._hidden(self.teacher, ids_BS)
+        head_VD = self.model.get_output_embeddings().weight
+        return head_loss(hidden_ND, head_VD, ids_BS[:, 1:].flatten(), teacher_ND, mix, self.spec.kl_temperature)
+
+    @staticmethod
+    def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+        out = model.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state
+        return out[:, :-1].flatten(0, 1)
+
+
+def learning_rate(step: int, steps: int, spec: TrainSection) -> float:
+    """Rate at ``step`` (from 0) of ``steps``: linear warm-up, then constant or cosine down to ``min_ratio``."""
+    warm = math.ceil(spec.warmup * steps)
+    if step < warm:
+        return spec.lr * (step + 1) / warm
+    if spec.schedule == "constant":
+        return spec.lr
+    done = (step - warm) / max(1, steps - 1 - warm)
+    return spec.lr * (spec.min_ratio + (1 - spec.min_ratio) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def steps_of(spec: TrainSection) -> int:
+    """Optimiser steps that ``spec.tokens`` make, rounded up."""
+    return math.ceil(spec.tokens / (spec.batch * spec.window))
+
+
+class Masters:
+    """AdamW on fp32 copies of the trained parameters; the model's own copies follow after each step."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], spec: TrainSection) -> None:
+        self.parameters = parameters
+        self.fp32 = {name: p.detach().float().clone() for name, p in parameters.items()}
+        for master in self.fp32.values():
+            master.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            self.fp32.values(), lr=spec.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=spec.weight_decay, foreach=True
+        )
+
+    def step(self, lr: float, clip: float) -> float:
+        """Clip, update and copy back; returns the gradient norm before clipping."""
+        for name, parameter in self.parameters.items():
+            grad = parameter.grad
+            self.fp32[name].grad = torch.zeros_like(self.fp32[name]) if grad is None else grad.float()
+            parameter.grad = None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.fp32.values(), clip))
+        if math.isfinite(norm):
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+            self.write_back()
+        return norm
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the model."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.fp32[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs."""
+        found = {f"master.{name}": master for name, master in self.fp32.items()}
+        for name, master in self.fp32.items():
+            for key, value in self.optimizer.state.get(master, {}).items():
+                found[f"{key}.{name}"] = value
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of :meth:`tensors`."""
+        with torch.no_grad():
+            for name, master in self.fp32.items():
+                master.copy_(tensors[f"master.{name}"])
+                state = {key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.optimizer.state[master] = {
+                    key: value.to(master.device) if key != "step" else value for key, value in state.items()
+                }
+        self.write_back()
+
+
+@dataclass
+class Outcome:
+    """What a stage's training did."""
+
+    steps: int
+    tokens: int
+    trainable: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+    def metrics(self) -> dict[str, Any]:
+        """For the stage's manifest."""
+        return self.__dict__ | {"tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1)}
+
+
+def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
+    """Which of ``blocks`` sequences step number ``step`` sees: shuffled anew in every pass over them."""
+    start = step * batch
+    rows = []
+    for position in range(start, start + batch):
+        epoch, offset = divmod(position, blocks)
+        if not rows or offset == 0:
+            order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        rows.append(int(order[offset]))
+    return torch.tensor(rows)
+
+
+def train(
+    model: PreTrainedModel,
+    parameters: dict[str, nn.Parameter],
+    blocks: Tensor,
+    spec: TrainSection,
+    folder: Path,
+    *,
+    teacher: PreTrainedModel | None = None,
+    seed: int = 0,
+    label: str = "training",
+    on_step: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Train ``parameters`` of ``model`` on ``blocks`` as ``spec`` says, resuming from ``folder`` if it holds a checkpoint.
+
+    Args:
+        model: the network; everything but ``parameters`` is frozen.
+        parameters: name to trained parameter, in the model's dtype.
+        blocks: (N, window) token ids.
+        spec: the stage's settings.
+        folder: holds ``log.jsonl`` (a line per step) and ``checkpoint.safetensors``.
+        teacher: the dense parent, for distillation.
+        seed: of data order, dropout and router noise.
+        label: what the progress line says.
+        on_step: called with the number of finished steps.
+
+    Returns:
+        What happened. The model holds the trained weights.
+
+    Raises:
+        MoesmithError: the loss is not finite; the step's data lies in ``folder``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        cpu=next(model.parameters()).device.type == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    steps = steps_of(spec)
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    trainable = sum(p.numel() for p in parameters.values())
+    masters = Masters(parameters, spec)
+    student = accelerator.prepare_model(Student(model, teacher, spec)) if world > 1 else Student(model, teacher, spec)
+    if spec.checkpointing:
+        model.gradient_checkpointing_enable()
+    first, last, done, before = math.nan, math.nan, 0, 0.0
+    checkpoint = folder / "checkpoint.safetensors"
+    if checkpoint.is_file():
+        state = json.loads(read_metadata(checkpoint)["state"])
+        masters.load(read_tensors(checkpoint))
+        done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
+        say(f"{label}: continuing at step {done} of {steps}")
+    log = _Log(folder / "log.jsonl", done)
+    share = spec.batch // world
+    micro = min(spec.micro_batch, share)
+    started = saved = time.monotonic()
+
+    def save(step: int) -> None:
+        state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
+        write_tensors(checkpoint, masters.tensors(), {"state": json.dumps(state)})
+
+    model.train()
+    with meter(label, (steps - done) * spec.batch * spec.window) as bar:
+        for step in range(done, steps):
+            torch.manual_seed(seed * 1_000_003 + step * world + rank)
+            rows = batch_rows(len(blocks), step, spec.batch, seed)[rank::world]
+            loss = 0.0
+            begun = time.monotonic()
+            for part in rows.split(micro):
+                part_loss = student(blocks[part].to(model.device)) * (len(part) / len(rows))
+                accelerator.backward(part_loss)
+                loss += float(part_loss.detach())
+            if world > 1:
+                loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean"))
+            lr = learning_rate(step, steps, spec)
+            norm = masters.step(lr, spec.clip) if math.isfinite(loss) else math.nan
+            if not math.isfinite(loss + norm):
+                where = folder / f"nonfinite-step-{step}.safetensors"
+                write_tensors(where, {"ids": blocks[rows]}, {"loss": str(loss), "step": str(step)})
+                raise MoesmithError(f"{label}: the loss is not finite at step {step}; its data is in {where}",
+                                    "Lower the stage's lr and start in a new folder.")  # fmt: skip
+            first, last = (loss if step == 0 else first), loss
+            seconds = time.monotonic() - begun
+            if accelerator.is_main_process:
+                record = {"step": step + 1, "tokens": (step + 1) * spec.batch * spec.window, "loss": round(loss, 5)}
+                record |= {"lr": lr, "grad_norm": round(norm, 5)}
+                log.write(record | {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)})
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save(step + 1)
+                    saved = time.monotonic()
+            bar.advance(spec.batch * spec.window, f"loss {loss:.3f}")
+            if on_step is not None:
+                on_step(step + 1)
+    if accelerator.is_main_process:
+        save(steps)
+    accelerator.wait_for_everyone()
+    model.eval()
+    if spec.checkpointing:
+        model.gradient_checkpointing_disable()
+    model.requires_grad_(False)
+    seconds = before + time.monotonic() - started
+    return Outcome(steps, steps * spec.batch * spec.window, trainable, first, last, round(seconds, 1))
+
+
+class _Log:
+    """JSON lines; lines past the resumed step are dropped, so the log tells one story."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= done:
+                        kept.append(line)
+                except ValueError:  # the last line of a killed process
+                    break
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
