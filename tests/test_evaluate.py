@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 from tiny_tokenizer import tiny_tokenizer
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moesmith import evaluate
 from moesmith.errors import MoesmithError
@@ -39,6 +40,16 @@ def test_perplexity_is_the_models_own_loss(family: str) -> None:
     assert evaluate.perplexity(model, windows, batch=2) == pytest.approx(
         float(torch.stack(losses).mean().exp()), rel=1e-5
     )
+
+
+def test_perplexity_of_a_stock_mixture_of_experts() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=1, **sizes)
+    model, windows = MixtralForCausalLM(config).eval(), blocks(3, 24)
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss
+    assert evaluate.perplexity(model, windows, batch=2) == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 def test_token_nll_in_bf16_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

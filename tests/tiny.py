@@ -58,7 +58,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
         "eos_token_id": 1,
     }
     config = config_class(**{**sizes, **special, **overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # not .to(dtype): rotary frequencies stay fp32
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -68,7 +68,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
             else:
                 p.copy_(0.1 * noise if p.dim() == 1 else 1.5 * noise / p.shape[1] ** 0.5)
         model.get_input_embeddings().weight.mul_(0.5)
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def tiny_parent(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Parent:

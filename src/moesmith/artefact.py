@@ -7,6 +7,7 @@ manifest is in it. A process killed at any moment therefore leaves either the ol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 from moesmith.errors import MoesmithError
 
 MANIFEST = "manifest.json"
+WRITE_CURE = "Free disk space and run the same command again."
 
 
 def digest(value: Any) -> str:
@@ -38,19 +40,18 @@ def file_digest(path: Path) -> str:
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise MoesmithError(
-            f"cannot write {path}: {error.strerror or error}", "Free disk space and run again."
-        ) from error
+        raise MoesmithError(f"cannot write {path}: {error.strerror or error}", WRITE_CURE) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -21,7 +22,7 @@ def model_card(run: Run) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["mixture-of-experts", "moesmith"],
     }
-    if "/" in run.inputs["model"] and not run.inputs["model"].startswith((".", "/")):
+    if "/" in run.inputs["model"] and not Path(run.inputs["model"]).exists():  # a hub id
         header["base_model"] = run.inputs["model"]
     stages = evaluation["stages"]
     last = list(stages)[-1]

@@ -116,8 +116,8 @@ def evaluate(
     run: RunFolder,
     data: Annotated[str | None, typer.Option(help="data source; the run's own if left out")] = None,
     tasks: Annotated[str, typer.Option(help="comma-separated: domains, wikitext2, lambada, arc_easy, ...")] = "domains",
-    limit: Annotated[int | None, typer.Option(help="items per task")] = None,
-    tokens: Annotated[int, typer.Option(help="tokens per domain and for wikitext2")] = 16_384,
+    limit: Annotated[int | None, typer.Option(min=1, help="items per task")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens per domain and for wikitext2")] = 16_384,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this file")] = None,
 ) -> None:
     """Evaluate the finished model beside its dense parent."""
@@ -148,7 +148,7 @@ def inspect(run: RunFolder, as_json: Json = False) -> None:
 def generate(
     run: RunFolder,
     prompt: str,
-    tokens: Annotated[int, typer.Option(help="new tokens")] = 60,
+    tokens: Annotated[int, typer.Option(min=1, help="new tokens")] = 60,
     chat: Annotated[bool, typer.Option(help="put the prompt through the chat template")] = False,
 ) -> None:
     """Continue a prompt with the dense parent and the MoE, side by side."""

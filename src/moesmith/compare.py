@@ -28,7 +28,7 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
     header = read_json(folder / "run.json")
     if not (folder / "model" / "config.json").is_file():
         raise MoesmithError(f"{folder} has no finished model", "Run the same 'moesmith convert' again to finish it.")
-    parent = load_parent(header["inputs"]["model"])
+    parent = load_parent(header["inputs"]["model"], getattr(torch, header["inputs"]["dtype"]))
     if parent.digest != header["inputs"]["model_digest"]:
         raise MoesmithError(
             f"{header['inputs']['model']} is not the parent {folder} was made from (weights {parent.digest},"
@@ -38,9 +38,7 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
     return parent, load_stock(folder / "model", parent)
 
 
-def compare(
-    folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int
-) -> dict[str, Any]:
+def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int) -> dict[str, Any]:
     """Evaluate parent and MoE on the same text and items.
 
     Args:
@@ -53,11 +51,14 @@ def compare(
     Returns:
         ``{"results": [{"task", "metric", "parent", "moe"}, ...], ...}``, JSON-able.
     """
+    if not tasks:
+        raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
     header = read_json(folder / "run.json")
     source = data or header["inputs"]["data"]
     local = Path(source) if Path(source).is_dir() else None
     if local is None and (needy := {"wikitext2", "lambada"} & set(tasks)):
-        raise MoesmithError(f"{', '.join(sorted(needy))} needs files of that name", "Give --data a folder that holds them.")
+        what = f"{', '.join(sorted(needy))} needs files of that name"
+        raise MoesmithError(what, "Give --data a folder that holds them.")
     parent, moe = models_of(folder)
     names = header["recipe"]["domains"]["names"] if data is None else None
 
@@ -98,6 +99,8 @@ def continuations(folder: Path, prompt: str, tokens: int, chat: bool) -> dict[st
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise MoesmithError("the prompt is empty", "Give some text to continue.")
 
     def go_on(model: PreTrainedModel) -> str:
         generate: Callable[..., torch.Tensor] = model.generate

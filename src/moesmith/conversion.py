@@ -7,15 +7,23 @@ from pathlib import Path
 
 import torch
 
+from moesmith.affinity import published
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.parents import Parent, load_parent
-from moesmith.pipeline import Run
+from moesmith.pipeline import Run, check_folder
 from moesmith.plan import check_room, make_plan
 from moesmith.recipe import Recipe, load_recipe
 from moesmith.stages.carve import affinity_stage, carve_stage
-from moesmith.stages.data import domains_stage, moments_stage, stages_to_train
-from moesmith.stages.finish import evaluate_stage, export_stage
+from moesmith.stages.data import (
+    check_text,
+    check_windows,
+    corpus_stage,
+    domains_stage,
+    moments_stage,
+    stages_to_train,
+)
+from moesmith.stages.finish import baseline_stage, evaluate_stage, export_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
 
@@ -54,22 +62,24 @@ def convert(
         >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, budget, settings)
-    domains = choose_domains(data, chosen)
-    parent = model if isinstance(model, Parent) else load_parent(model, dtype)
     out = Path(out)
-    inputs = {
-        "model": parent.source,
-        "model_digest": parent.digest,
-        "data": data,
-        "data_digest": source_digest(data, [domain.name for domain in domains]),
-    }
-    check_room(make_plan(chosen, parent, len(domains)), out)
+    domains = choose_domains(data, chosen)
+    inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
+    check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
+    parent = model if isinstance(model, Parent) else load_parent(model, dtype)
+    check_windows(chosen, parent)
+    check_text(chosen, parent, domains)
+    inputs |= {"model": parent.source, "model_digest": parent.digest}
+    inputs |= {"dtype": str(parent.model.dtype).removeprefix("torch.")}
     run = Run(out, chosen, inputs, [Path(path) for path in reuse])
+    check_room(make_plan(chosen, parent, len(domains)), out)
     with run.lock():
         domains_stage(run, parent, domains)
+        corpus_stage(run, parent, domains)
         moments_stage(run, parent, [domain.name for domain in domains])
         affinity_stage(run, parent, domains)
         carve_stage(run, parent)
+        baseline_stage(run, parent)
         made = ["carve"]
         training = stages_to_train(chosen)
         if "stage1" in training:
@@ -88,7 +98,8 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
     """The recipe's domains of a data source.
 
     Raises:
-        MoesmithError: a single domain where experts need several, or more clusters than domains.
+        MoesmithError: a single domain where experts need several, more experts than domains, or published clusters
+            that do not fit them.
     """
     domains = load_domains(data, recipe.domains.names)
     clustered = recipe.carve.method == "dive" and recipe.affinity.method != "random"
@@ -100,4 +111,6 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
                 f"{recipe.carve.experts} experts need at least as many domains, and {data} holds {len(domains)}",
                 f"Add domains or set carve.experts to {len(domains)} or less.",
             )
+        if recipe.affinity.published is not None:
+            published(recipe.affinity.published, [domain.name for domain in domains], recipe.carve.experts)
     return domains

@@ -165,6 +165,7 @@ def _registered(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _load(manager: Any, name: str) -> Any:
+    say(f"{name}: loading its data set")
     try:
         return manager.load([name])
     except Exception as error:  # whatever a data set's loader raises
@@ -195,16 +196,21 @@ def _pooled(found: dict[str, Any], parts: Sequence[Task]) -> dict[str, float]:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Keep the harness's log lines and its progress bars over prompts to itself; errors arrive as exceptions."""
+    """Keep the log lines of the harness and the hub, and a progress bar per set of prompts, to themselves.
+
+    Errors arrive as exceptions.
+    """
     import lm_eval.api.task as prompts
 
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, prompts.tqdm
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels, bar = [logger.level for logger in loggers], prompts.tqdm
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     prompts.tqdm = lambda documents, **_: documents
     try:
         with quiet():
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         prompts.tqdm = bar

@@ -10,7 +10,7 @@ from moesmith.carving import Carving
 from moesmith.console import show_table
 from moesmith.errors import MoesmithError
 
-STAGES = ("domains", "moments", "affinity", "carve", "router", "experts", "export", "evaluate")
+STAGES = ("domains", "corpus", "moments", "affinity", "baseline", "carve", "router", "experts", "export", "evaluate")
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "gate": carving.gate.model_dump(),
         "compensation": carving.compensation,
         "clusters": carving.provenance.get("clusters"),
-        "parameters": {k: v for k, v in metrics["carve"].items() if k.startswith("param") or k.startswith("parent")},
+        "parameters": {k: v for k, v in metrics["carve"].items() if k.startswith(("param", "parent"))},
         "layers": layers,
         "stages": metrics,
     }
@@ -85,11 +85,7 @@ def _headline(name: str, metrics: dict[str, Any]) -> str:
         values = {k: v for k, v in metrics.items() if k != "seconds"}
         return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
     if name == "export":
-        return (
-            f"largest logits difference {metrics['max_logit_difference']:.2g}"
-            if "max_logit_difference" in metrics
-            else ""
-        )
+        return f"{metrics['architecture']}, largest logits difference {metrics['logits_difference']:.2g}"
     if name == "carve":
         overlap = metrics.get("overlap")
         return f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")

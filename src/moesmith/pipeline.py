@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moesmith.artefact import MANIFEST, commit, digest, finished, read_json, verify_files, write_json
+from moesmith.artefact import MANIFEST, WRITE_CURE, commit, digest, finished, read_json, verify_files, write_json
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.recipe import Recipe
 
-SCRATCH = ("checkpoint.safetensors",)  # a stage's working state: not part of the finished artefact
+WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
 
 
 class Run:
@@ -41,28 +41,28 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, inputs: Mapping[str, str], reuse: Sequence[Path] = ()) -> None:
         self.folder, self.recipe, self.inputs, self.reuse = folder, recipe, dict(inputs), list(reuse)
         self.keys: dict[str, str] = {}
-        header = {"recipe": recipe.model_dump(mode="json"), "inputs": self.inputs}
-        known = folder / "run.json"
-        if known.is_file():
-            before = read_json(known)
-            if changed := _changes({k: before.get(k) for k in header}, header):
-                raise MoesmithError(
-                    f"{folder} holds a run with other settings: {'; '.join(changed)}",
-                    "Give another --out, or the old settings to continue it.",
-                )
-        else:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise MoesmithError(f"{folder} exists and holds no moesmith run", "Give another --out.")
-            write_json(known, header | {"versions": versions()})
+        check_folder(folder, recipe, inputs)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second process out of this folder."""
-        with open(self.folder / ".lock", "w") as file:
+        """Open the folder and keep a second process out of it; sweep up what killed processes left half-written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.folder / ".lock", "a")  # noqa: SIM115
+        except OSError as error:
+            raise MoesmithError(f"cannot write in {self.folder}: {error.strerror}", "Give another --out.") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise MoesmithError(f"another process works in {self.folder}", "Wait for it, or stop it.") from error
+            for left in sorted([*self.folder.rglob(".*.tmp"), *self.folder.glob("stages/.*.taken")]):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            header = {"recipe": self.recipe.model_dump(mode="json"), "inputs": self.inputs}
+            known = self.folder / "run.json"
+            before = read_json(known) if known.is_file() else {}
+            if before | header != before:
+                write_json(known, {"versions": versions()} | before | header)
             yield
 
     def path(self, name: str) -> Path:
@@ -75,7 +75,13 @@ class Run:
         return found
 
     def stage(
-        self, name: str, needs: Sequence[str], settings: Mapping[str, Any], body: Callable[[Path], Mapping[str, Any]]
+        self,
+        name: str,
+        needs: Sequence[str],
+        settings: Mapping[str, Any],
+        body: Callable[[Path], Mapping[str, Any]],
+        *,
+        shared: bool = True,
     ) -> Path:
         """Make a stage unless it is there.
 
@@ -85,9 +91,13 @@ class Run:
             settings: the part of the recipe it depends on.
             body: fills the working folder it is given, finding there what an earlier, killed try left; returns
                 metrics for the manifest.
+            shared: whether another run's stage may be taken over: its folder holds all that it made.
 
         Returns:
             The finished folder.
+
+        Raises:
+            MoesmithError: the body's own, or something cannot be written; what was finished before stays.
         """
         key = digest(
             {
@@ -101,15 +111,25 @@ class Run:
         self.keys[name] = key
         final = self.path(name)
         if finished(final, key):
+            for left in WORKING:  # of a process killed between the rename and this
+                (final / left).unlink(missing_ok=True)
             say(f"[{name}] done before")
             return final
-        final.parent.mkdir(parents=True, exist_ok=True)
-        for other in self.reuse:
-            if finished(other / "stages" / name, key):
-                verify_files(other / "stages" / name)
-                _take_over(other / "stages" / name, final)
-                say(f"[{name}] taken over from {other}")
-                return final
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            for other in self.reuse if shared else ():
+                if finished(other / "stages" / name, key):
+                    verify_files(other / "stages" / name)
+                    _take_over(other / "stages" / name, final)
+                    say(f"[{name}] taken over from {other}")
+                    return final
+            self._make(name, key, {"needs": list(needs), "settings": dict(settings)}, body)
+        except OSError as error:
+            raise MoesmithError(f"stage {name} stopped: {error}", WRITE_CURE) from error
+        return final
+
+    def _make(self, name: str, key: str, facts: dict[str, Any], body: Callable[[Path], Mapping[str, Any]]) -> None:
+        final = self.path(name)
         say(f"[{name}]")
         work = final.parent / f".{name}.partial"
         if not (work / ".key").is_file() or (work / ".key").read_text() != key:
@@ -119,11 +139,10 @@ class Run:
         started = time.monotonic()
         metrics = dict(body(work))
         seconds = round(time.monotonic() - started, 1)
-        manifest = {"stage": name, "key": key, "needs": list(needs), "settings": dict(settings)}
+        manifest = {"stage": name, "key": key, **facts}
         manifest |= {"seed": self.recipe.seed, "inputs": self.inputs, "versions": versions()}
-        commit(work, final, manifest | {"seconds": seconds, "metrics": metrics}, drop=(*SCRATCH, ".key"))
+        commit(work, final, manifest | {"seconds": seconds, "metrics": metrics}, drop=WORKING)
         say(f"[{name}] {seconds:,.1f} s")
-        return final
 
 
 def versions() -> dict[str, str]:
@@ -136,6 +155,7 @@ def _take_over(source: Path, final: Path) -> None:
     """Hard-link (or copy) a finished stage of another run."""
     work = final.with_name(f".{final.name}.taken")
     shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
     try:
         shutil.copytree(source, work, copy_function=os.link)
     except OSError:  # another file system
@@ -143,6 +163,38 @@ def _take_over(source: Path, final: Path) -> None:
         shutil.copytree(source, work)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(work, final)
+
+
+def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> None:
+    """Refuse a folder that holds something other than this run; a run without a finished stage is no obstacle.
+
+    Args:
+        folder: the run's folder.
+        recipe: what is to be done in it.
+        inputs: as :class:`Run` takes them; a fingerprint that is not known yet may be missing.
+
+    Raises:
+        MoesmithError: it is a file, holds other files, or a run with another recipe, parent or data; what changed is
+            named.
+    """
+    known = folder / "run.json"
+    if not known.is_file():
+        strangers = folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}
+        if strangers or (folder.exists() and not folder.is_dir()):
+            raise MoesmithError(f"{folder} exists and holds no moesmith run", "Give another --out.")
+        return
+    before = read_json(known)
+    changed = _changes(before.get("recipe"), recipe.model_dump(mode="json"))
+    for name in ("model", "data"):
+        # the same weights and text are the same wherever they lie
+        was, now = (found.get(f"{name}_digest") for found in (before.get("inputs", {}), inputs))
+        if now is not None and was != now:
+            changed.append(f"{name} was {before.get('inputs', {}).get(name)} ({was}), is {inputs[name]} ({now})")
+    if changed and any((folder / "stages").glob(f"[!.]*/{MANIFEST}")):
+        raise MoesmithError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}",
+            "Give another --out, or the old settings to continue it.",
+        )
 
 
 def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:
@@ -153,5 +205,4 @@ def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:
             for key in sorted({*before, *now})
             for change in _changes(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
         ]
-    name = prefix.removeprefix("recipe.").removeprefix("inputs.")
-    return [] if before == now else [f"{name} was {before}, is {now}"]
+    return [] if before == now else [f"{prefix} was {before}, is {now}"]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from moesmith.errors import MoesmithError
 
 BUDGETS = ("demo", "small", "paper")
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # a date that does not exist, brackets a thousand deep
 
 # what a recipe can choose; the modules that carry a choice out import its type from here
 Score = Literal["wifv", "ifv", "wifn", "magnitude"]
@@ -30,12 +31,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _hold_a_window(tokens: int, window: int) -> None:
+    if tokens < window:
+        raise ValueError(f"{tokens} tokens are fewer than one window of {window}; raise tokens or lower window")
+
+
 class DomainsSection(Section):
     """Calibration text."""
 
     names: list[str] | None = Field(None, description="domains to use, in this order; all of the source if null")
     tokens: int = Field(262_144, ge=1, description="calibration tokens per domain")
     window: int = Field(256, ge=8, description="tokens per calibration window")
+
+    @model_validator(mode="after")
+    def _fits(self) -> DomainsSection:
+        _hold_a_window(self.tokens, self.window)
+        return self
 
 
 class CarveSection(Section):
@@ -73,7 +84,9 @@ class AffinitySection(Section):
     window: int = Field(256, ge=8)
 
     @model_validator(mode="after")
-    def _named(self) -> AffinitySection:
+    def _fits(self) -> AffinitySection:
+        if self.method == "perplexity":
+            _hold_a_window(self.tokens, self.window)
         if (self.method == "published") != (self.published is not None):
             raise ValueError("affinity.published names clusters exactly when affinity.method is published")
         return self
@@ -115,6 +128,8 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSection:
+        if self.tokens:
+            _hold_a_window(self.tokens, self.window)
         if self.gate == "dense" and (self.lora_rank or self.norms):
             raise ValueError("the dense gate trains routers only; use gate: sparse for experts and norms")
         return self
@@ -125,6 +140,11 @@ class EvaluateSection(Section):
 
     tokens: int = Field(16_384, ge=1, description="evaluation tokens per domain")
     window: int = Field(512, ge=8)
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateSection:
+        _hold_a_window(self.tokens, self.window)
+        return self
 
 
 class Recipe(Section):
@@ -170,14 +190,14 @@ def load_recipe(name: str | Path, budget: str | None = None, settings: Sequence[
         _check_key(key)
         try:
             parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise MoesmithError(f"--set {key}: '{value}' is not a YAML value") from error
+        except NOT_YAML as error:
+            raise MoesmithError(f"--set {key}: '{value}' is not a YAML value", "Quote text, as in 'x: y'.") from error
         nested: Any = parsed
         for part in reversed(key.split(".")):
             nested = {part: nested}
         values = _overlay(values, nested)
     try:
-        return Recipe(**values)
+        return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
@@ -187,27 +207,31 @@ def load_recipe(name: str | Path, budget: str | None = None, settings: Sequence[
         raise MoesmithError(f"{where}: {message}", "See 'moesmith presets' and docs/recipes.md.") from error
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's values with those of its ``base`` beneath; ``above`` are the recipes that led here."""
+    if name in above:
+        raise MoesmithError(f"{name} is its own base", "Name a preset as the base.")
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise MoesmithError(f"there is no recipe file {path}", "Give a preset's name or an existing YAML file.")
-        text = path.read_text(encoding="utf-8")
+        read = path.read_text
     else:
         if name not in (known := presets()):
             near = difflib.get_close_matches(name, known, 1, 0.3)
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise MoesmithError(f"there is no preset '{name}'", f"{hint}'moesmith presets' lists them.")
-        text = (files("moesmith") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+        read = (files("moesmith") / "presets" / f"{name}.yaml").read_text
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise MoesmithError(f"{name} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
+        values = yaml.safe_load(read(encoding="utf-8"))
+    except (*NOT_YAML, OSError) as error:
+        raise MoesmithError(f"{name} is not valid YAML: {error}", "Mend the file.") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise MoesmithError(f"{name} is not a recipe", "A recipe is a YAML mapping with a name and sections.")
+    values = {"name": Path(name).stem, **values}
     if base := values.pop("base", None):
-        values = _overlay(_read(str(base)), values)
-    return {"name": Path(name).stem, **values}
+        values = _overlay(_read(str(base), (*above, name)), values)
+    return values
 
 
 def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,21 @@ def sample_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: i
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def must_hold(domain: Domain, tokenizer: PreTrainedTokenizerBase, calibration: int, evaluation: int) -> None:
+    """Read as many records of each split as it takes to know that it holds a window of so many tokens.
+
+    Raises:
+        MoesmithError: it does not.
+    """
+    _Fields(domain, tokenizer).must_hold(calibration)
+    total = 0
+    for ids in _encoded((as_text(record) for record in domain.evaluation), tokenizer, eos=True):
+        total += len(ids)
+        if total >= evaluation:
+            return
+    raise _too_few(domain.name, "evaluation", total, evaluation)
+
+
 class _Fields:
     """The calibration fields of a domain, tokenised when first asked for."""
 

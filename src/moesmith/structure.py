@@ -40,6 +40,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (),
     "partial_rotary_factor": (1.0,),
 }
+# Config fields that the stock architectures are built from.
+NEEDED = {"rms_norm_eps": "norms", "rope_parameters": "positions", "num_key_value_heads": "attention"}
 
 
 @dataclass
@@ -232,6 +234,9 @@ def find_family(model: PreTrainedModel, ffns: list[FFN]) -> str:
             value = (getattr(config, "rope_parameters", None) or {}).get(field, value)
         if value is not None and value not in neutral:
             raise MoesmithError(f"The parent has {field} = {value}", NATIVE_ONLY)
+    for field, what in NEEDED.items():
+        if getattr(config, field, None) is None:
+            raise MoesmithError(f"The parent's config has no {field}: it has {what} of another kind", NATIVE_ONLY)
     if len(set(getattr(config, "layer_types", None) or [None])) > 1:
         raise MoesmithError("The parent's attention differs between layers (layer_types)", NATIVE_ONLY)
     names = set(attention_weights(layers[0], config))

@@ -16,7 +16,7 @@ from moesmith.builtin import builtin_digest, builtin_domains
 from moesmith.errors import MoesmithError
 from moesmith.hub import hub_domains, read_sets
 from moesmith.records import Domain, Record, as_text, choose, fields, kind, read_jsonl
-from moesmith.sampling import Packed, evaluation_blocks, pack, sample_windows, training_blocks
+from moesmith.sampling import Packed, evaluation_blocks, must_hold, pack, sample_windows, training_blocks
 
 __all__ = [
     "Domain",
@@ -27,6 +27,7 @@ __all__ = [
     "fields",
     "kind",
     "load_domains",
+    "must_hold",
     "pack",
     "read_jsonl",
     "sample_windows",

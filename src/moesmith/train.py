@@ -181,7 +181,8 @@ def train(
         What happened. The model holds the trained weights.
 
     Raises:
-        MoesmithError: the loss is not finite; the step's data lies in ``folder``.
+        MoesmithError: the loss is not finite; the step's data lies in ``folder``. Or the processes cannot share a
+            batch evenly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
@@ -189,6 +190,9 @@ def train(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     rank, world = accelerator.process_index, accelerator.num_processes
+    if spec.batch % world:
+        raise MoesmithError(f"{label}: a batch of {spec.batch} sequences cannot be shared by {world} processes",
+                            f"Give a batch that is a multiple of {world}.")  # fmt: skip
     steps = steps_of(spec)
     model.requires_grad_(False)
     for parameter in parameters.values():
@@ -205,7 +209,7 @@ def train(
         masters.load(read_tensors(checkpoint))
         done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
         say(f"{label}: continuing at step {done} of {steps}")
-    log = _Log(folder / "log.jsonl", done)
+    log = _Log(folder / "log.jsonl", done) if accelerator.is_main_process else None
     share = spec.batch // world
     micro = min(spec.micro_batch, share)
     started = saved = time.monotonic()
@@ -218,7 +222,8 @@ def train(
     with meter(label, (steps - done) * spec.batch * spec.window) as bar:
         for step in range(done, steps):
             torch.manual_seed(seed * 1_000_003 + step * world + rank)
-            rows = batch_rows(len(blocks), step, spec.batch, seed)[rank::world]
+            everyones = batch_rows(len(blocks), step, spec.batch, seed)
+            rows = everyones[rank::world]
             loss = 0.0
             begun = time.monotonic()
             for part in rows.split(micro):
@@ -231,12 +236,12 @@ def train(
             norm = masters.step(lr, spec.clip) if math.isfinite(loss) else math.nan
             if not math.isfinite(loss + norm):
                 where = folder / f"nonfinite-step-{step}.safetensors"
-                write_tensors(where, {"ids": blocks[rows]}, {"loss": str(loss), "step": str(step)})
+                write_tensors(where, {"ids": blocks[everyones]}, {"loss": str(loss), "step": str(step)})
                 raise MoesmithError(f"{label}: the loss is not finite at step {step}; its data is in {where}",
                                     "Lower the stage's lr and start in a new folder.")  # fmt: skip
             first, last = (loss if step == 0 else first), loss
             seconds = time.monotonic() - begun
-            if accelerator.is_main_process:
+            if log is not None:
                 record = {"step": step + 1, "tokens": (step + 1) * spec.batch * spec.window, "loss": round(loss, 5)}
                 record |= {"lr": lr, "grad_norm": round(norm, 5)}
                 log.write(record | {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)})

@@ -14,10 +14,8 @@ Shapes: D model width, W expert width on disk, E experts.
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers.activations import ACT2FN
 
-from moesmith.artefact import read_json, write_json, write_tensors
+from moesmith.artefact import read_json, write_json
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
+from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.verify import verify_stock
 from moesmith.moe import SlicedExperts, build, moe_blocks
 from moesmith.parents import Parent
 from moesmith.structure import STREAM, attention_of, attention_weights, attention_window, decoder_layers, head_dim
 
-__all__ = ["stock_config", "stock_reference", "verify_stock", "write_companions", "write_stock"]
+__all__ = ["stock_config", "stock_reference", "verify_stock", "write_stock"]
 
 ALIGN = 32  # channels; quantisation blocks and grouped matrix kernels want multiples of it
-SHARD_BYTES = 4 * 2**30
 ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -58,13 +57,17 @@ CARRIED = (
 # fmt: on
 
 
-def constant_gain(activation: Callable[[Tensor], Tensor]) -> float:
+@cache
+def constant_gain(activation_name: str) -> float:
     """The K with which the constant channel s·act(K·s) / act(K), s = v·x ≈ 1, strays least from 1.
 
     v·x is 1 up to a standard deviation of about 0.05. With a positive K the channel is nearly s², so its error is
     twice that of s. s·act(K·s) has a stationary point at a negative K (−2.22 for SiLU): there the error is of second
-    order, 0.3 % where s errs by 5 %, and outliers of s are damped. Found on a grid, for any activation.
+    order, 0.3 % where s errs by 5 %, and large s are damped. Root mean square error on held-out text in layers 0, 5, 15
+    and 29 of SmolLM2-135M: 0.009, 0.002, 0.056, 0.002 against 0.100, 0.054, 0.120, 0.043 with K = 4. Found on a grid,
+    for any activation.
     """
+    activation = ACT2FN[activation_name]
     s_N = torch.linspace(0.85, 1.15, 61, dtype=torch.float64)
     weight_N = torch.exp(-0.5 * ((s_N - 1) / 0.05) ** 2)
     gains = [
@@ -86,7 +89,7 @@ def constant_channel(parent: Parent, carving: Carving, layer: int) -> tuple[Tens
     Raises:
         MoesmithError: there is a bias and no constant direction.
     """
-    carved, activation = carving.layers[layer], parent.ffns[layer].activation
+    carved, ffn = carving.layers[layer], parent.ffns[layer]
     if carved.bias_ED is None:
         return None
     if carved.constant_D is None:
@@ -94,9 +97,9 @@ def constant_channel(parent: Parent, carving: Carving, layer: int) -> tuple[Tens
             f"Layer {layer} has a compensation bias and the carving holds no constant direction for it",
             "Set CarvedLayer.constant_D (router.constant_direction), or write the native format, which has biases.",
         )
-    gain = constant_gain(activation)
+    gain = constant_gain(ffn.activation_name)
     v_D = carved.constant_D.float()
-    return gain * v_D, v_D, carved.bias_ED.float() / activation(torch.tensor(gain))
+    return gain * v_D, v_D, carved.bias_ED.float() / ffn.activation(torch.tensor(gain))
 
 
 def stock_width(carving: Carving) -> int:
@@ -126,10 +129,6 @@ def stock_config(parent: Parent, carving: Carving) -> PreTrainedConfig:
     fields["num_experts_per_tok"] = gate.top_k
     fields["output_router_logits"] = False
     fields["architectures"] = [ARCHITECTURES[parent.family]]
-    if "original_max_position_embeddings" in fields["rope_parameters"] and hasattr(
-        old, "original_max_position_embeddings"
-    ):
-        fields["original_max_position_embeddings"] = old.original_max_position_embeddings
     window, width = attention_window(old), stock_width(carving)
     if parent.family == "mixtral":
         return MixtralConfig(**fields, sliding_window=window, num_local_experts=gate.experts, intermediate_size=width)
@@ -213,7 +212,7 @@ def write_stock(parent: Parent, carving: Carving, folder: Path, dtype: torch.dty
     config = stock_config(parent, carving)
     config.dtype = dtype
     with whole_folder(folder) as work:
-        size = _write_shards(work, stock_tensors(parent, carving, dtype))
+        size = write_shards(work, stock_tensors(parent, carving, dtype))
         config.save_pretrained(work)
         _add_legacy_fields(work / "config.json")
         write_companions(parent, work)
@@ -227,13 +226,6 @@ def write_stock(parent: Parent, carving: Carving, folder: Path, dtype: torch.dty
     }
 
 
-def write_companions(parent: Parent, folder: Path) -> None:
-    """What a model needs besides weights: tokenizer, chat template, generation config."""
-    parent.tokenizer.save_pretrained(folder)
-    if parent.model.generation_config is not None:  # as it is: its own save refuses what older models carry
-        write_json(folder / "generation_config.json", parent.model.generation_config.to_diff_dict())
-
-
 def _add_legacy_fields(path: Path) -> None:
     """Repeat under their names before transformers 5 what older readers would replace by defaults without a word."""
     config = read_json(path)
@@ -243,65 +235,9 @@ def _add_legacy_fields(path: Path) -> None:
     config["rope_theta"] = rope.pop("rope_theta")
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = rope
+    if rope.get("rope_type") == "longrope":
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     write_json(path, config)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder to fill, renamed to ``folder`` at the end; an error leaves ``folder`` as it was.
-
-    Raises:
-        MoesmithError: ``folder`` is a file, or holds files and no model.
-    """
-    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise MoesmithError(f"{folder} exists and holds no model", "Give another folder, or delete it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(work, folder)
-    except OSError as error:
-        raise MoesmithError(
-            f"cannot write {folder}: {error.strerror or error}", "Free disk space and run again."
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> int:
-    """Write safetensors of at most about :data:`SHARD_BYTES` each, with an index if there are several; total bytes."""
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        write_tensors(folder / f"part-{len(shards)}", shard, {"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    filled = 0
-    for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > SHARD_BYTES:
-            flush()
-            filled = 0
-        shard[name] = tensor
-        filled += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(shards) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
-        return total
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-        (folder / f"part-{number}").rename(folder / file)
-        index |= dict.fromkeys(names, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    return total
 
 
 def stock_reference(parent: Parent, carving: Carving) -> PreTrainedModel:

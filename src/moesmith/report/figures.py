@@ -6,6 +6,7 @@ They take plain arrays, so a figure can be saved from anywhere: ``affinity_figur
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,10 +39,10 @@ def affinity_order(
         distance = 1 - matrix[np.triu_indices(len(names), 1)]
         if np.isfinite(distance).all():
             links = hierarchy.optimal_leaf_ordering(links, distance)
-        tree: dict[str, Any] = hierarchy.dendrogram(links, no_plot=True, link_color_func=_branch_colour(links, member))
+        tree: Any = hierarchy.dendrogram(links, no_plot=True, link_color_func=_branch_colour(links, member))
         order = [int(leaf) for leaf in tree["leaves"]]
         row = [member[leaf] for leaf in order]
-        if sum(a != b for a, b in zip(row, row[1:], strict=False)) == len(set(row)) - 1:
+        if sum(a != b for a, b in pairwise(row)) == len(set(row)) - 1:
             return order, tree
     return sorted(range(len(names)), key=lambda i: (member[i], i)), None
 
@@ -75,8 +76,9 @@ def affinity_figure(
     image = style.heatmap(axes, matrix[np.ix_(order, order)], norm)
     style.dress(axes)
     axes.spines[:].set_visible(False)
-    axes.set_xticks(range(n), [names[i] for i in order], rotation=90)
-    axes.set_yticks(range(n), [names[i] for i in order])
+    labels = [style.plain(names[i]) for i in order]
+    axes.set_xticks(range(n), labels, rotation=90)
+    axes.set_yticks(range(n), labels)
     axes.tick_params(length=0)
     if n <= 12:
         style.annotate(axes, image, matrix[np.ix_(order, order)], lambda value: f"{value:.2f}".replace("0.", "."))
@@ -88,9 +90,14 @@ def affinity_figure(
         start, size = places[0] - 0.5, len(places)
         axes.add_patch(Rectangle((start, start), size, size, fill=False, edgecolor=style.ON_LIGHT, linewidth=1.4))
         hue = style.colour(expert)
-        beside = {"transform": axes.get_yaxis_transform(), "clip_on": False}  # x in parts of the matrix's width
+        beside: dict[str, Any] = {
+            "transform": axes.get_yaxis_transform(),
+            "clip_on": False,
+        }  # x in parts of the matrix's width
         axes.add_patch(Rectangle((1.008, start + 0.06), 0.012, size - 0.12, facecolor=hue, linewidth=0, **beside))
-        axes.text(1.03, start + size / 2, f"E{expert}", va="center", fontsize=SIZE, color=INK, fontweight="bold", **beside)
+        axes.text(
+            1.03, start + size / 2, f"E{expert}", va="center", fontsize=SIZE, color=INK, fontweight="bold", **beside
+        )
     style.colourbar(figure, image, axes, f"Pearson correlation r (white: mean of pairs, {centre:.2f})", pad=0.01)
     if tree is not None:
         top = figure.add_subplot(grid[0], sharex=axes)
@@ -133,11 +140,13 @@ def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figu
     mean_EE = iou_LEE.mean(0)
     pairs_LP = iou_LEE[:, *np.triu_indices(experts, 1)] if experts > 1 else np.ones((layers, 1))
     shown_EE = np.where(np.eye(experts, dtype=bool), np.nan, mean_EE)
-    image = style.heatmap(left, shown_EE, Normalize(pairs_LP.mean(0).min() - 0.02, pairs_LP.mean(0).max() + 0.02), "Blues")
+    image = style.heatmap(
+        left, shown_EE, Normalize(pairs_LP.mean(0).min() - 0.02, pairs_LP.mean(0).max() + 0.02), "Blues"
+    )
     style.dress(left, title="Mean over layers")
     left.spines[:].set_visible(False)
     left.set_box_aspect(1)
-    step = max(1, experts // 16)
+    step = -(-experts // 8)
     for set_ticks in (left.set_xticks, left.set_yticks):
         set_ticks(range(0, experts, step), [f"E{expert}" for expert in range(0, experts, step)])
     left.tick_params(length=0)
@@ -149,8 +158,12 @@ def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figu
             left.text(column, row, cell, ha="center", va="center", fontsize=SIZE - 2, color=ink)
     style.dress(right, "layer", "share of channels", title="Per layer", grid="y")
     x = np.arange(layers)
-    right.fill_between(x, pairs_LP.min(1), pairs_LP.max(1), color=style.BLUE, alpha=0.2, linewidth=0, label="IoU, all pairs")
-    right.plot(x, pairs_LP.mean(1), color=style.BLUE, linewidth=1.8, marker="o", markersize=3, label="IoU, mean of pairs")
+    right.fill_between(
+        x, pairs_LP.min(1), pairs_LP.max(1), color=style.BLUE, alpha=0.2, linewidth=0, label="IoU, all pairs"
+    )
+    right.plot(
+        x, pairs_LP.mean(1), color=style.BLUE, linewidth=1.8, marker="o", markersize=3, label="IoU, mean of pairs"
+    )
     if union_L is not None:
         right.plot(x, union_L, color=style.ORANGE, linewidth=1.8, marker="s", markersize=3, label="kept by any expert")
     right.set_ylim(0, 1.02)
@@ -206,21 +219,25 @@ def stages_figure(stages: Mapping[str, Mapping[str, float]], means: Mapping[str,
     table[~np.isfinite(table)] = np.nan
     y = np.arange(len(rows))
     known = np.isfinite(table).any(0)
-    axes.hlines(y[known], np.nanmin(table[:, known], 0), np.nanmax(table[:, known], 0), color=LINE, linewidth=2.5, zorder=1)
+    axes.hlines(
+        y[known], np.nanmin(table[:, known], 0), np.nanmax(table[:, known], 0), color=LINE, linewidth=2.5, zorder=1
+    )
     for s, label in enumerate(stages):
         if s == 0:
             look: dict[str, Any] = {"marker": "|", "color": INK, "markersize": 11, "markeredgewidth": 2.4}
         else:
             look = {"marker": _STAGE_MARKS[s % 7], "color": _STAGE_COLOURS[(s - 1) % 7], "markersize": 6.5}
             look |= {"markeredgecolor": PAPER, "markeredgewidth": 0.6}
-        axes.plot(table[s], y, linestyle="none", label=label, zorder=3 + s, **look)
-    axes.set_yticks([row for row, name in enumerate(rows) if name], [name for name in rows if name])
+        axes.plot(table[s], y, linestyle="none", label=style.plain(label), zorder=3 + s, **look)
+    axes.set_yticks([row for row, name in enumerate(rows) if name], [style.plain(name) for name in rows if name])
     axes.get_yticklabels()[-1].set_fontweight("bold")
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     _plain_log(axes.xaxis, np.nanmin(table), np.nanmax(table))
-    style.legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(5, len(stages)), handletextpad=0.4, columnspacing=1.4)
+    style.legend(
+        axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(5, len(stages)), handletextpad=0.4, columnspacing=1.4
+    )
     return figure
 
 
@@ -229,7 +246,9 @@ def _plain_log(axis: Any, low: float, high: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     wide = high / low > 8
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), numticks=40))
+    axis.set_major_locator(
+        LogLocator(10, subs=(1, 2, 5) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), numticks=40)
+    )
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -312,8 +331,8 @@ def domain_figure(share_DE: ArrayLike, names: Sequence[str], home: Sequence[int 
             continue
         style.dress(axes, grid="y")
         name = names[index] if len(names[index]) <= 16 else f"{names[index][:15]}…"
-        axes.set_title(name, fontsize=SIZE, color=INK, loc="left", pad=3)
-        bars = axes.bar(x, share_DE[index], 0.78, color=[style.colour(e) for e in x])
+        axes.set_title(style.plain(name), fontsize=SIZE, color=INK, loc="left", pad=3)
+        bars = axes.bar(x, share_DE[index], 0.78, color=[style.colour(e) for e in range(experts)])
         for expert, bar in enumerate(bars):
             bar.set_hatch(style.hatch(expert))
             bar.set_edgecolor(PAPER)
@@ -338,7 +357,9 @@ def entropy_figure(entropy_L: ArrayLike, balance_L: ArrayLike) -> Figure:
     style.dress(axes, "layer", "entropy / log E", grid="y")
     x = np.arange(layers)
     axes.plot(x, balance_L, color=style.TEAL, linewidth=1.8, marker="s", markersize=3.5, label="load (1 = balanced)")
-    axes.plot(x, entropy_L, color=style.BLUE, linewidth=1.8, marker="o", markersize=3.5, label="one token (0 = certain)")
+    axes.plot(
+        x, entropy_L, color=style.BLUE, linewidth=1.8, marker="o", markersize=3.5, label="one token (0 = certain)"
+    )
     axes.set_ylim(-0.02, 1.05)
     _layer_ticks(axes, layers)
     style.legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from moesmith.artefact import MANIFEST, read_json, write_text
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
+from moesmith.overview import STAGES
 from moesmith.report import figures, style
+from moesmith.report.numbers import big, duration, number, percent
 from moesmith.report.routing import Routing
 
 DEAD = 0.05  # an expert is dead below this part of the uniform share
-_STAGES = ("domains", "moments", "affinity", "carve", "router", "experts", "export", "evaluate")
 _MODELS = {
     "parent": "parent (dense)",
     "carve": "carved",
@@ -56,7 +57,9 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     template = _template()
     sections = {
         "perplexity": _section(_perplexity, source, "This run has not been evaluated."),
-        "affinity": _section(_affinity, source, "This run did not mine affinity: no matrix decided who shares an expert."),
+        "affinity": _section(
+            _affinity, source, "This run did not mine affinity: no matrix decided who shares an expert."
+        ),
         "overlap": _section(_overlap, source, "Overlap needs a carving with two experts or more."),
         "training": _section(_training, source, "Nothing was trained in this run."),
         "routing": _section(_routing, source, "No routing was recorded: the run has one expert, or is not evaluated."),
@@ -88,7 +91,7 @@ class _Source:
 
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
-        return {s: read_json(self.stage(s) / MANIFEST) for s in _STAGES if (self.stage(s) / MANIFEST).is_file()}
+        return {s: read_json(self.stage(s) / MANIFEST) for s in STAGES if (self.stage(s) / MANIFEST).is_file()}
 
     @cached_property
     def experts(self) -> int:
@@ -123,13 +126,13 @@ class _Source:
         return sorted(names, key=lambda name: self.home.get(name, len(self.clusters)))
 
 
-class _Absent(Exception):
+class _AbsentError(Exception):
     """A section's source is not there."""
 
 
 def _present(path: Path) -> Path:
     if not path.is_file():
-        raise _Absent
+        raise _AbsentError
     return path
 
 
@@ -137,7 +140,7 @@ def _section(build: Callable[[_Source], dict[str, Any]], source: _Source, senten
     """A section's content, or ``{"absent": sentence}``."""
     try:
         return build(source)
-    except _Absent:
+    except _AbsentError:
         return {"absent": sentence}
     except (MoesmithError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return {"absent": f"This part could not be read ({type(error).__name__}: {error})."}
@@ -147,50 +150,24 @@ def _template() -> Any:
     try:
         import matplotlib  # noqa: F401
         from jinja2 import Environment
+        from markupsafe import Markup
     except ImportError as error:
         raise MoesmithError("the report needs matplotlib and jinja2", "pip install 'moesmith[report]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "percent": percent, "duration": duration, "big": big}
-    return environment.from_string((files("moesmith.report") / "page.html").read_text(encoding="utf-8"))
+    environment.globals |= {"css": Markup(_own("page.css")), "script": Markup(_own("page.js"))}
+    return environment.from_string(_own("page.html"))
+
+
+def _own(name: str) -> str:
+    """A file that lies beside this module."""
+    return (files("moesmith.report") / name).read_text(encoding="utf-8")
 
 
 def _picture(figure: Any, name: str, description: str) -> Any:
     from markupsafe import Markup
 
     return Markup(style.to_svg(figure, name, description))
-
-
-def number(value: Any) -> str:
-    """Three or four digits, as much as a perplexity or a loss is worth; a dash for what is unknown."""
-    if isinstance(value, str | bool):
-        return str(value)
-    if value is None or not math.isfinite(value):
-        return "–"
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{value:,.0f}"
-    size = abs(value)
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}" if size >= 100 else f"{value:.3g}" if size < 1 else f"{value:.2f}"
-
-
-def percent(value: float) -> str:
-    """A share in per cent, three digits."""
-    return f"{100 * value:.3g}\N{NO-BREAK SPACE}%"
-
-
-def big(value: float) -> str:
-    """A count with its unit: 134.5 M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.{2 if unit == 'B' else 1}f} {unit}"
-    return f"{value:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as s, min or h."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _line(expert: int) -> str:
@@ -213,7 +190,7 @@ def _summary(source: _Source) -> dict[str, Any]:
         stages = source.evaluation["stages"]
         found["domains"] = len(stages["parent"]["domains"])
         found["before"], found["after"] = stages["parent"]["geomean"], stages[list(stages)[-1]]["geomean"]
-    except (_Absent, MoesmithError, LookupError, TypeError):
+    except (_AbsentError, MoesmithError, LookupError, TypeError):
         pass  # not evaluated yet: the page says so in its section
     return found
 
@@ -286,7 +263,7 @@ def _overlap(source: _Source) -> dict[str, Any]:
     _present(source.stage("carve") / "carving.json")
     carving = Carving.load(source.stage("carve"))
     if carving.gate.experts < 2:
-        raise _Absent
+        raise _AbsentError
     iou, union, widths = (x.numpy().astype(float) for x in (carving.overlap(), carving.union(), carving.widths()))
     pairs = iou[:, *np.triu_indices(carving.gate.experts, 1)]
     kept = float(widths.mean() / carving.d_ff)
@@ -326,8 +303,11 @@ def _training(source: _Source) -> dict[str, Any]:
             }
         )
     if not curves:
-        raise _Absent
-    return {"figure": _picture(figures.training_figure(curves), "training", "Training loss over tokens"), "facts": facts}
+        raise _AbsentError
+    return {
+        "figure": _picture(figures.training_figure(curves), "training", "Training loss over tokens"),
+        "facts": facts,
+    }
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -346,7 +326,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 def _routing(source: _Source) -> dict[str, Any]:
     routing = source.routing
     if routing.experts < 2:
-        raise _Absent
+        raise _AbsentError
     names = source.in_order(routing.domains)
     share = routing.share()[[routing.domains.index(name) for name in names]]
     home = [source.home.get(name) for name in names]
@@ -384,7 +364,7 @@ def _text(source: _Source) -> dict[str, Any]:
         for sample in sorted(routing.samples, key=lambda s: source.home.get(s.domain, len(source.clusters)))
     ]
     if not samples or routing.experts < 2:
-        raise _Absent
+        raise _AbsentError
     layers, _, top_k = routing.samples[0].ids_LTK.shape
     return {"layers": layers, "top_k": top_k, "samples": samples}
 

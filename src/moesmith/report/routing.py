@@ -88,7 +88,10 @@ class Routing:
     def dead(self, threshold: float = 0.05) -> list[tuple[int, int, float]]:
         """Experts chosen less than ``threshold`` times the uniform share: (layer, expert, load)."""
         load_LE = self.load_LE
-        return [(int(layer), int(e), float(load_LE[layer, e])) for layer, e in np.argwhere(load_LE < threshold / self.experts)]
+        return [
+            (int(layer), int(e), float(load_LE[layer, e]))
+            for layer, e in np.argwhere(load_LE < threshold / self.experts)
+        ]
 
     def _over_log(self, entropy_L: NDArray[np.float64]) -> NDArray[np.float64]:
         return entropy_L / np.log(self.experts) if self.experts > 1 else np.zeros_like(entropy_L)
@@ -101,7 +104,11 @@ class Routing:
         arrays["text"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        write_atomic(Path(path), lambda temporary: temporary.write_bytes(buffer.getvalue()) and None)
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(buffer.getvalue())
+
+        write_atomic(Path(path), write)
 
     @classmethod
     def load(cls, path: str | Path) -> Routing:
@@ -118,7 +125,9 @@ class Routing:
                     counts_DLE=arrays["counts_DLE"],
                     entropy_DL=arrays["entropy_DL"],
                     tokens_D=arrays["tokens_D"],
-                    samples=[Sample(name, tokens, arrays[f"sample_{i}"]) for i, (name, tokens) in enumerate(text["samples"])],
+                    samples=[
+                        Sample(name, tokens, arrays[f"sample_{i}"]) for i, (name, tokens) in enumerate(text["samples"])
+                    ],
                 )
         except FileNotFoundError:
             raise
@@ -194,22 +203,21 @@ def record_routing(
     Raises:
         MoesmithError: the model has no router, or one without the (logits, weights, ids) contract.
     """
+    body = model.base_model  # the language-model head has no part in routing
     counts, entropies, samples = [], [], []
     with _hooked(model) as seen:
         for name, blocks in texts_by_domain.items():
-            count_LE: Tensor | int = 0
-            entropy_L: Tensor | float = 0.0
+            count_PLE, entropy_PL = [], []  # P parts
             for part in blocks.split(batch):
                 seen.clear()
-                model(input_ids=part.to(model.device), use_cache=False)
-                layers = [(torch.bincount(ids.flatten(), minlength=logits.shape[-1]), _entropy(logits)) for logits, ids in seen]
-                count_LE = count_LE + torch.stack([count for count, _ in layers]).cpu()
-                entropy_L = entropy_L + torch.stack([entropy for _, entropy in layers]).cpu()
-            counts.append(count_LE)
-            entropies.append(entropy_L / blocks.numel())
+                body(input_ids=part.to(model.device), use_cache=False)
+                count_PLE.append(torch.stack([_counts(logits, ids) for logits, ids in seen]))
+                entropy_PL.append(torch.stack([_entropy(logits) for logits, _ in seen]))
+            counts.append(torch.stack(count_PLE).sum(0).cpu())
+            entropies.append(torch.stack(entropy_PL).sum(0).cpu() / blocks.numel())
             start = blocks[:1, :SAMPLE_TOKENS]
             seen.clear()
-            model(input_ids=start.to(model.device), use_cache=False)
+            body(input_ids=start.to(model.device), use_cache=False)
             ids_LTK = torch.stack([ids for _, ids in seen]).cpu().numpy().astype(np.int64)
             samples.append(Sample(name, pieces(tokenizer, start[0].tolist()), ids_LTK))
     return Routing(
@@ -219,6 +227,11 @@ def record_routing(
         tokens_D=np.array([blocks.numel() for blocks in texts_by_domain.values()]),
         samples=samples,
     )
+
+
+def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """How often each expert is among the ids, (E,) int64."""
+    return torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[-1])
 
 
 def _entropy(logits_TE: Tensor) -> Tensor:
@@ -231,7 +244,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """The readable part that each token adds to the text; joined, the pieces are the decoded text."""
     found, done = [], ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
         whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
         found.append(text[len(done) :] if whole else "")
         done = text if whole else done

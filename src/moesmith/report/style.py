@@ -43,6 +43,11 @@ def hatch(expert: int) -> str:
     return HATCHES[expert // len(EXPERT_COLOURS) % len(HATCHES)]
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib shall not read as a formula."""
+    return text.replace("$", r"\$")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure (inches) that belongs to no global state.
 
@@ -78,12 +83,16 @@ def heatmap(axes: Axes, matrix: NDArray[Any], norm: Any, cmap: str = DIVERGING) 
     return image
 
 
-def annotate(axes: Axes, image: Any, matrix: NDArray[Any], text: Callable[[float], str], size: float = SIZE - 2) -> None:
+def annotate(
+    axes: Axes, image: Any, matrix: NDArray[Any], text: Callable[[float], str], size: float = SIZE - 2
+) -> None:
     """Write every cell's number in black or white, whichever reads better on its colour."""
     for (row, column), value in np.ndenumerate(matrix):
         red, green, blue, _ = image.cmap(image.norm(value))
         bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.55
-        axes.text(column, row, text(value), ha="center", va="center", fontsize=size, color=ON_LIGHT if bright else ON_DARK)
+        axes.text(
+            column, row, text(value), ha="center", va="center", fontsize=size, color=ON_LIGHT if bright else ON_DARK
+        )
 
 
 def colourbar(figure: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
@@ -121,10 +130,13 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     _, _, width, height = (float(number) for number in re.findall(r'viewBox="([^"]+)"', head)[0].split())
     svg = (
         f'<svg viewBox="0 0 {width:g} {height:g}" width="{width * 4 / 3:.0f}" role="img" '
+        f'style="--natural: {width * 4 / 3:.0f}px" '
         f'aria-label="{escape(description)}">' + svg[len(head) :]
     )
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'xlink:href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-").replace("xlink:href", "href")
+    svg = (
+        re.sub(r'xlink:href="#', f'href="#{name}-', svg).replace("url(#", f"url(#{name}-").replace("xlink:href", "href")
+    )
     svg = re.sub(r"font: ((?:\w+ )*[\d.]+px) [^;\"]+", r"font: \1 var(--sans, sans-serif)", svg)
     for value, variable in _THEME.items():
         svg = svg.replace(value, f"var({variable}, {value})")

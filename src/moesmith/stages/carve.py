@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesmith import affinity as mining
-from moesmith.artefact import read_json, read_tensors, write_json, write_text
+from moesmith.artefact import read_json, write_json, write_text
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
@@ -140,7 +140,7 @@ def carve_stage(run: Run, parent: Parent) -> Path:
                 layer.router_ED = random_router(spec.experts, parent.D, generator)
             if spec.experts > 1 and start.noise:
                 layer.noise_ED = random_router(spec.experts, parent.D, generator)
-        carving.provenance = {"recipe": recipe.name, "clusters": clusters, "parent": run.inputs}
+        carving.provenance = {"method": spec.method, "clusters": clusters, "parent": run.inputs}
         carving.save(work)
         iou = carving.overlap()[:, ~torch.eye(spec.experts, dtype=torch.bool)]
         metrics |= {"union": round(float(carving.union().mean()), 4)} | carving.parameters(parent)
@@ -151,7 +151,6 @@ def carve_stage(run: Run, parent: Parent) -> Path:
         "router": start.model_dump(),
         "scale": recipe.stage1.gate_temperature,
         "random_groups": recipe.affinity.method == "random",
-        "name": recipe.name,
     }
     return run.stage("carve", ["affinity"], settings, body)
 
@@ -232,8 +231,3 @@ def _write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     write_text(path, buffer.getvalue())
-
-
-def evaluation_of(run: Run) -> dict[str, Tensor]:
-    """Evaluation blocks by domain, (N, window) int64."""
-    return {name: ids.long() for name, ids in read_tensors(run.path("domains") / "evaluation.safetensors").items()}

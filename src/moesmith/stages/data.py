@@ -1,4 +1,4 @@
-"""Stages *domains* (all text becomes token windows, once) and *moments* (statistics of the parent per domain)."""
+"""Stages *domains* and *corpus* (text becomes tokens, once) and *moments* (statistics of the parent per domain)."""
 
 from __future__ import annotations
 
@@ -15,47 +15,54 @@ from moesmith.moments import Moments, channel_moments
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
 from moesmith.recipe import Recipe, TrainSection
-from moesmith.text import Domain, evaluation_blocks, sample_windows, training_blocks
+from moesmith.text import Domain, evaluation_blocks, must_hold, sample_windows, training_blocks
 
 
 def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
-    """Tokenise: calibration windows, evaluation blocks and training sequences of every domain.
-
-    Raises:
-        MoesmithError: a window longer than the model reads, or a domain too short for one window.
-    """
+    """Calibration windows of every domain."""
     recipe = run.recipe
-    check_windows(recipe, parent)
+    spec = recipe.domains
 
     def body(work: Path) -> dict[str, Any]:
-        windows, evaluation, counts = {}, {}, {}
-        for domain in domains:
-            window = sample_windows(domain, parent.tokenizer, recipe.domains.tokens, recipe.domains.window, recipe.seed)
-            packed = evaluation_blocks(domain, parent.tokenizer, recipe.evaluate.tokens, recipe.evaluate.window)
-            windows[domain.name], evaluation[domain.name] = window.to(torch.int32), packed.blocks.to(torch.int32)
-            counts[domain.name] = {
-                "calibration_tokens": window.numel(),
-                "evaluation_tokens": packed.blocks.numel(),
-                "evaluation_tokens_left_over": packed.dropped,
-            }
-        write_tensors(work / "windows.safetensors", windows)
-        write_tensors(work / "evaluation.safetensors", evaluation)
-        training, epochs = {}, {}
-        for name, spec in stages_to_train(recipe).items():
-            offset = 0 if name == "stage1" else 1
+        windows = {
+            domain.name: sample_windows(domain, parent.tokenizer, spec.tokens, spec.window, recipe.seed)
+            for domain in domains
+        }
+        write_tensors(work / "windows.safetensors", {name: ids.to(torch.int32) for name, ids in windows.items()})
+        return {"calibration_tokens": {name: ids.numel() for name, ids in windows.items()}}
+
+    names = [domain.name for domain in domains]
+    return run.stage("domains", [], {"names": names, "tokens": spec.tokens, "window": spec.window}, body)
+
+
+def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
+    """Held-out evaluation blocks of every domain, and the training sequences of each stage."""
+    recipe, training = run.recipe, stages_to_train(run.recipe)
+
+    def body(work: Path) -> dict[str, Any]:
+        held_out = {
+            domain.name: evaluation_blocks(domain, parent.tokenizer, recipe.evaluate.tokens, recipe.evaluate.window)
+            for domain in domains
+        }
+        blocks = {name: packed.blocks.to(torch.int32) for name, packed in held_out.items()}
+        write_tensors(work / "evaluation.safetensors", blocks)
+        sequences, epochs = {}, {}
+        for offset, (name, spec) in enumerate(training.items()):
             packed = training_blocks(domains, parent.tokenizer, spec.tokens, spec.window, recipe.seed + offset)
-            training[name] = packed.blocks.to(torch.int32)
-            epochs[name] = packed.epochs
-        write_tensors(work / "training.safetensors", training)
-        return {"domains": counts, "training_epochs": epochs}
+            sequences[name], epochs[name] = packed.blocks.to(torch.int32), packed.epochs
+        write_tensors(work / "training.safetensors", sequences)
+        return {
+            "evaluation_tokens": {name: packed.blocks.numel() for name, packed in held_out.items()},
+            "evaluation_tokens_left_over": {name: packed.dropped for name, packed in held_out.items()},
+            "training_epochs": epochs,
+        }
 
     settings = {
         "names": [domain.name for domain in domains],
-        "domains": recipe.domains.model_dump(),
         "evaluate": recipe.evaluate.model_dump(),
-        "training": {name: [spec.tokens, spec.window] for name, spec in stages_to_train(recipe).items()},
+        "training": {name: [spec.tokens, spec.window] for name, spec in training.items()},
     }
-    return run.stage("domains", [], settings, body)
+    return run.stage("corpus", [], settings, body)
 
 
 def stages_to_train(recipe: Recipe) -> dict[str, TrainSection]:
@@ -66,19 +73,36 @@ def stages_to_train(recipe: Recipe) -> dict[str, TrainSection]:
     return {name: spec for name, spec in both.items() if spec.tokens}
 
 
+def _evaluation_windows(recipe: Recipe) -> dict[str, int]:
+    mined = recipe.carve.method == "dive" and recipe.affinity.method == "perplexity"
+    return {"evaluate.window": recipe.evaluate.window} | ({"affinity.window": recipe.affinity.window} if mined else {})
+
+
 def check_windows(recipe: Recipe, parent: Parent) -> None:
     """Refuse windows that the parent cannot read."""
     limit = getattr(parent.config, "max_position_embeddings", None) or 1 << 30
-    used = {"domains.window": recipe.domains.window, "evaluate.window": recipe.evaluate.window}
+    used = {"domains.window": recipe.domains.window} | _evaluation_windows(recipe)
     used |= {f"{name}.window": spec.window for name, spec in stages_to_train(recipe).items()}
     for key, window in used.items():
         if window > limit:
             raise MoesmithError(f"{key} is {window}, but the model reads {limit} tokens", f"Lower {key}.")
 
 
+def check_text(recipe: Recipe, parent: Parent, domains: Sequence[Domain]) -> None:
+    """Refuse a domain with less text in a split than one window."""
+    longest = max(_evaluation_windows(recipe).values())
+    for domain in domains:
+        must_hold(domain, parent.tokenizer, recipe.domains.window, longest)
+
+
 def windows_of(run: Run) -> dict[str, Tensor]:
     """Calibration windows by domain, (N, window) int64."""
     return {name: ids.long() for name, ids in read_tensors(run.path("domains") / "windows.safetensors").items()}
+
+
+def evaluation_of(run: Run) -> dict[str, Tensor]:
+    """Evaluation blocks by domain, (N, window) int64."""
+    return {name: ids.long() for name, ids in read_tensors(run.path("corpus") / "evaluation.safetensors").items()}
 
 
 def moments_stage(run: Run, parent: Parent, names: Sequence[str]) -> Path:

@@ -12,14 +12,15 @@ from moesmith.artefact import MANIFEST, read_json, write_json, write_text
 from moesmith.card import model_card
 from moesmith.carving import Carving
 from moesmith.console import say
+from moesmith.errors import MoesmithError
 from moesmith.evaluate import geometric_mean, perplexity
 from moesmith.export.stock import stock_reference, write_stock
 from moesmith.export.verify import verify_stock
 from moesmith.moe import build
-from moesmith.parents import Parent, quiet
+from moesmith.parents import Parent, checked, first_line, quiet
 from moesmith.pipeline import Run
 from moesmith.report.routing import record_routing
-from moesmith.stages.carve import evaluation_of
+from moesmith.stages.data import evaluation_of
 
 
 def export_stage(run: Run, parent: Parent, before: str) -> Path:
@@ -39,11 +40,22 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
             say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
         return metrics | carving.parameters(parent)
 
-    return run.stage("export", [before], {}, body)
+    return run.stage("export", [before, "corpus"], {}, body, shared=False)  # the model itself lies elsewhere
+
+
+def baseline_stage(run: Run, parent: Parent) -> Path:
+    """Perplexity per domain of the dense parent."""
+
+    def body(work: Path) -> dict[str, Any]:
+        result = _perplexities(parent.model, evaluation_of(run), "parent")
+        write_json(work / "parent.json", result)
+        return {"perplexity": result["geomean"]}
+
+    return run.stage("baseline", ["corpus"], {}, body)
 
 
 def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
-    """Perplexity per domain of the parent and of every stage's carving, and the finished model's routing.
+    """Perplexity per domain of every stage's carving beside the parent's, and the finished model's routing.
 
     The last stage is measured on ``RUN/model`` itself, loaded by plain transformers.
     """
@@ -51,30 +63,27 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
 
     def body(work: Path) -> dict[str, Any]:
         blocks = evaluation_of(run)
-        results: dict[str, Any] = {}
-        for name in ["parent", *made]:
+        results = {"parent": read_json(run.path("baseline") / "parent.json")}
+        finished = load_stock(folder, parent)
+        for name in made:
             path = work / f"{name}.json"
             if not path.is_file():
                 last = name == made[-1]
-                if name == "parent":
-                    model = parent.model
-                elif last:
-                    model = load_stock(folder, parent)
-                else:
-                    model = build(parent, Carving.load(run.path(name)), "sliced")
+                model = finished if last else build(parent, Carving.load(run.path(name)), "sliced")
                 write_json(path, _perplexities(model, blocks, name))
             results[name] = read_json(path)
         spec = run.recipe.evaluate
         summary = {"stages": results, "window": spec.window, "tokens": sum(b.numel() for b in blocks.values())}
         write_json(work / "evaluation.json", summary)
         if run.recipe.carve.experts > 1:
-            model = load_stock(folder, parent)
             few = {name: block[: max(1, 2048 // block.shape[1])] for name, block in blocks.items()}
-            record_routing(model, parent.tokenizer, few, 4).save(work / "routing.npz")
+            record_routing(finished, parent.tokenizer, few, 4).save(work / "routing.npz")
         return {name: result["geomean"] for name, result in results.items()}
 
-    final = run.stage("evaluate", ["domains", *made, "export"], {"made": made}, body)
-    write_text(folder / "README.md", model_card(run))
+    final = run.stage("evaluate", ["baseline", *made, "export"], {"made": made}, body)
+    card, text = folder / "README.md", model_card(run)
+    if not card.is_file() or card.read_text(encoding="utf-8") != text:
+        write_text(card, text)
     return final
 
 
@@ -85,7 +94,17 @@ def _perplexities(model: PreTrainedModel, blocks: dict[str, Tensor], label: str)
 
 
 def load_stock(folder: Path, parent: Parent) -> PreTrainedModel:
-    """The finished folder, as anybody would load it."""
-    with quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=parent.model.dtype)
-    return model.to(parent.device).eval()
+    """The finished folder, as anybody would load it.
+
+    Raises:
+        MoesmithError: it is damaged.
+    """
+    cure = "Delete it and run the same 'moesmith convert' again."
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=parent.model.dtype, output_loading_info=True
+            )
+    except Exception as error:  # transformers and safetensors each have their own error types
+        raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", cure) from error
+    return checked(loaded, str(folder)).to(parent.device).eval()

@@ -83,13 +83,13 @@ def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str,
         parameters = prepare(model, spec, run.recipe.seed)
         count = sum(p.numel() for p in parameters.values())
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
-        blocks = read_tensors(run.path("domains") / "training.safetensors")[section].long()
+        blocks = read_tensors(run.path("corpus") / "training.safetensors")[section].long()
         teacher = parent.model if distilled else None
         outcome = train(model, parameters, blocks, spec, work, teacher=teacher, seed=run.recipe.seed, label=name)
         harvest(model, carving, parameters).save(work)
         return outcome.metrics()
 
-    return run.stage(name, [before], spec.model_dump(), body)
+    return run.stage(name, [before, "corpus"], spec.model_dump(), body)
 
 
 def router_stage(run: Run, parent: Parent) -> Path:

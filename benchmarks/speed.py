@@ -1,0 +1,223 @@
+"""Speed and memory of the core, each as a ratio within one run on SmolLM2-135M.
+
+    python benchmarks/speed.py --out benchmarks/results/speed.json        # about 8 minutes on two idle cores
+    python benchmarks/speed.py --rounds 2 --tokens 512 --only moments     # a quick look
+
+The two sides of a ratio take turns (A B A B …), and the ratio is the median of the rounds' ratios, so a machine whose
+speed drifts does not decide it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from moesmith.artefact import write_json
+from moesmith.carving import CarvedLayer, Carving
+from moesmith.evaluate import perplexity
+from moesmith.gates import GateSpec
+from moesmith.moe import build, share
+from moesmith.moments import channel_moments
+from moesmith.parents import Parent, load_parent
+from moesmith.pipeline import versions
+from moesmith.recipe import TrainSection
+from moesmith.stages.training import prepare
+from moesmith.train import Masters, Student
+
+Step = Callable[[], None]
+
+
+def ratio(a: Step, b: Step, rounds: int) -> dict[str, float]:
+    """Median seconds of both sides and the median of their ratios, rounds interleaved, one warm-up each."""
+    times: list[tuple[float, float]] = []
+    for number in range(rounds + 1):
+        pair = []
+        for side in (a, b):
+            started = time.perf_counter()
+            side()
+            pair.append(time.perf_counter() - started)
+        if number:
+            times.append((pair[0], pair[1]))
+    ratios = sorted(x / y for x, y in times)
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_min": round(ratios[0], 3),
+        "ratio_max": round(ratios[-1], 3),
+        "seconds_ours": round(statistics.median(x for x, _ in times), 3),
+        "seconds_other": round(statistics.median(y for _, y in times), 3),
+    }
+
+
+def random_carving(parent: Parent, experts: int, compensation: str, kept: int) -> Carving:
+    """Random channels and routers: speed does not depend on which."""
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for ffn in parent.ffns:
+        channels = [torch.randperm(parent.F, generator=generator)[:kept].sort().values for _ in range(experts)]
+        layer = CarvedLayer(channels, torch.randn(experts, parent.D, generator=generator) / parent.D**0.5)
+        if compensation == "bias":
+            layer.bias_ED = torch.zeros(experts, parent.D)
+        if compensation == "refit":
+            layer.down = [ffn.down_DF[:, c].clone() for c in channels]
+        layers.append(layer)
+    return Carving(layers, GateSpec(experts=experts, top_k=1), parent.F, compensation)  # type: ignore[arg-type]
+
+
+def blocks(parent: Parent, tokens: int, window: int) -> torch.Tensor:
+    """Random token ids: the work does not depend on them."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, parent.config.vocab_size, (max(1, tokens // window), window), generator=generator)
+
+
+def train_step(student: Student, masters: Masters, ids: torch.Tensor) -> Step:
+    """One whole training step: forward, loss, backward, optimiser."""
+
+    def step() -> None:
+        student(ids).backward()
+        masters.step(1e-4, 1.0)
+
+    return step
+
+
+def routed(parent: Parent, compensation: str, form: str, ids: torch.Tensor) -> Step:
+    """A stage-1 step: dense gate over eight experts, routers trained."""
+    spec = TrainSection(gate="dense", gate_temperature=0.05, tokens=1)
+    model = build(parent, random_carving(parent, 8, compensation, parent.F // 2), form).train()  # type: ignore[arg-type]
+    parameters = prepare(model, spec, 0)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return train_step(Student(model, None, spec), Masters(parameters, spec), ids)
+
+
+def frozen_dense(parent: Parent, ids: torch.Tensor) -> Step:
+    """A training step through the frozen parent: the gradient reaches one vector added to the embeddings."""
+    model = share(parent.model).requires_grad_(False).train()
+    model.model.embed_tokens.register_forward_hook(lambda _m, _a, out: out + nudge)
+    nudge = torch.nn.Parameter(torch.zeros(parent.D, dtype=parent.model.dtype))
+    spec = TrainSection(tokens=1)
+    return train_step(Student(model, None, spec), Masters({"nudge": nudge}, spec), ids)
+
+
+def grouped_lora(parent: Parent, ids: torch.Tensor) -> Step:
+    """A stage-2 step: LoRA on the experts and norms, top-1 of eight."""
+    spec = TrainSection(tokens=1, lora_rank=8, norms=True)
+    model = build(parent, random_carving(parent, 8, "refit", parent.F // 2), "sliced").train()
+    parameters = prepare(model, spec, 0)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return train_step(Student(model, None, spec), Masters(parameters, spec), ids)
+
+
+def peft_lora(parent: Parent, ids: torch.Tensor) -> Step:
+    """A LoRA step on the dense parent with PEFT, same rank, dropout and projections."""
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["gate_proj", "up_proj", "down_proj"])
+    wrapped = get_peft_model(share(parent.model).requires_grad_(False), config, autocast_adapter_dtype=False).train()
+    parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    spec = TrainSection(tokens=1)
+    return train_step(Student(wrapped.get_base_model(), None, spec), Masters(parameters, spec), ids)
+
+
+def peak_memory(work: Step) -> int:
+    """Growth of the resident set's high-water mark while ``work`` runs, in bytes (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure(parent: Parent, tokens: int, rounds: int, only: list[str] | None) -> dict[str, Any]:
+    """Every ratio, by name, with the bound it is held against."""
+    window = blocks(parent, tokens, 256)
+    sequences = blocks(parent, tokens, 512)
+    pruned = build(parent, random_carving(parent, 1, "bias", parent.F // 2))
+
+    def plain() -> None:
+        with torch.no_grad():
+            for ids in window.split(8):
+                parent.model(input_ids=ids, use_cache=False)
+
+    def ours() -> None:
+        channel_moments(parent, window)
+
+    def close(a: Step, b: Step, bound: float) -> dict[str, Any]:
+        found: dict[str, Any] = ratio(a, b, rounds)
+        return found | {"at_most": bound}
+
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        "moments: time over a plain forward pass": lambda: close(ours, plain, round(1 / 0.9, 3)),
+        "moments: peak memory over a plain forward pass": lambda: _memory(parent, ours, plain),
+        "perplexity of a pruned model: time over the dense model's": lambda: close(
+            lambda: void(perplexity(pruned, sequences)), lambda: void(perplexity(parent.model, sequences)), 0.85
+        ),
+        "stage 1, bias, masked: step over a frozen dense step": lambda: close(
+            routed(parent, "bias", "masked", sequences), frozen_dense(parent, sequences), 1.35
+        ),
+        "stage 1, refit, masked: step over a frozen dense step": lambda: close(
+            routed(parent, "refit", "masked", sequences), frozen_dense(parent, sequences), 2.2
+        ),
+        "stage 1, bias, all eight experts run (as published): step over a frozen dense step": lambda: ratio(
+            routed(parent, "bias", "sliced", sequences), frozen_dense(parent, sequences), rounds
+        ),
+        "stage 2: step over PEFT's LoRA step on the dense parent": lambda: close(
+            grouped_lora(parent, sequences), peft_lora(parent, sequences), 0.95
+        ),
+    }
+    found = {}
+    for name, case in cases.items():
+        if only and not any(word in name for word in only):
+            continue
+        found[name] = case()
+        print(name, json.dumps(found[name]), flush=True)
+        gc.collect()
+    return found
+
+
+def void(_value: object) -> None:
+    """Throw a result away."""
+
+
+def _memory(parent: Parent, ours: Step, plain: Step) -> dict[str, Any]:
+    weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
+    plain()
+    mine, other = peak_memory(ours), peak_memory(plain)
+    return {
+        "ratio": round((weights + mine) / (weights + other), 3),
+        "at_most": 1.15,
+        "bytes_weights": weights,
+        "bytes_ours": mine,
+        "bytes_other": other,
+    }
+
+
+def main() -> None:
+    """Measure and write JSON."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", default="smollm2-135m")
+    options.add_argument("--tokens", type=int, default=2048, help="tokens per step")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--only", nargs="*", help="words of the cases to run")
+    options.add_argument("--out", type=Path)
+    given = options.parse_args()
+    results = measure(load_parent(given.model), given.tokens, given.rounds, given.only)
+    setting = {"model": given.model, "tokens": given.tokens, "rounds": given.rounds, "threads": torch.get_num_threads()}
+    if given.out:
+        write_json(given.out, {"setting": setting | versions(), "results": results})
+
+
+if __name__ == "__main__":
+    main()

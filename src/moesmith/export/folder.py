@@ -1,0 +1,82 @@
+"""A model's folder on disk: whole or absent, weights in shards, tokenizer and generation config beside them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from moesmith.artefact import write_json, write_tensors
+from moesmith.errors import MoesmithError
+from moesmith.parents import Parent
+
+SHARD_BYTES = 4 * 2**30
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder to fill, renamed to ``folder`` at the end; an error leaves ``folder`` as it was.
+
+    Raises:
+        MoesmithError: ``folder`` is a file, or holds files and no model.
+    """
+    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise MoesmithError(f"{folder} exists and holds no model", "Give another folder, or delete it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(work, folder)
+    except OSError as error:
+        raise MoesmithError(
+            f"cannot write {folder}: {error.strerror or error}", "Free disk space and run again."
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Write safetensors of at most about :data:`SHARD_BYTES` each, with an index if there are several; total bytes."""
+    shards: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        write_tensors(folder / f"part-{len(shards)}", shard, {"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    filled = 0
+    for name, tensor in tensors:
+        if shard and filled + tensor.nbytes > SHARD_BYTES:
+            flush()
+            filled = 0
+        shard[name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return total
+    index: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"part-{number}").rename(folder / file)
+        index |= dict.fromkeys(names, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    return total
+
+
+def write_companions(parent: Parent, folder: Path) -> None:
+    """What a model needs besides weights: tokenizer, chat template, generation config."""
+    parent.tokenizer.save_pretrained(folder)
+    if parent.model.generation_config is not None:  # as it is: its own save refuses what older models carry
+        write_json(folder / "generation_config.json", parent.model.generation_config.to_diff_dict())
