@@ -26,7 +26,7 @@ def test_without_renormalisation_the_raw_mass_stays() -> None:
 
 def test_top_1_weight_is_exactly_one_and_gives_no_gradient() -> None:
     logits = torch.randn(20, 8, requires_grad=True)
-    weights, ids = select(logits, GateSpec(experts=8, top_k=1))
+    weights, _ = select(logits, GateSpec(experts=8, top_k=1))
     assert torch.equal(weights, torch.ones(20, 1))
     (weights * torch.randn(20, 1)).sum().backward()
     assert logits.grad.abs().max() == 0
@@ -50,7 +50,7 @@ def test_noise_and_the_dense_gate_only_exist_in_training() -> None:
     router.temperature = 0.5
     x = torch.randn(30, 16)
     router.eval()
-    logits, weights, ids = router(x)
+    logits, _, ids = router(x)
     assert ids.shape == (30, 1)
     assert torch.equal(logits, x @ router.weight.T)
     router.train()

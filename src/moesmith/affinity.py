@@ -53,7 +53,7 @@ def perplexity_similarity(perplexity: Array, profile: Profile = "rows") -> Array
     ``rows`` compares domains as calibration sets (default, dive.md §5), ``columns`` as test sets, ``both`` is the mean.
     """
     normal = normalise(perplexity)
-    rows, columns = np.corrcoef(normal), np.corrcoef(normal.T)
+    rows, columns = _pearson(normal), _pearson(normal.T)
     return {"rows": rows, "columns": columns, "both": (rows + columns) / 2}[profile]
 
 
@@ -66,7 +66,20 @@ def score_similarity(scores: Sequence[Tensor]) -> Array:
         scores: one (L, F) tensor per domain.
     """
     logs = np.stack([score.double().clamp_min(1e-30).log().flatten().numpy() for score in scores])
-    return np.corrcoef(logs - logs.mean(axis=0))
+    return _pearson(logs - logs.mean(axis=0))
+
+
+def _pearson(profiles: Array) -> Array:
+    """Correlation of every two rows; a row that does not vary is like no other (0).
+
+    A domain that is the best calibration set for every other one has such a row: ones throughout.
+    """
+    flat = np.ptp(profiles, axis=1) == 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.corrcoef(profiles)
+    found[flat, :] = found[:, flat] = 0
+    np.fill_diagonal(found, 1)
+    return found
 
 
 def cluster(similarity: Array, experts: int, method: Linkage = "average") -> tuple[Array, list[list[int]]]:
@@ -86,7 +99,7 @@ def cluster(similarity: Array, experts: int, method: Linkage = "average") -> tup
     distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), method)
-    labels = cut_tree(tree, n_clusters=experts)[:, 0]
+    labels = cut_tree(tree, n_clusters=[experts])[:, 0]
     groups = [np.flatnonzero(labels == label).tolist() for label in range(experts)]
     return tree, sorted(groups)
 

@@ -17,7 +17,8 @@ def model_card(run: Run) -> str:
     """Markdown with a metadata header, from what the run's manifests say."""
     recipe, evaluation = run.recipe, read_json(run.path("evaluate") / "evaluation.json")
     export = run.manifest("export")["metrics"]
-    header = {
+    name = run.inputs["model"].rstrip("/").split("/")[-1]
+    header: dict[str, object] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["mixture-of-experts", "moesmith"],
@@ -32,13 +33,14 @@ def model_card(run: Run) -> str:
         yaml.safe_dump(header, sort_keys=False).strip(),
         "---",
         "",
-        f"# {run.inputs['model'].rstrip('/').split('/')[-1]} as a Mixture-of-Experts",
+        f"# {name} as a Mixture-of-Experts",
         "",
-        f"Made from the dense model `{run.inputs['model'].rstrip('/').split('/')[-1]}` (weights `{run.inputs['model_digest']}`)"
+        f"Made from the dense model `{name}` (weights `{run.inputs['model_digest']}`)"
         f" by moesmith {run.manifest('export')['versions']['moesmith']}, recipe `{recipe.name}`.",
         "",
-        f"- {carve.experts} experts, {carve.top_k} active per token, {1 - carve.ratio:.0%} of the FFN channels per expert",
-        f"- channels: {carve.method}, score {carve.score}; compensation: {carve.compensation}; router start: {recipe.router.start}",
+        f"- {carve.experts} experts, {carve.top_k} active per token, {1 - carve.ratio:.0%} of the FFN per expert",
+        f"- channels: {carve.method}, score {carve.score}; compensation: {carve.compensation};"
+        f" router start: {recipe.router.start}",
         f"- trained: {_trained(run)}",
         f"- parameters: {export['parameters_total']:,} in total, {export['parameters_active']:,} active per token;"
         f" the dense parent has {export['parent_parameters']:,}",
@@ -50,8 +52,8 @@ def model_card(run: Run) -> str:
         "| domain | dense parent | this model |",
         "|---|---:|---:|",
     ]
-    for name, value in stages["parent"]["domains"].items():
-        lines.append(f"| {name} | {value:.2f} | {stages[last]['domains'][name]:.2f} |")
+    for domain, value in stages["parent"]["domains"].items():
+        lines.append(f"| {domain} | {value:.2f} | {stages[last]['domains'][domain]:.2f} |")
     lines.append(f"| **geometric mean** | **{stages['parent']['geomean']:.2f}** | **{stages[last]['geomean']:.2f}** |")
     lines += ["", "The licence and the limits of the dense parent apply. Recipe:", "", "```yaml"]
     lines += [yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip(), "```", ""]

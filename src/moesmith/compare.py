@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,15 @@ def continuations(folder: Path, prompt: str, tokens: int, chat: bool) -> dict[st
     if chat:
         if not tokenizer.chat_template:
             raise MoesmithError("the parent has no chat template", "Leave --chat out.")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        turns = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
     if inputs["input_ids"].shape[1] == 0:
         raise MoesmithError("the prompt is empty", "Give some text to continue.")
 
     def go_on(model: PreTrainedModel) -> str:
-        generate: Callable[..., torch.Tensor] = model.generate
+        generate: Any = model.generate
         ids = generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
     return {"dense parent": go_on(parent.model), "MoE": go_on(moe)}

@@ -71,9 +71,8 @@ class Meter:
         elif time.monotonic() - self.printed > 15:  # a log file gets a line every quarter of a minute
             self.printed = time.monotonic()
             left = (self.total - self.done) / max(rate, 1e-9)
-            say(
-                f"  {self.label}: {100 * self.done / max(self.total, 1e-9):.0f} %, {rate:,.0f} {self.unit}/s, {left:.0f} s left {detail}"
-            )
+            share = 100 * self.done / max(self.total, 1e-9)
+            say(f"  {self.label}: {share:.0f} %, {rate:,.0f} {self.unit}/s, {left:.0f} s left {detail}")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +100,14 @@ def _exp_mean(nll: Tensor) -> float:
     return float(nll.double().mean().exp())
 
 
+def perplexities(
+    model: PreTrainedModel, blocks: Mapping[str, Tensor], batch: int = 8, *, label: str = "perplexity"
+) -> dict[str, float]:
+    """:func:`perplexity` of several named texts under one progress bar."""
+    with meter(label, sum(ids.numel() for ids in blocks.values())) as bar:
+        return {name: _exp_mean(token_nll(model, ids, batch, bar=bar)) for name, ids in blocks.items()}
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """exp of the mean logarithm of positive numbers; the usual mean of perplexities."""
     return statistics.geometric_mean(values)
@@ -119,8 +127,7 @@ def domain_perplexities(
         MoesmithError: a domain has less evaluation text than one window.
     """
     blocks = {domain.name: evaluation_blocks(domain, tokenizer, tokens, window).blocks for domain in domains}
-    with meter("perplexity", sum(b.numel() for b in blocks.values())) as bar:
-        return {name: _exp_mean(token_nll(model, b, batch, bar=bar)) for name, b in blocks.items()}
+    return perplexities(model, blocks, batch)
 
 
 def _field(record: Record, name: str, path: Path, number: int) -> str:

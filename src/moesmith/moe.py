@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,14 @@ class MaskedExperts(nn.Module):
 
     Shared ``down``: y = down(a ⊙ (w M)) + w B with a (T, F) the parent's activation, w (T, E) the gate's weights,
     M (E, F) the masks and B (E, D) the compensation biases. With a refitted ``down`` per expert only the last
-    product is per expert.
+    product is per expert: its kept channels are picked, weighted and multiplied by its own matrix, all experts at once.
     """
+
+    mask_EF: Tensor
+    bias_ED: Tensor | None
+    expert_R: Tensor
+    channel_R: Tensor
+    down_DR: Tensor
 
     def __init__(self, ffn: FFN, mask_EF: Tensor, bias_ED: Tensor | None, down: list[Tensor] | None) -> None:
         super().__init__()
@@ -48,19 +54,20 @@ class MaskedExperts(nn.Module):
         self.refitted = down is not None
         if down is None:
             self.down_DF = ffn.down_DF
-        else:  # (E·D, F): every expert's output in one product, zeros where it has no channel
-            wide_EDF = torch.zeros(self.experts, *ffn.down_DF.shape, dtype=dtype, device=device)
-            for expert, down_DF in enumerate(down):
-                wide_EDF[expert][:, mask_EF[expert].to(device)] = down_DF.to(device, dtype)
-            self.down_DF = wide_EDF.flatten(0, 1)
+        else:  # R = the kept channels of all experts, one expert after the other
+            expert_R, channel_R = mask_EF.nonzero(as_tuple=True)
+            self.register_buffer("expert_R", expert_R.to(device), persistent=False)
+            self.register_buffer("channel_R", channel_R.to(device), persistent=False)
+            self.register_buffer("down_DR", torch.cat([d.to(device, dtype) for d in down], 1), persistent=False)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the experts' outputs, (T, D)."""
         a_TF = self.activation(F.linear(x_TD, self.gate_FD)) * F.linear(x_TD, self.up_FD)
         w_TE = x_TD.new_zeros(len(x_TD), self.experts).scatter(1, ids_TK, weights_TK.to(x_TD.dtype))
         if self.refitted:
-            y_TED = F.linear(a_TF, self.down_DF).unflatten(-1, (self.experts, -1))
-            y_TD = torch.einsum("te,ted->td", w_TE, y_TED)
+            # transposed, so that picking channels copies whole rows; picking columns is several times slower
+            a_RT = a_TF.T.contiguous().index_select(0, self.channel_R)
+            y_TD = (self.down_DR @ (a_RT * w_TE.T.contiguous().index_select(0, self.expert_R))).T
         else:
             y_TD = F.linear(a_TF * (w_TE @ self.mask_EF), self.down_DF)
         return y_TD if self.bias_ED is None else y_TD + w_TE @ self.bias_ED
@@ -84,7 +91,7 @@ class SlicedExperts(nn.Module):
         self.down_proj = nn.Parameter(down_EDF, requires_grad=False)
         self.bias_ED = None if bias_ED is None else nn.Parameter(bias_ED, requires_grad=False)
         self.activation = activation
-        self.lora: nn.Module | None = None
+        self.lora: Any = None  # lora.GroupedLora, set by lora.add_lora
 
     def expert(self, x_ND: Tensor, index: int) -> Tensor:
         """One expert on its own tokens: (N, D) to (N, D)."""

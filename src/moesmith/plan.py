@@ -98,9 +98,18 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         }
         seconds = {name: round(value, 1) for name, value in seconds.items()}
     return Plan(
-        counts["parent_parameters"], counts["parameters_total"], counts["parameters_active"], parent.family, kept, memory,
-        disk, calibration, affinity, trained, evaluated, round(rate, 1), seconds,
-    )  # fmt: skip
+        **counts,
+        architecture=parent.family,
+        expert_width=kept,
+        memory=memory,
+        disk=disk,
+        calibration_tokens=calibration,
+        affinity_tokens=affinity,
+        training_tokens=trained,
+        evaluation_tokens=evaluated,
+        forward_tokens_per_second=round(rate, 1),
+        seconds=seconds,
+    )
 
 
 def forward_rate(parent: Parent) -> float:

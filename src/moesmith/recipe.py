@@ -215,15 +215,15 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
         path = Path(name)
         if not path.is_file():
             raise MoesmithError(f"there is no recipe file {path}", "Give a preset's name or an existing YAML file.")
-        read = path.read_text
+        text = path.read_bytes
     else:
         if name not in (known := presets()):
             near = difflib.get_close_matches(name, known, 1, 0.3)
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise MoesmithError(f"there is no preset '{name}'", f"{hint}'moesmith presets' lists them.")
-        read = (files("moesmith") / "presets" / f"{name}.yaml").read_text
+        text = (files("moesmith") / "presets" / f"{name}.yaml").read_bytes
     try:
-        values = yaml.safe_load(read(encoding="utf-8"))
+        values = yaml.safe_load(text().decode("utf-8"))
     except (*NOT_YAML, OSError) as error:
         raise MoesmithError(f"{name} is not valid YAML: {error}", "Mend the file.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -38,16 +38,17 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.spec = spec
-        self.__dict__["teacher"] = teacher  # not a submodule: it is neither trained nor wrapped
+        self._teacher = [teacher]  # in a list: no submodule, so it is neither trained nor wrapped
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Mean loss over the tokens that have a successor."""
         hidden_ND = self._hidden(self.model, ids_BS)
         teacher_ND = None
         mix = self.spec.mix if self.spec.loss == "distill" else 0.0
-        if self.teacher is not None and mix > 0:
+        (teacher,) = self._teacher
+        if teacher is not None and mix > 0:
             with torch.no_grad():
-                teacher_ND = self._hidden(self.teacher, ids_BS)
+                teacher_ND = self._hidden(teacher, ids_BS)
         head_VD = self.model.get_output_embeddings().weight
         return head_loss(hidden_ND, head_VD, ids_BS[:, 1:].flatten(), teacher_ND, mix, self.spec.kl_temperature)
 
@@ -143,7 +144,7 @@ class Outcome:
 def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
     """Which of ``blocks`` sequences step number ``step`` sees: shuffled anew in every pass over them."""
     start = step * batch
-    rows = []
+    rows: list[int] = []
     for position in range(start, start + batch):
         epoch, offset = divmod(position, blocks)
         if not rows or offset == 0:
@@ -164,7 +165,7 @@ def train(
     label: str = "training",
     on_step: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Train ``parameters`` of ``model`` on ``blocks`` as ``spec`` says, resuming from ``folder`` if it holds a checkpoint.
+    """Train ``parameters`` of ``model`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
 
     Args:
         model: the network; everything but ``parameters`` is frozen.

@@ -21,7 +21,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moesmith.artefact import MANIFEST, read_json, write_text
+from moesmith.artefact import MANIFEST, read_json, write_atomic, write_text
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.overview import STAGES
@@ -40,7 +40,7 @@ _TRAINED = {"router": "Stage 1: routers", "experts": "Stage 2: experts"}
 
 
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
-    """Write the page of a run.
+    """Write the page of a run, and its figures as PNG files in ``figures`` beside it.
 
     Args:
         run: a folder made by ``moesmith convert``, finished or not.
@@ -52,8 +52,8 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     Raises:
         MoesmithError: the folder holds no run, or matplotlib or jinja2 is not installed.
     """
-    source = _Source(Path(run))
-    output = Path(output) if output is not None else source.folder / "report.html"
+    output = Path(output) if output is not None else Path(run) / "report.html"
+    source = _Source(Path(run), output.parent / "figures")
     template = _template()
     sections = {
         "perplexity": _section(_perplexity, source, "This run has not been evaluated."),
@@ -81,10 +81,21 @@ class _Source:
     """A run's folder: what several sections read."""
 
     folder: Path
+    pictures: Path
     header: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.header = read_json(self.folder / "run.json")
+
+    def picture(self, figure: Any, name: str, description: str) -> Any:
+        """A figure for the page; the same lies beside it as a PNG."""
+        from markupsafe import Markup
+
+        write_atomic(
+            self.pictures / f"{name}.png",
+            lambda path: figure.savefig(path, format="png", dpi=130, facecolor="white", bbox_inches="tight"),
+        )
+        return Markup(style.to_svg(figure, name, description))
 
     def stage(self, name: str) -> Path:
         return self.folder / "stages" / name
@@ -164,12 +175,6 @@ def _own(name: str) -> str:
     return (files("moesmith.report") / name).read_text(encoding="utf-8")
 
 
-def _picture(figure: Any, name: str, description: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(style.to_svg(figure, name, description))
-
-
 def _line(expert: int) -> str:
     """Underline that tells experts of one colour apart in the text."""
     return ("solid", "dashed", "dotted", "double")[expert // len(style.EXPERT_COLOURS) % 4]
@@ -212,7 +217,9 @@ def _perplexity(source: _Source) -> dict[str, Any]:
     ]
     everything = list(means.values())
     return {
-        "figure": _picture(figures.stages_figure(values, means), "stages", "Perplexity per domain after each stage"),
+        "figure": source.picture(
+            figures.stages_figure(values, means), "stages", "Perplexity per domain after each stage"
+        ),
         "labels": list(values),
         "rows": rows,
         "means": everything,
@@ -237,7 +244,7 @@ def _affinity(source: _Source) -> dict[str, Any]:
         raw = {"names": columns, "rows": list(zip(columns, values.tolist(), strict=True)), "best": best.tolist()}
     settings = source.header["recipe"].get("affinity", {})
     return {
-        "figure": _picture(figure, "affinity", "Correlation between domains as a heatmap, clusters boxed"),
+        "figure": source.picture(figure, "affinity", "Correlation between domains as a heatmap, clusters boxed"),
         "method": settings.get("method"),
         "settings": settings,
         "tree": figures.affinity_order(matrix, names, linkage, source.clusters)[1] is not None,
@@ -268,8 +275,10 @@ def _overlap(source: _Source) -> dict[str, Any]:
     pairs = iou[:, *np.triu_indices(carving.gate.experts, 1)]
     kept = float(widths.mean() / carving.d_ff)
     return {
-        "figure": _picture(figures.overlap_figure(iou, union), "overlap", "Overlap of the experts' channels"),
-        "layers": _picture(figures.overlap_layers_figure(iou), "overlaps", "Overlap of the experts' channels by layer"),
+        "figure": source.picture(figures.overlap_figure(iou, union), "overlap", "Overlap of the experts' channels"),
+        "layers": source.picture(
+            figures.overlap_layers_figure(iou), "overlaps", "Overlap of the experts' channels by layer"
+        ),
         "mean": float(pairs.mean()),
         "random": kept / (2 - kept),
         "union": float(union.mean()),
@@ -305,7 +314,7 @@ def _training(source: _Source) -> dict[str, Any]:
     if not curves:
         raise _AbsentError
     return {
-        "figure": _picture(figures.training_figure(curves), "training", "Training loss over tokens"),
+        "figure": source.picture(figures.training_figure(curves), "training", "Training loss over tokens"),
         "facts": facts,
     }
 
@@ -336,9 +345,9 @@ def _routing(source: _Source) -> dict[str, Any]:
         dead.setdefault(layer, []).append((expert, load))
     entropy, balance, load_LE = routing.entropy_L, routing.balance_L, routing.load_LE
     return {
-        "load": _picture(figures.load_figure(load_LE, DEAD), "load", "Share of choices per expert and layer"),
-        "domains": _picture(figures.domain_figure(share, names, home), "domains", "Experts chosen per domain"),
-        "entropy": _picture(figures.entropy_figure(entropy, balance), "entropy", "Routing entropy per layer"),
+        "load": source.picture(figures.load_figure(load_LE, DEAD), "load", "Share of choices per expert and layer"),
+        "domains": source.picture(figures.domain_figure(share, names, home), "domains", "Experts chosen per domain"),
+        "entropy": source.picture(figures.entropy_figure(entropy, balance), "entropy", "Routing entropy per layer"),
         "dead": dead,
         "count": sum(len(row) for row in dead.values()),
         "all": load_LE.size,

@@ -173,25 +173,31 @@ def _second_pass(run: Run, parent: Parent, carving: Carving, groups_ids: Sequenc
     refit, lda = spec.compensation == "refit", start.start == "lda" and spec.experts > 1
     if not (refit or lda or spec.compensation == "bias"):
         return {}
-    distinct = {id(ids): ids for ids in groups_ids}  # llama-moe's groups are all one
+    if not (refit or lda):  # a direction in D dimensions needs tokens by D, not every window
+        groups_ids = [_thin(ids, 32 * parent.D // len(groups_ids)) for ids in groups_ids]
     errors: list[float] = []
-    for layers in layer_groups(parent, len(distinct), gram=refit):
-        collected = group_moments(parent, list(distinct.values()), layers, gram=refit)
-        by_id = dict(zip(distinct, collected, strict=True))
+    weights = [float(len(ids)) for ids in groups_ids]
+    for layers in layer_groups(parent, len(groups_ids), gram=refit):
+        collected = group_moments(parent, groups_ids, layers, gram=refit)
         with meter("closed forms", len(layers), "layers") as bar:
             for offset, index in enumerate(layers):
-                inputs = [by_id[id(ids)][0][offset] for ids in groups_ids]
+                inputs = [inputs[offset] for inputs, _ in collected]
                 layer, ffn = carving.layers[index], parent.ffns[index]
-                weights = [float(len(ids)) for ids in groups_ids]
                 layer.constant_D, error = constant_direction(merge(inputs, weights))
                 errors.append(error)
                 if lda:
                     layer.router_ED = lda_router(inputs, start.ridge, recipe.stage1.gate_temperature)
                 if refit:
-                    grams = [by_id[id(ids)][1][offset] for ids in groups_ids]
+                    grams = [channels[offset] for _, channels in collected]
                     layer.down = _refit(ffn.down_DF, layer.channels, grams, weights, recipe)
                 bar.advance(1)
     return {"constant_direction_error_mean": statistics.mean(errors), "constant_direction_error_max": max(errors)}
+
+
+def _thin(windows: Tensor, tokens: int) -> Tensor:
+    """Evenly spaced windows that hold about so many tokens."""
+    wanted = max(1, tokens // windows.shape[1])
+    return windows[:: max(1, len(windows) // wanted)]
 
 
 def _refit(

@@ -1,9 +1,9 @@
-"""Stages *export* (an ordinary Hugging Face folder, verified) and *evaluate* (held-out perplexity after every stage)."""
+"""Stages *baseline*, *export* (an ordinary Hugging Face folder, verified) and *evaluate* (held-out perplexity)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -13,7 +13,7 @@ from moesmith.card import model_card
 from moesmith.carving import Carving
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.evaluate import geometric_mean, perplexity
+from moesmith.evaluate import geometric_mean, perplexities
 from moesmith.export.stock import stock_reference, write_stock
 from moesmith.export.verify import verify_stock
 from moesmith.moe import build
@@ -88,7 +88,7 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
 
 
 def _perplexities(model: PreTrainedModel, blocks: dict[str, Tensor], label: str) -> dict[str, Any]:
-    domains = {name: perplexity(model, block, label=f"{label}: {name}") for name, block in blocks.items()}
+    domains = perplexities(model, blocks, label=f"perplexity of {label}")
     worst = max(domains, key=lambda name: domains[name])
     return {"domains": domains, "geomean": geometric_mean(domains.values()), "worst": worst}
 
@@ -107,4 +107,5 @@ def load_stock(folder: Path, parent: Parent) -> PreTrainedModel:
             )
     except Exception as error:  # transformers and safetensors each have their own error types
         raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", cure) from error
-    return checked(loaded, str(folder)).to(parent.device).eval()
+    model: Any = checked(loaded, str(folder))
+    return cast(PreTrainedModel, model.to(parent.device).eval())

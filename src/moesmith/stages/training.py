@@ -42,8 +42,8 @@ def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, 
     if spec.lora_rank:
         add_lora(model, spec.lora_rank, spec.lora_alpha, spec.lora_dropout, seed)
         for index, block in enumerate(blocks):
-            assert block.experts.lora is not None
-            parameters |= {f"lora.{index}.{name}": p for name, p in block.experts.lora.named_parameters()}
+            lora: Any = block.experts.lora
+            parameters |= {f"lora.{index}.{name}": p for name, p in lora.named_parameters()}
     if spec.norms:
         parameters |= {f"norm.{name}": p for name, p in norm_parameters(model).items()}
     for index, block in enumerate(blocks):

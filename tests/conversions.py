@@ -1,0 +1,57 @@
+"""Whole conversions of tiny parents in about a second."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moesmith
+from moesmith.pipeline import Run
+
+# four domains, four experts, eight steps per stage at a rate that moves weights
+TINY = (
+    "domains.tokens=512 domains.window=32 carve.experts=4 affinity.tokens=256 affinity.window=32"
+    " stage1.tokens=2048 stage1.window=32 stage1.batch=8 stage1.micro_batch=4 stage1.lr=0.01"
+    " stage2.tokens=2048 stage2.window=32 stage2.batch=8 stage2.micro_batch=4 stage2.lr=0.01 stage2.checkpointing=false"
+    " evaluate.tokens=512 evaluate.window=64"
+).split()
+STATIC = ["carve.experts=1"]
+STAGES = ("domains", "corpus", "moments", "affinity", "carve", "baseline", "router", "experts", "export", "evaluate")
+
+
+def convert(preset: str, model: Any, data: Path, out: Path, settings: Sequence[str] = (), **options: Any) -> Run:
+    """A conversion with tiny settings, in fp32 so that results are the same on every machine to many digits."""
+    static = STATIC if "static" in preset else []
+    options = {"dtype": torch.float32} | options
+    model = str(model) if isinstance(model, Path) else model
+    return moesmith.convert(preset, model, str(data), out, settings=[*TINY, *static, *settings], **options)
+
+
+def arguments(preset: str, model: Path, data: Path, out: Path, settings: Sequence[str] = ()) -> list[str]:
+    """The same as words of a command line."""
+    words = ["convert", preset, "--model", str(model), "--data", str(data), "--out", str(out)]
+    return [*words, *(word for setting in [*TINY, *settings] for word in ("--set", setting))]
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """sha256 of every file of weights and of results that a run must reproduce bit for bit."""
+    names = ("model/*.safetensors", "stages/*/*.safetensors", "stages/*/*.csv", "stages/*/*.json")
+    found = {path for name in names for path in folder.glob(name)}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(found)
+        if path.name not in ("manifest.json", "carving.json") and not path.parts[-2].startswith(".")
+    }
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, str]]:
+    """Modification time and sha256 of every file below a folder, the lock file apart."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

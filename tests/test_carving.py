@@ -1,0 +1,178 @@
+"""The carving: what it says about itself, and that it comes back from disk as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from carvings import random_carving
+from tiny import tiny_parent
+from tiny_tokenizer import tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from moesmith.carving import CarvedLayer, Carving
+from moesmith.errors import MoesmithError
+from moesmith.gates import GateSpec
+from moesmith.moe import build
+from moesmith.parents import FFN, Parent
+from moesmith.recipe import load_recipe
+from moesmith.stages.training import prepare
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal values, tensors to the last bit and in dtype."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def add_extras(carving: Carving) -> None:
+    """What training adds: LoRA pairs, norms, a constant direction."""
+    widest = int(carving.widths().max())
+    carving.lora = {"0.down.A": torch.randn(4, 2, widest), "0.down.B": torch.randn(4, 32, 2)}
+    carving.norms = {"model.norm.weight": torch.randn(32).bfloat16()}
+    carving.layers[0].constant_D = torch.randn(32)
+    carving.provenance = {"clusters": [["ä", "b"], ["c"]], "parent": {"model_digest": "0" * 16}}
+
+
+@pytest.mark.parametrize("compensation", ["none", "bias", "refit"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_carving_comes_back(tmp_path: Path, compensation: str, ragged: bool) -> None:
+    parent = tiny_parent("llama")
+    carving = random_carving(parent, top_k=2, compensation=compensation, ragged=ragged, noise=ragged)
+    if ragged:
+        add_extras(carving)
+    carving.save(tmp_path)
+    found = Carving.load(tmp_path)
+    assert same(found.__dict__ | {"layers": None}, carving.__dict__ | {"layers": None})
+    assert all(same(a.__dict__, b.__dict__) for a, b in zip(found.layers, carving.layers, strict=True))
+    assert (found.widths().float().std(1) > 0).all() == ragged
+    ids = torch.randint(0, 300, (2, 16))
+    with torch.no_grad():
+        ours, theirs = (build(parent, c, "sliced")(input_ids=ids).logits for c in (carving, found))
+    assert torch.equal(ours, theirs)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["carving.json", "carving.safetensors"]
+
+
+def test_a_newer_format_or_no_carving_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MoesmithError, match=r"carving\.json is missing"):
+        Carving.load(tmp_path)
+    random_carving(tiny_parent("llama")).save(tmp_path)
+    header = json.loads((tmp_path / "carving.json").read_text())
+    (tmp_path / "carving.json").write_text(json.dumps(header | {"format": header["format"] + 1}))
+    with pytest.raises(MoesmithError, match=r"newer moesmith\. Upgrade"):
+        Carving.load(tmp_path)
+
+
+def test_overlap_and_union_by_hand() -> None:
+    layers = [
+        CarvedLayer([torch.tensor(c) for c in channels], torch.zeros(3, 4))
+        for channels in ([[0, 1, 2], [2, 3], [4]], [[0, 1], [0, 1], [0, 1, 2, 3, 4, 5, 6, 7]])
+    ]
+    carving = Carving(layers, GateSpec(experts=3, top_k=1), d_ff=8)
+    expected = [
+        [[1, 1 / 4, 0], [1 / 4, 1, 0], [0, 0, 1]],
+        [[1, 1, 1 / 4], [1, 1, 1 / 4], [1 / 4, 1 / 4, 1]],
+    ]
+    torch.testing.assert_close(carving.overlap(), torch.tensor(expected))
+    assert carving.union().tolist() == [5 / 8, 1.0]
+    assert carving.widths().tolist() == [[3, 2, 1], [2, 2, 8]]
+    assert carving.mask(0).int().tolist() == [
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0, 0, 0],
+        [0] * 4 + [1] + [0] * 3,
+    ]
+
+
+@pytest.mark.parametrize(("ratio", "iou", "union"), [(0.5, 1 / 3, 0.996), (0.75, 1 / 7, 0.900)])
+def test_independent_random_choices_overlap_as_predicted(ratio: float, iou: float, union: float) -> None:
+    """dive.md §10.6."""
+    from moesmith.methods.llama_moe import independent_random
+
+    parent: Any = type("Wide", (), {"F": 5632, "L": 4})()
+    spec = load_recipe("llama-moe-1of8", None, [f"carve.ratio={ratio}"]).carve
+    channels = independent_random(parent, [], spec, seed=0)
+    layers = [CarvedLayer(kept, torch.zeros(8, 1)) for kept in channels]
+    carving = Carving(layers, GateSpec(experts=8, top_k=1), 5632)
+    assert (carving.widths() == 5632 * (1 - ratio)).all()
+    pairs = carving.overlap()[:, ~torch.eye(8, dtype=torch.bool)]
+    assert float(pairs.mean()) == pytest.approx(iou, abs=0.003)
+    assert float(carving.union().mean()) == pytest.approx(union, abs=0.003)
+    assert same(channels, independent_random(parent, [], spec, seed=0))
+    assert not same(channels, independent_random(parent, [], spec, seed=1))
+
+
+def tinyllama() -> Parent:
+    """TinyLlama's shapes (dive.md §2) without its weights."""
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+        vocab_size=32000, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    ffns = [
+        FFN(
+            f"model.layers.{i}.mlp", m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight, m.down_proj, m, m.act_fn,
+            "silu",
+        )
+        for i, m in enumerate(layer.mlp for layer in model.model.layers)
+    ]  # fmt: skip
+    return Parent(model.eval(), tiny_tokenizer(), "tinyllama", "", ffns, "mixtral")
+
+
+def published(parent: Parent, top_k: int, width: int) -> Carving:
+    """A carving of the published size; which channels does not matter."""
+    kept = torch.arange(width)
+    layers = [
+        CarvedLayer([kept] * 8, torch.zeros(8, 2048), torch.zeros(8, 2048), torch.zeros(8, 2048)) for _ in range(22)
+    ]
+    return Carving(layers, GateSpec(experts=8, top_k=top_k, noise=5e-4), 5632, "bias")
+
+
+NOISE = 22 * 8 * 2048  # second router matrix: training only, we do not ship it and do not count it
+O_BIAS = 22 * 2048  # the published module gives every o_proj a bias of zeros; ours has none
+
+
+@pytest.mark.parametrize(
+    ("top_k", "width", "total", "lora"), [(1, 2816, 3_384_973_312, 20_545_536), (2, 1408, 1_862_440_960, 14_598_144)]
+)
+def test_parameters_are_those_of_the_paper(top_k: int, width: int, total: int, lora: int) -> None:
+    """dive.md §2's table at TinyLlama's shapes, for the carving's own count and for what stage 2 really trains."""
+    parent = tinyllama()
+    carving = published(parent, top_k, width)
+    found = carving.parameters(parent)
+    assert found["parent_parameters"] == 1_100_048_384
+    assert found["parameters_total"] == total - NOISE - O_BIAS
+    assert round((found["parameters_active"] + O_BIAS) / 1e6, 1) == 719.9
+    assert round((found["parameters_active"] + O_BIAS - 2 * 32000 * 2048) / 1e6, 1) == 588.8
+    name = f"dive-{top_k}of8"
+    model = build(parent, carving, "sliced")
+    trained = {key: p.numel() for key, p in prepare(model, load_recipe(name).stage2, seed=0).items()}
+    assert sum(n for key, n in trained.items() if key.startswith("lora.")) == lora
+    assert sum(n for key, n in trained.items() if key.startswith("norm.")) == 92_160
+    routers = sum(n for key, n in trained.items() if key.startswith(("router.", "noise.")))
+    # the published code lists the routers as trained in both, but with one active expert their gradient is zero (§6.2)
+    assert routers == (0 if top_k == 1 else 720_896)
+    assert sum(trained.values()) == lora + 92_160 + routers
+    first = prepare(build(parent, carving, "masked"), load_recipe(name).stage1, seed=0)
+    assert sum(p.numel() for p in first.values()) == 720_896
+
+
+def test_parameters_are_counted_from_the_model() -> None:
+    parent = tiny_parent("qwen2")
+    for compensation in ("none", "bias", "refit"):
+        carving = random_carving(parent, experts=4, top_k=1, kept=20, compensation=compensation)
+        found, model = carving.parameters(parent), build(parent, carving, "sliced")
+        assert found["parameters_total"] == sum(p.numel() for p in model.parameters())
+        idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) * 3 // 4
+        assert found["parameters_active"] == found["parameters_total"] - idle
+    one = random_carving(parent, experts=1, kept=64)
+    assert one.parameters(parent)["parameters_total"] == found["parent_parameters"]  # a single expert needs no router
