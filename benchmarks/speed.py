@@ -90,7 +90,7 @@ def train_step(student: Student, masters: Masters, ids: torch.Tensor) -> Step:
 
 def routed(parent: Parent, compensation: str, form: str, ids: torch.Tensor) -> Step:
     """A stage-1 step: dense gate over eight experts, routers trained."""
-    spec = TrainSection(gate="dense", gate_temperature=0.05, tokens=1)
+    spec = TrainSection(gate="dense", gate_temperature=0.05, tokens=1024)
     model = build(parent, random_carving(parent, 8, compensation, parent.F // 2), form).train()  # type: ignore[arg-type]
     parameters = prepare(model, spec, 0)
     for parameter in parameters.values():
@@ -103,13 +103,13 @@ def frozen_dense(parent: Parent, ids: torch.Tensor) -> Step:
     model = share(parent.model).requires_grad_(False).train()
     model.model.embed_tokens.register_forward_hook(lambda _m, _a, out: out + nudge)
     nudge = torch.nn.Parameter(torch.zeros(parent.D, dtype=parent.model.dtype))
-    spec = TrainSection(tokens=1)
+    spec = TrainSection(tokens=1024)
     return train_step(Student(model, None, spec), Masters({"nudge": nudge}, spec), ids)
 
 
 def grouped_lora(parent: Parent, ids: torch.Tensor) -> Step:
     """A stage-2 step: LoRA on the experts and norms, top-1 of eight."""
-    spec = TrainSection(tokens=1, lora_rank=8, norms=True)
+    spec = TrainSection(tokens=1024, lora_rank=8, norms=True)
     model = build(parent, random_carving(parent, 8, "refit", parent.F // 2), "sliced").train()
     parameters = prepare(model, spec, 0)
     for parameter in parameters.values():
@@ -122,7 +122,7 @@ def peft_lora(parent: Parent, ids: torch.Tensor) -> Step:
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["gate_proj", "up_proj", "down_proj"])
     wrapped = get_peft_model(share(parent.model).requires_grad_(False), config, autocast_adapter_dtype=False).train()
     parameters = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
-    spec = TrainSection(tokens=1)
+    spec = TrainSection(tokens=1024)
     return train_step(Student(wrapped.get_base_model(), None, spec), Masters(parameters, spec), ids)
 
 

@@ -13,12 +13,12 @@ import moesmith
 from moesmith.pipeline import Run
 
 # four domains, four experts, eight steps per stage at a rate that moves weights
-TINY = (
-    "domains.tokens=512 domains.window=32 carve.experts=4 affinity.tokens=256 affinity.window=32"
-    " stage1.tokens=2048 stage1.window=32 stage1.batch=8 stage1.micro_batch=4 stage1.lr=0.01"
-    " stage2.tokens=2048 stage2.window=32 stage2.batch=8 stage2.micro_batch=4 stage2.lr=0.01 stage2.checkpointing=false"
-    " evaluate.tokens=512 evaluate.window=64"
-).split()
+TRAINING = ("tokens=2048", "window=32", "batch=8", "micro_batch=4", "lr=0.01")
+TINY = [
+    *("domains.tokens=512", "domains.window=32", "carve.experts=4", "affinity.tokens=256", "affinity.window=32"),
+    *(f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in TRAINING),
+    *("stage2.checkpointing=false", "evaluate.tokens=512", "evaluate.window=64"),
+]
 STATIC = ["carve.experts=1"]
 STAGES = ("domains", "corpus", "moments", "affinity", "carve", "baseline", "router", "experts", "export", "evaluate")
 

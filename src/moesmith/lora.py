@@ -42,19 +42,39 @@ class GroupedLora(nn.Module):
         with torch.no_grad():
             self.down_A.masked_fill_(padding_EF[:, None, :], 0)
 
-    def _apply_pair(self, x_NI: Tensor, A_rI: Tensor, B_Or: Tensor) -> Tensor:
-        x_NI = F.dropout(x_NI, self.dropout, self.training)
-        return F.linear(F.linear(x_NI, A_rI) * self.scale, B_Or)
+    def gate_up(self, x_PD: Tensor, owner_P: Tensor) -> Tensor:
+        """The update of gate and up outputs for rows of experts ``owner_P``: (P, D) to (P, 2·F_e)."""
+        x_PD = dropout(x_PD, self.dropout, self.training)  # one mask for both, where PEFT draws two
+        return torch.cat([self._pair(x_PD, owner_P, A, B) for A, B in self._gate_up_pairs()], -1)
 
-    def gate_up(self, x_ND: Tensor, index: int) -> Tensor:
-        """The update of an expert's gate and up outputs: (N, D) to (N, 2·F_e)."""
-        gate_NF = self._apply_pair(x_ND, self.gate_A[index], self.gate_B[index])
-        up_NF = self._apply_pair(x_ND, self.up_A[index], self.up_B[index])
-        return torch.cat([gate_NF, up_NF], -1)
+    def down(self, a_PF: Tensor, owner_P: Tensor) -> Tensor:
+        """The update of the experts' outputs: (P, F_e) to (P, D)."""
+        return self._pair(dropout(a_PF, self.dropout, self.training), owner_P, self.down_A, self.down_B)
 
-    def down(self, a_NF: Tensor, index: int) -> Tensor:
-        """The update of an expert's output: (N, F_e) to (N, D)."""
-        return self._apply_pair(a_NF, self.down_A[index], self.down_B[index])
+    def _gate_up_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.gate_A, self.gate_B), (self.up_A, self.up_B)]
+
+    def _pair(self, x_PI: Tensor, owner_P: Tensor, A_ErI: Tensor, B_EOr: Tensor) -> Tensor:
+        """Every expert's A on every row, all but the owner's zeroed, every B: two large products, no loop.
+
+        It computes E·r columns where r would do, which is cheaper than 2·E products with r = 8 columns each.
+        """
+        E, r, _ = A_ErI.shape
+        own_PE1 = F.one_hot(owner_P, E).to(x_PI.dtype).unsqueeze(-1) * self.scale
+        low_PEr = F.linear(x_PI, A_ErI.flatten(0, 1)).view(-1, E, r) * own_PE1
+        return low_PEr.flatten(1) @ B_EOr.transpose(1, 2).flatten(0, 1)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout as ``F.dropout``'s; on a CPU four mask elements come from one 64-bit draw, about four times as fast.
+
+    The probability is a multiple of 2⁻¹⁶ there, within 1e-5 of ``p``.
+    """
+    if not training or p == 0 or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, seed: int) -> None:

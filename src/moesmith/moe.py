@@ -27,6 +27,7 @@ from moesmith.parents import FFN, Parent
 
 Activation = Callable[[Tensor], Tensor]
 Form = Literal["masked", "sliced"]
+ALIGN = 64  # rows
 
 
 class MaskedExperts(nn.Module):
@@ -95,25 +96,49 @@ class SlicedExperts(nn.Module):
 
     def expert(self, x_ND: Tensor, index: int) -> Tensor:
         """One expert on its own tokens: (N, D) to (N, D)."""
-        gate_up_NG = F.linear(x_ND, self.gate_up_proj[index])
+        return self._run(x_ND, [len(x_ND) if e == index else 0 for e in range(len(self.gate_up_proj))])
+
+    def _run(self, x_PD: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by expert, ``counts`` of each, through their experts: (P, D) to (P, D)."""
+        owner_P = None
+        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts)
         if self.lora is not None:
-            gate_up_NG = gate_up_NG + self.lora.gate_up(x_ND, index)
-        gate_NF, up_NF = gate_up_NG.chunk(2, -1)
-        a_NF = self.activation(gate_NF) * up_NF
-        y_ND = F.linear(a_NF, self.down_proj[index], None if self.bias_ED is None else self.bias_ED[index])
-        return y_ND if self.lora is None else y_ND + self.lora.down(a_NF, index)
+            owner_P = torch.repeat_interleave(torch.tensor(counts, device=x_PD.device))
+            gate_up_PG = gate_up_PG + self.lora.gate_up(x_PD, owner_P)
+        gate_PF, up_PF = gate_up_PG.chunk(2, -1)
+        a_PF = self.activation(gate_PF) * up_PF
+        y_PD = self._products(a_PF, self.down_proj, counts, self.bias_ED)
+        return y_PD if self.lora is None else y_PD + self.lora.down(a_PF, owner_P)
+
+    @staticmethod
+    def _products(x_PI: Tensor, weight_EOI: Tensor, counts: list[int], bias_EO: Tensor | None = None) -> Tensor:
+        return torch.cat(
+            [
+                F.linear(x_NI, weight_EOI[e], None if bias_EO is None else bias_EO[e])
+                for e, x_NI in enumerate(x_PI.split(counts))
+                if counts[e]
+            ]
+        )
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum of the selected experts' outputs, (T, D): sort by expert, one product per expert, add back."""
-        experts, K = len(self.gate_up_proj), ids_TK.shape[1]
+        """Weighted sum of the selected experts' outputs, (T, D): sort by expert, one product per expert, pick back."""
+        experts, (T, K) = len(self.gate_up_proj), ids_TK.shape
         if experts == 1:
             return self.expert(x_TD, 0) * weights_TK.to(x_TD.dtype)
-        order = ids_TK.flatten().argsort(stable=True)
-        counts = torch.bincount(ids_TK.flatten(), minlength=experts).tolist()
-        token = order // K
-        outputs = [self.expert(x_ND, index) for index, x_ND in enumerate(x_TD[token].split(counts)) if counts[index]]
-        y_SD = torch.cat(outputs) * weights_TK.flatten()[order, None].to(x_TD.dtype)
-        return torch.zeros_like(x_TD).index_add(0, token, y_SD)
+        ids_S = ids_TK.flatten()
+        counts_E = torch.bincount(ids_S, minlength=experts)
+        # a CPU's matrix kernels are made per shape: rounding rows up lets few of them serve every batch
+        align = ALIGN if x_TD.device.type == "cpu" else 1
+        padded_E = (counts_E + align - 1) // align * align
+        order_S = ids_S.argsort(stable=True)
+        shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
+        slot_S = torch.empty_like(ids_S)
+        slot_S[order_S] = torch.arange(len(ids_S), device=ids_S.device) + shift_E[ids_S[order_S]]
+        counts = padded_E.tolist()
+        rows_SD = x_TD if K == 1 else x_TD.repeat_interleave(K, 0)
+        x_PD = x_TD.new_zeros(sum(counts), x_TD.shape[1]).index_copy(0, slot_S, rows_SD)
+        y_TKD = self._run(x_PD, counts).index_select(0, slot_S).view(T, K, -1)
+        return (y_TKD * weights_TK.unsqueeze(-1).to(x_TD.dtype)).sum(1)
 
 
 def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -179,8 +179,7 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
     """
     known = folder / "run.json"
     if not known.is_file():
-        strangers = folder.is_dir() and {path.name for path in folder.iterdir()} - {".lock"}
-        if strangers or (folder.exists() and not folder.is_dir()):
+        if folder.exists() and not (folder.is_dir() and all(map(_just_begun, folder.iterdir()))):
             raise MoesmithError(f"{folder} exists and holds no moesmith run", "Give another --out.")
         return
     before = read_json(known)
@@ -195,6 +194,11 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
             f"{folder} holds a run with other settings: {'; '.join(changed)}",
             "Give another --out, or the old settings to continue it.",
         )
+
+
+def _just_begun(path: Path) -> bool:
+    """Whether a file of a run's folder can be all that is there: the lock, and a half-written ``run.json``."""
+    return path.name == ".lock" or (path.name.startswith(".run.json.") and path.name.endswith(".tmp"))
 
 
 def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesmith.artefact import read_metadata, read_tensors, write_tensors
+from moesmith.artefact import read_metadata, read_tensors, write_tensors, write_text
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
 from moesmith.losses import head_loss
@@ -275,9 +274,7 @@ class _Log:
                         kept.append(line)
                 except ValueError:  # the last line of a killed process
                     break
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:

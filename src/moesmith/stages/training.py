@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -70,7 +71,12 @@ def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.P
         for layer, block in zip(carving.layers, blocks, strict=True)
     ]
     norms = {n.removeprefix("norm."): p.detach().clone() for n, p in parameters.items() if n.startswith("norm.")}
-    return replace(carving, layers=layers, lora=lora_tensors(blocks) or carving.lora, norms=norms or carving.norms)
+    lora = dict(carving.lora)
+    for name, new in lora_tensors(blocks).items():
+        # pairs that an earlier stage trained stay: side by side their ranks add up
+        old = [lora[name].to(new.device)] if name in lora else []
+        lora[name] = torch.cat([*old, new], 1 if name.endswith("A") else 2)
+    return replace(carving, layers=layers, lora=lora, norms=norms or carving.norms)
 
 
 def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str, spec: TrainSection) -> Path:

@@ -1,0 +1,182 @@
+"""The command line: help, tables, JSON, and a whole conversion with everything one asks of it afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import moesmith
+from conversions import STAGES, TINY, arguments
+from tiny import save_tiny, tiny_parent
+from tiny_data import DIALECTS, save_data
+
+from moesmith.artefact import read_json
+from moesmith.carving import Carving
+from moesmith.recipe import presets
+
+COMMANDS = ("presets", "plan", "convert", "eval", "inspect", "generate", "report")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parent in ``m``, data in ``d``, and ``run``, converted from the command line."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny("llama", folder / "m")
+    save_data(folder / "d")
+    answer = moesmith(*arguments("dive-plus", folder / "m", folder / "d", folder / "run"))
+    assert answer.status == 0, answer.err
+    (folder / "said").write_text(answer.out)
+    return folder
+
+
+def test_help_of_everything() -> None:
+    top = moesmith("--help")
+    assert top.status == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in top.out
+        answer = moesmith(name, "--help")
+        assert answer.status == 0
+        assert f"Usage: moesmith {name}" in answer.out
+        lines = [line.strip() for line in answer.out.splitlines() if line.strip()]
+        assert lines[1].endswith(".")  # a sentence that says what it does
+    for option in ("--model", "--data", "--out", "--set", "--budget", "--reuse"):
+        assert option in moesmith("convert", "--help").out
+
+
+def test_nothing_to_do_is_help() -> None:
+    answer = moesmith()
+    assert "Usage: moesmith" in answer.out + answer.err
+
+
+def test_presets_as_table_and_json() -> None:
+    table, found = moesmith("presets"), moesmith("presets", "--json")
+    assert (table.status, table.err) == (found.status, found.err) == (0, "")
+    assert json.loads(found.out) == presets()
+    for name, description in presets().items():
+        assert any(line.startswith(name) and line.endswith(description) for line in table.out.splitlines())
+
+
+@pytest.mark.parametrize("words", [["presets"], ["--help"], ["convert", "--help"], ["inspect", "nowhere"]])
+def test_what_needs_no_model_does_not_wait_for_torch(words: list[str]) -> None:
+    program = (
+        "import sys; sys.argv = ['moesmith', *sys.argv[1:]]\n"
+        "from moesmith.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sorted({m.partition('.')[0] for m in sys.modules}), file=open(3, 'w'))"
+    )
+    light = words[0] != "inspect"  # reads tensors
+    command = f'exec 3>&1 >/dev/null 2>&1; exec {sys.executable} -c "$0" "$@"'
+    done = subprocess.run(["sh", "-c", command, program, *words], capture_output=True, text=True, check=False)
+    loaded = set(done.stdout.split())
+    assert "moesmith" in loaded
+    assert not loaded & {"transformers", "accelerate", "matplotlib", "scipy"} or not light
+    assert ("torch" in loaded) != light
+
+
+def test_plan_as_table_and_json(home: Path) -> None:
+    words = ["plan", "dive-2of8", "--model", home / "m", "--data", home / "d"]
+    words += [word for setting in TINY for word in ("--set", setting)]
+    found: dict[str, Any] = json.loads(moesmith(*words, "--json").out)
+    assert found["parent_parameters"] == sum(p.numel() for p in tiny_parent("llama").model.parameters())
+    assert (found["architecture"], found["expert_width"]) == ("mixtral", 16)
+    assert found["calibration_tokens"] == 4 * 512
+    assert found["affinity_tokens"] == 4 * 4 * 256
+    assert found["training_tokens"] == 2 * 2048
+    assert found["evaluation_tokens"] == 4 * 4 * 512
+    assert found["parameters_total"] > found["parent_parameters"] > found["parameters_active"] > 0
+    assert found["memory"] > 0
+    assert found["disk"] > 0
+    assert found["forward_tokens_per_second"] > 0
+    assert set(found["seconds"]) == {"calibration", "affinity", "training", "evaluation"}
+    assert found["seconds_total"] == pytest.approx(sum(found["seconds"].values()), abs=0.05)
+    table = moesmith(*words).out
+    for part in (f"{found['parameters_total']:,}", f"{found['parameters_active']:,}", "GiB", "4,096 tokens, about"):
+        assert part in table
+
+
+def test_a_plan_foretells_the_run(home: Path) -> None:
+    words = ["plan", "dive-plus", "--model", home / "m", "--data", home / "d", "--json"]
+    found = json.loads(moesmith(*words, *(word for setting in TINY for word in ("--set", setting))).out)
+    carved = Carving.load(home / "run" / "stages" / "experts").parameters(tiny_parent("llama"))
+    assert {name: found[name] for name in carved} == carved
+    used = sum(path.stat().st_size for path in (home / "run").rglob("*") if path.is_file())
+    assert found["disk"] < 4 * used
+    trained = [read_json(home / "run" / "stages" / name / "manifest.json")["metrics"] for name in ("router", "experts")]
+    assert found["training_tokens"] == sum(metrics["tokens"] for metrics in trained)
+
+
+def test_convert_ends_with_a_summary(home: Path) -> None:
+    said = (home / "said").read_text()
+    for part in ("dive-plus", "4 experts, top-1", "parameters total", *STAGES, "perplexity parent"):
+        assert part in said
+    assert read_json(home / "run" / "run.json")["inputs"]["dtype"] == "bfloat16"
+
+
+def test_inspect_as_table_and_json(home: Path) -> None:
+    table, found = moesmith("inspect", home / "run"), moesmith("inspect", home / "run", "--json")
+    assert (table.status, found.status, found.err) == (0, 0, "")
+    value = json.loads(found.out)
+    assert value["recipe"] == "dive-plus"
+    assert [layer["layer"] for layer in value["layers"]] == [0, 1]
+    assert value["stages"]["experts"]["tokens"] == 2048
+    for part in ("channels per expert", "32-32", "topk-softmax", "expert 3", "trained on 2,048 tokens"):
+        assert part in table.out
+
+
+def test_eval_stands_beside_the_parent(home: Path, tmp_path: Path) -> None:
+    answer = moesmith("eval", home / "run", "--tokens", 512, "--json", tmp_path / "eval.json")
+    assert answer.status == 0
+    found = {row["task"]: row for row in read_json(tmp_path / "eval.json")["results"]}
+    stages = read_json(home / "run" / "stages" / "evaluate" / "evaluation.json")["stages"]
+    for name in DIALECTS:  # the same text as at the end of the conversion, and the same numbers
+        row = found[f"domain {name}"]
+        assert row["parent"] == pytest.approx(stages["parent"]["domains"][name])
+        assert row["moe"] == pytest.approx(stages["experts"]["domains"][name])
+        assert f"domain {name}" in answer.out
+    mean = found["domains, geometric mean"]
+    assert (mean["parent"], mean["moe"]) == pytest.approx((stages["parent"]["geomean"], stages["experts"]["geomean"]))
+
+
+def test_eval_on_other_text(home: Path, tmp_path: Path) -> None:
+    save_data(tmp_path / "d", domains=2)
+    words = ["eval", home / "run", "--tokens", 256, "--data", tmp_path / "d"]
+    assert moesmith(*words, "--json", tmp_path / "eval.json").status == 0
+    tasks = [row["task"] for row in read_json(tmp_path / "eval.json")["results"]]
+    assert tasks == ["domain beast", "domain count", "domains, geometric mean"]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_generate_shows_both(home: Path, chat: bool) -> None:
+    answer = moesmith("generate", home / "run", "one two", "--tokens", 5, *(["--chat"] if chat else []))
+    assert answer.status == 0
+    dense, moe = answer.out.split("--- MoE ---\n")
+    assert dense.startswith("--- dense parent ---\n")
+    assert moe.strip()
+
+
+def test_report_goes_beside_the_run_or_where_told(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesmith.report import page
+
+    asked = []
+
+    def write(run: Path, output: Path | None) -> Path:
+        asked.append((run, output))
+        return output or run / "report.html"
+
+    monkeypatch.setattr(page, "write_report", write)
+    answer = moesmith("report", home / "run")
+    assert (answer.status, answer.err.strip()) == (0, f"written: {home}/run/report.html")
+    moesmith("report", home / "run", "--output", tmp_path / "x.html")
+    assert asked == [(home / "run", None), (home / "run", tmp_path / "x.html")]
+
+
+def test_the_same_command_again_says_that_it_is_done(home: Path) -> None:
+    answer = moesmith(*arguments("dive-plus", home / "m", home / "d", home / "run"))
+    assert answer.status == 0
+    assert answer.err.count("done before") == len(STAGES)
