@@ -25,8 +25,9 @@ from moesmith.artefact import write_json
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.evaluate import perplexity
 from moesmith.gates import GateSpec
+from moesmith.lora import dropout
 from moesmith.moe import build, share
-from moesmith.moments import channel_moments
+from moesmith.moments import channel_moments, fast_products
 from moesmith.parents import Parent, load_parent
 from moesmith.pipeline import versions
 from moesmith.recipe import TrainSection
@@ -177,6 +178,19 @@ def measure(parent: Parent, tokens: int, rounds: int, only: list[str] | None) ->
             grouped_lora(parent, sequences), peft_lora(parent, sequences), 0.95
         ),
     }
+    cases |= {
+        "Gram matrix: bf16 products with fp32 sums over fp32 products": lambda: ratio(
+            lambda: gram(parent, fast=True), lambda: gram(parent, fast=False), rounds
+        ),
+        "picking eight experts' channels: rows of the transpose over columns": lambda: ratio(
+            lambda: pick(parent, rows=True), lambda: pick(parent, rows=False), rounds
+        ),
+        "dropout: ours over torch's": lambda: ratio(
+            lambda: void(dropout(activation(parent), 0.1, True)),
+            lambda: void(torch.nn.functional.dropout(activation(parent), 0.1, True)),
+            rounds,
+        ),
+    }
     found = {}
     for name, case in cases.items():
         if only and not any(word in name for word in only):
@@ -185,6 +199,27 @@ def measure(parent: Parent, tokens: int, rounds: int, only: list[str] | None) ->
         print(name, json.dumps(found[name]), flush=True)
         gc.collect()
     return found
+
+
+def activation(parent: Parent) -> torch.Tensor:
+    """A ``down_proj`` input of 2,048 tokens, (T, F)."""
+    return torch.ones(2048, parent.F, dtype=parent.model.dtype)
+
+
+def gram(parent: Parent, fast: bool) -> None:
+    """Ten Gram matrices of an activation in fp32."""
+    a_TF = activation(parent).float()
+    with fast_products(torch.bfloat16 if fast else torch.float32):
+        for _ in range(10):
+            void(a_TF.T @ a_TF)
+
+
+def pick(parent: Parent, rows: bool) -> None:
+    """Ten times eight halves of the channels, with or without the transpose."""
+    a_TF = activation(parent)
+    channels = torch.arange(parent.F).view(2, -1)[0].repeat(8)
+    for _ in range(10):
+        void(a_TF.T.contiguous().index_select(0, channels) if rows else a_TF.index_select(1, channels))
 
 
 def void(_value: object) -> None:

@@ -29,7 +29,9 @@ from moesmith.scores import channel_scores, kept_channels
 COMMON = 0.5  # share of an expert's channels that all experts have in common
 
 
-def common_core(parent: moesmith.Parent, groups: Sequence[Moments], spec: CarveSection, seed: int) -> list[list[Tensor]]:
+def common_core(
+    parent: moesmith.Parent, groups: Sequence[Moments], spec: CarveSection, seed: int
+) -> list[list[Tensor]]:
     """Channels by layer, then expert: sorted int64 vectors, ``kept_channels`` of them each."""
     generator = torch.Generator().manual_seed(seed)
     kept = kept_channels(parent.F, spec.ratio)

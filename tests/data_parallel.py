@@ -51,7 +51,9 @@ def main() -> None:
             if child == 0:
                 if world > 1:
                     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    if Path("/sys/class/net/lo").exists():  # a host name that does not resolve is no obstacle then
+                        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
                 status = 1
                 try:
                     work(folder, world, rank)

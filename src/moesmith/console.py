@@ -26,7 +26,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, box=None)
     for position, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[position], int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+        last = position + 1 == len(columns)  # the one that may wrap on a narrow terminal; nothing is ever cut
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=not last, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     wide = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
