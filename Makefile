@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/moesmith generate $(DEMO) "The patient was given" --tokens 40
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 slow: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -63,8 +63,6 @@ def _environment() -> Path:
     if not (home / ".ready").is_file():
         venv.create(home, with_pip=True, clear=True)
         constraints = Path(__file__).parent.parent / "constraints.txt"
-        subprocess.run(
-            [home / "bin" / "pip", "install", "-q", "-c", constraints, "torch", "transformers"], check=True
-        )
+        subprocess.run([home / "bin" / "pip", "install", "-q", "-c", constraints, "torch", "transformers"], check=True)
         (home / ".ready").touch()
     return home

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from flap import published_fluctuation
@@ -19,9 +17,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def parent() -> Iterator[Parent]:
+def parent() -> Parent:
     torch.set_num_threads(2)
-    yield load_parent("smollm2-135m")
+    return load_parent("smollm2-135m")
 
 
 @pytest.fixture(scope="module")

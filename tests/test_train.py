@@ -65,7 +65,6 @@ def trained(spec: TrainSection, folder: Path, blocks: Tensor | None = None, **op
 
 
 def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference of two sets of tensors."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
@@ -109,10 +108,7 @@ def test_every_pass_sees_every_block_once(blocks: int, batch: int, passes: int, 
         assert sorted(rows[start : start + blocks]) == list(range(blocks))
     if blocks > 20 and passes > 1:
         assert rows[:blocks] != rows[blocks : 2 * blocks]
-
-
-def test_another_seed_is_another_order() -> None:
-    assert not torch.equal(batch_rows(100, 0, 100, 0), batch_rows(100, 0, 100, 1))
+        assert not torch.equal(batch_rows(blocks, 0, blocks, seed), batch_rows(blocks, 0, blocks, seed + 1))
 
 
 # What a step computes -----------------------------------------------------------------------------------------------
@@ -221,12 +217,11 @@ def test_only_what_is_meant_to_changes(tmp_path: Path, kind: str) -> None:
 
 def test_the_trainable_count_by_formula() -> None:
     """E experts of width W, rank r, L layers: LoRA 3 L E r (D + W), norms (2 L + 1) D, routers with noise 2 L E D."""
-    model, parameters = model_for(section(STAGE2, lora_rank=5), tiny_parent("llama"), experts=4, top_k=2, kept=20)
+    _, parameters = model_for(section(STAGE2, lora_rank=5), tiny_parent("llama"), experts=4, top_k=2, kept=20)
     lora, norms, routers = 3 * 2 * 4 * 5 * (32 + 20), 5 * 32, 2 * 2 * 4 * 32
     assert sum(p.numel() for p in parameters.values()) == lora + norms + routers
     first = model_for(STAGE1, tiny_parent("llama"), experts=4)[1]
     assert sum(p.numel() for p in first.values()) == routers
-    assert len(moe_blocks(model)) == 2
 
 
 @pytest.mark.parametrize("gradient", ["none", "straight-through"])

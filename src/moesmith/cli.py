@@ -172,7 +172,7 @@ def report(
 def main() -> None:
     """Entry point: a MoesmithError is one line and exit status 2."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="moesmith")
     except MoesmithError as error:
         print(f"moesmith: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,70 @@
+"""Commands that must be refused: exit status 2, one line that names the cure, and nothing changed on disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import Answer, moesmith
+from conversions import arguments, snapshot
+
+from moesmith import conversion
+
+
+@dataclass
+class World:
+    """Where a bad command runs, and what it may change before."""
+
+    model: Path
+    data: Path
+    out: Path
+    home: Path
+    patch: pytest.MonkeyPatch
+
+    def own_model(self) -> Path:
+        """A copy of the parent to damage."""
+        self.model = Path(shutil.copytree(self.model, self.out.parent / "own-m"))
+        return self.model
+
+    def own_data(self) -> Path:
+        """A copy of the data to damage."""
+        self.data = Path(shutil.copytree(self.data, self.out.parent / "own-d"))
+        return self.data
+
+
+# how a line goes on that tells what to do, or what would be right
+CURE = re.compile(
+    r"[.?;] (Add|Choose|Delete|Fetch|Free|Give|Leave|Lower|Mend|Name|Put|Run|Save|Set|Wait|Write|give|raise)\b"
+    r"|Did you mean '|Is this a folder made by|Known by name: |[.] (It|A) \w+ \w+|[.] moesmith (converts|starts)"
+    r"|[.] See '"
+)
+
+
+def refused(answer: Answer, says: str) -> None:
+    """One line on standard error that matches, exit status 2."""
+    assert answer.status == 2, answer.err
+    assert answer.out == ""
+    lines = answer.err.splitlines()
+    assert len(lines) == 1, answer.err
+    assert re.match(f"moesmith: .*{says}", lines[0]), lines[0]
+    assert CURE.search(lines[0]), f"no cure: {lines[0]}"
+
+
+def convert_is_refused(world: World, says: str, settings: list[str], preset: str, *more: object) -> None:
+    """``moesmith convert`` is refused and leaves ``--out`` as it was."""
+    before = snapshot(world.out) if world.out.is_dir() else world.out.exists()
+    words = arguments(preset, world.model, world.data, world.out, settings)
+    refused(moesmith(*words, *more), says)
+    assert (snapshot(world.out) if world.out.is_dir() else world.out.exists()) == before
+
+
+def not_loaded(world: World) -> None:
+    """From here on it is a fault to load the parent."""
+
+    def load(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    world.patch.setattr(conversion, "load_parent", load)
