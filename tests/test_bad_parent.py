@@ -120,12 +120,7 @@ PARENTS: dict[str, tuple[Callable[[World], None], str]] = {
 }
 
 
-# refused in one line, which does not yet say what to do
-WITHOUT_CURE = pytest.mark.xfail(strict=True, reason="parents.py names no cure")
-CURELESS = ("no GGUF file", "no weights", "truncated", "not finite")
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=WITHOUT_CURE) if c in CURELESS else c for c in PARENTS])
+@pytest.mark.parametrize("case", PARENTS)
 def test_a_bad_parent(world: World, case: str) -> None:
     spoil, says = PARENTS[case]
     spoil(world)

@@ -26,6 +26,15 @@ MANIFEST = "manifest.json"
 WRITE_CURE = "Free disk space and run the same command again."
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+
+
 def digest(value: Any) -> str:
     """A short sha256 of any JSON-able value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
@@ -46,6 +55,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files for their owner alone
         os.replace(temporary, path)
     except OSError as error:
         raise MoesmithError(f"cannot write {path}: {error.strerror or error}", WRITE_CURE) from error

@@ -133,7 +133,7 @@ def _builtin_file(source: str) -> Path:
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not path.is_file():
-        raise MoesmithError(f"There is no file {path}")
+        raise MoesmithError(f"There is no file {path}", "Give the path of a GGUF file that exists.")
     if importlib.util.find_spec("gguf") is None:
         raise MoesmithError(f"{path.name} is a GGUF file, read with the gguf package", "pip install 'moesmith[gguf]'")
     options: dict[str, Any] = {"gguf_file": path.name}
@@ -162,7 +162,9 @@ def _from_pretrained(where: str, dtype: torch.dtype, shown: str, **options: Any)
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # transformers, safetensors and the hub client each have their own error types
-        raise MoesmithError(f"{shown} cannot be loaded: {first_line(error)}") from error
+        raise MoesmithError(
+            f"{shown} cannot be loaded: {first_line(error)}", "Fetch or save the model again, as safetensors."
+        ) from error
     return loaded
 
 
@@ -231,7 +233,10 @@ def refuse_not_finite(model: PreTrainedModel, source: str) -> None:
     for name, tensor in model.named_parameters():
         low, high = tensor.detach().aminmax()  # NaN spreads to both
         if not (low.isfinite() and high.isfinite()):
-            raise MoesmithError(f"{source} holds values that are not finite (NaN or infinity) in {name}")
+            raise MoesmithError(
+                f"{source} holds values that are not finite (NaN or infinity) in {name}",
+                "Fetch or save the model again.",
+            )
 
 
 def model_digest(model: PreTrainedModel) -> str:

@@ -135,6 +135,12 @@ class TrainSection(Section):
         return self
 
 
+class RouterTrainSection(TrainSection):
+    """Stage 1: as any training stage, but through the dense gate unless said otherwise."""
+
+    gate: Literal["dense", "sparse"] = "dense"
+
+
 class EvaluateSection(Section):
     """Held-out perplexity after every stage."""
 
@@ -157,7 +163,7 @@ class Recipe(Section):
     carve: CarveSection = CarveSection()
     affinity: AffinitySection = AffinitySection()
     router: RouterSection = RouterSection()
-    stage1: TrainSection = TrainSection(gate="dense")
+    stage1: RouterTrainSection = RouterTrainSection()
     stage2: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
 

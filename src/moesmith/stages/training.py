@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from moesmith.artefact import read_tensors
 from moesmith.carving import Carving
 from moesmith.console import say
+from moesmith.errors import MoesmithError
 from moesmith.lora import add_lora, lora_tensors
 from moesmith.moe import build, moe_blocks
 from moesmith.parents import Parent
@@ -87,6 +88,11 @@ def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str,
         carving = Carving.load(run.path(before))
         model = build(parent, carving, form)  # type: ignore[arg-type]
         parameters = prepare(model, spec, run.recipe.seed)
+        if not parameters:
+            raise MoesmithError(
+                f"{section} has nothing to train: no LoRA, no norms, and a router that gets no gradient",
+                f"Set {section}.lora_rank, {section}.norms or {section}.router_gradient, or {section}.tokens=0.",
+            )
         count = sum(p.numel() for p in parameters.values())
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
         blocks = read_tensors(run.path("corpus") / "training.safetensors")[section].long()
