@@ -23,7 +23,7 @@ from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.text import Domain, Record, evaluation_blocks, read_jsonl
 
-CHUNK = 256  # tokens whose logits exist at once
+CHUNK = 64  # tokens whose logits exist at once
 WINDOW = 512  # a batch holds this many tokens per sequence it was asked for
 WINDOWS = (512, 1024, 2048)  # WikiText-2 lengths of the published test script (dive.md §8.1)
 

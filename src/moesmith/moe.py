@@ -57,6 +57,7 @@ class MaskedExperts(nn.Module):
             self.down_DF = ffn.down_DF
         else:  # R = the kept channels of all experts, one expert after the other
             expert_R, channel_R = mask_EF.nonzero(as_tuple=True)
+            self.even = len({down_DF.shape[1] for down_DF in down}) == 1
             self.register_buffer("expert_R", expert_R.to(device), persistent=False)
             self.register_buffer("channel_R", channel_R.to(device), persistent=False)
             self.register_buffer("down_DR", torch.cat([d.to(device, dtype) for d in down], 1), persistent=False)
@@ -68,7 +69,12 @@ class MaskedExperts(nn.Module):
         if self.refitted:
             # transposed, so that picking channels copies whole rows; picking columns is several times slower
             a_RT = a_TF.T.contiguous().index_select(0, self.channel_R)
-            y_TD = (self.down_DR @ (a_RT * w_TE.T.contiguous().index_select(0, self.expert_R))).T
+            w_ET = w_TE.T.contiguous()
+            if self.even:  # (E, F_e, T): the gate's gradient is then a plain sum
+                mixed_RT = (a_RT.view(self.experts, -1, len(x_TD)) * w_ET.unsqueeze(1)).flatten(0, 1)
+            else:
+                mixed_RT = a_RT * w_ET.index_select(0, self.expert_R)
+            y_TD = (self.down_DR @ mixed_RT).T
         else:
             y_TD = F.linear(a_TF * (w_TE @ self.mask_EF), self.down_DF)
         return y_TD if self.bias_ED is None else y_TD + w_TE @ self.bias_ED
@@ -112,19 +118,16 @@ class SlicedExperts(nn.Module):
 
     @staticmethod
     def _products(x_PI: Tensor, weight_EOI: Tensor, counts: list[int], bias_EO: Tensor | None = None) -> Tensor:
-        return torch.cat(
-            [
-                F.linear(x_NI, weight_EOI[e], None if bias_EO is None else bias_EO[e])
-                for e, x_NI in enumerate(x_PI.split(counts))
-                if counts[e]
-            ]
-        )
+        parts = [
+            F.linear(x_NI, weight_EOI[e], None if bias_EO is None else bias_EO[e])
+            for e, x_NI in enumerate(x_PI.split(counts))
+            if counts[e]
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the selected experts' outputs, (T, D): sort by expert, one product per expert, pick back."""
         experts, (T, K) = len(self.gate_up_proj), ids_TK.shape
-        if experts == 1:
-            return self.expert(x_TD, 0) * weights_TK.to(x_TD.dtype)
         ids_S = ids_TK.flatten()
         counts_E = torch.bincount(ids_S, minlength=experts)
         # a CPU's matrix kernels are made per shape: rounding rows up lets few of them serve every batch
@@ -153,15 +156,20 @@ def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weig
 class MoEBlock(nn.Module):
     """A router and its experts in the place of a feed-forward network: (…, D) to (…, D)."""
 
-    def __init__(self, router: Router, experts: nn.Module) -> None:
+    def __init__(self, router: Router, experts: Any) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        # one pruned FFN is not routed: its weight is 1
+        spec = router.spec
+        self.alone = spec.experts == 1 and spec.renormalise and spec.scale == 1 and isinstance(experts, SlicedExperts)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Route every token and mix its experts' outputs."""
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         _, weights_TK, ids_TK = self.router(x_TD)
+        if self.alone:
+            return self.experts.expert(x_TD, 0).view_as(hidden)
         return self.experts(x_TD, ids_TK, weights_TK).view_as(hidden)
 
 

@@ -56,16 +56,19 @@ class _Channel:
         self.shift_F: Tensor | None = None
 
     def add(self, a_TF: Tensor) -> None:
-        # blocks small enough to stay in cache between the conversion and the two sums
-        for block in a_TF.split(256):
-            x_TF = block.to(torch.float32, copy=True)  # the model still needs its own
-            if self.shift_F is None:
-                self.shift_F = x_TF.mean(0)
-                self.sum_F = torch.zeros_like(self.shift_F, dtype=torch.float64)
-                self.square_F = torch.zeros_like(self.sum_F)
-            x_TF.sub_(self.shift_F)
-            self.sum_F += x_TF.sum(0)
-            self.square_F += x_TF.square_().sum(0)
+        if self.shift_F is None:
+            self.shift_F = a_TF[:256].float().mean(0)
+            self.sum_F = torch.zeros_like(self.shift_F, dtype=torch.float64)
+            self.square_F = torch.zeros_like(self.sum_F)
+        # blocks small enough to stay in cache between the conversion and the two sums; shifted sums of one batch are
+        # small numbers, so fp32 holds them, and batches are added up in fp64
+        sums, squares = [], []
+        for block in a_TF.split(384):
+            x_TF = block.float() - self.shift_F
+            sums.append(x_TF.sum(0))
+            squares.append(x_TF.square_().sum(0))
+        self.sum_F += torch.stack(sums).sum(0)
+        self.square_F += torch.stack(squares).sum(0)
         self.count += len(a_TF)
 
     def result(self) -> tuple[Tensor, Tensor]:
