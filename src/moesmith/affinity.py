@@ -6,7 +6,7 @@ domains whose pruned models do alike. ``scores`` is our shortcut: domains whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -110,15 +110,6 @@ def mine(
     """Clusters from a similarity matrix."""
     tree, groups = cluster(similarity, experts, method)
     return Affinity(list(names), matrix, similarity, tree, [[names[i] for i in group] for group in groups])
-
-
-def perplexity_matrix(n: int, prune: Callable[[int], Callable[[int], float]]) -> Array:
-    """The n × n matrix: ``prune(i)`` gives the model pruned on domain i as a function from domain j to perplexity."""
-    rows = []
-    for i in range(n):
-        measure = prune(i)
-        rows.append([measure(j) for j in range(n)])
-    return np.array(rows)
 
 
 def published_clusters() -> dict[str, list[list[str]]]:
