@@ -20,7 +20,8 @@ TINY = [
     *("stage2.checkpointing=false", "evaluate.tokens=512", "evaluate.window=64"),
 ]
 STATIC = ["carve.experts=1"]
-STAGES = ("domains", "corpus", "moments", "affinity", "carve", "baseline", "router", "experts", "export", "evaluate")
+SHARED = ("domains", "held-out", "corpus", "moments", "affinity", "carve", "baseline", "router")  # before stage 2
+STAGES = (*SHARED, "experts", "export", "evaluate")
 
 
 def convert(preset: str, model: Any, data: Path, out: Path, settings: Sequence[str] = (), **options: Any) -> Run:

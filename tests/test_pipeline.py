@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conversions import STAGES, convert, snapshot, weights
+from conversions import SHARED, STAGES, convert, snapshot, weights
 from tiny import FAMILIES, save_tiny, tiny_parent
 from tiny_data import DIALECTS, save_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -237,10 +237,26 @@ def test_reuse_takes_over_what_does_not_differ(
     capfd.readouterr()
     run = convert("dive-plus", home / "m", home / "d", tmp_path / "run", settings, reuse=[other])
     said = [line for line in capfd.readouterr().err.splitlines() if "taken over" in line]
-    assert said == [f"[{name}] taken over from {other}" for name in STAGES[:7]]  # all before the experts
+    assert said == [f"[{name}] taken over from {other}" for name in SHARED]
     assert weights(run.folder) == weights(alone.folder)
     check(run)
     assert snapshot(other) == before
+
+
+def test_other_evaluation_text_trains_nothing_again(
+    home: Path, made: Callable[[str], Run], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = made("dive-plus")
+    capfd.readouterr()
+    settings = ["evaluate.tokens=256"]
+    run = convert("dive-plus", home / "m", home / "d", tmp_path / "run", settings, reuse=[other.folder])
+    said = [line for line in capfd.readouterr().err.splitlines() if "taken over" in line]
+    anew = {"held-out", "baseline", "export", "evaluate"}
+    assert said == [f"[{name}] taken over from {other.folder}" for name in STAGES if name not in anew]
+    before, after = (read_json(each.path("evaluate") / "evaluation.json") for each in (other, run))
+    assert (before["tokens"], after["tokens"]) == (4 * 512, 4 * 256)
+    assert after["stages"]["experts"]["geomean"] != before["stages"]["experts"]["geomean"]
+    check(run)
 
 
 def test_reuse_of_the_same_recipe_gives_a_whole_run(home: Path, made: Callable[[str], Run], tmp_path: Path) -> None:

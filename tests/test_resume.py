@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import STAGES, convert, weights
+from conversions import SHARED, STAGES, convert, weights
 from tiny import save_tiny
 from tiny_data import save_data
 from transformers import AutoModelForCausalLM
@@ -131,7 +131,7 @@ def test_killed_while_stages_are_taken_over(job: Job, undisturbed: Outcome, tmp_
     changed = {"settings": ["stage2.lr=0.02"], "reuse": [str(undisturbed["folder"])]}
     alone = job(tmp_path / "alone", settings=changed["settings"])
     assert alone["error"] is None
-    taken = sum(job(tmp_path / "count", **changed)["counts"].get(name, 0) for name in ("before", *STAGES[:7]))
+    taken = sum(job(tmp_path / "count", **changed)["counts"].get(name, 0) for name in ("before", *SHARED))
     for point in random.Random(1).sample(range(2, taken), 3):
         out = tmp_path / str(point)
         assert job(out, kill=point, **changed)["signal"] == 9

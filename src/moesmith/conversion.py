@@ -20,6 +20,7 @@ from moesmith.stages.data import (
     check_windows,
     corpus_stage,
     domains_stage,
+    held_out_stage,
     moments_stage,
     stages_to_train,
 )
@@ -75,6 +76,7 @@ def convert(
     check_room(make_plan(chosen, parent, len(domains)), out)
     with run.lock():
         domains_stage(run, parent, domains)
+        held_out_stage(run, parent, domains)
         corpus_stage(run, parent, domains)
         moments_stage(run, parent, [domain.name for domain in domains])
         affinity_stage(run, parent, domains)

@@ -10,7 +10,10 @@ from moesmith.carving import Carving
 from moesmith.console import show_table
 from moesmith.errors import MoesmithError
 
-STAGES = ("domains", "corpus", "moments", "affinity", "baseline", "carve", "router", "experts", "export", "evaluate")
+STAGES = (
+    *("domains", "held-out", "corpus", "moments", "affinity", "baseline", "carve"),
+    *("router", "experts", "export", "evaluate"),
+)
 
 
 def describe(folder: Path) -> dict[str, Any]:

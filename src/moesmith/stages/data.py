@@ -1,4 +1,4 @@
-"""Stages *domains* and *corpus* (text becomes tokens, once) and *moments* (statistics of the parent per domain)."""
+"""Stages *domains*, *held-out*, *corpus* (text becomes tokens, once) and *moments* (statistics by domain)."""
 
 from __future__ import annotations
 
@@ -35,31 +35,39 @@ def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
     return run.stage("domains", [], {"names": names, "tokens": spec.tokens, "window": spec.window}, body)
 
 
-def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
-    """Held-out evaluation blocks of every domain, and the training sequences of each stage."""
-    recipe, training = run.recipe, stages_to_train(run.recipe)
+def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
+    """Evaluation blocks of every domain; no training stage reads them."""
+    spec = run.recipe.evaluate
 
     def body(work: Path) -> dict[str, Any]:
         held_out = {
-            domain.name: evaluation_blocks(domain, parent.tokenizer, recipe.evaluate.tokens, recipe.evaluate.window)
-            for domain in domains
+            domain.name: evaluation_blocks(domain, parent.tokenizer, spec.tokens, spec.window) for domain in domains
         }
         blocks = {name: packed.blocks.to(torch.int32) for name, packed in held_out.items()}
         write_tensors(work / "evaluation.safetensors", blocks)
+        return {
+            "evaluation_tokens": {name: packed.blocks.numel() for name, packed in held_out.items()},
+            "evaluation_tokens_left_over": {name: packed.dropped for name, packed in held_out.items()},
+        }
+
+    settings = {"names": [domain.name for domain in domains], "evaluate": spec.model_dump()}
+    return run.stage("held-out", [], settings, body)
+
+
+def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
+    """The training sequences of each training stage."""
+    recipe, training = run.recipe, stages_to_train(run.recipe)
+
+    def body(work: Path) -> dict[str, Any]:
         sequences, epochs = {}, {}
         for offset, (name, spec) in enumerate(training.items()):
             packed = training_blocks(domains, parent.tokenizer, spec.tokens, spec.window, recipe.seed + offset)
             sequences[name], epochs[name] = packed.blocks.to(torch.int32), packed.epochs
         write_tensors(work / "training.safetensors", sequences)
-        return {
-            "evaluation_tokens": {name: packed.blocks.numel() for name, packed in held_out.items()},
-            "evaluation_tokens_left_over": {name: packed.dropped for name, packed in held_out.items()},
-            "training_epochs": epochs,
-        }
+        return {"training_epochs": epochs}
 
     settings = {
         "names": [domain.name for domain in domains],
-        "evaluate": recipe.evaluate.model_dump(),
         "training": {name: [spec.tokens, spec.window] for name, spec in training.items()},
     }
     return run.stage("corpus", [], settings, body)
@@ -102,7 +110,7 @@ def windows_of(run: Run) -> dict[str, Tensor]:
 
 def evaluation_of(run: Run) -> dict[str, Tensor]:
     """Evaluation blocks by domain, (N, window) int64."""
-    return {name: ids.long() for name, ids in read_tensors(run.path("corpus") / "evaluation.safetensors").items()}
+    return {name: ids.long() for name, ids in read_tensors(run.path("held-out") / "evaluation.safetensors").items()}
 
 
 def moments_stage(run: Run, parent: Parent, names: Sequence[str]) -> Path:

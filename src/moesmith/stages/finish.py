@@ -40,7 +40,7 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
             say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
         return metrics | carving.parameters(parent)
 
-    return run.stage("export", [before, "corpus"], {}, body, shared=False)  # the model itself lies elsewhere
+    return run.stage("export", [before, "held-out"], {}, body, shared=False)  # the model itself lies elsewhere
 
 
 def baseline_stage(run: Run, parent: Parent) -> Path:
@@ -51,7 +51,7 @@ def baseline_stage(run: Run, parent: Parent) -> Path:
         write_json(work / "parent.json", result)
         return {"perplexity": result["geomean"]}
 
-    return run.stage("baseline", ["corpus"], {}, body)
+    return run.stage("baseline", ["held-out"], {}, body)
 
 
 def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
@@ -80,7 +80,7 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
             record_routing(finished, parent.tokenizer, few, 4).save(work / "routing.npz")
         return {name: result["geomean"] for name, result in results.items()}
 
-    final = run.stage("evaluate", ["baseline", *made, "export"], {"made": made}, body)
+    final = run.stage("evaluate", ["held-out", "baseline", *made, "export"], {"made": made}, body)
     card, text = folder / "README.md", model_card(run)
     if not card.is_file() or card.read_text(encoding="utf-8") != text:
         write_text(card, text)
