@@ -41,6 +41,7 @@ ROWS: list[tuple[str, str, str, list[str]]] = [
     ("DIVE start, LDA router", "dive-lda", "dive-1of8", [*UNTRAINED, "router.start=lda"]),
     ("dive-plus start", "plus", "dive-plus", UNTRAINED),
     ("DIVE as published, trained", "dive-trained", "dive-1of8", TRAINED),
+    ("DIVE, LDA router, trained", "dive-lda-trained", "dive-1of8", [*TRAINED, "router.start=lda"]),
     ("dive-plus, trained", "plus-trained", "dive-plus", TRAINED),
     ("LLaMA-MoE, trained", "llama-moe-trained", "llama-moe-1of8", TRAINED),
     ("static FLAP mask, trained", "static-trained", "flap-static", TRAINED_STATIC),

@@ -19,7 +19,7 @@ from moesmith.artefact import write_tensors
 from moesmith.moe import build
 from moesmith.recipe import TrainSection
 from moesmith.stages.training import prepare
-from moesmith.train import train
+from moesmith.train import Student, train
 
 SPEC = TrainSection(
     tokens=6 * 8 * 16, window=16, batch=8, micro_batch=3, lr=3e-3, lora_rank=2, lora_dropout=0, norms=True,
@@ -34,7 +34,7 @@ def work(folder: Path, world: int, rank: int) -> None:
     model = build(parent, random_carving(parent, compensation="bias"), "sliced")
     blocks = torch.randint(0, 300, (40, 16), generator=torch.Generator().manual_seed(0))
     parameters = prepare(model, SPEC, seed=1)
-    train(model, parameters, blocks, SPEC, folder / f"world-{world}", teacher=parent.model, seed=1)
+    train(Student(model, parent.model, SPEC), parameters, blocks, SPEC, folder / f"world-{world}", seed=1)
     write_tensors(folder / f"{world}-{rank}.safetensors", {name: p.detach() for name, p in parameters.items()})
 
 

@@ -60,7 +60,7 @@ def trained(spec: TrainSection, folder: Path, blocks: Tensor | None = None, **op
     parent = tiny_parent("llama")
     model, parameters = model_for(spec, parent, **options)
     teacher: Any = parent.model if spec.loss == "distill" else None
-    train(model, parameters, some_blocks() if blocks is None else blocks, spec, folder, teacher=teacher, seed=1)
+    train(Student(model, teacher, spec), parameters, some_blocks() if blocks is None else blocks, spec, folder, seed=1)
     return values(parameters)
 
 
@@ -130,7 +130,7 @@ def test_a_masked_step_is_a_sliced_step(tmp_path: Path, compensation: str) -> No
         parent = tiny_parent("llama")
         model = build(parent, random_carving(parent, compensation=compensation), form)  # type: ignore[arg-type]
         parameters = prepare(model, STAGE1, seed=1)
-        train(model, parameters, some_blocks(), section(STAGE1), tmp_path / form, seed=1)
+        train(Student(model, None, section(STAGE1)), parameters, some_blocks(), section(STAGE1), tmp_path / form, seed=1)
         results.append(values(parameters))
     assert largest(*results) < 1e-5
     start = prepare(build(tiny_parent("llama"), random_carving(tiny_parent("llama")), "masked"), STAGE1, seed=1)
@@ -206,7 +206,7 @@ def test_only_what_is_meant_to_changes(tmp_path: Path, kind: str) -> None:
     dense = {name: p.detach().clone() for name, p in parent.model.named_parameters()}
     model, parameters = model_for(base, parent, top_k=top_k)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    outcome = train(model, parameters, some_blocks(), section(base, 12), tmp_path, seed=1)
+    outcome = train(Student(model, None, section(base, 12)), parameters, some_blocks(), section(base, 12), tmp_path, seed=1)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if meant(name)}
     assert outcome.trainable == sum(before[name].numel() for name in changed)
@@ -232,7 +232,7 @@ def test_a_top_1_router_moves_only_straight_through(tmp_path: Path, gradient: st
     routers = {f"router.{i}": block.router.weight for i, block in enumerate(moe_blocks(model))}
     assert (routers.keys() <= parameters.keys()) == (gradient != "none")
     before = values(routers)
-    train(model, parameters | routers, some_blocks(), spec, tmp_path, seed=1)
+    train(Student(model, None, spec), parameters | routers, some_blocks(), spec, tmp_path, seed=1)
     assert (largest(values(routers), before) > 1e-3) == (gradient != "none")
 
 
@@ -248,7 +248,7 @@ def test_distillation_comes_closer_to_the_parent(tmp_path: Path) -> None:
             return float(head_loss(hidden, head, blocks[:, 1:].flatten(), wanted, mix=1.0))
 
     before = divergence()
-    outcome = train(model, parameters, blocks, spec, tmp_path, teacher=parent.model, seed=1)
+    outcome = train(Student(model, parent.model, spec), parameters, blocks, spec, tmp_path, seed=1)
     assert divergence() < 0.8 * before
     assert outcome.last_loss < outcome.first_loss
 
@@ -260,7 +260,7 @@ def test_pairs_of_two_stages_add_up(tmp_path: Path) -> None:
     for stage in ("one", "two"):
         model = build(parent, carving, "sliced")
         parameters = prepare(model, STAGE2, seed=1)
-        train(model, parameters, some_blocks(), section(STAGE2), tmp_path / stage, seed=1)
+        train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path / stage, seed=1)
         carving = harvest(model, carving, parameters)
         with torch.no_grad():
             ours, theirs = (m(input_ids=ids).logits for m in (model, build(parent, carving, "sliced")))
@@ -297,7 +297,7 @@ def test_going_on_is_as_if_nothing_had_happened(
     for step, stop in ((3, 5), (6, 7)):
         model, parameters = model_for(spec, tiny_parent("llama"))
         with pytest.raises(KilledError):
-            train(model, parameters, some_blocks(), spec, tmp_path / "cut", seed=1, on_step=keep_until(step, stop))
+            train(Student(model, None, spec), parameters, some_blocks(), spec, tmp_path / "cut", seed=1, on_step=keep_until(step, stop))
         assert json.loads(read_metadata(tmp_path / "cut" / "checkpoint.safetensors")["state"])["step"] == step
     (tmp_path / "cut" / "log.jsonl").open("a").write('{"step": 8, "lo')  # a line that was cut short
     assert largest(trained(spec, tmp_path / "cut"), whole) == 0
@@ -314,7 +314,7 @@ def test_a_finished_stage_trains_no_further(tmp_path: Path) -> None:
     first = trained(spec, tmp_path)
     model, parameters = model_for(spec, tiny_parent("llama"))
     called: list[int] = []
-    outcome = train(model, parameters, some_blocks(), spec, tmp_path, seed=1, on_step=called.append)
+    outcome = train(Student(model, None, spec), parameters, some_blocks(), spec, tmp_path, seed=1, on_step=called.append)
     assert called == []
     assert largest(values(parameters), first) == 0
     assert outcome.steps == 6
@@ -323,7 +323,7 @@ def test_a_finished_stage_trains_no_further(tmp_path: Path) -> None:
 
 def test_the_outcome_and_the_log_say_what_happened(tmp_path: Path) -> None:
     model, parameters = model_for(STAGE2, tiny_parent("llama"))
-    outcome = train(model, parameters, some_blocks(), section(STAGE2), tmp_path, seed=1)
+    outcome = train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path, seed=1)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert (outcome.steps, outcome.tokens) == (6, 6 * BATCH * WINDOW)
     assert [line["tokens"] for line in lines] == [n * BATCH * WINDOW for n in range(1, 7)]
@@ -365,7 +365,7 @@ def test_what_is_not_finite_stops_with_its_data_and_is_not_trained_on(
             kept[done] = values(now)
 
         with pytest.raises(MoesmithError, match=says):
-            train(model, parameters, blocks, section(STAGE2, 20), tmp_path, seed=1, on_step=remember)
+            train(Student(model, None, section(STAGE2, 20)), parameters, blocks, section(STAGE2, 20), tmp_path, seed=1, on_step=remember)
         assert list(kept) == list(range(step + 1))
         assert largest(values(parameters), kept[step]) == 0
         saved = read_tensors(tmp_path / f"nonfinite-step-{step}.safetensors")["ids"]
@@ -397,4 +397,4 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(training, "Accelerator", lambda **_: Three())
     model, parameters = model_for(STAGE2, tiny_parent("llama"))
     with pytest.raises(MoesmithError, match=r"a batch of 8 sequences cannot be shared by 3 processes\. Give"):
-        train(model, parameters, some_blocks(), section(STAGE2), tmp_path)
+        train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path)

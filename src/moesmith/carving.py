@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from moesmith.artefact import read_json, read_tensors, write_json, write_tensors
+from moesmith.attention import CarvedAttention
 from moesmith.errors import MoesmithError
 from moesmith.gates import GateSpec
 from moesmith.parents import Parent
 from moesmith.recipe import Compensation
+from moesmith.sizes import Sizes
 
-FORMAT = 1
+FORMAT = 2  # 2: attention
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Carving:
             the scale alpha / r is already in B.
         norms: parent parameter name to the trained norm weight.
         provenance: where it came from (method, recipe, hashes), JSON-able.
+        attention: one :class:`CarvedAttention` per layer where attention is pruned as well (ToMoE), else empty.
 
     Example:
         >>> carving = Carving.load("RUN/stages/carve")        # doctest: +SKIP
@@ -71,6 +74,7 @@ class Carving:
     lora: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    attention: list[CarvedAttention] = field(default_factory=list)
 
     def widths(self) -> Tensor:
         """Kept channels per layer and expert, (L, E) int64."""
@@ -119,6 +123,16 @@ class Carving:
                 weights[name] = weight + (B_Or @ A_rI).to(weight.device)
         return weights["gate"], weights["up"], weights["down"]
 
+    def active_share(self, parent: Parent) -> float:
+        """Active parameters over the parent's, block matrices only, each layer's widest expert counted (tomoe.md §3.5).
+
+        The number a ToMoE budget fixes; for experts of equal width it is the exact share of every token.
+        """
+        sizes = Sizes.of(parent)
+        active = sum(sizes.ffn(width * self.gate.top_k) for width in self.widths().amax(1).tolist())
+        widths = [(a.width_qk, a.width_vo) for a in self.attention] or [(sizes.h, sizes.h)] * sizes.L
+        return (active + sum(sizes.attention(qk, vo) for qk, vo in widths)) / sizes.total
+
     def parameters(self, parent: Parent) -> dict[str, int]:
         """Parameter counts: the parent's, and the MoE's in total and active per token (embeddings included)."""
         dense = sum(p.numel() for p in parent.model.parameters())
@@ -142,6 +156,8 @@ class Carving:
                     tensors[f"{index}.{name}"] = value
             for expert, down_DF in enumerate(layer.down or ()):
                 tensors[f"{index}.down.{expert}"] = down_DF
+        for index, attention in enumerate(self.attention):
+            tensors |= {f"{index}.attention.{name}": value for name, value in attention.tensors().items()}
         tensors |= {f"lora.{name}": value for name, value in self.lora.items()}
         tensors |= {f"norm.{name}": value for name, value in self.norms.items()}
         write_tensors(folder / "carving.safetensors", tensors)
@@ -176,16 +192,18 @@ class Carving:
                     down=down,
                 )
             )
-        parts = {
-            kind: {name.removeprefix(f"{kind}."): v for name, v in tensors.items() if name.startswith(f"{kind}.")}
-            for kind in ("lora", "norm")
-        }
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+
+        gated = [part(f"{index}.attention.") for index in range(header["layers"])]
         return cls(
             layers=layers,
             gate=GateSpec(**header["gate"]),
             d_ff=header["d_ff"],
             compensation=header["compensation"],
-            lora=parts["lora"],
-            norms=parts["norm"],
+            lora=part("lora."),
+            norms=part("norm."),
             provenance=header["provenance"],
+            attention=[CarvedAttention(**tensors) for tensors in gated if tensors],
         )

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from moesmith.attention import HeadGate, install
 from moesmith.carving import Carving
 from moesmith.gates import Router
 from moesmith.parents import FFN, Parent
+from moesmith.structure import decoder_layers
 
 Activation = Callable[[Tensor], Tensor]
 Form = Literal["masked", "sliced"]
@@ -194,6 +196,8 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
     for index, ffn in enumerate(parent.ffns):
         owner, name = ffn.path.rsplit(".", 1)
         setattr(model.get_submodule(owner), name, _block(parent, carving, index, form))
+    for layer, attention in zip(decoder_layers(model)[1], carving.attention, strict=bool(carving.attention)):
+        install(layer, model.config, HeadGate(attention, parent.device))
     for name, value in carving.norms.items():
         owner, leaf = name.rsplit(".", 1)
         module = model.get_submodule(owner)
@@ -226,6 +230,23 @@ def _block(parent: Parent, carving: Carving, index: int, form: Form) -> MoEBlock
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     """The model's MoE blocks, first layer first."""
     return [module for module in model.modules() if isinstance(module, MoEBlock)]
+
+
+@contextmanager
+def shuffled(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Hand every token another token's experts inside the ``with``: the load stays, what was learned of routing goes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def mix(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        order = torch.randperm(len(out[0]), generator=generator).to(out[0].device)
+        return out[0][order], out[1][order], out[2][order]
+
+    handles = [block.router.register_forward_hook(mix) for block in moe_blocks(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -100,8 +100,8 @@ class RouterSection(Section):
     noise: float = Field(5e-4, ge=0, description="factor of DIVE's training noise")
 
 
-class TrainSection(Section):
-    """One training stage; ``tokens`` 0 skips it."""
+class LoopSection(Section):
+    """What every training stage has; ``tokens`` 0 skips it."""
 
     tokens: int = Field(0, ge=0)
     window: int = Field(1024, ge=8, description="tokens per sequence")
@@ -111,8 +111,20 @@ class TrainSection(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     min_ratio: float = Field(0.1, ge=0, le=1, description="cosine: last learning rate over the peak")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of steps with rising learning rate")
-    clip: float = Field(1.0, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null leaves it alone")
     weight_decay: float = Field(0.0, ge=0)
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> LoopSection:
+        if self.tokens:
+            _hold_a_window(self.tokens, self.window)
+        return self
+
+
+class TrainSection(LoopSection):
+    """A training stage of routers, experts and norms."""
+
     loss: Literal["next-token", "distill"] = "next-token"
     mix: float = Field(1.0, ge=0, le=1, description="distill: share of the KL term")
     kl_temperature: float = Field(1.0, gt=0)
@@ -124,12 +136,9 @@ class TrainSection(Section):
     lora_alpha: float = 16.0
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     norms: bool = False
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSection:
-        if self.tokens:
-            _hold_a_window(self.tokens, self.window)
         if self.gate == "dense" and (self.lora_rank or self.norms):
             raise ValueError("the dense gate trains routers only; use gate: sparse for experts and norms")
         return self
@@ -139,6 +148,24 @@ class RouterTrainSection(TrainSection):
     """Stage 1: as any training stage, but through the dense gate unless said otherwise."""
 
     gate: Literal["dense", "sparse"] = "dense"
+
+
+class MasksSection(LoopSection):
+    """ToMoE: experts, routers and attention masks learned over frozen weights."""
+
+    budget: float = Field(0.5, gt=0, lt=1, description="share p of the block parameters active per token")
+    start: Literal["random", "carving"] = Field("random", description="first masks: all channels, or a carving's")
+    attention: Literal["none", "hybrid", "dynamic"] = Field("hybrid", description="which attention masks are learned")
+    output_mask: bool = Field(True, description="mask the output projection by the query token as well")
+    noise: Literal["token", "expert"] = Field("token", description="whose Gumbel noise a channel mask has")
+    masking: Literal["double", "single"] = Field("double", description="how often a mask multiplies a gated product")
+    widths: Literal["threshold", "equal"] = Field("threshold", description="narrower experts as they are, or filled up")
+    temperature: float = Field(0.4, gt=0)
+    bias: float = Field(3.0, description="added to every mask logit: masks start open")
+    kl_weight: float = Field(2.0, ge=0)
+    budget_weight: float = Field(16.0, ge=0)
+    union_weight: float = Field(3.0, ge=0, description="spread over attention and FFN positions: half of it acts")
+    balance_weight: float = Field(1.0, ge=0)
 
 
 class EvaluateSection(Section):
@@ -163,6 +190,7 @@ class Recipe(Section):
     carve: CarveSection = CarveSection()
     affinity: AffinitySection = AffinitySection()
     router: RouterSection = RouterSection()
+    masks: MasksSection = MasksSection()
     stage1: RouterTrainSection = RouterTrainSection()
     stage2: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -25,7 +25,7 @@ from moesmith.artefact import read_metadata, read_tensors, write_tensors, write_
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
 from moesmith.losses import head_loss
-from moesmith.recipe import TrainSection
+from moesmith.recipe import LoopSection, TrainSection
 
 SAVE_SECONDS = 60.0
 
@@ -41,23 +41,36 @@ class Student(nn.Module):
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Mean loss over the tokens that have a successor."""
-        hidden_ND = self._hidden(self.model, ids_BS)
-        teacher_ND = None
         mix = self.spec.mix if self.spec.loss == "distill" else 0.0
-        (teacher,) = self._teacher
-        if teacher is not None and mix > 0:
-            with torch.no_grad():
-                teacher_ND = self._hidden(teacher, ids_BS)
-        head_VD = self.model.get_output_embeddings().weight
-        return head_loss(hidden_ND, head_VD, ids_BS[:, 1:].flatten(), teacher_ND, mix, self.spec.kl_temperature)
-
-    @staticmethod
-    def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-        out = model.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state
-        return out[:, :-1].flatten(0, 1)
+        return token_loss(self.model, ids_BS, self._teacher[0], mix, self.spec.kl_temperature)
 
 
-def learning_rate(step: int, steps: int, spec: TrainSection) -> float:
+def token_loss(
+    model: PreTrainedModel, ids_BS: Tensor, teacher: PreTrainedModel | None, mix: float, temperature: float = 1.0
+) -> Tensor:
+    """:func:`moesmith.losses.head_loss` over the tokens of ``ids_BS`` that have a successor.
+
+    Args:
+        model: the student.
+        ids_BS: token ids.
+        teacher: the dense parent; needed where ``mix`` is above 0.
+        mix: share of distillation.
+        temperature: of the distillation.
+    """
+    teacher_ND = None
+    if teacher is not None and mix > 0:
+        with torch.no_grad():
+            teacher_ND = _hidden(teacher, ids_BS)
+    head_VD = model.get_output_embeddings().weight
+    return head_loss(_hidden(model, ids_BS), head_VD, ids_BS[:, 1:].flatten(), teacher_ND, mix, temperature)
+
+
+def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+    out = model.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state
+    return out[:, :-1].flatten(0, 1)
+
+
+def learning_rate(step: int, steps: int, spec: LoopSection) -> float:
     """Rate at ``step`` (from 0) of ``steps``: linear warm-up, then constant or cosine down to ``min_ratio``."""
     warm = math.ceil(spec.warmup * steps)
     if step < warm:
@@ -68,7 +81,7 @@ def learning_rate(step: int, steps: int, spec: TrainSection) -> float:
     return spec.lr * (spec.min_ratio + (1 - spec.min_ratio) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def steps_of(spec: TrainSection) -> int:
+def steps_of(spec: LoopSection) -> int:
     """Optimiser steps that ``spec.tokens`` make, rounded up."""
     return math.ceil(spec.tokens / (spec.batch * spec.window))
 
@@ -76,7 +89,7 @@ def steps_of(spec: TrainSection) -> int:
 class Masters:
     """AdamW on fp32 copies of the trained parameters; the model's own copies follow after each step."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], spec: TrainSection) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], spec: LoopSection) -> None:
         self.parameters = parameters
         self.fp32 = {name: p.detach().float().clone() for name, p in parameters.items()}
         for master in self.fp32.values():
@@ -85,13 +98,13 @@ class Masters:
             self.fp32.values(), lr=spec.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=spec.weight_decay, foreach=True
         )
 
-    def step(self, lr: float, clip: float) -> float:
+    def step(self, lr: float, clip: float | None) -> float:
         """Clip, update and copy back; returns the gradient norm before clipping."""
         for name, parameter in self.parameters.items():
             grad = parameter.grad
             self.fp32[name].grad = torch.zeros_like(self.fp32[name]) if grad is None else grad.float()
             parameter.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.fp32.values(), clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self.fp32.values(), clip or math.inf))
         if math.isfinite(norm):
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
@@ -153,26 +166,25 @@ def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
 
 
 def train(
-    model: PreTrainedModel,
+    objective: Any,
     parameters: dict[str, nn.Parameter],
     blocks: Tensor,
-    spec: TrainSection,
+    spec: LoopSection,
     folder: Path,
     *,
-    teacher: PreTrainedModel | None = None,
     seed: int = 0,
     label: str = "training",
     on_step: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Train ``parameters`` of ``model`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
+    """Train ``parameters`` of ``objective`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
 
     Args:
-        model: the network; everything but ``parameters`` is frozen.
+        objective: a module such as :class:`Student`: token ids (B, S) to the scalar loss of its ``model``, in which
+            everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
         parameters: name to trained parameter, in the model's dtype.
         blocks: (N, window) token ids.
         spec: the stage's settings.
         folder: holds ``log.jsonl`` (a line per step) and ``checkpoint.safetensors``.
-        teacher: the dense parent, for distillation.
         seed: of data order, dropout and router noise.
         label: what the progress line says.
         on_step: called with the number of finished steps.
@@ -185,6 +197,7 @@ def train(
             batch evenly.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model = objective.model
     accelerator = Accelerator(
         cpu=next(model.parameters()).device.type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -199,7 +212,7 @@ def train(
         parameter.requires_grad_(True)
     trainable = sum(p.numel() for p in parameters.values())
     masters = Masters(parameters, spec)
-    student = accelerator.prepare_model(Student(model, teacher, spec)) if world > 1 else Student(model, teacher, spec)
+    student = accelerator.prepare_model(objective) if world > 1 else objective
     if spec.checkpointing:
         model.gradient_checkpointing_enable()
     first, last, done, before = math.nan, math.nan, 0, 0.0
@@ -243,7 +256,7 @@ def train(
             seconds = time.monotonic() - begun
             if log is not None:
                 record = {"step": step + 1, "tokens": (step + 1) * spec.batch * spec.window, "loss": round(loss, 5)}
-                record |= {"lr": lr, "grad_norm": round(norm, 5)}
+                record |= {"lr": lr, "grad_norm": round(norm, 5)} | getattr(objective, "measured", {})
                 log.write(record | {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)})
                 if time.monotonic() - saved > SAVE_SECONDS:
                     save(step + 1)

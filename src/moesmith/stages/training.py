@@ -19,7 +19,7 @@ from moesmith.moe import build, moe_blocks
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
 from moesmith.recipe import TrainSection
-from moesmith.train import train
+from moesmith.train import Student, train
 
 
 def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -97,7 +97,8 @@ def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str,
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
         blocks = read_tensors(run.path("corpus") / "training.safetensors")[section].long()
         teacher = parent.model if distilled else None
-        outcome = train(model, parameters, blocks, spec, work, teacher=teacher, seed=run.recipe.seed, label=name)
+        student = Student(model, teacher, spec)
+        outcome = train(student, parameters, blocks, spec, work, seed=run.recipe.seed, label=name)
         harvest(model, carving, parameters).save(work)
         return outcome.metrics()
 

@@ -1,0 +1,142 @@
+"""Straight-through Gumbel operators (tomoe.md §3.2) and the fused product of activations with their expert's mask.
+
+Noise is drawn as e ~ Exp(1); g = −log e is the Gumbel variable of the paper. A unit is kept iff o + g + b > 0, that is
+iff e · exp(−(o + b)) < 1, and its soft value is 1 / (1 + (e · exp(−(o + b)))^(1/τ)): no logarithm per element.
+
+Shapes: T tokens, N experts, F channels, R width of the expert embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 512  # tokens whose fp32 noise exists at once
+
+
+def keep_probability(logits: Tensor, bias: float) -> Tensor:
+    """P(kept) = 1 − exp(−exp(o + b)) of :func:`gumbel_sigmoid`: a single Gumbel, not the difference of two."""
+    return -torch.expm1(-torch.exp(logits + bias))
+
+
+def median_logit(bias: float) -> float:
+    """The logit o at which a unit is kept half of the time: log log 2 − b."""
+    return float(torch.tensor(2.0).log().log()) - bias
+
+
+def exponential(*shape: int, like: Tensor) -> Tensor:
+    """Fresh noise e ~ Exp(1), fp32, on ``like``'s device."""
+    return torch.empty(shape, device=like.device, dtype=torch.float32).exponential_()
+
+
+def gumbel_sigmoid(logits: Tensor, noise: Tensor, temperature: float, bias: float) -> Tensor:
+    """Hard 0/1 mask, straight through to σ((o + g + b)/τ); ``noise`` is Exp(1), broadcast against ``logits``."""
+    soft = torch.sigmoid((logits + bias - noise.log()) / temperature)
+    hard = (soft > 0.5).to(soft.dtype)
+    return hard + soft - soft.detach()
+
+
+def gumbel_softmax(logits_TN: Tensor, noise_TN: Tensor, temperature: float) -> Tensor:
+    """One-hot argmax, straight through to softmax((r + g)/τ)."""
+    soft_TN = ((logits_TN - noise_TN.log()) / temperature).softmax(-1)
+    hard_TN = torch.zeros_like(soft_TN).scatter_(-1, soft_TN.argmax(-1, keepdim=True), 1.0)
+    return hard_TN + soft_TN - soft_TN.detach()
+
+
+class _Masked(torch.autograd.Function):
+    """v ⊙ s(token's expert) with the gradient of s through its soft value.
+
+    Mask logits o = W_D h are never formed for every token: o takes N distinct rows, and the gradient of a token's
+    decoder input is (dL/do) W_D whatever its row. What stays for the backward pass is one low-precision slope and one
+    bit per token and channel, instead of several fp32 copies of the logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v_TF: Tensor,
+        h_TR: Tensor,
+        decoder_FR: Tensor,
+        logits_NF: Tensor,
+        ids_T: Tensor,
+        noise_NF: Tensor | None,
+        temperature: float,
+        bias: float,
+        factor: float,
+    ) -> Tensor:
+        odds_NF = torch.exp(-(logits_NF + bias))
+        keep_TF = torch.empty(v_TF.shape, dtype=torch.bool, device=v_TF.device)
+        slope_TF = torch.empty_like(v_TF)
+        if noise_NF is not None:
+            keep_NF, slope_NF = _sample(odds_NF * noise_NF, temperature)
+            torch.index_select(keep_NF, 0, ids_T, out=keep_TF)
+            torch.index_select(slope_NF.to(v_TF.dtype), 0, ids_T, out=slope_TF)
+        else:
+            for start in range(0, len(ids_T), CHUNK):
+                part = slice(start, start + CHUNK)
+                odds_CF = odds_NF.index_select(0, ids_T[part])
+                odds_CF.mul_(torch.empty_like(odds_CF).exponential_())
+                keep_TF[part], slope_TF[part] = _sample(odds_CF, temperature)
+        ctx.save_for_backward(v_TF, keep_TF, slope_TF, h_TR, decoder_FR)
+        ctx.factor = factor
+        return v_TF * keep_TF
+
+    @staticmethod
+    def backward(ctx: Any, grad_TF: Tensor) -> Any:  # type: ignore[override]
+        v_TF, keep_TF, slope_TF, h_TR, decoder_FR = ctx.saved_tensors
+        do_TF = grad_TF * v_TF * slope_TF
+        if ctx.factor != 1:  # s² : dy/ds = 2 s v, nothing for a dropped channel
+            do_TF = do_TF * keep_TF * ctx.factor
+        dh_TR = (do_TF @ decoder_FR.to(do_TF.dtype)).to(h_TR.dtype)
+        ddecoder_FR = (do_TF.T @ h_TR.to(do_TF.dtype)).to(decoder_FR.dtype)
+        return grad_TF * keep_TF, dh_TR, ddecoder_FR, None, None, None, None, None, None
+
+
+def _sample(odds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Kept or not, and the slope of the soft value: s̃ (1 − s̃) / τ with s̃ = 1 / (1 + odds^(1/τ))."""
+    keep = odds < 1
+    soft = odds.pow_(1 / temperature).add_(1).reciprocal_()
+    return keep, torch.addcmul(soft, soft, soft, value=-1).div_(temperature)
+
+
+def masked(
+    v_TF: Tensor,
+    h_TR: Tensor,
+    decoder_FR: Tensor,
+    logits_NF: Tensor,
+    ids_T: Tensor,
+    *,
+    temperature: float,
+    bias: float,
+    noise_NF: Tensor | None = None,
+    double: bool = True,
+) -> Tensor:
+    """Activations times the sampled mask of each token's expert, (T, F).
+
+    Args:
+        v_TF: input of ``down_proj``.
+        h_TR: decoder input of each token's expert, GELU(LN(ê)), fp32; it carries the router's and embedding's gradient.
+        decoder_FR: the decoder W_D.
+        logits_NF: mask logits of every expert, the same numbers as W_D h; no gradient is taken through them.
+        ids_T: each token's expert.
+        temperature: τ.
+        bias: b.
+        noise_NF: one Exp(1) draw per expert and channel, shared by its tokens; fresh noise per token if ``None``, as
+            published.
+        double: the mask multiplies both factors of a gated product, as published: s² = s forward, but a dropped
+            channel gets no gradient and a kept one twice as much (tomoe.md §3.3).
+    """
+    factor = 2.0 if double else 1.0
+    return _Masked.apply(  # type: ignore[no-any-return]
+        v_TF, h_TR, decoder_FR, logits_NF, ids_T, noise_NF, temperature, bias, factor
+    )
+
+
+def masked_reference(
+    v_TF: Tensor, h_TR: Tensor, decoder_FR: Tensor, noise_TF: Tensor, *, temperature: float, bias: float, double: bool
+) -> Tensor:
+    """The straight transcription with a token's own logits in plain autograd, for tests and the memory benchmark."""
+    mask_TF = gumbel_sigmoid(h_TR @ decoder_FR.T, noise_TF, temperature, bias)
+    return v_TF * (mask_TF * mask_TF if double else mask_TF).to(v_TF.dtype)
