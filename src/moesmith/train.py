@@ -48,8 +48,8 @@ class Student(nn.Module):
         if teacher is not None and mix > 0:
             with torch.no_grad():
                 teacher_ND = self._hidden(teacher, ids_BS)
-        head_VD = self.model.get_output_embeddings().weight
-        return head_loss(hidden_ND, head_VD, ids_BS[:, 1:].flatten(), teacher_ND, mix, self.spec.kl_temperature)
+        head, labels_N = self.model.get_output_embeddings(), ids_BS[:, 1:].flatten()
+        return head_loss(hidden_ND, head.weight, labels_N, teacher_ND, mix, self.spec.kl_temperature, head.bias)
 
     @staticmethod
     def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:

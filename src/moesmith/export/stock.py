@@ -29,13 +29,13 @@ from moesmith.artefact import read_json, write_json
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
-from moesmith.export.verify import verify_stock
+from moesmith.export.verify import verify_folder
 from moesmith.moe import SlicedExperts, build, moe_blocks
 from moesmith.parents import Parent
 from moesmith.proof import NATIVE
 from moesmith.structure import STREAM, attention_of, attention_weights, attention_window, decoder_layers, head_dim
 
-__all__ = ["stock_config", "stock_reference", "verify_stock", "write_stock"]
+__all__ = ["stock_config", "stock_reference", "verify_folder", "write_stock"]
 
 ALIGN = 32  # channels; quantisation blocks and grouped matrix kernels want multiples of it
 ARCHITECTURES = {
@@ -206,7 +206,7 @@ def write_stock(parent: Parent, carving: Carving, folder: Path, dtype: torch.dty
     """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
 
     Weights are made and written one shard at a time, so a model larger than the memory left fits. An earlier model
-    in ``folder`` is replaced. Follow with :func:`verify_stock`.
+    in ``folder`` is replaced. Follow with :func:`verify_folder`.
 
     Returns:
         ``architecture``, ``expert_width`` (channels on disk), ``zero_channels`` (share of them that is padding) and
