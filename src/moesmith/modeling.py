@@ -157,7 +157,7 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
         gated=experts.gated,
         has_bias=experts.bias_ED is not None,
         has_gate_bias=experts.gate_bias_EF is not None,
-        architectures=["MoesmithForCausalLM"],
+        architectures=[MoesmithForCausalLM.__name__],
         dtype=parent.model.dtype,
     )
     # the noise matrix belongs to router training and stays in the carving
@@ -167,7 +167,7 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
         config.save_pretrained(work)
         write_companions(parent, work)
     return {
-        "architecture": "MoesmithForCausalLM",
+        "architecture": MoesmithForCausalLM.__name__,
         "expert_width": int(widths_L.max()),
         "zero_channels": round(1 - float(widths_LE.double().mean(1).sum()) / int(widths_L.sum()), 4),
         "bytes": size,
