@@ -166,8 +166,9 @@ def test_parameters_are_those_of_the_paper(top_k: int, width: int, total: int, l
     assert sum(p.numel() for p in first.values()) == 720_896
 
 
-def test_parameters_are_counted_from_the_model() -> None:
-    parent = tiny_parent("qwen2")
+@pytest.mark.parametrize("family", ["qwen2", "phi"])
+def test_parameters_are_counted_from_the_model(family: str) -> None:
+    parent = tiny_parent(family)
     for compensation in ("none", "bias", "refit"):
         carving = random_carving(parent, experts=4, top_k=1, kept=20, compensation=compensation)
         found, model = carving.parameters(parent), build(parent, carving, "sliced")

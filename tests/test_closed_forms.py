@@ -28,6 +28,9 @@ def test_scores_are_their_formulas() -> None:
     assert torch.allclose(channel_scores(parent, moments, "wifn")[1], W.abs().mean(0) * (var + mean**2).sqrt())
     sizes = [parent.ffns[1].gate_FD.norm(dim=1), parent.ffns[1].up_FD.norm(dim=1), W.norm(dim=0)]
     assert torch.allclose(channel_scores(parent, moments, "magnitude")[1], sizes[0] * sizes[1] * sizes[2])
+    plain = tiny_parent("phi").ffns[1]  # no gate: two sizes
+    found = channel_scores(tiny_parent("phi"), moments, "magnitude")[1]
+    assert torch.allclose(found, plain.gate_FD.norm(dim=1) * plain.down_DF.norm(dim=0))
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.floats(0, 0.99), st.booleans())

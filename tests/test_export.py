@@ -11,7 +11,7 @@ import torch
 from carvings import random_carving
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, LLAMA3_ROPE, save_tiny, tiny_model, tiny_parent
+from tiny import FAMILIES, LLAMA3_ROPE, STOCK, save_tiny, tiny_model, tiny_parent
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -21,7 +21,7 @@ from moesmith import modeling
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export import folder as folders
-from moesmith.export.stock import constant_gain, stock_reference, verify_stock, write_stock
+from moesmith.export.stock import constant_gain, stock_reference, verify_folder, write_stock
 from moesmith.gates import GateSpec
 from moesmith.moe import build
 from moesmith.parents import Parent, load_parent
@@ -58,7 +58,7 @@ def trained(parent: Parent, carving: Carving) -> Carving:
 
 
 @pytest.mark.parametrize("form", ["top-1", "top-2 ragged refitted", "trained", "one expert"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STOCK)
 def test_stock_folder_computes_the_carving(family: str, form: str, tmp_path: Path) -> None:
     parent = tiny_parent(family)
     if form == "top-2 ragged refitted":
@@ -71,7 +71,7 @@ def test_stock_folder_computes_the_carving(family: str, form: str, tmp_path: Pat
     difference = (logits_of(load(tmp_path / "moe")) - logits_of(build(parent, carving))).abs().max()
     assert difference <= 1e-4
     assert not torch.allclose(logits_of(parent.model), logits_of(build(parent, carving)), atol=0.1)
-    metrics |= verify_stock(parent, tmp_path / "moe", build(parent, carving), IDS)
+    metrics |= verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)
     assert metrics["logits_difference"] <= 1e-4
     assert metrics["argmax_agreement"] == 1.0
     assert metrics["compared_tokens"] == IDS.numel()
@@ -91,7 +91,7 @@ def test_bf16_parent_keeps_its_bits(family: str, tmp_path: Path) -> None:
     assert torch.equal(experts.down_proj[2], parent.ffns[1].down_DF[:, kept])
     assert model.config.dtype == torch.bfloat16
     before = {p.dtype for p in parent.model.parameters()}
-    assert verify_stock(parent, tmp_path / "moe", build(parent, carving), IDS)["verified_dtype"] == "float32"
+    assert verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)["verified_dtype"] == "float32"
     assert {p.dtype for p in parent.model.parameters()} == before  # the reference shares them
 
 
@@ -248,9 +248,9 @@ def test_bias_becomes_a_channel(family: str, tmp_path: Path) -> None:
     carving = with_constant(parent, random_carving(parent, top_k=2, compensation="bias", ragged=True))
     metrics = write_stock(parent, carving, tmp_path / "moe", torch.float32)
     assert metrics["expert_width"] == 64  # 32 kept and the channel
-    metrics = verify_stock(parent, tmp_path / "moe", stock_reference(parent, carving), IDS)
+    metrics = verify_folder(parent, tmp_path / "moe", stock_reference(parent, carving), IDS)
     assert metrics["logits_difference"] < 1e-4
-    loose = verify_stock(parent, tmp_path / "moe", build(parent, carving), IDS)  # measured, not judged
+    loose = verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)  # measured, not judged
     assert loose["logits_kl"] > metrics["logits_kl"]
 
 
@@ -276,7 +276,7 @@ def test_channel_replaces_the_bias_where_the_direction_is_constant(tmp_path: Pat
         )
         assert ((x_TD @ layer.constant_D.double() - 1) ** 2).mean() < 0.01
     write_stock(parent, carving, tmp_path / "moe", torch.float32)
-    channel = verify_stock(parent, tmp_path / "moe", build(parent, carving), IDS)["logits_kl"]
+    channel = verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)["logits_kl"]
     exact, without = logits_of(build(parent, carving)), random_carving(parent, compensation="bias")
     for layer in without.layers:
         layer.bias_ED = None
@@ -345,7 +345,7 @@ def test_shards_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     index = json.loads((tmp_path / "moe" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == metrics["bytes"]
     assert {tmp_path / "moe" / name for name in index["weight_map"].values()} == set(files)
-    verify_stock(parent, tmp_path / "moe", build(parent, carving), IDS)
+    verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)
 
 
 SPOILT = {
@@ -369,7 +369,7 @@ def test_folder_that_disagrees_is_deleted(name: str, tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     reason = "does not compute what the carving computes" if spoil else r"missing tensors model\.norm\.weight"
     with pytest.raises(MoesmithError, match=reason):
-        verify_stock(parent, tmp_path / "moe", build(parent, carving), IDS)
+        verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)
     assert not (tmp_path / "moe").exists()
 
 
@@ -387,7 +387,7 @@ def test_one_near_tie_of_a_router_is_not_a_disagreement(tmp_path: Path) -> None:
         return logits, weights, ids
 
     router.register_forward_hook(flip)
-    metrics = verify_stock(parent, tmp_path / "moe", reference, IDS)
+    metrics = verify_folder(parent, tmp_path / "moe", reference, IDS)
     assert metrics["compared_tokens"] == IDS.numel() - 4
     assert metrics["logits_difference"] < 1e-4
 
@@ -434,5 +434,5 @@ def test_real_parent_round_trip(tmp_path: Path) -> None:
     for layer in carving.layers:
         layer.router_ED /= 4
     write_stock(parent, carving, tmp_path / "moe")
-    metrics = verify_stock(parent, tmp_path / "moe", build(parent, carving), torch.randint(40000, (2, 64)))
+    metrics = verify_folder(parent, tmp_path / "moe", build(parent, carving), torch.randint(40000, (2, 64)))
     assert metrics["verified_dtype"] == "float32"

@@ -8,17 +8,21 @@ import torch
 from moesmith import losses
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("mix", "temperature"), [(0.0, 1.0), (1.0, 1.0), (1.0, 2.0), (0.3, 1.5)])
-def test_fused_loss_is_the_reference(mix: float, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_loss_is_the_reference(
+    mix: float, temperature: float, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "CHUNK", 7)
     head = torch.randn(60, 16)
     labels = torch.randint(0, 60, (33,))
     teacher = torch.randn(33, 16) if mix else None
+    bias = torch.randn(60) if biased else None
     results = []
     for function in (losses.head_loss, losses.head_loss_reference):
         torch.manual_seed(1)
         hidden = torch.randn(33, 16, requires_grad=True)
-        loss = function(hidden, head, labels, teacher, mix, temperature)
+        loss = function(hidden, head, labels, teacher, mix, temperature, bias)
         (3 * loss).backward()
         results.append((loss.detach(), hidden.grad))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)

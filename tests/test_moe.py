@@ -39,15 +39,17 @@ def test_masked_is_sliced(family: str, compensation: str, top_k: int) -> None:
     assert torch.allclose(masked, sliced, atol=1e-5)
 
 
-def test_ragged_experts_are_padded_exactly() -> None:
-    parent = tiny_parent("llama")
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_ragged_experts_are_padded_exactly(family: str) -> None:
+    parent = tiny_parent(family)
     carving = random_carving(parent, top_k=2, compensation="refit", ragged=True)
     assert len(set(carving.widths()[0].tolist())) == 4
     assert torch.allclose(logits(build(parent, carving, "masked")), logits(build(parent, carving, "sliced")), atol=1e-5)
 
 
-def test_sliced_is_the_token_by_token_reference() -> None:
-    parent = tiny_parent("llama")
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_sliced_is_the_token_by_token_reference(family: str) -> None:
+    parent = tiny_parent(family)
     block = moe_blocks(build(parent, random_carving(parent, top_k=2, compensation="bias"), "sliced"))[0]
     x_TD = torch.randn(40, parent.D)
     _, weights, ids = block.router(x_TD)
@@ -57,8 +59,9 @@ def test_sliced_is_the_token_by_token_reference() -> None:
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
 @pytest.mark.parametrize("form", ["masked", "sliced"])
-def test_equal_experts_are_that_expert_for_any_router(mode: str, form: str) -> None:
-    parent = tiny_parent("llama")
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_equal_experts_are_that_expert_for_any_router(family: str, mode: str, form: str) -> None:
+    parent = tiny_parent(family)
     one = random_carving(parent, experts=1, compensation="bias")
     layers = [
         CarvedLayer(layer.channels * 8, torch.randn(8, parent.D), bias_ED=layer.bias_ED.expand(8, -1))
@@ -99,8 +102,9 @@ def test_forced_expert_is_that_experts_own_model() -> None:
     assert not torch.allclose(logits(model), inside, atol=1e-3)
 
 
-def test_merged_lora_is_unmerged_lora() -> None:
-    parent = tiny_parent("llama")
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_merged_lora_is_unmerged_lora(family: str) -> None:
+    parent = tiny_parent(family)
     carving = random_carving(parent, top_k=2, ragged=True)
     model = build(parent, carving)
     add_lora(model, rank=3, alpha=6.0, dropout=0.5, seed=1)
@@ -126,8 +130,9 @@ def test_building_leaves_the_parent_alone_and_shares_its_weights() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_gradients_of_masked_and_sliced_agree() -> None:
-    parent = tiny_parent("llama")
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_gradients_of_masked_and_sliced_agree(family: str) -> None:
+    parent = tiny_parent(family)
     for compensation in ("bias", "refit"):
         carving = random_carving(parent, compensation=compensation)
         grads = []

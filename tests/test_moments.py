@@ -70,7 +70,7 @@ def test_pool_weights_domains_alike() -> None:
     assert torch.allclose(pool([doubled, parts[1]]).mean_LF, pooled.mean_LF, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "phi"])
 def test_second_moments_in_layer_groups(family: str) -> None:
     parent = tiny_parent(family)
     groups = list(WINDOWS.split(6))

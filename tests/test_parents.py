@@ -42,8 +42,11 @@ def test_structure_reproduces_the_modules(family: str, dtype: torch.dtype) -> No
     for index, ffn in enumerate(parent.ffns):
         assert ffn.path == f"model.layers.{index}.mlp"
         assert parent.model.get_submodule(ffn.path) is ffn.module
-        a_TF = ffn.activation(x_TD @ ffn.gate_FD.T) * (x_TD @ ffn.up_FD.T)
-        torch.testing.assert_close(a_TF @ ffn.down_DF.T, ffn.module(x_TD), rtol=2e-2, atol=2e-2)
+        a_TF = ffn.hidden(x_TD)
+        y_TD = nn.functional.linear(a_TF, ffn.down_DF, ffn.down_bias_D)
+        torch.testing.assert_close(y_TD, ffn.module(x_TD), rtol=2e-2, atol=2e-2)
+        dense = [p for p in ffn.module.parameters() if p.dim() == 2]
+        assert ffn.matrices * parent.D * parent.F == sum(p.numel() for p in dense)
         seen: list[Tensor] = []
         handle = ffn.down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         ffn.module(x_TD)

@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from moesmith.parents import Parent
+from moesmith.proof import NATIVE
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -28,7 +30,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# family → config class, what sets it apart, the stock architecture it goes to
+# family → config class, what sets it apart, the stock architecture it goes to (or moesmith's own, "native")
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], str]] = {
     "llama": (LlamaConfig, {"tie_word_embeddings": True}, "mixtral"),
     "llama3": (LlamaConfig, {"head_dim": 16, "rope_parameters": LLAMA3_ROPE}, "mixtral"),
@@ -36,7 +38,9 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], str]] = {
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}, "qwen2_moe"),
     "qwen3": (Qwen3Config, {"head_dim": 16}, "qwen3_moe"),
     "phi3": (Phi3Config, {"pad_token_id": 1}, "mixtral"),
+    "phi": (PhiConfig, {"partial_rotary_factor": 0.5}, NATIVE),
 }
+STOCK = [family for family, (_, _, holds) in FAMILIES.items() if holds != NATIVE]
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
@@ -63,7 +67,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            if "norm" in name:
+            if "norm" in name and not name.endswith("bias"):
                 p.copy_(1 + 0.1 * noise)
             else:
                 p.copy_(0.1 * noise if p.dim() == 1 else 1.5 * noise / p.shape[1] ** 0.5)

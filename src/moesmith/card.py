@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from moesmith.artefact import read_json
+from moesmith.modeling import MoesmithForCausalLM
 
 if TYPE_CHECKING:
     from moesmith.pipeline import Run
@@ -28,6 +29,7 @@ def model_card(run: Run) -> str:
     stages = evaluation["stages"]
     last = list(stages)[-1]
     carve = recipe.carve
+    native = export["architecture"] == MoesmithForCausalLM.__name__
     lines = [
         "---",
         yaml.safe_dump(header, sort_keys=False).strip(),
@@ -45,6 +47,7 @@ def model_card(run: Run) -> str:
         f"- parameters: {export['parameters_total']:,} in total, {export['parameters_active']:,} active per token;"
         f" the dense parent has {export['parent_parameters']:,}",
         f"- gate: top-{carve.top_k} of the logits, softmax over the selected (weights sum to 1)",
+        *(["- loading needs moesmith: `import moesmith.modeling` before `from_pretrained`"] if native else []),
         "",
         f"Perplexity on held-out text ({evaluation['window']}-token windows, {evaluation['tokens']:,} tokens"
         f" of {len(stages['parent']['domains'])} domains):",

@@ -101,18 +101,19 @@ class Carving:
         """Share of the parent's channels that at least one expert keeps, (L,) in [0, 1]."""
         return torch.stack([self.mask(i).any(0).float().mean() for i in range(len(self.layers))])
 
-    def expert_weights(self, parent: Parent, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """One expert's merged weights in fp32: gate (F_e, D), up (F_e, D), down (D, F_e).
+    def expert_weights(self, parent: Parent, layer: int, expert: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One expert's merged weights in fp32: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).
 
-        Compensation by refit and LoRA are merged; a compensation bias is not part of these matrices.
+        Compensation by refit and LoRA are merged; biases are :meth:`expert_biases`.
         """
         carved, ffn = self.layers[layer], parent.ffns[layer]
         kept = carved.channels[expert].to(ffn.gate_FD.device)
         weights = {
             "gate": ffn.gate_FD[kept].float(),
-            "up": ffn.up_FD[kept].float(),
             "down": (carved.down[expert] if carved.down is not None else ffn.down_DF[:, kept]).float(),
         }
+        if ffn.up_FD is not None:
+            weights["up"] = ffn.up_FD[kept].float()
         for name, weight in weights.items():
             if f"{layer}.{name}.A" in self.lora:
                 A_rI, B_Or = (self.lora[f"{layer}.{name}.{half}"][expert].float() for half in "AB")
@@ -121,7 +122,21 @@ class Carving:
                 else:
                     B_Or = B_Or[: len(kept)]
                 weights[name] = weight + (B_Or @ A_rI).to(weight.device)
-        return weights["gate"], weights["up"], weights["down"]
+        return weights["gate"], weights.get("up"), weights["down"]
+
+    def expert_biases(self, parent: Parent, layer: int, expert: int) -> tuple[Tensor | None, Tensor | None]:
+        """One expert's biases in fp32: of its gate rows (F_e,) and of its output (D,); ``None`` where there is none.
+
+        The output's is the parent's own, whole, since the weights of a token's experts sum to 1; a compensation bias
+        is added to it.
+        """
+        carved, ffn = self.layers[layer], parent.ffns[layer]
+        gate_bias_F, device = ffn.gate_bias_F, ffn.gate_FD.device
+        if gate_bias_F is not None:
+            gate_bias_F = gate_bias_F[carved.channels[expert].to(device)].float()
+        parts = [ffn.down_bias_D, None if carved.bias_ED is None else carved.bias_ED[expert]]
+        given = [part.to(device, torch.float32) for part in parts if part is not None]
+        return gate_bias_F, torch.stack(given).sum(0) if given else None
 
     def active_share(self, parent: Parent) -> float:
         """Active parameters over the parent's, block matrices only, each layer's widest expert counted (tomoe.md §3.5).
@@ -135,13 +150,15 @@ class Carving:
 
     def parameters(self, parent: Parent) -> dict[str, int]:
         """Parameter counts: the parent's, and the MoE's in total and active per token (embeddings included)."""
-        dense = sum(p.numel() for p in parent.model.parameters())
-        ffn = 3 * parent.L * parent.D * parent.F
-        widths_LE, bias = self.widths(), 0 if self.compensation != "bias" else parent.D
+        first, dense = parent.ffns[0], sum(p.numel() for p in parent.model.parameters())
+        channel = first.matrices * parent.D + (first.gate_bias_F is not None)
+        rest = dense - parent.L * (channel * parent.F + (0 if first.down_bias_D is None else parent.D))
+        widths_LE = self.widths()
+        bias = parent.D if self.compensation == "bias" or first.down_bias_D is not None else 0
         router = self.gate.experts * parent.D if self.gate.experts > 1 else 0
-        total = dense - ffn + int(widths_LE.sum()) * 3 * parent.D + parent.L * (router + self.gate.experts * bias)
+        total = rest + int(widths_LE.sum()) * channel + parent.L * (router + self.gate.experts * bias)
         mean_L = widths_LE.double().mean(1)  # a token's expert is not known beforehand: the layer's mean width
-        active = dense - ffn + round(float(mean_L.sum()) * 3 * parent.D * self.gate.top_k)
+        active = rest + round(float(mean_L.sum()) * channel * self.gate.top_k)
         active += parent.L * (router + self.gate.top_k * bias)
         return {"parent_parameters": dense, "parameters_total": total, "parameters_active": active}
 

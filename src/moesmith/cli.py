@@ -70,7 +70,7 @@ def plan(
         ("parameters of the parent", f"{found['parent_parameters']:,}"),
         ("parameters in total", f"{found['parameters_total']:,}"),
         ("parameters active per token", f"{found['parameters_active']:,}"),
-        ("stock architecture", found["architecture"]),
+        ("architecture", found["architecture"]),
         ("channels per expert", f"{found['expert_width']:,}"),
         ("peak memory", f"{found['memory'] / 2**30:.1f} GiB"),
         ("disk", f"{found['disk'] / 2**30:.2f} GiB"),

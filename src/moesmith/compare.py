@@ -15,7 +15,7 @@ from moesmith.errors import MoesmithError
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
 from moesmith.harness import evaluate_tasks
 from moesmith.parents import Parent, load_parent
-from moesmith.stages.finish import load_stock
+from moesmith.stages.finish import load_finished
 from moesmith.text import load_domains
 
 
@@ -35,7 +35,7 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
             f" not {header['inputs']['model_digest']})",
             "Put the original weights back, or convert again.",
         )
-    return parent, load_stock(folder / "model", parent)
+    return parent, load_finished(folder / "model", parent)
 
 
 def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int) -> dict[str, Any]:

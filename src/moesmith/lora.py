@@ -21,7 +21,8 @@ class GroupedLora(nn.Module):
     """Low-rank updates of all experts of one layer.
 
     ``A`` starts uniform as a Linear's weight (Kaiming, a = sqrt 5, as PEFT does), ``B`` at zero, so training starts
-    at the untouched experts. Shapes: gate and up A (E, r, D), B (E, F_e, r); down A (E, r, F_e), B (E, D, r).
+    at the untouched experts. Shapes: gate and up A (E, r, D), B (E, F_e, r); down A (E, r, F_e), B (E, D, r). Experts
+    without a gate have no pair for up.
     """
 
     def __init__(self, experts: SlicedExperts, rank: int, alpha: float, dropout: float, generator: torch.Generator):
@@ -35,7 +36,8 @@ class GroupedLora(nn.Module):
             return nn.Parameter(A_ErI.to(**like)), nn.Parameter(torch.zeros(E, outer, rank, **like))
 
         self.gate_A, self.gate_B = pair(D, F_e)
-        self.up_A, self.up_B = pair(D, F_e)
+        up: tuple[nn.Parameter | None, nn.Parameter | None] = pair(D, F_e) if experts.gated else (None, None)
+        self.up_A, self.up_B = up
         self.down_A, self.down_B = pair(F_e, D)
         # a narrower expert's padding must stay out of the sum: with these columns at zero its gradient is zero for good
         padding_EF = (experts.down_proj == 0).all(1)
@@ -43,10 +45,12 @@ class GroupedLora(nn.Module):
             self.down_A.masked_fill_(padding_EF[:, None, :], 0)
 
     def gate_up(self, x_PD: Tensor, owner_P: Tensor) -> Tensor:
-        """The update of gate and up outputs for rows of experts ``owner_P``: (P, D) to (P, 2·F_e)."""
+        """The update of gate and up outputs for rows of experts ``owner_P``: (P, D) to (P, 2·F_e), F_e without up."""
         x_PD = dropout(x_PD, self.dropout, self.training)  # one mask for both, where PEFT draws two
-        pairs = ((self.gate_A, self.gate_B), (self.up_A, self.up_B))
-        return torch.cat([self._pair(x_PD, owner_P, A, B) for A, B in pairs], -1)
+        gate_PF = self._pair(x_PD, owner_P, self.gate_A, self.gate_B)
+        if self.up_A is None or self.up_B is None:
+            return gate_PF
+        return torch.cat([gate_PF, self._pair(x_PD, owner_P, self.up_A, self.up_B)], -1)
 
     def down(self, a_PF: Tensor, owner_P: Tensor) -> Tensor:
         """The update of the experts' outputs: (P, F_e) to (P, D)."""
@@ -90,7 +94,7 @@ def lora_tensors(blocks: list[MoEBlock]) -> dict[str, Tensor]:
         lora = getattr(block.experts, "lora", None)
         if lora is None:
             continue
-        for name in ("gate", "up", "down"):
+        for name in ("gate", "up", "down") if block.experts.gated else ("gate", "down"):
             tensors[f"{index}.{name}.A"] = getattr(lora, f"{name}_A").detach().clone()
             tensors[f"{index}.{name}.B"] = getattr(lora, f"{name}_B").detach() * lora.scale
     return tensors

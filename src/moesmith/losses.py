@@ -26,13 +26,14 @@ class _HeadLoss(torch.autograd.Function):
         teacher_ND: Tensor | None,
         mix: float,
         temperature: float,
+        head_V: Tensor | None,
     ) -> Tensor:
         N = len(hidden_ND)
         total = torch.zeros((), dtype=torch.float64)
         grad_ND = torch.empty_like(hidden_ND)
         for rows in torch.arange(N).split(CHUNK):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            logits_CV = F.linear(hidden_ND[part], head_VD)
+            logits_CV = F.linear(hidden_ND[part], head_VD, head_V)
             grad_CV = torch.zeros((), dtype=torch.float32)
             if mix < 1:
                 log_CV = F.log_softmax(logits_CV, -1, dtype=torch.float32)
@@ -41,7 +42,8 @@ class _HeadLoss(torch.autograd.Function):
                 grad_CV = log_CV.exp_().mul_(1 - mix)
                 grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, mix - 1, dtype=torch.float32))
             if teacher_ND is not None and mix > 0:
-                wanted_CV = F.log_softmax(F.linear(teacher_ND[part], head_VD) / temperature, -1, dtype=torch.float32)
+                teacher_CV = F.linear(teacher_ND[part], head_VD, head_V)
+                wanted_CV = F.log_softmax(teacher_CV / temperature, -1, dtype=torch.float32)
                 given_CV = F.log_softmax(logits_CV / temperature, -1, dtype=torch.float32)
                 p_CV = wanted_CV.exp()
                 total += mix * temperature**2 * (p_CV * wanted_CV.sub_(given_CV)).sum().double()
@@ -54,7 +56,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * (grad * ctx.scale).to(grad_ND.dtype), None, None, None, None, None
+        return grad_ND * (grad * ctx.scale).to(grad_ND.dtype), None, None, None, None, None, None
 
 
 def head_loss(
@@ -64,6 +66,7 @@ def head_loss(
     teacher_ND: Tensor | None = None,
     mix: float = 0.0,
     temperature: float = 1.0,
+    head_V: Tensor | None = None,
 ) -> Tensor:
     """(1 − mix) · cross-entropy + mix · τ² · KL(teacher ‖ student), mean over N tokens, a scalar.
 
@@ -74,8 +77,9 @@ def head_loss(
         teacher_ND: the dense parent's hidden states for the same tokens; its head is the same.
         mix: share of distillation in [0, 1]; 0 without a teacher.
         temperature: τ, applied to both sides of the KL term.
+        head_V: the head's bias (V,), if it has one; frozen as well.
     """
-    return _HeadLoss.apply(hidden_ND, head_VD, labels_N, teacher_ND, mix, temperature)  # type: ignore[no-any-return]
+    return _HeadLoss.apply(hidden_ND, head_VD, labels_N, teacher_ND, mix, temperature, head_V)  # type: ignore[no-any-return]
 
 
 def head_loss_reference(
@@ -85,12 +89,13 @@ def head_loss_reference(
     teacher_ND: Tensor | None = None,
     mix: float = 0.0,
     temperature: float = 1.0,
+    head_V: Tensor | None = None,
 ) -> Tensor:
     """The same loss in plain autograd, for the tests."""
-    logits_NV = F.linear(hidden_ND, head_VD).float()
+    logits_NV = F.linear(hidden_ND, head_VD, head_V).float()
     loss = (1 - mix) * F.cross_entropy(logits_NV, labels_N)
     if teacher_ND is not None:
-        wanted_NV = (F.linear(teacher_ND, head_VD).float() / temperature).log_softmax(-1)
+        wanted_NV = (F.linear(teacher_ND, head_VD, head_V).float() / temperature).log_softmax(-1)
         given_NV = (logits_NV / temperature).log_softmax(-1)
         loss = loss + mix * temperature**2 * F.kl_div(given_NV, wanted_NV, reduction="batchmean", log_target=True)
     return loss

@@ -1,6 +1,7 @@
 """moesmith's own format: the parent's architecture with our MoE blocks, for what no stock architecture can hold.
 
-A compensation bias is exact here, and every layer keeps its own expert width. Loading needs moesmith:
+Networks without a gate live here, a compensation bias is exact, and every layer keeps its own expert width. Loading
+needs moesmith:
 
     >>> import moesmith.modeling                                         # doctest: +SKIP
     >>> AutoModelForCausalLM.from_pretrained("folder")                   # doctest: +SKIP
@@ -20,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moesmith.carving import Carving
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.gates import GateSpec, Router
-from moesmith.moe import MoEBlock, SlicedExperts, build
+from moesmith.moe import MoEBlock, SlicedExperts, build, moe_blocks
 from moesmith.parents import Parent
 
 # fields of the parent's config that tools read from any model's
@@ -46,7 +47,9 @@ class MoesmithConfig(PreTrainedConfig):
         paths: name of each layer's feed-forward network in the parent.
         widths: expert width of each layer (its widest expert; narrower ones are padded with zeros).
         activation: name of the activation in ``ACT2FN``.
-        has_bias: whether experts have a compensation bias.
+        gated: whether the networks are gated.
+        has_bias: whether experts have a bias of their output: the parent's own, or a compensation's.
+        has_gate_bias: whether they have one before the activation.
     """
 
     model_type = "moesmith"
@@ -55,7 +58,9 @@ class MoesmithConfig(PreTrainedConfig):
     paths: list[str] | None = None
     widths: list[int] | None = None
     activation: str = "silu"
+    gated: bool = True
     has_bias: bool = False
+    has_gate_bias: bool = False
 
     def __getattr__(self, name: str) -> Any:
         parent = self.__dict__.get("parent")  # through __dict__: a copy is asked for fields before it has any
@@ -116,40 +121,57 @@ def _empty(config: MoesmithConfig) -> Any:
     inner.config.intermediate_size = fields["intermediate_size"]
     E, D = gate.experts, old.hidden_size
     for path, width in zip(config.paths or (), config.widths or (), strict=True):
-        bias_ED = torch.empty(E, D) if config.has_bias else None
         experts = SlicedExperts(
-            torch.empty(E, 2 * width, D), torch.empty(E, D, width), ACT2FN[config.activation], bias_ED
+            torch.empty(E, (1 + config.gated) * width, D),
+            torch.empty(E, D, width),
+            ACT2FN[config.activation],
+            torch.empty(E, D) if config.has_bias else None,
+            torch.empty(E, width) if config.has_gate_bias else None,
         )
         owner, name = path.rsplit(".", 1)
         setattr(inner.get_submodule(owner), name, MoEBlock(Router(gate, torch.empty(E, D)), experts))
     return inner.requires_grad_(True)
 
 
-def write_native(parent: Parent, carving: Carving, folder: Path) -> None:
+def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, Any]:
     """Write ``folder`` in moesmith's own format, in the parent's dtype, whole or not at all.
 
     ``from_pretrained`` gives back ``moe.build(parent, carving, "sliced")`` to the last bit.
+
+    Returns:
+        ``architecture``, ``expert_width`` (channels of the widest expert), ``zero_channels`` (share of channels on disk
+        that is padding) and ``bytes``.
 
     Raises:
         MoesmithError: ``folder`` holds something that is not a model, or the disk is full.
     """
     model = build(parent, carving, "sliced")
+    experts, widths_LE = moe_blocks(model)[0].experts, carving.widths()
+    widths_L = widths_LE.amax(1)
     config = MoesmithConfig(
         parent=parent.config.to_dict() | {"dtype": None},
         gate=carving.gate.model_dump(),
         paths=[ffn.path for ffn in parent.ffns],
-        widths=carving.widths().amax(1).tolist(),
+        widths=widths_L.tolist(),
         activation=parent.ffns[0].activation_name,
-        has_bias=carving.compensation == "bias",
-        architectures=["MoesmithForCausalLM"],
+        gated=experts.gated,
+        has_bias=experts.bias_ED is not None,
+        has_gate_bias=experts.gate_bias_EF is not None,
+        architectures=[MoesmithForCausalLM.__name__],
         dtype=parent.model.dtype,
     )
     # the noise matrix belongs to router training and stays in the carving
     tensors = ((f"inner.{name}", p) for name, p in model.named_parameters() if not name.endswith(".router.noise"))
     with whole_folder(folder) as work:
-        write_shards(work, tensors)
+        size = write_shards(work, tensors)
         config.save_pretrained(work)
         write_companions(parent, work)
+    return {
+        "architecture": MoesmithForCausalLM.__name__,
+        "expert_width": int(widths_L.max()),
+        "zero_channels": round(1 - float(widths_LE.double().mean(1).sum()) / int(widths_L.sum()), 4),
+        "bytes": size,
+    }
 
 
 AutoConfig.register("moesmith", MoesmithConfig)

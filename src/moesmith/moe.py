@@ -11,7 +11,7 @@ Shapes: T tokens, D model width, F the parent's FFN width, E experts, K active e
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -35,8 +35,8 @@ ALIGN = 64  # rows
 class MaskedExperts(nn.Module):
     """Experts as masks over the parent's FFN; linear in the gate's weights, for any mix of experts.
 
-    Shared ``down``: y = down(a ⊙ (w M)) + w B with a (T, F) the parent's activation, w (T, E) the gate's weights,
-    M (E, F) the masks and B (E, D) the compensation biases. With a refitted ``down`` per expert only the last
+    Shared ``down``: y = down(a ⊙ (w M)) + w B with a (T, F) the input of the parent's ``down``, w (T, E) the gate's
+    weights, M (E, F) the masks and B (E, D) the experts' biases. With a refitted ``down`` per expert only the last
     product is per expert: its kept channels are picked, weighted and multiplied by its own matrix, all experts at once.
     """
 
@@ -49,8 +49,7 @@ class MaskedExperts(nn.Module):
     def __init__(self, ffn: FFN, mask_EF: Tensor, bias_ED: Tensor | None, down: list[Tensor] | None) -> None:
         super().__init__()
         dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
-        self.activation = ffn.activation
-        self.gate_FD, self.up_FD = ffn.gate_FD, ffn.up_FD
+        self.hidden = ffn.hidden
         self.experts = len(mask_EF)
         self.register_buffer("mask_EF", mask_EF.to(device, dtype), persistent=False)
         self.register_buffer("bias_ED", None if bias_ED is None else bias_ED.to(device, dtype), persistent=False)
@@ -66,7 +65,7 @@ class MaskedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the experts' outputs, (T, D)."""
-        a_TF = self.activation(F.linear(x_TD, self.gate_FD)) * F.linear(x_TD, self.up_FD)
+        a_TF = self.hidden(x_TD)
         w_TE = x_TD.new_zeros(len(x_TD), self.experts).scatter(1, ids_TK, weights_TK.to(x_TD.dtype))
         if self.refitted:
             # transposed, so that picking channels copies whole rows; picking columns is several times slower
@@ -86,19 +85,28 @@ class SlicedExperts(nn.Module):
     """Experts as stacked slices; each token visits its K experts only.
 
     Attributes:
-        gate_up_proj: (E, 2·F_e, D), gate rows first; experts narrower than the widest are padded with zeros.
+        gate_up_proj: (E, 2·F_e, D), gate rows first, or (E, F_e, D) without a gate; experts narrower than the widest
+            are padded with zeros, biases too.
         down_proj: (E, D, F_e).
-        bias_ED: compensation bias or ``None``.
+        bias_ED: bias of the output or ``None``.
+        gate_bias_EF: bias of the rows of a network without a gate, or ``None``.
         lora: grouped LoRA (``lora.GroupedLora``) or ``None``.
     """
 
     def __init__(
-        self, gate_up_EGD: Tensor, down_EDF: Tensor, activation: Activation, bias_ED: Tensor | None = None
+        self,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+        activation: Activation,
+        bias_ED: Tensor | None = None,
+        gate_bias_EF: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.gated = gate_up_EGD.shape[1] == 2 * down_EDF.shape[2]
         self.gate_up_proj = nn.Parameter(gate_up_EGD, requires_grad=False)
         self.down_proj = nn.Parameter(down_EDF, requires_grad=False)
         self.bias_ED = None if bias_ED is None else nn.Parameter(bias_ED, requires_grad=False)
+        self.gate_bias_EF = None if gate_bias_EF is None else nn.Parameter(gate_bias_EF, requires_grad=False)
         self.activation = activation
         self.lora: Any = None  # lora.GroupedLora, set by lora.add_lora
 
@@ -109,12 +117,15 @@ class SlicedExperts(nn.Module):
     def _run(self, x_PD: Tensor, counts: list[int]) -> Tensor:
         """Rows sorted by expert, ``counts`` of each, through their experts: (P, D) to (P, D)."""
         owner_P = None
-        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts)
+        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_bias_EF)
         if self.lora is not None:
             owner_P = torch.repeat_interleave(torch.tensor(counts, device=x_PD.device))
             gate_up_PG = gate_up_PG + self.lora.gate_up(x_PD, owner_P)
-        gate_PF, up_PF = gate_up_PG.chunk(2, -1)
-        a_PF = self.activation(gate_PF) * up_PF
+        if self.gated:
+            gate_PF, up_PF = gate_up_PG.chunk(2, -1)
+            a_PF = self.activation(gate_PF) * up_PF
+        else:
+            a_PF = self.activation(gate_up_PG)
         y_PD = self._products(a_PF, self.down_proj, counts, self.bias_ED)
         return y_PD if self.lora is None else y_PD + self.lora.down(a_PF, owner_P)
 
@@ -211,20 +222,30 @@ def _block(parent: Parent, carving: Carving, index: int, form: Form) -> MoEBlock
     dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
     noise = None if carved.noise_ED is None else carved.noise_ED.to(device, dtype)
     router = Router(carving.gate, carved.router_ED.to(device, dtype, copy=True), noise)
+    gate_biases, biases = zip(
+        *(carving.expert_biases(parent, index, e) for e in range(carving.gate.experts)), strict=True
+    )
+    bias_ED = None if biases[0] is None else torch.stack(biases).to(dtype)
     experts: nn.Module
     if form == "masked":
-        experts = MaskedExperts(ffn, carving.mask(index), carved.bias_ED, carved.down)
+        experts = MaskedExperts(ffn, carving.mask(index), bias_ED, carved.down)
     else:
-        merged = [carving.expert_weights(parent, index, e) for e in range(carving.gate.experts)]
-        gate_EFD, up_EFD = (pad_sequence([m[part] for m in merged], batch_first=True) for part in (0, 1))
-        down_EFD = pad_sequence([m[2].T for m in merged], batch_first=True)
+        gate, up, down = zip(
+            *(carving.expert_weights(parent, index, e) for e in range(carving.gate.experts)), strict=True
+        )
         experts = SlicedExperts(
-            torch.cat([gate_EFD, up_EFD], 1).to(dtype),
-            down_EFD.mT.contiguous().to(dtype),
+            torch.cat([_padded(side) for side in (gate, up) if side[0] is not None], 1).to(dtype),
+            _padded([down_DF.T for down_DF in down]).mT.contiguous().to(dtype),
             ffn.activation,
-            None if carved.bias_ED is None else carved.bias_ED.to(device, dtype, copy=True),
+            bias_ED,
+            None if gate_biases[0] is None else _padded(gate_biases).to(dtype),
         )
     return MoEBlock(router, experts).train(parent.model.training)
+
+
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of different length with zeros at their end."""
+    return pad_sequence(list(parts), batch_first=True)
 
 
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:

@@ -28,7 +28,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from moesmith.errors import MoesmithError
-from moesmith.structure import FFN, find_family, find_ffns
+from moesmith.proof import find_family
+from moesmith.structure import FFN, find_ffns
 
 __all__ = ["FFN", "Parent", "find_ffns", "load_parent", "quiet"]
 
@@ -45,7 +46,8 @@ class Parent:
         source: what the user named.
         digest: short sha256 of the weights and the config; independent of how they lie on disk.
         ffns: the feed-forward network of each decoder layer, in order.
-        family: the stock MoE architecture its attention fits, ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``.
+        family: the stock MoE architecture that holds it, ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``, or ``native``
+            when only moesmith's own format can.
     """
 
     model: PreTrainedModel
@@ -60,7 +62,7 @@ class Parent:
         """Examine a model in memory.
 
         Raises:
-            MoesmithError: it does not fit (``structure.find_ffns``, ``structure.find_family``), is quantised, or holds
+            MoesmithError: it does not fit (``structure.find_ffns``, ``proof.find_family``), is quantised, or holds
                 values that are not finite.
         """
         if (quantised := getattr(model.config, "quantization_config", None)) is not None:

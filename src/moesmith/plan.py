@@ -53,12 +53,13 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         measure: time a forward pass on this machine for the wall-time prediction; otherwise times are empty.
     """
     spec, L, D, F = recipe.carve, parent.L, parent.D, parent.F
+    matrices = parent.ffns[0].matrices
     kept = kept_channels(F, spec.ratio)
     layers = [CarvedLayer([torch.arange(kept)] * spec.experts, torch.zeros(0)) for _ in range(L)]
     gate = GateSpec(experts=spec.experts, top_k=spec.top_k)
     counts = Carving(layers, gate, F, spec.compensation).parameters(parent)
     size = parent.model.dtype.itemsize
-    experts = L * spec.experts * 3 * D * kept * size
+    experts = L * spec.experts * matrices * D * kept * size
     refit = L * spec.experts * D * kept * size if spec.compensation == "refit" else 0
     training = stages_to_train(recipe)
     # the parent, the sliced experts, their merge in fp32 for one layer, and per step the activations kept for backward
@@ -71,7 +72,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
     lora = 0
     if "stage2" in training:
         rank = training["stage2"].lora_rank
-        lora = 20 * L * spec.experts * rank * 3 * (D + kept)  # fp32 master, two moments, gradient, bf16 copy
+        lora = 20 * L * spec.experts * rank * matrices * (D + kept)  # fp32 master, two moments, gradient, bf16 copy
     parent_bytes = counts["parent_parameters"] * size
     memory = round(1.2 * (2 * parent_bytes + 2 * experts + refit + max(step + lora, dense_step + step, gram)) + 5e8)
     total_bytes = counts["parameters_total"] * size

@@ -17,7 +17,7 @@ def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> T
     * ``wifv``: Var(a_j) · ‖W[:, j]‖² — FLAP's and DIVE's score.
     * ``ifv``: Var(a_j).
     * ``wifn``: mean_i |W[i, j]| · sqrt(E a_j²) — structured Wanda.
-    * ``magnitude``: ‖gate_j‖ · ‖up_j‖ · ‖W[:, j]‖, without data.
+    * ``magnitude``: ‖gate_j‖ · ‖up_j‖ · ‖W[:, j]‖, without data; a network without a gate has no middle factor.
     """
     rows = []
     for index, ffn in enumerate(parent.ffns):
@@ -30,8 +30,10 @@ def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> T
         elif score == "wifn":
             rows.append(down_DF.abs().mean(0) * (variance_F + mean_F**2).sqrt())
         else:
-            sides = [ffn.gate_FD.float().norm(dim=1), ffn.up_FD.float().norm(dim=1), ffn.down_DF.float().norm(dim=0)]
-            rows.append((sides[0] * sides[1] * sides[2]).cpu())
+            size_F = ffn.gate_FD.float().norm(dim=1)
+            if ffn.up_FD is not None:
+                size_F = size_F * ffn.up_FD.float().norm(dim=1)
+            rows.append((size_F * ffn.down_DF.float().norm(dim=0)).cpu())
     return torch.stack(rows)
 
 

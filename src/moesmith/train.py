@@ -61,8 +61,8 @@ def token_loss(
     if teacher is not None and mix > 0:
         with torch.no_grad():
             teacher_ND = _hidden(teacher, ids_BS)
-    head_VD = model.get_output_embeddings().weight
-    return head_loss(_hidden(model, ids_BS), head_VD, ids_BS[:, 1:].flatten(), teacher_ND, mix, temperature)
+    head, labels_N = model.get_output_embeddings(), ids_BS[:, 1:].flatten()
+    return head_loss(_hidden(model, ids_BS), head.weight, labels_N, teacher_ND, mix, temperature, head.bias)
 
 
 def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:

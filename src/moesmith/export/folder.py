@@ -7,14 +7,35 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesmith.artefact import write_json, write_tensors
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent
+from moesmith.parents import Parent, checked, first_line, quiet
 
 SHARD_BYTES = 4 * 2**30
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A finished folder as anybody would load it, in evaluation mode.
+
+    Raises:
+        MoesmithError: it is damaged, or lacks tensors.
+    """
+    import moesmith.modeling  # noqa: F401  registers our own architecture; a stock folder needs nothing of it
+
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # transformers and safetensors each have their own error types
+        raise MoesmithError(
+            f"{folder} cannot be loaded: {first_line(error)}", "Delete it and run the same 'moesmith convert' again."
+        ) from error
+    return checked(loaded, str(folder)).eval()
 
 
 @contextmanager

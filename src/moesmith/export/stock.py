@@ -29,12 +29,13 @@ from moesmith.artefact import read_json, write_json
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
-from moesmith.export.verify import verify_stock
+from moesmith.export.verify import verify_folder
 from moesmith.moe import SlicedExperts, build, moe_blocks
 from moesmith.parents import Parent
+from moesmith.proof import NATIVE
 from moesmith.structure import STREAM, attention_of, attention_weights, attention_window, decoder_layers, head_dim
 
-__all__ = ["stock_config", "stock_reference", "verify_stock", "write_stock"]
+__all__ = ["stock_config", "stock_reference", "verify_folder", "write_stock"]
 
 ALIGN = 32  # channels; quantisation blocks and grouped matrix kernels want multiples of it
 ARCHITECTURES = {
@@ -112,9 +113,14 @@ def stock_config(parent: Parent, carving: Carving) -> PreTrainedConfig:
     """The stock architecture's config with every field of the parent that attention, embedding and tokens need.
 
     Raises:
-        MoesmithError: a gate that the stock architectures do not have.
+        MoesmithError: a gate that the stock architectures do not have, or a parent that only the native format holds.
     """
     gate, old = carving.gate, parent.config
+    if parent.family == NATIVE:
+        raise MoesmithError(
+            "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one",
+            "Write the native format (modeling.write_native).",
+        )
     if not (gate.renormalise or gate.order == "topk-softmax") or gate.scale != 1:
         raise MoesmithError(
             "The carving's gate does not give weights that sum to 1, as every runtime of the stock architectures does",
@@ -175,6 +181,7 @@ def _moe_tensors(parent: Parent, carving: Carving, index: int) -> Iterator[tuple
     yield ("block_sparse_moe" if family == "mixtral" else "mlp") + ".gate.weight", carving.layers[index].router_ED
     for expert in range(carving.gate.experts):
         gate_FD, up_FD, down_DF = carving.expert_weights(parent, index, expert)
+        assert up_FD is not None, "stock_config refuses such a parent"
         if constant is not None:
             gate_D, up_D, down_ED = (part.to(gate_FD.device) for part in constant)
             gate_FD, up_FD = torch.cat([gate_FD, gate_D[None]]), torch.cat([up_FD, up_D[None]])
@@ -199,15 +206,15 @@ def write_stock(parent: Parent, carving: Carving, folder: Path, dtype: torch.dty
     """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
 
     Weights are made and written one shard at a time, so a model larger than the memory left fits. An earlier model
-    in ``folder`` is replaced. Follow with :func:`verify_stock`.
+    in ``folder`` is replaced. Follow with :func:`verify_folder`.
 
     Returns:
         ``architecture``, ``expert_width`` (channels on disk), ``zero_channels`` (share of them that is padding) and
         ``bytes``.
 
     Raises:
-        MoesmithError: the gate or a bias does not fit a stock architecture, ``folder`` holds something that is not a
-            model, or the disk is full.
+        MoesmithError: the parent, the gate or a bias does not fit a stock architecture, ``folder`` holds something that
+            is not a model, or the disk is full.
     """
     config = stock_config(parent, carving)
     config.dtype = dtype

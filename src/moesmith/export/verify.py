@@ -13,19 +13,20 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
+from moesmith.export.folder import load_folder
 from moesmith.gates import Router
 from moesmith.moe import moe_blocks
-from moesmith.parents import Parent, checked, first_line, quiet
+from moesmith.parents import Parent
 
 TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
 ROUNDED_AGREEMENT = 0.8  # share of equal next tokens asked for where fp32 does not fit in memory
 
 
-def verify_stock(parent: Parent, folder: Path, reference: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
-    """Load ``folder`` with plain transformers and compare it with ``reference`` in fp32.
+def verify_folder(parent: Parent, folder: Path, reference: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+    """Load ``folder`` as anybody would and compare it with ``reference`` in fp32.
 
     Two correct models part where rounding tips a router between two nearly equal experts, and that token and those
     after it differ from there on. So tokens are compared up to their row's first such flip, and there all must agree;
@@ -34,9 +35,10 @@ def verify_stock(parent: Parent, folder: Path, reference: PreTrainedModel, ids: 
 
     Args:
         parent: its device runs the comparison.
-        folder: what ``stock.write_stock`` wrote; deleted if it disagrees.
-        reference: ``stock.stock_reference`` of the same parent and carving. A model with exact compensation biases
-            cannot agree with constant channels to the last digits: the difference is then measured, not judged.
+        folder: what ``stock.write_stock`` or ``modeling.write_native`` wrote; deleted if it disagrees.
+        reference: ``stock.stock_reference`` of the same parent and carving, or ``moe.build``'s model for the native
+            format. A model with exact biases cannot agree with constant channels to the last digits: where the folder
+            has none, the difference is measured, not judged.
         ids: (N, S) token ids.
 
     Returns:
@@ -49,33 +51,26 @@ def verify_stock(parent: Parent, folder: Path, reference: PreTrainedModel, ids: 
     try:
         dtype = torch.float32 if _fits(reference) else reference.dtype
         expected = _run(reference, ids, dtype)
-        found = _run(_loaded(folder, dtype).to(parent.device), ids, dtype)
-        return _judge(folder, expected, found, exact=dtype == torch.float32, biased=_biased(reference))
+        loaded: Any = load_folder(folder, dtype)
+        found = _run(loaded.to(parent.device), ids, dtype)
+        approximate = _biased(reference) and not _biased(loaded)
+        return _judge(folder, expected, found, exact=dtype == torch.float32, approximate=approximate)
     except MoesmithError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _loaded(folder: Path, dtype: torch.dtype) -> Any:
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # transformers and safetensors each have their own error types
-        raise MoesmithError(f"{folder} does not load: {first_line(error)}") from error
-    return checked(loaded, str(folder)).eval()
-
-
-def _judge(folder: Path, expected: Result, found: Result, *, exact: bool, biased: bool) -> dict[str, Any]:
+def _judge(folder: Path, expected: Result, found: Result, *, exact: bool, approximate: bool) -> dict[str, Any]:
     same_NS = expected.logits.argmax(-1) == found.logits.argmax(-1)
     difference_NS = (expected.logits - found.logits).abs().amax(-1)
     flipped_NS = torch.zeros_like(same_NS)
-    if exact and not biased:
+    if exact and not approximate:
         for one_TK, other_TK in zip(expected.routed, found.routed, strict=True):
             flipped_NS |= (one_TK.sort(-1).values != other_TK.sort(-1).values).any(-1).view_as(flipped_NS)
     compared_NS = flipped_NS.long().cumsum(-1) == 0
     agreement, compared = float(same_NS.double().mean()), float(compared_NS.double().mean())
     largest = float(difference_NS[compared_NS].max()) if compared else float("inf")
-    if biased:
+    if approximate:
         good = True
     elif exact:
         good = compared >= 0.5 and largest <= TOLERANCE * float(expected.logits.std())

@@ -1,4 +1,4 @@
-"""Stages *baseline*, *export* (an ordinary Hugging Face folder, verified) and *evaluate* (held-out perplexity)."""
+"""Stages *baseline*, *export* (a Hugging Face folder, verified) and *evaluate* (held-out perplexity)."""
 
 from __future__ import annotations
 
@@ -6,36 +6,46 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moesmith.artefact import MANIFEST, read_json, write_json, write_text
 from moesmith.card import model_card
 from moesmith.carving import Carving
 from moesmith.console import say
-from moesmith.errors import MoesmithError
 from moesmith.evaluate import geometric_mean, perplexities
+from moesmith.export.folder import load_folder
 from moesmith.export.stock import stock_reference, write_stock
-from moesmith.export.verify import verify_stock
+from moesmith.export.verify import verify_folder
+from moesmith.modeling import write_native
 from moesmith.moe import build
-from moesmith.parents import Parent, checked, first_line, quiet
+from moesmith.parents import Parent
 from moesmith.pipeline import Run
+from moesmith.proof import NATIVE
 from moesmith.report.routing import record_routing
 from moesmith.stages.data import evaluation_of
 
 
 def export_stage(run: Run, parent: Parent, before: str) -> Path:
-    """Write ``RUN/model`` in the parent's stock MoE architecture and compare its logits with the carving's own."""
+    """Write ``RUN/model`` and compare its logits with the carving's own.
+
+    In the parent's stock MoE architecture, or in moesmith's own where no stock architecture holds the parent.
+    """
     target = run.folder / "model"
     if not (target / "config.json").is_file():
         (run.path("export") / MANIFEST).unlink(missing_ok=True)
 
     def body(_work: Path) -> dict[str, Any]:
         carving = Carving.load(run.path(before))
-        metrics = dict(write_stock(parent, carving, target, parent.model.dtype))
+        native = parent.family == NATIVE
+        if native:
+            metrics, reference = write_native(parent, carving, target), build(parent, carving, "sliced")
+        else:
+            metrics = write_stock(parent, carving, target, parent.model.dtype)
+            reference = stock_reference(parent, carving)
         ids = next(iter(evaluation_of(run).values()))[:2, :128]
-        metrics |= verify_stock(parent, target, stock_reference(parent, carving), ids)
-        if carving.compensation == "bias":  # the constant channel stands in for it: say how well
-            measured = verify_stock(parent, target, build(parent, carving, "sliced"), ids)
+        metrics |= verify_folder(parent, target, reference, ids)
+        if carving.compensation == "bias" and not native:  # the constant channel stands in for it: say how well
+            measured = verify_folder(parent, target, build(parent, carving, "sliced"), ids)
             metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
             say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
         return metrics | carving.parameters(parent)
@@ -57,14 +67,14 @@ def baseline_stage(run: Run, parent: Parent) -> Path:
 def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
     """Perplexity per domain of every stage's carving beside the parent's, and the finished model's routing.
 
-    The last stage is measured on ``RUN/model`` itself, loaded by plain transformers.
+    The last stage is measured on ``RUN/model`` itself, loaded as anybody would load it.
     """
     folder = run.folder / "model"
 
     def body(work: Path) -> dict[str, Any]:
         blocks = evaluation_of(run)
         results = {"parent": read_json(run.path("baseline") / "parent.json")}
-        finished = load_stock(folder, parent)
+        finished = load_finished(folder, parent)
         for name in made:
             path = work / f"{name}.json"
             if not path.is_file():
@@ -93,19 +103,11 @@ def _perplexities(model: PreTrainedModel, blocks: dict[str, Tensor], label: str)
     return {"domains": domains, "geomean": geometric_mean(domains.values()), "worst": worst}
 
 
-def load_stock(folder: Path, parent: Parent) -> PreTrainedModel:
-    """The finished folder, as anybody would load it.
+def load_finished(folder: Path, parent: Parent) -> PreTrainedModel:
+    """The finished folder in its parent's dtype, on its device.
 
     Raises:
         MoesmithError: it is damaged.
     """
-    cure = "Delete it and run the same 'moesmith convert' again."
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=parent.model.dtype, output_loading_info=True
-            )
-    except Exception as error:  # transformers and safetensors each have their own error types
-        raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", cure) from error
-    model: Any = checked(loaded, str(folder))
-    return cast(PreTrainedModel, model.to(parent.device).eval())
+    model: Any = load_folder(folder, parent.model.dtype)
+    return cast(PreTrainedModel, model.to(parent.device))

@@ -23,13 +23,14 @@ from moesmith.train import Student, train
 
 
 def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Every norm weight by parameter name, replaced by a copy so that the parent keeps its own."""
+    """Every norm's weight, and bias where it has one, by parameter name; copies, so that the parent keeps its own."""
     found = {}
     for path, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1 and not list(module.children()):
-            module.weight = nn.Parameter(weight.detach().clone())
-            found[f"{path}.weight"] = module.weight
+            for leaf, parameter in list(module.named_parameters()):
+                setattr(module, leaf, nn.Parameter(parameter.detach().clone()))
+                found[f"{path}.{leaf}"] = getattr(module, leaf)
     return found
 
 
