@@ -57,7 +57,7 @@ class Carving:
         compensation: ``none``, ``bias`` (FLAP's, dive.md §3.3) or ``refit`` (ridge least squares, ``refit.py``).
         lora: merged by :meth:`expert_weights`; ``"{layer}.{gate|up|down}.{A|B}"`` to (E, r, in) or (E, out, r);
             the scale alpha / r is already in B.
-        norms: parent parameter name to the trained norm weight.
+        norms: parent parameter name to the trained weight or bias of a norm.
         provenance: where it came from (method, recipe, hashes), JSON-able.
         attention: one :class:`CarvedAttention` per layer where attention is pruned as well (ToMoE), else empty.
 

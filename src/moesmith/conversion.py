@@ -53,7 +53,7 @@ def convert(
         dtype: the parent's dtype.
 
     Returns:
-        The finished run; ``run.folder / "model"`` is an ordinary Hugging Face folder.
+        The finished run; ``run.folder / "model"`` is a Hugging Face folder, of a stock architecture wherever one fits.
 
     Raises:
         MoesmithError: anything the user can mend, before work starts where that is possible.
