@@ -6,7 +6,6 @@ import fcntl
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -294,26 +293,30 @@ def test_a_run_that_was_only_begun(world: World, command: str) -> None:
 
 
 def test_evaluating_an_unknown_task(world: World) -> None:
-    answer = moesmith("eval", world.home / "run", "--tasks", "arc_eazy")
-    assert answer.status == 2
-    *progress, last = answer.err.splitlines()
-    assert re.match("moesmith: .*arc_eazy.* Did you mean 'arc_easy'?", last)
-    assert not any(line.startswith("moesmith") for line in progress)
+    not_loaded(world)
+    answer = moesmith("eval", world.home / "run", "--tasks", "domains,arc_eazy")
+    refused(answer, r"arc_eazy.* Did you mean 'arc_easy'\?")
 
 
 def test_evaluating_nothing(world: World) -> None:
     refused(moesmith("eval", world.home / "run", "--tasks", ","), "no tasks are named. Give --tasks, such as")
 
 
-def test_evaluating_a_task_whose_file_is_missing(world: World) -> None:
-    answer = moesmith("eval", world.home / "run", "--tasks", "wikitext2")
-    assert answer.status == 2
-    assert re.match(r"moesmith: \S+wikitext2\.test\.jsonl cannot be read", answer.err.splitlines()[-1])
+@pytest.mark.parametrize("task", ["wikitext2", "lambada"])
+def test_evaluating_a_task_whose_file_is_missing(world: World, task: str) -> None:
+    not_loaded(world)
+    answer = moesmith("eval", world.home / "run", "--tasks", task)
+    refused(answer, rf"{task}\.test\.jsonl cannot be read: .*Put the file there")
+
+
+def test_evaluating_on_text_that_is_not_there(world: World) -> None:
+    not_loaded(world)
+    refused(moesmith("eval", world.home / "run", "--data", "nowhere"), "the data source nowhere does not exist. Give")
 
 
 def test_evaluating_with_text_of_a_set_in_the_package(world: World) -> None:
     answer = moesmith("eval", world.home / "run", "--tasks", "lambada", "--data", "builtin")
-    refused(answer, "lambada needs files of that name. Give --data a folder that holds them")
+    refused(answer, "lambada needs a file of that name. Give --data a folder that holds it")
 
 
 def test_a_parent_that_was_changed_since(world: World) -> None:
