@@ -21,7 +21,6 @@ class World:
     model: Path
     data: Path
     out: Path
-    home: Path
     patch: pytest.MonkeyPatch
 
     def own_model(self) -> Path:

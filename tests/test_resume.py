@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 from conversions import SHARED, STAGES, convert, weights
-from tiny import save_tiny
-from tiny_data import save_data
 from transformers import AutoModelForCausalLM
 
 from moesmith.artefact import MANIFEST, read_tensors, verify_files
@@ -23,14 +21,6 @@ from moesmith.errors import MoesmithError
 
 Outcome = dict[str, Any]
 Job = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("home")
-    save_tiny("llama", folder / "m")
-    save_data(folder / "d")
-    return folder
 
 
 @pytest.fixture(scope="module")
