@@ -60,7 +60,8 @@ def trained(spec: TrainSection, folder: Path, blocks: Tensor | None = None, **op
     parent = tiny_parent("llama")
     model, parameters = model_for(spec, parent, **options)
     teacher: Any = parent.model if spec.loss == "distill" else None
-    train(model, parameters, some_blocks() if blocks is None else blocks, spec, folder, teacher=teacher, seed=1)
+    blocks = some_blocks().int() if blocks is None else blocks  # int32, as the corpus holds them
+    train(model, parameters, blocks, spec, folder, teacher=teacher, seed=1)
     return values(parameters)
 
 
