@@ -11,7 +11,7 @@ import pytest
 from commands import Answer, moesmith
 from conversions import arguments, snapshot
 
-from moesmith import conversion
+from moesmith import compare, conversion
 
 
 @dataclass
@@ -21,7 +21,6 @@ class World:
     model: Path
     data: Path
     out: Path
-    home: Path
     patch: pytest.MonkeyPatch
 
     def own_model(self) -> Path:
@@ -67,4 +66,5 @@ def not_loaded(world: World) -> None:
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    world.patch.setattr(conversion, "load_parent", load)
+    for module in (conversion, compare):
+        world.patch.setattr(module, "load_parent", load)

@@ -16,24 +16,8 @@ from commands import Answer
 from conversions import arguments
 from refusals import World, convert_is_refused, refused
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
-from tiny_data import save_data
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedConfig
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good parent in ``m``, data in ``d``; tests damage copies."""
-    folder = tmp_path_factory.mktemp("home")
-    save_tiny("llama", folder / "m")
-    save_data(folder / "d")
-    return folder
-
-
-@pytest.fixture
-def world(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(home / "m", home / "d", tmp_path / "run", home, monkeypatch)
 
 
 def save_other(folder: Path, config: PreTrainedConfig) -> None:

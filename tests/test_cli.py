@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import moesmith
 from conversions import STAGES, TINY, arguments
-from tiny import save_tiny, tiny_parent
+from tiny import tiny_parent
 from tiny_data import DIALECTS, save_data
 
 from moesmith.artefact import read_json
@@ -22,19 +21,6 @@ from moesmith.console import show_table
 from moesmith.recipe import presets
 
 COMMANDS = ("presets", "plan", "convert", "eval", "inspect", "generate", "report")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A parent in ``m``, data in ``d``, and ``run``, converted from the command line."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("home")
-    save_tiny("llama", folder / "m")
-    save_data(folder / "d")
-    answer = moesmith(*arguments("dive-plus", folder / "m", folder / "d", folder / "run"))
-    assert answer.status == 0, answer.err
-    (folder / "said").write_text(answer.out)
-    return folder
 
 
 def test_help_of_everything() -> None:
@@ -111,26 +97,26 @@ def test_plan_as_table_and_json(home: Path) -> None:
         assert part in table
 
 
-def test_a_plan_foretells_the_run(home: Path) -> None:
+def test_a_plan_foretells_the_run(home: Path, finished: Path) -> None:
     words = ["plan", "dive-plus", "--model", home / "m", "--data", home / "d", "--json"]
     found = json.loads(moesmith(*words, *(word for setting in TINY for word in ("--set", setting))).out)
-    carved = Carving.load(home / "run" / "stages" / "experts").parameters(tiny_parent("llama"))
+    carved = Carving.load(finished / "stages" / "experts").parameters(tiny_parent("llama"))
     assert {name: found[name] for name in carved} == carved
-    used = sum(path.stat().st_size for path in (home / "run").rglob("*") if path.is_file())
+    used = sum(path.stat().st_size for path in finished.rglob("*") if path.is_file())
     assert found["disk"] < 4 * used
-    trained = [read_json(home / "run" / "stages" / name / "manifest.json")["metrics"] for name in ("router", "experts")]
+    trained = [read_json(finished / "stages" / name / "manifest.json")["metrics"] for name in ("router", "experts")]
     assert found["training_tokens"] == sum(metrics["tokens"] for metrics in trained)
 
 
-def test_convert_ends_with_a_summary(home: Path) -> None:
-    said = (home / "said").read_text()
+def test_convert_ends_with_a_summary(finished: Path) -> None:
+    said = (finished.parent / "said").read_text()
     for part in ("dive-plus", "4 experts, top-1", "parameters total", *STAGES, "perplexity parent"):
         assert part in said
-    assert read_json(home / "run" / "run.json")["inputs"]["dtype"] == "bfloat16"
+    assert read_json(finished / "run.json")["inputs"]["dtype"] == "bfloat16"
 
 
-def test_inspect_as_table_and_json(home: Path) -> None:
-    table, found = moesmith("inspect", home / "run"), moesmith("inspect", home / "run", "--json")
+def test_inspect_as_table_and_json(finished: Path) -> None:
+    table, found = moesmith("inspect", finished), moesmith("inspect", finished, "--json")
     assert (table.status, found.status, found.err) == (0, 0, "")
     value = json.loads(found.out)
     assert value["recipe"] == "dive-plus"
@@ -140,11 +126,11 @@ def test_inspect_as_table_and_json(home: Path) -> None:
         assert part in table.out
 
 
-def test_eval_stands_beside_the_parent(home: Path, tmp_path: Path) -> None:
-    answer = moesmith("eval", home / "run", "--tokens", 512, "--json", tmp_path / "eval.json")
+def test_eval_stands_beside_the_parent(finished: Path, tmp_path: Path) -> None:
+    answer = moesmith("eval", finished, "--tokens", 512, "--json", tmp_path / "eval.json")
     assert answer.status == 0
     found = {row["task"]: row for row in read_json(tmp_path / "eval.json")["results"]}
-    stages = read_json(home / "run" / "stages" / "evaluate" / "evaluation.json")["stages"]
+    stages = read_json(finished / "stages" / "evaluate" / "evaluation.json")["stages"]
     for name in DIALECTS:  # the same text as at the end of the conversion, and the same numbers
         row = found[f"domain {name}"]
         assert row["parent"] == pytest.approx(stages["parent"]["domains"][name])
@@ -154,24 +140,26 @@ def test_eval_stands_beside_the_parent(home: Path, tmp_path: Path) -> None:
     assert (mean["parent"], mean["moe"]) == pytest.approx((stages["parent"]["geomean"], stages["experts"]["geomean"]))
 
 
-def test_eval_on_other_text(home: Path, tmp_path: Path) -> None:
+def test_eval_on_other_text(finished: Path, tmp_path: Path) -> None:
     save_data(tmp_path / "d", domains=2)
-    words = ["eval", home / "run", "--tokens", 256, "--data", tmp_path / "d"]
+    words = ["eval", finished, "--tokens", 256, "--data", tmp_path / "d"]
     assert moesmith(*words, "--json", tmp_path / "eval.json").status == 0
     tasks = [row["task"] for row in read_json(tmp_path / "eval.json")["results"]]
     assert tasks == ["domain beast", "domain count", "domains, geometric mean"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_generate_shows_both(home: Path, chat: bool) -> None:
-    answer = moesmith("generate", home / "run", "one two", "--tokens", 5, *(["--chat"] if chat else []))
+def test_generate_shows_both(finished: Path, chat: bool) -> None:
+    answer = moesmith("generate", finished, "one two", "--tokens", 5, *(["--chat"] if chat else []))
     assert answer.status == 0
     dense, moe = answer.out.split("--- MoE ---\n")
     assert dense.startswith("--- dense parent ---\n")
     assert moe.strip()
 
 
-def test_report_goes_beside_the_run_or_where_told(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_goes_beside_the_run_or_where_told(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from moesmith.report import page
 
     asked = []
@@ -181,13 +169,13 @@ def test_report_goes_beside_the_run_or_where_told(home: Path, tmp_path: Path, mo
         return output or run / "report.html"
 
     monkeypatch.setattr(page, "write_report", write)
-    answer = moesmith("report", home / "run")
-    assert (answer.status, answer.err.strip()) == (0, f"written: {home}/run/report.html")
-    moesmith("report", home / "run", "--output", tmp_path / "x.html")
-    assert asked == [(home / "run", None), (home / "run", tmp_path / "x.html")]
+    answer = moesmith("report", finished)
+    assert (answer.status, answer.err.strip()) == (0, f"written: {finished}/report.html")
+    moesmith("report", finished, "--output", tmp_path / "x.html")
+    assert asked == [(finished, None), (finished, tmp_path / "x.html")]
 
 
-def test_the_same_command_again_says_that_it_is_done(home: Path) -> None:
-    answer = moesmith(*arguments("dive-plus", home / "m", home / "d", home / "run"))
+def test_the_same_command_again_says_that_it_is_done(home: Path, finished: Path) -> None:
+    answer = moesmith(*arguments("dive-plus", home / "m", home / "d", finished))
     assert answer.status == 0
     assert answer.err.count("done before") == len(STAGES)

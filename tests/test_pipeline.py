@@ -14,7 +14,7 @@ import torch
 import yaml
 from conversions import SHARED, STAGES, convert, snapshot, weights
 from tiny import FAMILIES, save_tiny, tiny_parent
-from tiny_data import DIALECTS, save_data
+from tiny_data import DIALECTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesmith.affinity import mine, perplexity_similarity
@@ -32,16 +32,6 @@ from moesmith.recipe import load_recipe
 from moesmith.stages.data import evaluation_of
 
 PRESETS = ("dive-1of8", "dive-2of8", "dive-plus", "flap-static", "flap-static-refit", "llama-moe-1of8")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Llama in ``m`` and data in ``d``."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("home")
-    save_tiny("llama", folder / "m")
-    save_data(folder / "d")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -297,6 +297,9 @@ def test_registered_tasks_tags_and_groups(data: Path) -> None:
     assert tag == {"hard": found["hard"], "soft": found["hard"]}
     group = harness.evaluate_tasks(model, TOKENIZER, ["both"], limit=7)
     assert group == {"both": pytest.approx({"acc": local["acc"], "items": 14})}
+    once = harness.find_tasks(["hard", "both", "arc_easy"], data)  # and run with one model after another
+    first, again = (harness.run_tasks(model, TOKENIZER, once, limit=7) for _ in range(2))
+    assert first == again == found | group
 
 
 @pytest.mark.usefixtures("registry")

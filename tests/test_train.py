@@ -60,7 +60,8 @@ def trained(spec: TrainSection, folder: Path, blocks: Tensor | None = None, **op
     parent = tiny_parent("llama")
     model, parameters = model_for(spec, parent, **options)
     teacher: Any = parent.model if spec.loss == "distill" else None
-    train(Student(model, teacher, spec), parameters, some_blocks() if blocks is None else blocks, spec, folder, seed=1)
+    blocks = some_blocks().int() if blocks is None else blocks  # int32, as the corpus holds them
+    train(Student(model, teacher, spec), parameters, blocks, spec, folder, seed=1)
     return values(parameters)
 
 

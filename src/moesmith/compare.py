@@ -13,10 +13,22 @@ from moesmith.artefact import read_json
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
-from moesmith.harness import evaluate_tasks
+from moesmith.harness import find_tasks, run_tasks
 from moesmith.parents import Parent, load_parent
 from moesmith.stages.finish import load_finished
-from moesmith.text import load_domains
+from moesmith.text import load_domains, read_jsonl
+
+
+def header_of(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a finished run.
+
+    Raises:
+        MoesmithError: the folder is no run, or the run is not finished.
+    """
+    header: dict[str, Any] = read_json(folder / "run.json")
+    if not (folder / "model" / "config.json").is_file():
+        raise MoesmithError(f"{folder} has no finished model", "Run the same 'moesmith convert' again to finish it.")
+    return header
 
 
 def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
@@ -25,9 +37,7 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
-    header = read_json(folder / "run.json")
-    if not (folder / "model" / "config.json").is_file():
-        raise MoesmithError(f"{folder} has no finished model", "Run the same 'moesmith convert' again to finish it.")
+    header = header_of(folder)
     parent = load_parent(header["inputs"]["model"], getattr(torch, header["inputs"]["dtype"]))
     if parent.digest != header["inputs"]["model_digest"]:
         raise MoesmithError(
@@ -44,29 +54,37 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
     Args:
         folder: a finished run.
         data: data source; the run's own when ``None``.
-        tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.evaluate_tasks``.
+        tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.find_tasks``.
         limit: items per task.
         tokens: evaluation tokens per domain, and of WikiText-2.
 
     Returns:
         ``{"results": [{"task", "metric", "parent", "moe"}, ...], ...}``, JSON-able.
+
+    Raises:
+        MoesmithError: as :func:`models_of` and, before any model is loaded, an unknown task, or a file that is missing
+            or malformed.
     """
     if not tasks:
         raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
-    header = read_json(folder / "run.json")
+    header = header_of(folder)
     source = data or header["inputs"]["data"]
     local = Path(source) if Path(source).is_dir() else None
-    if local is None and (needy := {"wikitext2", "lambada"} & set(tasks)):
-        what = f"{', '.join(sorted(needy))} needs files of that name"
-        raise MoesmithError(what, "Give --data a folder that holds them.")
-    parent, moe = models_of(folder)
+    for task in sorted({"lambada", "wikitext2"} & set(tasks)):
+        if local is None:
+            raise MoesmithError(f"{task} needs a file of that name", "Give --data a folder that holds it.")
+        read_jsonl(local / f"{task}.test.jsonl")  # a file that will not do is refused now
     names = header["recipe"]["domains"]["names"] if data is None else None
+    domains = load_domains(source, names) if "domains" in tasks else []
+    rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada")]
+    benchmarks = find_tasks(rest, local) if rest else {}
+    parent, moe = models_of(folder)
 
     def measure(model: PreTrainedModel) -> dict[tuple[str, str], float]:
         found: dict[tuple[str, str], float] = {}
-        if "domains" in tasks:
+        if domains:
             window = header["recipe"]["evaluate"]["window"]
-            values = domain_perplexities(model, parent.tokenizer, load_domains(source, names), tokens, window)
+            values = domain_perplexities(model, parent.tokenizer, domains, tokens, window)
             found |= {(f"domain {name}", "perplexity"): value for name, value in values.items()}
             found["domains, geometric mean", "perplexity"] = geometric_mean(values.values())
         if "wikitext2" in tasks and local:
@@ -75,8 +93,8 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
         if "lambada" in tasks and local:
             scores = lambada(model, parent.tokenizer, local, limit)
             found |= {("lambada", key): scores[key] for key in ("perplexity", "acc")}
-        if rest := [task for task in tasks if task not in ("domains", "wikitext2", "lambada")]:
-            for task, metrics in evaluate_tasks(model, parent.tokenizer, rest, local, limit).items():
+        if benchmarks:
+            for task, metrics in run_tasks(model, parent.tokenizer, benchmarks, limit).items():
                 found |= {(task, metric): value for metric, value in metrics.items()}
         return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from moesmith.evaluate import WINDOW
 from moesmith.parents import quiet
 from moesmith.scorer import FEWSHOT_SEED, Task, load_task, share, task_names
 
+# a local task's parts, or a registered one as the harness loads it
+Found = Mapping[str, list[Task] | dict[str, Any]]
+
 
 def evaluate_tasks(
     model: PreTrainedModel,
@@ -32,21 +35,19 @@ def evaluate_tasks(
     limit: int | None = None,
     batch: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Run tasks through lm-evaluation-harness.
+    """Find tasks and run them: :func:`find_tasks`, then :func:`run_tasks`."""
+    return run_tasks(model, tokenizer, find_tasks(tasks, data), limit, batch)
+
+
+def find_tasks(tasks: Sequence[str], data: Path | None = None) -> Found:
+    """Load tasks; needs no model.
 
     A task with a template and a local file ``<task>.test.jsonl`` in ``data`` runs from there (few-shot examples from
     ``<task>.train.jsonl``); any other name is looked up in the harness's registry, whose data sets it may download.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
         tasks: names.
         data: folder of local records.
-        limit: first so many items of each task only (of a task in parts: as many of each part as makes that number).
-        batch: sequences of 512 tokens per forward pass; of shorter ones there are more.
-
-    Returns:
-        per task its metrics and the number of ``items``; a registered tag gives a row per task behind it.
 
     Raises:
         MoesmithError: the harness is not installed, a task is unknown (the nearest is named), its data cannot be
@@ -57,19 +58,42 @@ def evaluate_tasks(
     except ImportError as error:
         raise MoesmithError("lm-evaluation-harness is not installed", "Run: pip install 'moesmith[eval]'") from error
     local = {name: load_task(name, data) for name in tasks}
-    training = model.training
     with silenced():
         registered = _registered([name for name in tasks if not local[name]])
+    return {name: local[name] or registered[name] for name in tasks}
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Found,
+    limit: int | None = None,
+    batch: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Run tasks through lm-evaluation-harness; the same ones may be run again with another model.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        tasks: what :func:`find_tasks` found.
+        limit: first so many items of each task only (of a task in parts: as many of each part as makes that number).
+        batch: sequences of 512 tokens per forward pass; of shorter ones there are more.
+
+    Returns:
+        per task its metrics and the number of ``items``; a registered tag gives a row per task behind it.
+    """
+    training = model.training
+    with silenced():
         lm = language_model(model, tokenizer, batch)
         try:
             result: dict[str, dict[str, float]] = {}
-            for name in tasks:
+            for name, task in tasks.items():
                 lm.label = name
-                if parts := local[name]:
-                    found = run(lm, {"tasks": local_tasks(parts)}, share(limit, len(parts)))
-                    result[name] = _pooled(found, parts)
+                if isinstance(task, list):
+                    found = run(lm, {"tasks": local_tasks(task)}, share(limit, len(task)))
+                    result[name] = _pooled(found, task)
                 else:
-                    found = run(lm, registered[name], limit)
+                    found = run(lm, task, limit)
                     rows = [name] if name in found["results"] else list(found["results"])
                     result |= {row: _metrics(found["results"][row]) for row in rows}
         finally:

@@ -197,7 +197,7 @@ def read_jsonl(path: str | Path) -> list[Record]:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise MoesmithError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Put the file there.") from error
     records = []
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():

@@ -182,7 +182,7 @@ def train(
         objective: a module such as :class:`Student`: token ids (B, S) to the scalar loss of its ``model``, in which
             everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
         parameters: name to trained parameter, in the model's dtype.
-        blocks: (N, window) token ids.
+        blocks: (N, window) token ids, of any integer type: a batch of them becomes int64 when it is taken.
         spec: the stage's settings.
         folder: holds ``log.jsonl`` (a line per step) and ``checkpoint.safetensors``.
         seed: of data order, dropout and router noise.
@@ -240,7 +240,7 @@ def train(
             loss = 0.0
             begun = time.monotonic()
             for part in rows.split(micro):
-                part_loss = student(blocks[part].to(model.device)) * (len(part) / len(rows))
+                part_loss = student(blocks[part].to(model.device, torch.int64)) * (len(part) / len(rows))
                 accelerator.backward(part_loss)
                 loss += float(part_loss.detach())
             if world > 1:

@@ -96,7 +96,7 @@ def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str,
             )
         count = sum(p.numel() for p in parameters.values())
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
-        blocks = read_tensors(run.path("corpus") / "training.safetensors")[section].long()
+        blocks = read_tensors(run.path("corpus") / "training.safetensors")[section]
         teacher = parent.model if distilled else None
         student = Student(model, teacher, spec)
         outcome = train(student, parameters, blocks, spec, work, seed=run.recipe.seed, label=name)

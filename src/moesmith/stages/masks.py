@@ -1,0 +1,60 @@
+"""Stage *masks*: ToMoE's hypernetwork trained over the frozen parent, and the carving that it ends in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moesmith.artefact import read_tensors, write_tensors
+from moesmith.carving import Carving
+from moesmith.console import say
+from moesmith.parents import Parent
+from moesmith.pipeline import Run
+from moesmith.recipe import Recipe
+from moesmith.sizes import Sizes
+from moesmith.tomoe.harvest import check_budget, harvest
+from moesmith.tomoe.hypernetwork import Masks
+from moesmith.tomoe.objective import MaskObjective
+from moesmith.tomoe.student import masked_model
+from moesmith.tomoe.warm import expert_ratio, start_from
+from moesmith.train import train
+
+CALIBRATION = 8192  # training tokens on which the widths of V/O are taken
+
+
+def check_masks(recipe: Recipe, parent: Parent) -> None:
+    """Refuse a budget that cannot be met.
+
+    Raises:
+        MoesmithError: no masks of this parent are so narrow, or no carving is.
+    """
+    if recipe.learned:
+        check_budget(Sizes.of(parent), recipe.masks.budget, recipe.masks.attention)
+        if recipe.carved:
+            expert_ratio(Sizes.of(parent), recipe.masks.budget)
+
+
+def masks_stage(run: Run, parent: Parent, before: Sequence[str]) -> Path:
+    """Train masks from scratch or from the carving of stage ``before``; all base weights stay as they are."""
+    recipe = run.recipe
+    spec, experts = recipe.masks, recipe.carve.experts
+
+    def body(work: Path) -> dict[str, Any]:
+        masks = Masks(Sizes.of(parent), experts, spec, recipe.seed).to(parent.device)
+        for name in before:
+            start_from(masks, Carving.load(run.path(name)))
+        model = masked_model(parent, masks)
+        parameters = {f"masks.{name}": p for name, p in masks.named_parameters()}
+        say(f"  {sum(p.numel() for p in parameters.values()):,} trainable parameters, none of them the parent's")
+        blocks = read_tensors(run.path("corpus") / "training.safetensors")["masks"]
+        objective = MaskObjective(model, parent.model, masks, spec)
+        outcome = train(objective, parameters, blocks, spec, work, seed=recipe.seed, label="masks")
+        few = blocks[: max(1, CALIBRATION // spec.window)].long()
+        carving, facts = harvest(masks, parent, few, {"method": "tomoe", "parent": run.inputs})
+        write_tensors(work / "masks.safetensors", masks.state_dict())
+        carving.save(work)
+        return outcome.metrics() | facts | carving.parameters(parent)
+
+    settings = spec.model_dump() | {"experts": experts}
+    return run.stage("masks", [*before, "corpus"], settings, body)
