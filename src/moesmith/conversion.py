@@ -25,6 +25,7 @@ from moesmith.stages.data import (
     stages_to_train,
 )
 from moesmith.stages.finish import baseline_stage, evaluate_stage, export_stage
+from moesmith.stages.masks import check_masks, masks_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
 
@@ -70,22 +71,28 @@ def convert(
     parent = model if isinstance(model, Parent) else load_parent(model, dtype)
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
+    check_masks(chosen, parent)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
     inputs |= {"dtype": str(parent.model.dtype).removeprefix("torch.")}
     run = Run(out, chosen, inputs, [Path(path) for path in reuse])
     check_room(make_plan(chosen, parent, len(domains)), out)
     with run.lock():
-        domains_stage(run, parent, domains)
         held_out_stage(run, parent, domains)
         corpus_stage(run, parent, domains)
-        moments_stage(run, parent, [domain.name for domain in domains])
-        affinity_stage(run, parent, domains)
-        carve_stage(run, parent)
         baseline_stage(run, parent)
-        made = ["carve"]
+        made: list[str] = []
+        if chosen.carved:
+            domains_stage(run, parent, domains)
+            moments_stage(run, parent, [domain.name for domain in domains])
+            affinity_stage(run, parent, domains)
+            carve_stage(run, parent)
+            made.append("carve")
+        if chosen.learned:
+            masks_stage(run, parent, made)
+            made.append("masks")
         training = stages_to_train(chosen)
         if "stage1" in training:
-            router_stage(run, parent)
+            router_stage(run, parent, made[-1])
             made.append("router")
         if "stage2" in training:
             experts_stage(run, parent, made[-1])
@@ -104,8 +111,7 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
             that do not fit them.
     """
     domains = load_domains(data, recipe.domains.names)
-    clustered = recipe.carve.method == "dive" and recipe.affinity.method != "random"
-    if clustered and recipe.carve.experts > 1:
+    if recipe.clustered and recipe.carve.experts > 1:
         if len(domains) < 2:
             raise MoesmithError(f"{data} holds one domain, and experts need domains to differ by", "Add more domains.")
         if len(domains) < recipe.carve.experts:

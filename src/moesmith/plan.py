@@ -15,9 +15,10 @@ from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
 from moesmith.gates import GateSpec
 from moesmith.parents import Parent
-from moesmith.recipe import Recipe
+from moesmith.recipe import LoopSection, Recipe, TrainSection
 from moesmith.scores import kept_channels
 from moesmith.stages.data import stages_to_train
+from moesmith.tomoe.warm import pruned_share
 
 
 @dataclass
@@ -54,7 +55,8 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
     """
     spec, L, D, F = recipe.carve, parent.L, parent.D, parent.F
     matrices = parent.ffns[0].matrices
-    kept = kept_channels(F, spec.ratio)
+    # learned masks from scratch: as if attention and networks were pruned alike
+    kept = kept_channels(F, pruned_share(recipe, parent) if recipe.carved else 1 - recipe.masks.budget)
     layers = [CarvedLayer([torch.arange(kept)] * spec.experts, torch.zeros(0)) for _ in range(L)]
     gate = GateSpec(experts=spec.experts, top_k=spec.top_k)
     counts = Carving(layers, gate, F, spec.compensation).parameters(parent)
@@ -64,25 +66,28 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
     training = stages_to_train(recipe)
     # the parent, the sliced experts, their merge in fp32 for one layer, and per step the activations kept for backward
     step = max(
-        (2 * s.micro_batch * s.window * L * (10 * D + 5 * kept * max(1, spec.top_k)) for s in training.values()),
+        (
+            2 * s.micro_batch * s.window * L * (10 * D + (6 * F if name == "masks" else 5 * kept * max(1, spec.top_k)))
+            for name, s in training.items()
+        ),
         default=0,
     )
     dense_step = 2 * L * D * F * spec.experts * size if "stage1" in training and refit else 0
     gram = 4 * (spec.experts + 2) * (F**2 if refit else 0) + 4 * (spec.experts + 1) * D**2
     lora = 0
     if "stage2" in training:
-        rank = training["stage2"].lora_rank
+        rank = recipe.stage2.lora_rank
         lora = 20 * L * spec.experts * rank * matrices * (D + kept)  # fp32 master, two moments, gradient, bf16 copy
     parent_bytes = counts["parent_parameters"] * size
     memory = round(1.2 * (2 * parent_bytes + 2 * experts + refit + max(step + lora, dense_step + step, gram)) + 5e8)
     total_bytes = counts["parameters_total"] * size
     disk = 2 * total_bytes + (len(training) + 1) * refit + 2 * lora + 8 * domains * L * F
-    calibration = domains * recipe.domains.tokens
+    calibration = domains * recipe.domains.tokens if recipe.carved else 0
     affinity = 0
-    if spec.method == "dive" and recipe.affinity.method == "perplexity":
+    if recipe.mined:
         affinity = domains**2 * recipe.affinity.tokens
     trained = sum(s.tokens for s in training.values())
-    evaluated = (2 + len(training)) * domains * recipe.evaluate.tokens
+    evaluated = (1 + recipe.carved + len(training)) * domains * recipe.evaluate.tokens
     rate, seconds = 0.0, {}
     if measure:
         rate = forward_rate(parent)
@@ -90,11 +95,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         seconds = {
             "calibration": (1 + passes * (1.0 if passes > 1 else 0.0)) * calibration / rate,
             "affinity": 0.8 * affinity / rate,
-            # forward and a backward without weight gradients; distillation adds the parent's forward
-            "training": sum(
-                s.tokens * (3.5 + (s.loss == "distill") + (refit > 0 and s.gate == "dense")) / rate
-                for s in training.values()
-            ),
+            "training": sum(s.tokens * _passes(s, refit > 0) for s in training.values()) / rate,
             "evaluation": evaluated / rate,
         }
         seconds = {name: round(value, 1) for name, value in seconds.items()}
@@ -111,6 +112,13 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         forward_tokens_per_second=round(rate, 1),
         seconds=seconds,
     )
+
+
+def _passes(spec: LoopSection, refit: bool) -> float:
+    """Cost of a training step in forward passes: forward, and a backward without the gradients of frozen weights."""
+    if isinstance(spec, TrainSection):  # distillation adds the parent's forward pass
+        return 3.5 + (spec.loss == "distill") + (refit and spec.gate == "dense")
+    return 4.5
 
 
 def forward_rate(parent: Parent) -> float:

@@ -195,6 +195,32 @@ class Recipe(Section):
     stage2: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
 
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.learned and self.carve.top_k != 1:
+            raise ValueError("learned masks route every token to one expert; set carve.top_k to 1")
+        return self
+
+    @property
+    def learned(self) -> bool:
+        """Whether experts are learned as masks (ToMoE)."""
+        return self.masks.tokens > 0
+
+    @property
+    def carved(self) -> bool:
+        """Whether channels are chosen from statistics: always, unless masks are learned from a random start."""
+        return not self.learned or self.masks.start == "carving"
+
+    @property
+    def clustered(self) -> bool:
+        """Whether domains are grouped, one group an expert."""
+        return self.carved and self.carve.method == "dive" and self.affinity.method != "random"
+
+    @property
+    def mined(self) -> bool:
+        """Whether they are grouped by the perplexities of pruned models."""
+        return self.clustered and self.affinity.method == "perplexity"
+
 
 def presets() -> dict[str, str]:
     """Name to one-line description of the recipes that come with moesmith."""

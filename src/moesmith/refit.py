@@ -33,7 +33,7 @@ def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.
     kept = kept.to(gram_FF.device)
     cross_FS = gram_FF[:, kept]
     square_SS = cross_FS[kept].clone()
-    damping = ridge * square_SS.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    damping = (ridge * square_SS.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
     target_DS = W_DF @ cross_FS + damping * W_DF[:, kept]
     square_SS.diagonal().add_(damping)
     return torch.cholesky_solve(target_DS.T, torch.linalg.cholesky(square_SS)).T

@@ -31,16 +31,16 @@ from moesmith.router import constant_direction, lda_router, random_router
 from moesmith.scores import channel_scores, choose
 from moesmith.stages.data import moments_of, windows_of
 from moesmith.text import Domain, evaluation_blocks
+from moesmith.tomoe.warm import pruned_share
 
 
 def affinity_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
     """Cluster the domains; saves the similarity, the perplexity matrix, the tree and the clusters."""
     recipe, names = run.recipe, [domain.name for domain in domains]
     spec, experts = recipe.affinity, recipe.carve.experts
-    needs_clusters = recipe.carve.method == "dive"
 
     def body(work: Path) -> dict[str, Any]:
-        if not needs_clusters or spec.method == "random":
+        if not recipe.clustered:
             # no affinity: a static mask and random experts see every domain; the control draws from the pool
             write_json(work / "clusters.json", {"clusters": [names] * experts})
             return {"clusters": [names] * experts}
@@ -67,12 +67,12 @@ def affinity_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
             say(f"  expert {expert}: {', '.join(group)}")
         return {"clusters": found.clusters}
 
-    settings: dict[str, Any] = {"needed": needs_clusters, "experts": experts, "names": names}
-    if needs_clusters:
+    settings: dict[str, Any] = {"needed": recipe.clustered, "experts": experts, "names": names}
+    if recipe.clustered:
         carve = recipe.carve
         settings |= {"affinity": spec.model_dump(), "score": carve.score}
-        if spec.method == "perplexity":
-            settings |= {"ratio": carve.ratio, "selection": carve.selection}
+        if recipe.mined:
+            settings |= {"ratio": pruned_share(recipe, parent), "selection": carve.selection}
     return run.stage("affinity", ["moments"], settings, body)
 
 
@@ -87,7 +87,7 @@ def _perplexities(
         for domain, score in zip(domains, scores, strict=True):
             path = work / f"row-{domain.name}.json"
             if not path.is_file():
-                channels = [[kept] for kept in choose(score, carve.ratio, carve.selection)]
+                channels = [[kept] for kept in choose(score, pruned_share(run.recipe, parent), carve.selection)]
                 one = GateSpec(experts=1, top_k=1)
                 pruned = _carving(parent, channels, [moments_of(run, domain.name)], one, "bias")
                 model = build(parent, pruned, "sliced")
@@ -118,12 +118,13 @@ def _carving(
 def carve_stage(run: Run, parent: Parent) -> Path:
     """Channels, compensation and router start: the whole MoE before training."""
     recipe = run.recipe
-    spec, start = recipe.carve, recipe.router
+    spec = recipe.carve.model_copy(update={"ratio": pruned_share(recipe, parent)})
+    start = recipe.router
 
     def body(work: Path) -> dict[str, Any]:
         clusters = read_json(run.path("affinity") / "clusters.json")["clusters"]
         windows = windows_of(run)
-        if spec.method == "dive" and recipe.affinity.method == "random":
+        if spec.method == "dive" and not recipe.clustered:
             groups_ids = _pool_draws(windows, spec.experts, recipe.seed)
             groups = [channel_moments(parent, ids, label="moments of the pool") for ids in groups_ids]
         else:

@@ -14,7 +14,7 @@ from moesmith.errors import MoesmithError
 from moesmith.moments import Moments, channel_moments
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
-from moesmith.recipe import Recipe, TrainSection
+from moesmith.recipe import LoopSection, Recipe
 from moesmith.text import Domain, evaluation_blocks, must_hold, sample_windows, training_blocks
 
 
@@ -73,17 +73,17 @@ def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
     return run.stage("corpus", [], settings, body)
 
 
-def stages_to_train(recipe: Recipe) -> dict[str, TrainSection]:
+def stages_to_train(recipe: Recipe) -> dict[str, LoopSection]:
     """The training stages a recipe really has: a single expert has no router to train."""
-    both = {"stage1": recipe.stage1, "stage2": recipe.stage2}
+    found = {"masks": recipe.masks, "stage1": recipe.stage1, "stage2": recipe.stage2}
     if recipe.carve.experts == 1:
-        both.pop("stage1")
-    return {name: spec for name, spec in both.items() if spec.tokens}
+        found.pop("stage1")
+    return {name: spec for name, spec in found.items() if spec.tokens}
 
 
 def _evaluation_windows(recipe: Recipe) -> dict[str, int]:
-    mined = recipe.carve.method == "dive" and recipe.affinity.method == "perplexity"
-    return {"evaluate.window": recipe.evaluate.window} | ({"affinity.window": recipe.affinity.window} if mined else {})
+    mined = {"affinity.window": recipe.affinity.window} if recipe.mined else {}
+    return {"evaluate.window": recipe.evaluate.window} | mined
 
 
 def check_windows(recipe: Recipe, parent: Parent) -> None:

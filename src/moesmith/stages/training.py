@@ -106,9 +106,9 @@ def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str,
     return run.stage(name, [before, "corpus"], spec.model_dump(), body)
 
 
-def router_stage(run: Run, parent: Parent) -> Path:
+def router_stage(run: Run, parent: Parent, before: str) -> Path:
     """Stage 1: the routers alone, dense gate in the masked form (dive.md §7)."""
-    return _train_stage(run, parent, "router", "stage1", "carve", run.recipe.stage1)
+    return _train_stage(run, parent, "router", "stage1", before, run.recipe.stage1)
 
 
 def experts_stage(run: Run, parent: Parent, before: str) -> Path:

@@ -11,6 +11,8 @@ import torch
 
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
+from moesmith.parents import Parent
+from moesmith.recipe import Recipe
 from moesmith.sizes import Sizes
 from moesmith.tomoe.hypernetwork import Masks
 
@@ -32,6 +34,11 @@ def expert_ratio(sizes: Sizes, budget: float) -> float:
             "Raise masks.budget, or set masks.start to random.",
         )
     return 1 - kept
+
+
+def pruned_share(recipe: Recipe, parent: Parent) -> float:
+    """Share of channels that a recipe's carving prunes from each expert: what it says, or what masks' budget leaves."""
+    return expert_ratio(Sizes.of(parent), recipe.masks.budget) if recipe.learned else recipe.carve.ratio
 
 
 @torch.no_grad()
