@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.activations import ACT2FN
 
-from moesmith import modeling
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export import folder as folders
+from moesmith.export.native import write_native
 from moesmith.export.stock import constant_gain, stock_reference, verify_folder, write_stock
 from moesmith.gates import GateSpec
 from moesmith.moe import build
@@ -401,7 +401,7 @@ def test_native_format_is_exact(family: str, dtype: torch.dtype, tmp_path: Path)
     parent = tiny_parent(family, dtype=dtype)
     carving = random_carving(parent, top_k=2, compensation="bias", ragged=True, noise=True)
     carving.layers[1].channels = [kept[:20] for kept in carving.layers[1].channels]  # layers of different width
-    modeling.write_native(parent, carving, tmp_path / "moe")
+    write_native(parent, carving, tmp_path / "moe")
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -420,7 +420,7 @@ def test_native_format_is_exact(family: str, dtype: torch.dtype, tmp_path: Path)
 
 def test_native_model_trains(tmp_path: Path) -> None:
     parent = tiny_parent("llama")
-    modeling.write_native(parent, random_carving(parent, compensation="bias"), tmp_path / "moe")
+    write_native(parent, random_carving(parent, compensation="bias"), tmp_path / "moe")
     model = load(tmp_path / "moe").train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     experts = model.inner.model.layers[0].mlp.experts

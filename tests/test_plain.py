@@ -30,9 +30,9 @@ from transformers import (
 from moesmith.artefact import read_json
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
+from moesmith.export.native import write_native
 from moesmith.export.stock import write_stock
 from moesmith.export.verify import verify_folder
-from moesmith.modeling import write_native
 from moesmith.moe import build
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
@@ -237,9 +237,9 @@ def test_the_commands_read_the_run(run: Run) -> None:
 
 def test_the_folder_loads_elsewhere_and_its_card_says_how(run: Run) -> None:
     card = (run.folder / "model" / "README.md").read_text()
-    assert "import moesmith.modeling" in card
+    assert "import moesmith.native.modeling" in card
     code = (
-        "import sys, moesmith.modeling; from transformers import AutoModelForCausalLM;"
+        "import sys, moesmith.native.modeling; from transformers import AutoModelForCausalLM;"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(model).__name__)"
     )
     done = subprocess.run(

@@ -131,7 +131,9 @@ def test_a_masked_step_is_a_sliced_step(tmp_path: Path, compensation: str) -> No
         parent = tiny_parent("llama")
         model = build(parent, random_carving(parent, compensation=compensation), form)  # type: ignore[arg-type]
         parameters = prepare(model, STAGE1, seed=1)
-        train(Student(model, None, section(STAGE1)), parameters, some_blocks(), section(STAGE1), tmp_path / form, seed=1)
+        train(
+            Student(model, None, section(STAGE1)), parameters, some_blocks(), section(STAGE1), tmp_path / form, seed=1
+        )
         results.append(values(parameters))
     assert largest(*results) < 1e-5
     start = prepare(build(tiny_parent("llama"), random_carving(tiny_parent("llama")), "masked"), STAGE1, seed=1)
@@ -207,7 +209,9 @@ def test_only_what_is_meant_to_changes(tmp_path: Path, kind: str) -> None:
     dense = {name: p.detach().clone() for name, p in parent.model.named_parameters()}
     model, parameters = model_for(base, parent, top_k=top_k)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    outcome = train(Student(model, None, section(base, 12)), parameters, some_blocks(), section(base, 12), tmp_path, seed=1)
+    outcome = train(
+        Student(model, None, section(base, 12)), parameters, some_blocks(), section(base, 12), tmp_path, seed=1
+    )
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if meant(name)}
     assert outcome.trainable == sum(before[name].numel() for name in changed)
@@ -261,7 +265,9 @@ def test_pairs_of_two_stages_add_up(tmp_path: Path) -> None:
     for stage in ("one", "two"):
         model = build(parent, carving, "sliced")
         parameters = prepare(model, STAGE2, seed=1)
-        train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path / stage, seed=1)
+        train(
+            Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path / stage, seed=1
+        )
         carving = harvest(model, carving, parameters)
         with torch.no_grad():
             ours, theirs = (m(input_ids=ids).logits for m in (model, build(parent, carving, "sliced")))
@@ -298,7 +304,15 @@ def test_going_on_is_as_if_nothing_had_happened(
     for step, stop in ((3, 5), (6, 7)):
         model, parameters = model_for(spec, tiny_parent("llama"))
         with pytest.raises(KilledError):
-            train(Student(model, None, spec), parameters, some_blocks(), spec, tmp_path / "cut", seed=1, on_step=keep_until(step, stop))
+            train(
+                Student(model, None, spec),
+                parameters,
+                some_blocks(),
+                spec,
+                tmp_path / "cut",
+                seed=1,
+                on_step=keep_until(step, stop),
+            )
         assert json.loads(read_metadata(tmp_path / "cut" / "checkpoint.safetensors")["state"])["step"] == step
     (tmp_path / "cut" / "log.jsonl").open("a").write('{"step": 8, "lo')  # a line that was cut short
     assert largest(trained(spec, tmp_path / "cut"), whole) == 0
@@ -315,7 +329,9 @@ def test_a_finished_stage_trains_no_further(tmp_path: Path) -> None:
     first = trained(spec, tmp_path)
     model, parameters = model_for(spec, tiny_parent("llama"))
     called: list[int] = []
-    outcome = train(Student(model, None, spec), parameters, some_blocks(), spec, tmp_path, seed=1, on_step=called.append)
+    outcome = train(
+        Student(model, None, spec), parameters, some_blocks(), spec, tmp_path, seed=1, on_step=called.append
+    )
     assert called == []
     assert largest(values(parameters), first) == 0
     assert outcome.steps == 6
@@ -366,7 +382,15 @@ def test_what_is_not_finite_stops_with_its_data_and_is_not_trained_on(
             kept[done] = values(now)
 
         with pytest.raises(MoesmithError, match=says):
-            train(Student(model, None, section(STAGE2, 20)), parameters, blocks, section(STAGE2, 20), tmp_path, seed=1, on_step=remember)
+            train(
+                Student(model, None, section(STAGE2, 20)),
+                parameters,
+                blocks,
+                section(STAGE2, 20),
+                tmp_path,
+                seed=1,
+                on_step=remember,
+            )
         assert list(kept) == list(range(step + 1))
         assert largest(values(parameters), kept[step]) == 0
         saved = read_tensors(tmp_path / f"nonfinite-step-{step}.safetensors")["ids"]

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesmith.structure import OUTPUTS, attention_of, head_dim
@@ -24,16 +23,6 @@ def rotary_width(config: Any) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
     return int(head_dim(config) * factor)
-
-
-def expand_pairs(free: Tensor, h: int, rotary: int) -> Tensor:
-    """Free entries (…, h − rotary/2) of a Q/K mask to the head dimension (…, h).
-
-    With the rotate-half convention dimensions i and i + rotary/2 form one plane, so they share an entry; only then do
-    masking and rotating commute. What does not rotate has an entry of its own.
-    """
-    pairs, rest = free.split([rotary // 2, h - rotary], -1)
-    return torch.cat([pairs, pairs, rest], -1)
 
 
 class GatedLinear(nn.Module):
@@ -98,10 +87,11 @@ class CarvedAttention:
 
     The gate of a token x is o = proj_out · GELU(LN(base + proj_in x)): V and O keep the dimensions with o ≥ threshold,
     the ``top_k`` highest of them if there are more, the best one if there is none. Deterministic, without noise.
-    Without the gate's tensors V and O are whole.
+    Without the gate's tensors every token keeps all of ``vo_h``.
 
     Attributes:
         qk_h: kept dimensions of Q and K for all tokens, (h) bool; pairs of the rotation stay together.
+        vo_h: dimensions of V and O that some token keeps, (h) bool; the others are gone for all.
         proj_in_RD, norm_weight_R, norm_bias_R, base_R, proj_out_hR: the gate, fp32.
         threshold: the keep threshold, fp32 scalar.
         top_k: most V/O dimensions of a token, int64 scalar.
@@ -111,6 +101,7 @@ class CarvedAttention:
     """
 
     qk_h: Tensor
+    vo_h: Tensor
     proj_in_RD: Tensor | None = None
     norm_weight_R: Tensor | None = None
     norm_bias_R: Tensor | None = None
@@ -128,8 +119,13 @@ class CarvedAttention:
         return {name: value for name, value in found.items() if value is not None}
 
     def without_gate(self) -> CarvedAttention:
-        """The part that a stock architecture can hold: Q and K pruned for all tokens, V and O whole."""
-        return CarvedAttention(self.qk_h)
+        """The part that does not depend on the token: what a stock architecture can hold, with zeros."""
+        return CarvedAttention(self.qk_h, self.vo_h)
+
+    @staticmethod
+    def free_entries(config: Any) -> int:
+        """Free entries of a Q/K mask: one per rotated pair, one per dimension that does not rotate."""
+        return head_dim(config) - rotary_width(config) // 2
 
     @property
     def width_qk(self) -> int:
@@ -142,42 +138,26 @@ class CarvedAttention:
     @property
     def width_vo(self) -> int:
         """Dimensions of a V/O head that a token keeps at most."""
-        return len(self.qk_h) if self.top_k is None else int(self.top_k)
+        return int(self.vo_h.sum()) if self.top_k is None else int(self.top_k)
 
 
-class HeadGate(nn.Module):
-    """The deterministic gate of a :class:`CarvedAttention`; what :func:`install` puts into a model."""
-
-    qk: Tensor
-    vo: Tensor
-
-    def __init__(self, carved: CarvedAttention, device: torch.device) -> None:
-        super().__init__()
-        self.on, self.mask_output = True, carved.output is not None and bool(carved.output)
-        self.names = tuple(carved.tensors())
-        for name, tensor in carved.tensors().items():
-            self.register_buffer(name, tensor.to(device), persistent=False)
-
-    def read(self, x_BSD: Tensor) -> None:
-        """Compute the masks of the attention's input."""
-        buffers: Any = self
-        self.qk = buffers.qk_h.to(x_BSD.dtype)
-        self.vo = torch.ones_like(self.qk)
-        if "proj_out_hR" not in self.names:
-            return
-        inner = F.linear(x_BSD.float(), buffers.proj_in_RD.float()) + buffers.base_R.float()
-        weight, bias = buffers.norm_weight_R.float(), buffers.norm_bias_R.float()
-        inner = F.gelu(F.layer_norm(inner, inner.shape[-1:], weight, bias))
-        threshold = buffers.threshold.float()
-        self.vo = keep(F.linear(inner, buffers.proj_out_hR.float()), threshold, int(buffers.top_k)).to(x_BSD.dtype)
-        if "dynamic_WR" in self.names:
-            free = keep(F.linear(inner, buffers.dynamic_WR.float()), threshold, int(buffers.top_k_qk))
-            h = len(buffers.qk_h)
-            self.qk = expand_pairs(free, h, 2 * (h - free.shape[-1])).to(x_BSD.dtype)
+def narrowed(name: str, tensor: Tensor, carved: CarvedAttention) -> Tensor:
+    """A projection (``structure.attention_weights``) without the dimensions that no token keeps of a head."""
+    kept, by_head, axis = _of_head(name, tensor, carved)
+    return by_head.index_select(axis + 1, kept.nonzero()[:, 0]).flatten(axis, axis + 1)
 
 
-def keep(logits: Tensor, threshold: Tensor, most: int) -> Tensor:
-    """Kept dimensions (…, h) bool: logits at or above the threshold, at most ``most``, at least the best one."""
-    floor = logits.topk(most, -1).values
-    bound = torch.maximum(floor[..., -1:], threshold).minimum(floor[..., :1])
-    return logits >= bound
+def zeroed(name: str, tensor: Tensor, carved: CarvedAttention) -> Tensor:
+    """The same as zeros, for an architecture that cannot narrow its heads: exact, and saves nothing."""
+    if "norm" in name or name == "o_proj.bias":
+        return tensor
+    kept, by_head, axis = _of_head(name, tensor, carved)
+    mask = kept.to(tensor.dtype)
+    return (by_head * (mask if axis or tensor.dim() == 1 else mask[:, None])).flatten(axis, axis + 1)
+
+
+def _of_head(name: str, tensor: Tensor, carved: CarvedAttention) -> tuple[Tensor, Tensor, int]:
+    """Kept dimensions, the tensor with heads apart from their dimensions, and the axis of the heads."""
+    kept = (carved.qk_h if name[0] in "qk" else carved.vo_h).to(tensor.device)
+    axis = 1 if name == "o_proj.weight" else 0
+    return kept, tensor.unflatten(axis, (-1, len(kept))), axis

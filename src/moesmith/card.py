@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from moesmith.artefact import read_json
-from moesmith.modeling import MoesmithForCausalLM
+from moesmith.native.modeling import MoesmithForCausalLM
 
 if TYPE_CHECKING:
     from moesmith.pipeline import Run
@@ -47,7 +47,7 @@ def model_card(run: Run) -> str:
         f"- parameters: {export['parameters_total']:,} in total, {export['parameters_active']:,} active per token;"
         f" the dense parent has {export['parent_parameters']:,}",
         f"- gate: top-{carve.top_k} of the logits, softmax over the selected (weights sum to 1)",
-        *(["- loading needs moesmith: `import moesmith.modeling` before `from_pretrained`"] if native else []),
+        *(["- loading needs moesmith: `import moesmith.native.modeling` before `from_pretrained`"] if native else []),
         "",
         f"Perplexity on held-out text ({evaluation['window']}-token windows, {evaluation['tokens']:,} tokens"
         f" of {len(stages['parent']['domains'])} domains):",

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from moesmith.attention import HeadGate, install
+from moesmith.attention import install
 from moesmith.carving import Carving
 from moesmith.gates import Router
+from moesmith.native.experts import MoEBlock, SlicedExperts
+from moesmith.native.heads import HeadGate
 from moesmith.parents import FFN, Parent
 from moesmith.structure import decoder_layers
 
 Activation = Callable[[Tensor], Tensor]
 Form = Literal["masked", "sliced"]
-ALIGN = 64  # rows
 
 
 class MaskedExperts(nn.Module):
@@ -81,82 +82,6 @@ class MaskedExperts(nn.Module):
         return y_TD if self.bias_ED is None else y_TD + w_TE @ self.bias_ED
 
 
-class SlicedExperts(nn.Module):
-    """Experts as stacked slices; each token visits its K experts only.
-
-    Attributes:
-        gate_up_proj: (E, 2·F_e, D), gate rows first, or (E, F_e, D) without a gate; experts narrower than the widest
-            are padded with zeros, biases too.
-        down_proj: (E, D, F_e).
-        bias_ED: bias of the output or ``None``.
-        gate_bias_EF: bias of the rows of a network without a gate, or ``None``.
-        lora: grouped LoRA (``lora.GroupedLora``) or ``None``.
-    """
-
-    def __init__(
-        self,
-        gate_up_EGD: Tensor,
-        down_EDF: Tensor,
-        activation: Activation,
-        bias_ED: Tensor | None = None,
-        gate_bias_EF: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.gated = gate_up_EGD.shape[1] == 2 * down_EDF.shape[2]
-        self.gate_up_proj = nn.Parameter(gate_up_EGD, requires_grad=False)
-        self.down_proj = nn.Parameter(down_EDF, requires_grad=False)
-        self.bias_ED = None if bias_ED is None else nn.Parameter(bias_ED, requires_grad=False)
-        self.gate_bias_EF = None if gate_bias_EF is None else nn.Parameter(gate_bias_EF, requires_grad=False)
-        self.activation = activation
-        self.lora: Any = None  # lora.GroupedLora, set by lora.add_lora
-
-    def expert(self, x_ND: Tensor, index: int) -> Tensor:
-        """One expert on its own tokens: (N, D) to (N, D)."""
-        return self._run(x_ND, [len(x_ND) if e == index else 0 for e in range(len(self.gate_up_proj))])
-
-    def _run(self, x_PD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, ``counts`` of each, through their experts: (P, D) to (P, D)."""
-        owner_P = None
-        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_bias_EF)
-        if self.lora is not None:
-            owner_P = torch.repeat_interleave(torch.tensor(counts, device=x_PD.device))
-            gate_up_PG = gate_up_PG + self.lora.gate_up(x_PD, owner_P)
-        if self.gated:
-            gate_PF, up_PF = gate_up_PG.chunk(2, -1)
-            a_PF = self.activation(gate_PF) * up_PF
-        else:
-            a_PF = self.activation(gate_up_PG)
-        y_PD = self._products(a_PF, self.down_proj, counts, self.bias_ED)
-        return y_PD if self.lora is None else y_PD + self.lora.down(a_PF, owner_P)
-
-    @staticmethod
-    def _products(x_PI: Tensor, weight_EOI: Tensor, counts: list[int], bias_EO: Tensor | None = None) -> Tensor:
-        parts = [
-            F.linear(x_NI, weight_EOI[e], None if bias_EO is None else bias_EO[e])
-            for e, x_NI in enumerate(x_PI.split(counts))
-            if counts[e]
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum of the selected experts' outputs, (T, D): sort by expert, one product per expert, pick back."""
-        experts, (T, K) = len(self.gate_up_proj), ids_TK.shape
-        ids_S = ids_TK.flatten()
-        counts_E = torch.bincount(ids_S, minlength=experts)
-        # a CPU's matrix kernels are made per shape: rounding rows up lets few of them serve every batch
-        align = ALIGN if x_TD.device.type == "cpu" else 1
-        padded_E = (counts_E + align - 1) // align * align
-        order_S = ids_S.argsort(stable=True)
-        shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
-        slot_S = torch.empty_like(ids_S)
-        slot_S[order_S] = torch.arange(len(ids_S), device=ids_S.device) + shift_E[ids_S[order_S]]
-        counts = padded_E.tolist()
-        rows_SD = x_TD if K == 1 else x_TD.repeat_interleave(K, 0)
-        x_PD = x_TD.new_zeros(sum(counts), x_TD.shape[1]).index_copy(0, slot_S, rows_SD)
-        y_TKD = self._run(x_PD, counts).index_select(0, slot_S).view(T, K, -1)
-        return (y_TKD * weights_TK.unsqueeze(-1).to(x_TD.dtype)).sum(1)
-
-
 def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The plain reading of a sparse mixture, token by token; the tests hold both forms against it."""
     y_TD = torch.zeros_like(x_TD)
@@ -164,26 +89,6 @@ def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weig
         for k in range(ids_TK.shape[1]):
             y_TD[t] += weights_TK[t, k].to(x_TD.dtype) * experts.expert(x_TD[t : t + 1], int(ids_TK[t, k]))[0]
     return y_TD
-
-
-class MoEBlock(nn.Module):
-    """A router and its experts in the place of a feed-forward network: (…, D) to (…, D)."""
-
-    def __init__(self, router: Router, experts: Any) -> None:
-        super().__init__()
-        self.router = router
-        self.experts = experts
-        # one pruned FFN is not routed: its weight is 1
-        spec = router.spec
-        self.alone = spec.experts == 1 and spec.renormalise and spec.scale == 1 and isinstance(experts, SlicedExperts)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Route every token and mix its experts' outputs."""
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
-        _, weights_TK, ids_TK = self.router(x_TD)
-        if self.alone:
-            return self.experts.expert(x_TD, 0).view_as(hidden)
-        return self.experts(x_TD, ids_TK, weights_TK).view_as(hidden)
 
 
 def share(model: PreTrainedModel) -> PreTrainedModel:
@@ -206,9 +111,9 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
     model = share(parent.model).requires_grad_(False)
     for index, ffn in enumerate(parent.ffns):
         owner, name = ffn.path.rsplit(".", 1)
-        setattr(model.get_submodule(owner), name, _block(parent, carving, index, form))
+        setattr(model.get_submodule(owner), name, block(parent, carving, index, form))
     for layer, attention in zip(decoder_layers(model)[1], carving.attention, strict=bool(carving.attention)):
-        install(layer, model.config, HeadGate(attention, parent.device))
+        install(layer, model.config, HeadGate(attention.tensors()).to(parent.device))
     for name, value in carving.norms.items():
         owner, leaf = name.rsplit(".", 1)
         module = model.get_submodule(owner)
@@ -217,7 +122,8 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
     return model
 
 
-def _block(parent: Parent, carving: Carving, index: int, form: Form) -> MoEBlock:
+def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> MoEBlock:
+    """One layer's MoE block."""
     carved, ffn = carving.layers[index], parent.ffns[index]
     dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
     noise = None if carved.noise_ED is None else carved.noise_ED.to(device, dtype)
@@ -255,7 +161,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
 
 @contextmanager
 def shuffled(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Hand every token another token's experts inside the ``with``: the load stays, what was learned of routing goes."""
+    """Hand every token another token's experts inside the ``with``: the load stays, learned routing goes."""
     generator = torch.Generator().manual_seed(seed)
 
     def mix(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ from moesmith.structure import (
     head_dim,
 )
 
-NATIVE = "native"  # the family of a parent that only moesmith's own format can hold (modeling.py)
+NATIVE = "native"  # the family of a parent that only moesmith's own format can hold (native/)
 
 OTHER_LOGITS = "The parent's logits are not its output matrix times the last hidden state"
 

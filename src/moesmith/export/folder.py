@@ -26,7 +26,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         MoesmithError: it is damaged, or lacks tensors.
     """
-    import moesmith.modeling  # noqa: F401  registers our own architecture; a stock folder needs nothing of it
+    import moesmith.native.modeling  # noqa: F401  registers our own architecture; a stock folder needs nothing of it
 
     try:
         with quiet():

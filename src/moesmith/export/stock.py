@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2
 from transformers.activations import ACT2FN
 
 from moesmith.artefact import read_json, write_json
+from moesmith.attention import zeroed
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
@@ -119,7 +121,7 @@ def stock_config(parent: Parent, carving: Carving) -> PreTrainedConfig:
     if parent.family == NATIVE:
         raise MoesmithError(
             "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one",
-            "Write the native format (modeling.write_native).",
+            "Write the native format (native.write_native).",
         )
     if not (gate.renormalise or gate.order == "topk-softmax") or gate.scale != 1:
         raise MoesmithError(
@@ -166,6 +168,8 @@ def stock_tensors(parent: Parent, carving: Carving, dtype: torch.dtype) -> Itera
             yield out(f"{prefix}.{name}.weight", trained(getattr(layer, name)))
         for name, tensor in attention_weights(layer, parent.config).items():
             owner = name.rsplit(".", 1)[0]
+            if carving.attention:
+                tensor = zeroed(name, tensor, carving.attention[index])
             yield out(f"{prefix}.self_attn.{name}", trained(getattr(attention, owner)) if "norm" in owner else tensor)
         for name, tensor in _moe_tensors(parent, carving, index):
             yield out(f"{prefix}.{name}", tensor)
@@ -248,8 +252,10 @@ def _add_legacy_fields(path: Path) -> None:
 
 
 def stock_reference(parent: Parent, carving: Carving) -> PreTrainedModel:
-    """What a folder of :func:`write_stock` must compute: ``moe.build``'s sliced model, biases as constant channels."""
-    model = build(parent, carving, "sliced")
+    """What a folder of :func:`write_stock` must compute: ``moe.build``'s sliced model with biases as constant channels,
+    and without the masks over attention that depend on the token."""
+    static = [attention.without_gate() for attention in carving.attention]
+    model = build(parent, replace(carving, attention=static), "sliced")
     for index, block in enumerate(moe_blocks(model)):
         if (constant := constant_channel(parent, carving, index)) is None:
             continue

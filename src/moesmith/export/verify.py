@@ -35,7 +35,7 @@ def verify_folder(parent: Parent, folder: Path, reference: PreTrainedModel, ids:
 
     Args:
         parent: its device runs the comparison.
-        folder: what ``stock.write_stock`` or ``modeling.write_native`` wrote; deleted if it disagrees.
+        folder: what ``stock.write_stock`` or ``native.write_native`` wrote; deleted if it disagrees.
         reference: ``stock.stock_reference`` of the same parent and carving, or ``moe.build``'s model for the native
             format. A model with exact biases cannot agree with constant channels to the last digits: where the folder
             has none, the difference is measured, not judged.

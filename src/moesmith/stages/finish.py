@@ -14,9 +14,9 @@ from moesmith.carving import Carving
 from moesmith.console import say
 from moesmith.evaluate import geometric_mean, perplexities
 from moesmith.export.folder import load_folder
+from moesmith.export.native import write_native
 from moesmith.export.stock import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
-from moesmith.modeling import write_native
 from moesmith.moe import build
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
@@ -28,7 +28,9 @@ from moesmith.stages.data import evaluation_of
 def export_stage(run: Run, parent: Parent, before: str) -> Path:
     """Write ``RUN/model`` and compare its logits with the carving's own.
 
-    In the parent's stock MoE architecture, or in moesmith's own where no stock architecture holds the parent.
+    In the parent's stock MoE architecture, or in moesmith's own where no stock architecture holds the carving: a parent
+    without a gate, attention masked by token. Where the experts alone would fit a stock architecture ``RUN/stock`` is
+    written as well.
     """
     target = run.folder / "model"
     if not (target / "config.json").is_file():
@@ -36,21 +38,33 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
 
     def body(_work: Path) -> dict[str, Any]:
         carving = Carving.load(run.path(before))
-        native = parent.family == NATIVE
-        if native:
-            metrics, reference = write_native(parent, carving, target), build(parent, carving, "sliced")
-        else:
-            metrics = write_stock(parent, carving, target, parent.model.dtype)
-            reference = stock_reference(parent, carving)
         ids = next(iter(evaluation_of(run).values()))[:2, :128]
-        metrics |= verify_folder(parent, target, reference, ids)
-        if carving.compensation == "bias" and not native:  # the constant channel stands in for it: say how well
-            measured = verify_folder(parent, target, build(parent, carving, "sliced"), ids)
-            metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
-            say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
+        sliced = build(parent, carving, "sliced")
+
+        def stock(folder: Path) -> dict[str, Any]:
+            written = write_stock(parent, carving, folder, parent.model.dtype)
+            return written | verify_folder(parent, folder, stock_reference(parent, carving), ids)
+
+        if parent.family != NATIVE and not carving.attention:
+            metrics = stock(target)
+            if carving.compensation == "bias":  # the constant channel stands in for it: say how well
+                measured = verify_folder(parent, target, sliced, ids)
+                metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
+                say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
+            return metrics | carving.parameters(parent)
+        metrics = write_native(parent, carving, target)
+        metrics |= verify_folder(parent, target, sliced, ids)
+        if has_stock(parent, carving):
+            metrics["stock"] = stock(run.folder / "stock")
+            say("  RUN/stock drops the masks that attention has by token: V and O are whole there")
         return metrics | carving.parameters(parent)
 
     return run.stage("export", [before, "held-out"], {}, body, shared=False)  # the model itself lies elsewhere
+
+
+def has_stock(parent: Parent, carving: Carving) -> bool:
+    """Whether a run leaves ``RUN/stock`` beside ``RUN/model``: its attention is native, its experts are not."""
+    return bool(carving.attention) and parent.family != NATIVE
 
 
 def baseline_stage(run: Run, parent: Parent) -> Path:
@@ -67,7 +81,7 @@ def baseline_stage(run: Run, parent: Parent) -> Path:
 def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
     """Perplexity per domain of every stage's carving beside the parent's, and the finished model's routing.
 
-    The last stage is measured on ``RUN/model`` itself, loaded as anybody would load it.
+    The last stage is measured on ``RUN/model`` itself, loaded as anybody would load it; so is ``RUN/stock``.
     """
     folder = run.folder / "model"
 
@@ -82,6 +96,11 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
                 model = finished if last else build(parent, Carving.load(run.path(name)), "sliced")
                 write_json(path, _perplexities(model, blocks, name))
             results[name] = read_json(path)
+        if has_stock(parent, Carving.load(run.path(made[-1]))):
+            path = work / "stock.json"
+            if not path.is_file():
+                write_json(path, _perplexities(load_finished(run.folder / "stock", parent), blocks, "stock"))
+            results["stock"] = read_json(path)
         spec = run.recipe.evaluate
         summary = {"stages": results, "window": spec.window, "tokens": sum(b.numel() for b in blocks.values())}
         write_json(work / "evaluation.json", summary)

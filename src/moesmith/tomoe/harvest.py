@@ -1,8 +1,8 @@
 """From trained masks to a carving, deterministically and at exactly the asked budget (tomoe.md §9).
 
 One threshold θ decides everything: a channel, a dimension or a pair is kept iff its logit is at least θ. What counts
-against the budget are maxima: a layer's widest expert, its hungriest token. The k-th unit of such a maximum appears when
-θ falls below the largest k-th-best logit of any expert or token, so all of them together are one sorted list of
+against the budget are maxima: a layer's widest expert, its hungriest token. The k-th unit of such a maximum appears
+when θ falls below the largest k-th-best logit of any expert or token, so all of them together are one sorted list of
 (logit, parameters), and θ is where the list is as long as the budget.
 """
 
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesmith.attention import CarvedAttention, expand_pairs
+from moesmith.attention import CarvedAttention
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
 from moesmith.gates import GateSpec
 from moesmith.moe import build
+from moesmith.native.heads import expand_pairs
 from moesmith.parents import Parent
 from moesmith.sizes import Sizes
 from moesmith.structure import attention_of, decoder_layers
@@ -45,7 +46,9 @@ def check_budget(sizes: Sizes, budget: float, attention: str) -> None:
         MoesmithError: it is below :func:`floor_of`.
     """
     if budget < (least := floor_of(sizes, attention)):
-        cure = "Raise masks.budget" + (", or let attention be pruned (masks.attention)." if attention == "none" else ".")
+        cure = "Raise masks.budget" + (
+            ", or let attention be pruned (masks.attention)." if attention == "none" else "."
+        )
         raise MoesmithError(f"masks.budget {budget} cannot be reached: {least:.3f} of the parameters always stay", cure)
 
 
@@ -99,7 +102,7 @@ def harvest(masks: Masks, parent: Parent, ids_NS: Tensor, provenance: dict[str, 
         if attention is None:
             budget -= sizes.attention(sizes.h, sizes.h)
             continue
-        vo_h, qk_W = token_ranks[index]
+        vo_h, qk_W, _ = token_ranks[index]
         curve.add(vo_h, sizes.attention(0, 1))
         pairs = sizes.rotary // 2
         doubled = torch.ones(sizes.static, dtype=torch.float64)
@@ -118,9 +121,7 @@ def harvest(masks: Masks, parent: Parent, ids_NS: Tensor, provenance: dict[str, 
         "width_ffn": float(carving.widths().amax(1).double().mean()),
     }
     if carving.attention:
-        facts |= {
-            name: sum(getattr(a, name) for a in carving.attention) / sizes.L for name in ("width_qk", "width_vo")
-        }
+        facts |= {name: sum(getattr(a, name) for a in carving.attention) / sizes.L for name in ("width_qk", "width_vo")}
     return carving, facts
 
 
@@ -142,10 +143,11 @@ def _carving(
     return Carving(layers, gate, parent.F, "none", provenance=provenance, attention=attentions)
 
 
-def _attention(masks: AttentionMasks, threshold: float, token: tuple[Tensor, Tensor] | None) -> CarvedAttention:
+def _attention(masks: AttentionMasks, threshold: float, token: tuple[Tensor, ...] | None) -> CarvedAttention:
     spec, sizes = masks.spec, masks.sizes
     h = sizes.h
-    vo_h, qk_W = token if token is not None else (torch.full((h,), torch.inf), torch.full((sizes.static,), torch.inf))
+    widths = (h, sizes.static, h)
+    vo_h, qk_W, best_h = token if token is not None else tuple(torch.full((w,), torch.inf) for w in widths)
     proj_out_WR = masks.proj_out_WR.detach().float().cpu()
     qk_h = torch.ones(h, dtype=torch.bool)
     dynamic: dict[str, Tensor] = {}
@@ -158,6 +160,7 @@ def _attention(masks: AttentionMasks, threshold: float, token: tuple[Tensor, Ten
         qk_h = expand_pairs(free_W, h, sizes.rotary)
     return CarvedAttention(
         qk_h=qk_h,
+        vo_h=best_h >= min(threshold, float(best_h.max())),
         proj_in_RD=masks.proj_in_RD.detach().float().cpu(),
         norm_weight_R=masks.norm.weight.detach().float().cpu(),
         norm_bias_R=masks.norm.bias.detach().float().cpu(),
@@ -170,16 +173,17 @@ def _attention(masks: AttentionMasks, threshold: float, token: tuple[Tensor, Ten
     )
 
 
-def _token_ranks(masks: Masks, model: nn.Module, ids_NS: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the rank curves of V/O and of Q/K by token over a text, seen through the deterministic masks."""
-    h = masks.sizes.h
+def _token_ranks(masks: Masks, model: nn.Module, ids_NS: Tensor) -> list[tuple[Tensor, ...]]:
+    """Per layer over a text, seen through the deterministic masks: the rank curves of V/O and of Q/K by token, and the
+    best logit of each V/O dimension."""
+    sizes = masks.sizes
     found: list[Tensor | None] = [None] * masks.sizes.L
     with _attention_inputs(model, masks, found):
         for ids_1S in ids_NS.split(1):
             base: Any = model
             base.base_model(input_ids=ids_1S.to(base.device), use_cache=False)
     whole = [curve for curve in found if curve is not None]
-    return [(curve[:h].cpu(), curve[h:].cpu()) for curve in whole]
+    return [curve.cpu().split([sizes.h, sizes.static, sizes.h]) for curve in whole]
 
 
 @contextmanager
@@ -190,7 +194,8 @@ def _attention_inputs(model: Any, masks: Masks, found: list[Tensor | None]) -> I
         def see(_module: nn.Module, args: Any, kwargs: Any) -> None:
             x_BSD = args[0] if args else kwargs["hidden_states"]
             logits_TW = masks.attention[index].token_logits(x_BSD).flatten(0, 1)  # type: ignore[operator]
-            curve = torch.cat([ranks(logits_TW[:, :h]), ranks(logits_TW[:, h:])])
+            vo_Th = logits_TW[:, :h]
+            curve = torch.cat([ranks(vo_Th), ranks(logits_TW[:, h:]), vo_Th.amax(0)])
             found[index] = curve if found[index] is None else torch.maximum(found[index], curve)  # type: ignore[arg-type]
 
         return see

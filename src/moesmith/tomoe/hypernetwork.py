@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moesmith.attention import expand_pairs
+from moesmith.native.heads import expand_pairs
 from moesmith.recipe import MasksSection
-from moesmith.tomoe.estimators import exponential, gumbel_sigmoid, gumbel_softmax, masked
 from moesmith.sizes import EMBEDDING, HIDDEN, LATENT, Sizes
+from moesmith.tomoe.estimators import exponential, gumbel_sigmoid, gumbel_softmax, masked
 
 
 class Hypernetwork(nn.Module):

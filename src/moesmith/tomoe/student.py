@@ -25,7 +25,7 @@ class MaskedFFN(nn.Module):
         super().__init__()
         self.dense, self.masks, self.on = ffn.module, masks, True
         self._ffn = [ffn]
-        self.double = masks.spec.masking == "double" and ffn.up_FD is not None
+        self.twice = masks.spec.masking == "double" and ffn.up_FD is not None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(…, D) to (…, D)."""
@@ -34,7 +34,7 @@ class MaskedFFN(nn.Module):
             out: Tensor = self.dense(hidden)
             return out
         x_TD = hidden.reshape(-1, hidden.shape[-1])
-        y_TD: Tensor = ffn.down(self.masks(x_TD, ffn.hidden(x_TD), self.double))
+        y_TD: Tensor = ffn.down(self.masks(x_TD, ffn.hidden(x_TD), self.twice))
         return y_TD.view_as(hidden)
 
 
@@ -51,10 +51,11 @@ def masked_model(parent: Parent, masks: Masks) -> PreTrainedModel:
         if attention is not None:
             install(layer, model.config, attention)
     for module in model.modules():
+        still: Any = module
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            still.p = 0.0
         elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            still.attention_dropout = 0.0
     return model
 
 

@@ -1,15 +1,16 @@
 """moesmith's own format: the parent's architecture with our MoE blocks, for what no stock architecture can hold.
 
-Networks without a gate live here, a compensation bias is exact, and every layer keeps its own expert width. Loading
-needs moesmith:
+Networks without a gate live here, a compensation bias is exact, every layer keeps its own expert width, experts that
+are subsets of one network store every channel once, and attention is pruned. This file lies beside the weights:
 
-    >>> import moesmith.modeling                                         # doctest: +SKIP
-    >>> AutoModelForCausalLM.from_pretrained("folder")                   # doctest: +SKIP
+    >>> AutoModelForCausalLM.from_pretrained("folder", trust_remote_code=True)      # doctest: +SKIP
+
+Where moesmith is installed, ``import moesmith.native.modeling`` makes the flag needless.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,11 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moesmith.carving import Carving
-from moesmith.export.folder import whole_folder, write_companions, write_shards
-from moesmith.gates import GateSpec, Router
-from moesmith.moe import MoEBlock, SlicedExperts, build, moe_blocks
-from moesmith.parents import Parent
+from .experts import MoEBlock, SlicedExperts, UnionExperts
+from .gate import Router
+from .heads import PrunedAttention
 
 # fields of the parent's config that tools read from any model's
 READABLE = (
@@ -43,9 +42,11 @@ class MoesmithConfig(PreTrainedConfig):
 
     Attributes:
         parent: the parent's config as a dictionary.
-        gate: the gate's semantics (:class:`moesmith.gates.GateSpec`).
+        gate: the gate's semantics, the fields of ``moesmith.gates.GateSpec``.
         paths: name of each layer's feed-forward network in the parent.
         widths: expert width of each layer (its widest expert; narrower ones are padded with zeros).
+        unions: channels of each layer that any expert keeps, where experts are subsets of one network; else ``None``.
+        attention: shape of each layer's pruned attention and its name (``path``), or ``None``.
         activation: name of the activation in ``ACT2FN``.
         gated: whether the networks are gated.
         has_bias: whether experts have a bias of their output: the parent's own, or a compensation's.
@@ -57,6 +58,8 @@ class MoesmithConfig(PreTrainedConfig):
     gate: dict[str, Any] | None = None
     paths: list[str] | None = None
     widths: list[int] | None = None
+    unions: list[int] | None = None
+    attention: list[dict[str, Any]] | None = None
     activation: str = "silu"
     gated: bool = True
     has_bias: bool = False
@@ -70,7 +73,7 @@ class MoesmithConfig(PreTrainedConfig):
 
 
 class MoesmithForCausalLM(PreTrainedModel, GenerationMixin):
-    """The parent's causal language model with an :class:`moesmith.moe.MoEBlock` in every layer.
+    """The parent's causal language model with a :class:`MoEBlock` in every layer, and pruned attention if it has any.
 
     Attributes:
         inner: a model of the parent's class; it does the work.
@@ -82,6 +85,7 @@ class MoesmithForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["head_gate"]  # noqa: RUF012
 
     def __init__(self, config: MoesmithConfig) -> None:
         super().__init__(config)
@@ -114,64 +118,37 @@ class MoesmithForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _empty(config: MoesmithConfig) -> Any:
     """The architecture, its experts still to be filled in by ``from_pretrained``."""
-    fields, gate = dict(config.parent or {}), GateSpec(**(config.gate or {}))
+    fields, gate = dict(config.parent or {}), SimpleNamespace(**(config.gate or {}))
     old = CONFIG_MAPPING[fields.pop("model_type")](**fields)
     old.intermediate_size = 1  # the parent's own networks are replaced at once
     inner: Any = AutoModelForCausalLM.from_config(old, attn_implementation=config._attn_implementation)
     inner.config.intermediate_size = fields["intermediate_size"]
     E, D = gate.experts, old.hidden_size
-    for path, width in zip(config.paths or (), config.widths or (), strict=True):
-        experts = SlicedExperts(
-            torch.empty(E, (1 + config.gated) * width, D),
-            torch.empty(E, D, width),
-            ACT2FN[config.activation],
-            torch.empty(E, D) if config.has_bias else None,
-            torch.empty(E, width) if config.has_gate_bias else None,
-        )
-        owner, name = path.rsplit(".", 1)
-        setattr(inner.get_submodule(owner), name, MoEBlock(Router(gate, torch.empty(E, D)), experts))
+    unions: list[int | None] = [*config.unions] if config.unions else [None] * len(config.paths or ())
+    activation = ACT2FN[config.activation]
+    for path, width, union in zip(config.paths or (), config.widths or (), unions, strict=True):
+        bias_ED = torch.empty(E, D) if config.has_bias else None
+        experts: SlicedExperts
+        if union is None:
+            rows = torch.empty(E, (1 + config.gated) * width, D)
+            gate_bias_EF = torch.empty(E, width) if config.has_gate_bias else None
+            experts = SlicedExperts(rows, torch.empty(E, D, width), activation, bias_ED, gate_bias_EF)
+        else:
+            up_UD = torch.empty(union, D) if config.gated else None
+            index_EF = torch.empty(E, width, dtype=torch.int32)
+            gate_bias_U = torch.empty(union) if config.has_gate_bias else None
+            experts = UnionExperts(
+                torch.empty(union, D), up_UD, torch.empty(D, union), index_EF, activation, bias_ED, gate_bias_U
+            )
+        _replace(inner, path, MoEBlock(Router(gate, torch.empty(E, D)), experts))
+    for index, shape in enumerate(config.attention or ()):
+        _replace(inner, shape["path"], PrunedAttention(inner.config, index, shape))
     return inner.requires_grad_(True)
 
 
-def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, Any]:
-    """Write ``folder`` in moesmith's own format, in the parent's dtype, whole or not at all.
-
-    ``from_pretrained`` gives back ``moe.build(parent, carving, "sliced")`` to the last bit.
-
-    Returns:
-        ``architecture``, ``expert_width`` (channels of the widest expert), ``zero_channels`` (share of channels on disk
-        that is padding) and ``bytes``.
-
-    Raises:
-        MoesmithError: ``folder`` holds something that is not a model, or the disk is full.
-    """
-    model = build(parent, carving, "sliced")
-    experts, widths_LE = moe_blocks(model)[0].experts, carving.widths()
-    widths_L = widths_LE.amax(1)
-    config = MoesmithConfig(
-        parent=parent.config.to_dict() | {"dtype": None},
-        gate=carving.gate.model_dump(),
-        paths=[ffn.path for ffn in parent.ffns],
-        widths=widths_L.tolist(),
-        activation=parent.ffns[0].activation_name,
-        gated=experts.gated,
-        has_bias=experts.bias_ED is not None,
-        has_gate_bias=experts.gate_bias_EF is not None,
-        architectures=[MoesmithForCausalLM.__name__],
-        dtype=parent.model.dtype,
-    )
-    # the noise matrix belongs to router training and stays in the carving
-    tensors = ((f"inner.{name}", p) for name, p in model.named_parameters() if not name.endswith(".router.noise"))
-    with whole_folder(folder) as work:
-        size = write_shards(work, tensors)
-        config.save_pretrained(work)
-        write_companions(parent, work)
-    return {
-        "architecture": MoesmithForCausalLM.__name__,
-        "expert_width": int(widths_L.max()),
-        "zero_channels": round(1 - float(widths_LE.double().mean(1).sum()) / int(widths_L.sum()), 4),
-        "bytes": size,
-    }
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, name = path.rsplit(".", 1)
+    setattr(model.get_submodule(owner), name, module)
 
 
 AutoConfig.register("moesmith", MoesmithConfig)

@@ -1,0 +1,150 @@
+"""A carving in moesmith's own format, with the code that runs it beside the weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from moesmith.attention import narrowed
+from moesmith.carving import Carving
+from moesmith.export.folder import whole_folder, write_companions, write_shards
+from moesmith.moe import block
+from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM
+from moesmith.parents import Parent
+from moesmith.structure import attention_of, attention_weights, decoder_layers
+
+CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that travel with the weights
+
+
+def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, Any]:
+    """Write ``folder`` in moesmith's own format, in the parent's dtype, whole or not at all.
+
+    ``from_pretrained`` gives back ``moe.build(parent, carving, "sliced")``: to the last bit, attention apart, which is
+    narrower here where it is masked there. Weights are made and written one shard at a time.
+
+    Returns:
+        ``architecture``, ``expert_width`` (channels of the widest expert), ``zero_channels`` (share of channels on disk
+        that is padding) and ``bytes``.
+
+    Raises:
+        MoesmithError: ``folder`` holds something that is not a model, or the disk is full.
+    """
+    widths_LE = carving.widths()
+    widths_L = widths_LE.amax(1)
+    shared = is_union(carving)
+    plain = parent.ffns[0].matrices == 2
+    config = MoesmithConfig(
+        parent=parent.config.to_dict() | {"dtype": None},
+        gate=carving.gate.model_dump(),
+        paths=[ffn.path for ffn in parent.ffns],
+        widths=widths_L.tolist(),
+        unions=[int(carving.mask(i).any(0).sum()) for i in range(parent.L)] if shared else None,
+        attention=[_shape(parent, carving, i) for i in range(parent.L)] if carving.attention else None,
+        activation=parent.ffns[0].activation_name,
+        gated=not plain,
+        has_bias=carving.expert_biases(parent, 0, 0)[1] is not None,
+        has_gate_bias=carving.expert_biases(parent, 0, 0)[0] is not None,
+        architectures=[MoesmithForCausalLM.__name__],
+        dtype=parent.model.dtype,
+    )
+    classes = {"AutoConfig": MoesmithConfig, "AutoModelForCausalLM": MoesmithForCausalLM}
+    config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
+    tensors = ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
+    with whole_folder(folder) as work:
+        size = write_shards(work, tensors)
+        config.save_pretrained(work)
+        for name in CODE:
+            shutil.copyfile(str(files("moesmith") / "native" / f"{name}.py"), work / f"{name}.py")
+        write_companions(parent, work)
+    padding = 0.0 if shared else round(1 - float(widths_LE.double().mean(1).sum()) / int(widths_L.sum()), 4)
+    return {
+        "architecture": MoesmithForCausalLM.__name__,
+        "expert_width": int(widths_L.max()),
+        "zero_channels": padding,
+        "bytes": size,
+    }
+
+
+def is_union(carving: Carving) -> bool:
+    """Whether experts are subsets of the parent's channels as they are, so that each is stored once."""
+    return carving.gate.experts > 1 and carving.compensation != "refit" and not carving.lora
+
+
+def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by the name that it has in the parent's architecture with our blocks, in the parent's dtype."""
+    layers = decoder_layers(parent.model)[1]
+    paths = {id(module): name for name, module in parent.model.named_modules()}
+    replaced = [f"{ffn.path}." for ffn in parent.ffns]
+    if carving.attention:
+        replaced += [f"{paths[id(attention_of(layer))]}." for layer in layers]
+    for name, p in parent.model.named_parameters():
+        if not name.startswith(tuple(replaced)):
+            yield name, carving.norms.get(name, p.detach()).to(p.dtype)
+    for index, ffn in enumerate(parent.ffns):
+        found = _union(parent, carving, index) if is_union(carving) else _stack(parent, carving, index)
+        yield from ((f"{ffn.path}.{name}", tensor) for name, tensor in found)
+    for index, layer in enumerate(layers if carving.attention else ()):
+        path = paths[id(attention_of(layer))]
+        found = _attention(parent, carving, index, path)
+        yield from ((f"{path}.{name}", tensor) for name, tensor in found)
+
+
+def _stack(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, Tensor]]:
+    for name, p in block(parent, carving, index).named_parameters():
+        if name != "router.noise":  # it belongs to router training and stays in the carving
+            yield name, p.detach()
+
+
+def _union(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, Tensor]]:
+    ffn, carved = parent.ffns[index], carving.layers[index]
+    dtype = ffn.gate_FD.dtype
+    union = carving.mask(index).any(0).nonzero()[:, 0]
+    yield "router.weight", carved.router_ED.to(dtype)
+    yield "experts.gate_UD", ffn.gate_FD[union.to(ffn.gate_FD.device)]
+    if ffn.up_FD is not None:
+        yield "experts.up_UD", ffn.up_FD[union.to(ffn.up_FD.device)]
+    yield "experts.down_DU", ffn.down_DF[:, union.to(ffn.down_DF.device)]
+    if ffn.gate_bias_F is not None:
+        yield "experts.gate_bias_U", ffn.gate_bias_F[union.to(ffn.gate_bias_F.device)]
+    biases = [carving.expert_biases(parent, index, e)[1] for e in range(carving.gate.experts)]
+    if biases[0] is not None:
+        yield "experts.bias_ED", torch.stack([b for b in biases if b is not None]).to(dtype)
+    places = [torch.searchsorted(union, kept).to(torch.int32) for kept in carved.channels]
+    yield "experts.index_EF", pad_sequence(places, batch_first=True, padding_value=-1)
+
+
+def _shape(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
+    """What ``native.heads.PrunedAttention`` is built from."""
+    layer, carved = decoder_layers(parent.model)[1][index], carving.attention[index]
+    weights = attention_weights(layer, parent.config)
+    h, W = len(carved.qk_h), carved.free_entries(parent.config)
+    return {
+        "path": next(name for name, module in parent.model.named_modules() if module is attention_of(layer)),
+        "qk": int(carved.qk_h.sum()),
+        "vo": int(carved.vo_h.sum()),
+        "pairs": int(carved.qk_h[: h - W].sum()),
+        "biases": [name[0] for name in weights if name.endswith("_proj.bias")],
+        "norms": "q_norm.weight" in weights,
+        "gate": {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in carved.tensors().items()},
+    }
+
+
+def _attention(parent: Parent, carving: Carving, index: int, path: str) -> Iterator[tuple[str, Tensor]]:
+    """One layer's projections without the dropped dimensions, and its gate."""
+    layer, carved = decoder_layers(parent.model)[1][index], carving.attention[index]
+    for name, tensor in attention_weights(layer, parent.config).items():
+        if "norm" in name:
+            trained = carving.norms.get(f"{path}.{name}", tensor)
+            yield name.removesuffix(".weight"), trained[carved.qk_h.to(trained.device)].to(tensor.dtype)
+        elif name == "o_proj.bias":
+            yield name, tensor
+        else:
+            yield name, narrowed(name, tensor, carved)
+    yield from ((f"head_gate.{name}", tensor) for name, tensor in carved.tensors().items())
