@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,10 +80,10 @@ class _Channel:
 
 
 @contextmanager
-def _watch(modules: Sequence[nn.Module], sinks: Sequence[_Channel | _Second]) -> Iterator[None]:
+def _watch(modules: Sequence[nn.Module], sinks: Sequence[Any]) -> Iterator[None]:
     """Feed each module's input, flattened to (T, width), to its sink while the ``with`` lasts."""
 
-    def hook(sink: _Channel | _Second):  # type: ignore[no-untyped-def]
+    def hook(sink: Any):  # type: ignore[no-untyped-def]
         return lambda _module, args: sink.add(args[0].detach().flatten(0, -2))
 
     handles = [m.register_forward_pre_hook(hook(sink)) for m, sink in zip(modules, sinks, strict=True)]
@@ -124,8 +125,9 @@ class Second:
 
 
 class _Second:
-    def __init__(self) -> None:
+    def __init__(self, width: int = 0) -> None:
         self.count = 0
+        self.sum_N, self.gram_NN = torch.zeros(width), torch.zeros(width, width)
 
     def add(self, x_TN: Tensor) -> None:
         x_TN = x_TN.float()
@@ -137,7 +139,7 @@ class _Second:
         self.count += len(x_TN)
 
     def result(self) -> Second:
-        return Second(self.count, self.sum_N / self.count, self.gram_NN.div_(self.count))
+        return Second(self.count, self.sum_N / max(1, self.count), self.gram_NN.div_(max(1, self.count)))
 
 
 @contextmanager
@@ -184,6 +186,54 @@ def group_moments(
                 _run(parent, group, batch, bar)
             results.append(([s.result() for s in inputs], [s.result() for s in channels]))
     return results
+
+
+def routed_moments(
+    parent: Parent, routers: Sequence[Tensor], ids_NS: Tensor, layers: Sequence[int], *, batch: int = 8
+) -> list[list[Second]]:
+    """Gram matrices of the ``down_proj`` input per expert, over the dense parent's tokens that a router sends to it.
+
+    Args:
+        parent: the dense model.
+        routers: every layer's router matrix (E, D), top-1.
+        ids_NS: token ids.
+        layers: which layers to watch in this pass.
+        batch: windows per forward pass.
+
+    Returns:
+        Per layer a list over experts; an expert that no token reaches has ``count`` 0 and a Gram matrix of zeros.
+    """
+    watched = [parent.ffns[index] for index in layers]
+    sinks = [_Routed(routers[index].to(parent.device), parent.F) for index in layers]
+    with (
+        fast_products(watched[0].gate_FD.dtype),
+        meter("routed moments", ids_NS.numel()) as bar,
+        _watch([ffn.module for ffn in watched], [sink.inputs for sink in sinks]),
+        _watch([ffn.down for ffn in watched], sinks),
+    ):
+        _run(parent, ids_NS, batch, bar)
+    return [[expert.result() for expert in sink.experts] for sink in sinks]
+
+
+class _Routed:
+    """Second moments by expert: what the network's input decides, its ``down`` input is added to."""
+
+    def __init__(self, router_ED: Tensor, width: int) -> None:
+        self.inputs = _Choice(router_ED)
+        self.experts = [_Second(width) for _ in router_ED]
+
+    def add(self, a_TF: Tensor) -> None:
+        for index, expert in enumerate(self.experts):
+            if len(mine_NF := a_TF[self.inputs.ids_T == index]):
+                expert.add(mine_NF)
+
+
+class _Choice:
+    def __init__(self, router_ED: Tensor) -> None:
+        self.router_ED = router_ED
+
+    def add(self, x_TD: Tensor) -> None:
+        self.ids_T = torch.nn.functional.linear(x_TD, self.router_ED.to(x_TD.dtype)).argmax(-1)
 
 
 def merge(parts: Sequence[Second], weights: Sequence[float]) -> Second:

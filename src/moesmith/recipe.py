@@ -199,6 +199,8 @@ class Recipe(Section):
     def _fits(self) -> Recipe:
         if self.learned and self.carve.top_k != 1:
             raise ValueError("learned masks route every token to one expert; set carve.top_k to 1")
+        if self.learned and self.carve.compensation == "bias":
+            raise ValueError("learned masks take compensation none or refit; set carve.compensation")
         return self
 
     @property

@@ -119,6 +119,8 @@ def carve_stage(run: Run, parent: Parent) -> Path:
     """Channels, compensation and router start: the whole MoE before training."""
     recipe = run.recipe
     spec = recipe.carve.model_copy(update={"ratio": pruned_share(recipe, parent)})
+    if recipe.learned:  # masks come first, compensation on top of them
+        spec = spec.model_copy(update={"compensation": "none"})
     start = recipe.router
 
     def body(work: Path) -> dict[str, Any]:
@@ -190,7 +192,7 @@ def _second_pass(run: Run, parent: Parent, carving: Carving, groups_ids: Sequenc
                     layer.router_ED = lda_router(inputs, start.ridge, recipe.stage1.gate_temperature)
                 if refit:
                     grams = [channels[offset] for _, channels in collected]
-                    layer.down = _refit(ffn.down_DF, layer.channels, grams, weights, recipe)
+                    layer.down = refit_layer(ffn.down_DF, layer.channels, grams, weights, recipe)
                 bar.advance(1)
     return {"constant_direction_error_mean": statistics.mean(errors), "constant_direction_error_max": max(errors)}
 
@@ -201,9 +203,10 @@ def _thin(windows: Tensor, tokens: int) -> Tensor:
     return windows[:: max(1, len(windows) // wanted)]
 
 
-def _refit(
+def refit_layer(
     down_DF: Tensor, channels: Sequence[Tensor], grams: Sequence[Second], weights: Sequence[float], recipe: Any
 ) -> list[Tensor]:
+    """Every expert's ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of everybody's mixed in."""
     spec = recipe.carve
     pooled_FF = merge(grams, weights).gram_NN
     refitted = []

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from moesmith.artefact import read_tensors, write_tensors
 from moesmith.carving import Carving
 from moesmith.console import say
+from moesmith.moments import routed_moments
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
 from moesmith.recipe import Recipe
 from moesmith.sizes import Sizes
+from moesmith.stages.carve import layer_groups, refit_layer
 from moesmith.tomoe.harvest import check_budget, harvest
 from moesmith.tomoe.hypernetwork import Masks
 from moesmith.tomoe.objective import MaskObjective
@@ -21,6 +25,7 @@ from moesmith.tomoe.warm import expert_ratio, start_from
 from moesmith.train import train
 
 CALIBRATION = 8192  # training tokens on which the widths of V/O are taken
+REFIT = 131_072  # training tokens whose activations a refit sees
 
 
 def check_masks(recipe: Recipe, parent: Parent) -> None:
@@ -52,9 +57,27 @@ def masks_stage(run: Run, parent: Parent, before: Sequence[str]) -> Path:
         outcome = train(objective, parameters, blocks, spec, work, seed=recipe.seed, label="masks")
         few = blocks[: max(1, CALIBRATION // spec.window)].long()
         carving, facts = harvest(masks, parent, few, {"method": "tomoe", "parent": run.inputs})
+        if recipe.carve.compensation == "refit":
+            refit(parent, carving, blocks[: max(1, REFIT // spec.window)].long(), recipe)
         write_tensors(work / "masks.safetensors", masks.state_dict())
         carving.save(work)
         return outcome.metrics() | facts | carving.parameters(parent)
 
-    settings = spec.model_dump() | {"experts": experts}
+    settings = spec.model_dump() | {"experts": experts, "compensation": recipe.carve.compensation}
+    if recipe.carve.compensation == "refit":
+        settings |= {"ridge": recipe.carve.ridge, "pool": recipe.carve.pool}
     return run.stage("masks", [*before, "corpus"], settings, body)
+
+
+def refit(parent: Parent, carving: Carving, ids_NS: Tensor, recipe: Recipe) -> None:
+    """Refit every expert's ``down_proj`` on the tokens that its router sends to it (ours; the published way is none).
+
+    In place. Statistics are the dense parent's, as everywhere.
+    """
+    experts = carving.gate.experts
+    routers = [layer.router_ED for layer in carving.layers]
+    for layers in layer_groups(parent, experts, gram=True):
+        for index, grams in zip(layers, routed_moments(parent, routers, ids_NS, layers), strict=True):
+            layer, counts = carving.layers[index], [float(gram.count) for gram in grams]
+            layer.down = refit_layer(parent.ffns[index].down_DF, layer.channels, grams, counts, recipe)
+    carving.compensation = "refit"
