@@ -154,7 +154,7 @@ def test_the_output_projection_sees_the_query_tokens_mask(family: str, output_ma
 
 
 def test_hybrid_masks_of_queries_and_keys_are_one_for_all_tokens_without_noise_by_token() -> None:
-    _, _, gate, x_BSD = gated("llama", noise="expert")
+    _, _, gate, _ = gated("llama", noise="expert")
     assert gate.qk.shape == (8,)
     assert gate.vo.shape == (2, 5, 8)
     assert torch.equal(gate.qk[:4], gate.qk[4:])

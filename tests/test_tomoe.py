@@ -19,9 +19,9 @@ from moesmith.errors import MoesmithError
 from moesmith.moe import build
 from moesmith.parents import Parent, model_digest
 from moesmith.sizes import Sizes
-from moesmith.structure import attention_of, attention_weights, decoder_layers
+from moesmith.structure import attention_weights, decoder_layers
 from moesmith.tomoe import hypernetwork
-from moesmith.tomoe.harvest import check_budget, floor_of, harvest
+from moesmith.tomoe.harvest import _Curve, check_budget, floor_of, harvest
 from moesmith.tomoe.hypernetwork import Masks
 from moesmith.tomoe.objective import MaskObjective, active_share, log_ratio
 from moesmith.tomoe.student import MaskedFFN, masked_model, switch
@@ -288,6 +288,16 @@ def test_one_threshold_decides_everything() -> None:
         assert carving.attention[index].threshold == pytest.approx(threshold)
 
 
+def test_units_of_equal_logit_come_together_or_not_at_all() -> None:
+    curve = _Curve()
+    curve.add(torch.tensor([3.0, 2.0, 1.0, 1.0, 0.0]), 1.0)  # the first always stays
+    for budget, kept in ((1, 1), (2, 2), (3, 2), (3.9, 2), (4, 4), (5, 5), (9, 5)):
+        threshold = curve.threshold(budget)
+        assert 1 + int((torch.tensor([2.0, 1.0, 1.0, 0.0]) >= threshold).sum()) == kept
+    assert curve.threshold(2) == 1.5  # halfway: no logit is near
+    assert curve.threshold(0.5) > 2
+
+
 def test_equal_widths_fill_up_for_free() -> None:
     parent = tiny_parent("llama", **WIDE)
     ragged, equal = (harvested(parent, widths=widths) for widths in ("threshold", "equal"))
@@ -303,7 +313,7 @@ def test_a_golden_harvest() -> None:
     assert [(a.width_qk, a.width_vo) for a in carving.attention] == HEADS
 
 
-WIDTHS = [[23, 25, 27, 22], [34, 28, 35, 29]]
+WIDTHS = [[24, 25, 27, 22], [35, 29, 35, 29]]
 HEADS = [(2, 5), (4, 6)]  # of 8 dimensions, Q/K and V/O
 
 

@@ -66,12 +66,23 @@ class _Curve:
         self.costs.append(torch.as_tensor(cost, dtype=torch.float64).expand(len(values_W)))
 
     def threshold(self, parameters: float) -> float:
-        """The lowest θ whose units cost at most ``parameters``."""
+        """A θ whose units cost at most ``parameters``, as low as they allow: halfway to the next unit.
+
+        So nothing hangs on the last bit of a logit, and experts narrower than the widest keep what costs nothing.
+        """
         values, order = torch.cat(self.values).sort(descending=True, stable=True)
         spent = torch.cat(self.costs)[order].cumsum(0)
         within = int((spent <= parameters).sum())
-        last = values[max(0, within - 1)]
-        return float(last if torch.isfinite(last) else values[torch.isfinite(values)].max() + 1)
+        if within == len(values):
+            return float(values[-1])
+        after = values[within]
+        if torch.isinf(after):  # less than what always stays
+            return float(values[torch.isfinite(values)].max() + 1)
+        last = values[values > after][-1]  # units of equal logit come together or not at all
+        if torch.isinf(last):
+            return float(after + 1)
+        middle = ((last + after) / 2).float()  # logits are fp32
+        return float(middle if after < middle else last)
 
 
 @torch.no_grad()

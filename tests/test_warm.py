@@ -1,0 +1,94 @@
+"""A start from a carving: the first masks are the carving's, its routers too, and the budget holds at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from carvings import random_carving
+from masked import IDS, SEEN, WIDE, spec_of
+from tiny import FAMILIES, tiny_parent
+
+from moesmith.carving import Carving
+from moesmith.errors import MoesmithError
+from moesmith.parents import Parent
+from moesmith.recipe import load_recipe
+from moesmith.scores import kept_channels
+from moesmith.sizes import Sizes
+from moesmith.tomoe.harvest import harvest
+from moesmith.tomoe.hypernetwork import Masks
+from moesmith.tomoe.objective import MaskObjective
+from moesmith.tomoe.student import masked_model
+from moesmith.tomoe.warm import DROPPED, KEPT, expert_ratio, pruned_share, start_from
+
+
+def warm(parent: Parent, budget: float, experts: int = 8, **settings: Any) -> tuple[Masks, Carving]:
+    """Masks started from a random carving of the width that the budget leaves."""
+    kept = kept_channels(parent.F, expert_ratio(Sizes.of(parent), budget))
+    carving = random_carving(parent, experts=experts, kept=kept)
+    masks = Masks(Sizes.of(parent), experts, spec_of(start="carving", budget=budget, **settings), seed=0)
+    start_from(masks, carving)
+    masks.draw()
+    return masks, carving
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["none", "hybrid", "dynamic"])
+def test_the_first_harvest_is_the_carving(family: str, attention: str) -> None:
+    parent = tiny_parent(family)
+    masks, carving = warm(parent, 0.7, 4, attention=attention)
+    given = carving.active_share(parent)
+    masks.spec = spec_of(start="carving", budget=given + 1e-9, attention=attention)
+    found, facts = harvest(masks, parent, SEEN, {})
+    assert found.active_share(parent) == pytest.approx(given)
+    for index in range(parent.L):
+        assert torch.equal(found.mask(index), carving.mask(index))
+        assert torch.equal(found.layers[index].router_ED, carving.layers[index].router_ED)
+    assert all((a.width_qk, a.width_vo) == (len(a.qk_h), len(a.qk_h)) for a in found.attention)
+    assert facts["threshold"] == pytest.approx((KEPT + DROPPED) / 2 - 3.0, abs=1e-3)  # far from both
+
+
+def test_logits_are_the_targets() -> None:
+    parent = tiny_parent("llama")
+    masks, carving = warm(parent, 0.7)
+    for index, ffn in enumerate(masks.ffn):
+        wanted_NF = torch.where(carving.mask(index), KEPT, DROPPED) - 3.0
+        torch.testing.assert_close(ffn.logits(), wanted_NF, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("budget", [0.5, 0.7])
+def test_the_budget_holds_from_the_first_step(family: str, budget: float) -> None:
+    parent = tiny_parent(family, **WIDE)
+    masks, _ = warm(parent, budget)
+    objective = MaskObjective(masked_model(parent, masks), parent.model, masks, masks.spec)
+    objective(IDS)
+    assert objective.measured["active"] == pytest.approx(budget, rel=0.02)
+    open_masks = Masks(Sizes.of(parent), 8, spec_of(budget=budget), seed=0)
+    objective = MaskObjective(masked_model(parent, open_masks), parent.model, open_masks, open_masks.spec)
+    objective(IDS)
+    assert objective.measured["active"] > 0.999  # as published
+
+
+def test_expert_ratio_is_what_the_budget_leaves() -> None:
+    sizes = Sizes(2, 32, 64, 4, 2, 8, 8)  # attention is a third
+    assert expert_ratio(sizes, 1.0) == pytest.approx(0)
+    assert expert_ratio(sizes, 2 / 3) == pytest.approx(0.5)
+    assert expert_ratio(sizes, 1 / 3 + 2 / 3 / 64 + 1e-9) == pytest.approx(63 / 64)
+    for budget in (1 / 3, 0.2):
+        with pytest.raises(MoesmithError, match=r"attention alone is 33% .* Raise masks\.budget, or set masks\.start"):
+            expert_ratio(sizes, budget)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_carving_of_that_ratio_meets_the_budget(family: str) -> None:
+    parent = tiny_parent(family, **WIDE)
+    _, carving = warm(parent, 0.6)
+    assert carving.active_share(parent) == pytest.approx(0.6, abs=0.001)
+
+
+def test_a_carvings_own_ratio_counts_only_without_masks() -> None:
+    parent, settings = tiny_parent("llama"), ["carve.ratio=0.25", "masks.budget=0.6666"]
+    assert pruned_share(load_recipe("dive-1of8", None, settings), parent) == 0.25
+    assert pruned_share(load_recipe("tomoe-50", None, settings), parent) == pytest.approx(0.5, abs=1e-3)
