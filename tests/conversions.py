@@ -20,27 +20,40 @@ TINY = [
     *("stage2.checkpointing=false", "evaluate.tokens=512", "evaluate.window=64"),
 ]
 STATIC = ["carve.experts=1"]
+MASKS = ("tokens=512", "window=32", "batch=2", "micro_batch=1", "lr=0.01")  # eight steps of learned masks and no others
+MASKED = ["stage1.tokens=0", "stage2.tokens=0", *(f"masks.{setting}" for setting in MASKS)]
 SHARED = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve", "router")  # before stage 2
 STAGES = (*SHARED, "experts", "export", "evaluate")
+LEARNED = ("held-out", "corpus", "baseline", "masks", "export", "evaluate")  # of masks from a random start
+
+
+def tiny_settings(preset: str) -> list[str]:
+    """What makes a preset tiny."""
+    return [*TINY, *(STATIC if "static" in preset else []), *(MASKED if "tomoe" in preset else [])]
 
 
 def convert(preset: str, model: Any, data: Path, out: Path, settings: Sequence[str] = (), **options: Any) -> Run:
     """A conversion with tiny settings, in fp32 so that results are the same on every machine to many digits."""
-    static = STATIC if "static" in preset else []
     options = {"dtype": torch.float32} | options
     model = str(model) if isinstance(model, Path) else model
-    return moesmith.convert(preset, model, str(data), out, settings=[*TINY, *static, *settings], **options)
+    return moesmith.convert(preset, model, str(data), out, settings=[*tiny_settings(preset), *settings], **options)
 
 
 def arguments(preset: str, model: Path, data: Path, out: Path, settings: Sequence[str] = ()) -> list[str]:
     """The same as words of a command line."""
     words = ["convert", preset, "--model", str(model), "--data", str(data), "--out", str(out)]
-    return [*words, *(word for setting in [*TINY, *settings] for word in ("--set", setting))]
+    return [*words, *(word for setting in [*tiny_settings(preset), *settings] for word in ("--set", setting))]
 
 
 def weights(folder: Path) -> dict[str, str]:
     """sha256 of every file of weights and of results that a run must reproduce bit for bit."""
-    names = ("model/*.safetensors", "stages/*/*.safetensors", "stages/*/*.csv", "stages/*/*.json")
+    names = (
+        "model/*.safetensors",
+        "stock/*.safetensors",
+        "stages/*/*.safetensors",
+        "stages/*/*.csv",
+        "stages/*/*.json",
+    )
     found = {path for name in names for path in folder.glob(name)}
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()

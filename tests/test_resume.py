@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import SHARED, STAGES, convert, weights
+from conversions import LEARNED, SHARED, STAGES, convert, weights
 from transformers import AutoModelForCausalLM
 
 from moesmith.artefact import MANIFEST, read_tensors, verify_files
@@ -86,9 +86,9 @@ def whole(folder: Path) -> None:
         assert (folder / "model" / "generation_config.json").is_file()
 
 
-def events_of(stage: str, counts: dict[str, int]) -> range:
+def events_of(stage: str, counts: dict[str, int], stages: tuple[str, ...] = STAGES) -> range:
     """The numbers of a stage's events."""
-    order = ("before", *STAGES)
+    order = ("before", *stages)
     start = sum(counts[name] for name in order[: order.index(stage)])
     return range(start + 1, start + counts[stage] + 1)
 
@@ -174,3 +174,30 @@ def test_a_loss_that_is_not_finite_stops_for_good(home: Path, tmp_path: Path) ->
         assert saved.dtype == blocks.dtype == torch.int32  # token ids are never held at 8 bytes each
         assert all((row == blocks).all(1).any() for row in saved)
         assert len((work / "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def learned(home: Path, job: Job) -> Outcome:
+    """An undisturbed run of learned masks."""
+    outcome = job(home / "learned", preset="tomoe-50")
+    assert (outcome["signal"], outcome["error"]) == (0, None)
+    assert set(outcome["counts"]) == {"before", *LEARNED}
+    return outcome | {"folder": home / "learned", "weights": weights(home / "learned")}
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_killed_while_masks_are_learned(job: Job, learned: Outcome, tmp_path: Path, part: int) -> None:
+    points = events_of("masks", learned["counts"], LEARNED)
+    third = len(points) // 3
+    point, out = random.Random(part).choice(points[part * third : (part + 1) * third]), tmp_path / "run"
+    assert job(out, preset="tomoe-50", kill=point)["signal"] == 9
+    assert not (out / "stages" / "masks").exists()
+    again = job(out, preset="tomoe-50")
+    assert (again["signal"], again["error"]) == (0, None)
+    assert weights(out) == learned["weights"]
+    assert any(name.startswith("stock/") for name in learned["weights"])
+    assert story(out, "masks") == story(learned["folder"], "masks")
+    assert [line["step"] for line in story(out, "masks")] == list(range(1, 9))
+    for stage in LEARNED:
+        verify_files(out / "stages" / stage)
+    assert files(out) == files(learned["folder"])

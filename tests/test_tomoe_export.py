@@ -169,9 +169,8 @@ def test_the_stock_folder_is_the_model_without_masks_by_token(family: str, tmp_p
 
 def test_whole_attention_is_the_parents(tmp_path: Path) -> None:
     parent = tiny_parent("qwen2")
-    everything = torch.ones(8, dtype=torch.bool)
     carving = harvested(parent, attention="none")
-    whole = replace(carving, attention=[CarvedAttention(everything, everything)] * 2)
+    whole = replace(carving, attention=[CarvedAttention(*torch.ones(2, 8).bool().unbind()) for _ in range(2)])
     write_native(parent, whole, tmp_path / "moe")
     for model in (load(tmp_path / "moe"), build(parent, whole)):
         torch.testing.assert_close(logits_of(model), logits_of(build(parent, carving)), rtol=1e-4, atol=1e-4)

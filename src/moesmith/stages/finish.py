@@ -33,7 +33,10 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
     written as well.
     """
     target = run.folder / "model"
-    if not (target / "config.json").is_file():
+    folders = [target]
+    if has_stock(parent, Carving.load(run.path(before))):
+        folders.append(run.folder / "stock")
+    if not all((folder / "config.json").is_file() for folder in folders):
         (run.path("export") / MANIFEST).unlink(missing_ok=True)
 
     def body(_work: Path) -> dict[str, Any]:
