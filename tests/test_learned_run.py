@@ -1,0 +1,107 @@
+"""What a run that learned masks (ToMoE) says about itself: inspect, model card, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversions import convert
+from safetensors.torch import load_file
+
+from moesmith.artefact import read_json
+from moesmith.carving import Carving
+from moesmith.overview import describe, finished_of, show
+from moesmith.parents import load_parent
+from moesmith.pipeline import Run
+
+QUICK = ["stage1.tokens=0", "stage2.tokens=0", "masks.tokens=2048", "masks.window=32", "masks.lr=0.003"]
+
+
+@pytest.fixture(scope="module")
+def learned(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Masks from scratch over a tiny Llama, in the dtype that ``convert`` has by default."""
+    folder = tmp_path_factory.mktemp("learned") / "run"
+    return convert("tomoe-60", home / "m", home / "d", folder, QUICK, dtype=torch.bfloat16)
+
+
+def test_inspect_tells_what_was_learned(learned: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(json.dumps(describe(learned.folder)))
+    carving, metrics = Carving.load(learned.path("masks")), learned.manifest("masks")["metrics"]
+    assert found["clusters"] is None
+    masks = found["masks"]
+    assert (masks["budget"], masks["start"], masks["attention"], masks["head"]) == (0.6, "random", "hybrid", 8)
+    assert masks["active_share"] == metrics["active_share"] <= 0.6
+    assert [layer["channels"] for layer in found["layers"]] == carving.widths().tolist()
+    assert [layer["union"] for layer in found["layers"]] == pytest.approx(carving.union().tolist())
+    assert [(layer["qk"], layer["vo"]) for layer in found["layers"]] == [
+        (attention.width_qk, attention.width_vo) for attention in carving.attention
+    ]
+    assert list(found["stages"]) == ["held-out", "corpus", "baseline", "masks", "export", "evaluate"]
+    show(found)
+    printed = capsys.readouterr().out
+    for part in ("masks over frozen weights", "60.0% of the block parameters", "Q/K of 8", "V/O of 8", "MixtralFor"):
+        assert part in printed
+    show(found, brief=True)
+    assert "V/O of a head" in capsys.readouterr().out
+
+
+def test_parameters_are_those_in_the_file(learned: Run) -> None:
+    tensors = load_file(learned.folder / "model" / "model.safetensors")
+    count = sum(t.numel() for t in tensors.values() if t.is_floating_point() and t.dim())
+    assert describe(learned.folder)["parameters"]["parameters_total"] == count
+    parent, carving = load_parent(learned.inputs["model"]), Carving.load(learned.path("masks"))
+    found = carving.parameters(parent)
+    assert found["parameters_active"] < found["parameters_total"]
+    # experts of equal width, the widest token: what is left of the blocks is the active share
+    carving.layers = [type(x)([x.channels[0]] * carving.gate.experts, x.router_ED) for x in carving.layers]
+    gates = sum(attention.gate_parameters() for attention in carving.attention)
+    routers = sum(layer.router_ED.numel() for layer in carving.layers)
+    gone = found["parent_parameters"] - carving.parameters(parent)["parameters_active"] + gates + routers
+    blocks = sum(p.numel() for name, p in parent.model.named_parameters() if "proj" in name)
+    assert 1 - gone / blocks == pytest.approx(carving.active_share(parent), abs=1e-6)
+
+
+def test_the_card_says_what_was_learned_and_how_to_load_it(learned: Run) -> None:
+    text = (learned.folder / "model" / "README.md").read_text()
+    stages = read_json(learned.path("evaluate") / "evaluation.json")["stages"]
+    assert list(stages) == ["parent", "masks", "stock"]
+    for part in (
+        "learned by a hypernetwork over frozen weights (ToMoE, arXiv:2501.15316)",
+        "budget: 60.0% of the block parameters",
+        "of a V/O head, chosen by token",
+        "masks and routers on 2,048 tokens",
+        "trust_remote_code=True",
+        "those masks are dropped there",
+        f"Geometric mean of its perplexity: {stages['stock']['geomean']:.2f}",
+        f"**{stages['parent']['geomean']:.2f}** | **{stages['masks']['geomean']:.2f}**",
+    ):
+        assert part in text, part
+
+
+def test_the_finished_model_is_never_the_twin() -> None:
+    results: dict[str, Any] = dict.fromkeys(("parent", "carve", "masks", "stock"))
+    assert finished_of(results) == "masks"
+    assert finished_of(["parent", "carve"]) == "carve"
+
+
+def test_masks_that_began_as_a_carving_name_its_clusters(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warm = [*QUICK, "masks.start=carving", "masks.attention=none", "masks.budget=0.7", "masks.tokens=256"]
+    run = convert("tomoe-50", home / "m", home / "d", tmp_path / "run", [*warm, "carve.score=wifv"])
+    found = describe(run.folder)
+    assert len(found["clusters"]) == 4
+    assert found["masks"]["head"] is None
+    show(found)
+    printed = capsys.readouterr().out
+    assert "expert 0 began as" in printed
+    assert "from a carving" in printed
+    assert "Q/K" not in printed
+    text = (run.folder / "model" / "README.md").read_text()
+    assert "started from a carving (dive, score wifv)" in text
+    assert "attention: the parent's, whole" in text
+    assert "trust_remote_code" not in text
+    assert "folder `stock`" not in text
