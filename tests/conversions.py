@@ -20,7 +20,7 @@ TINY = [
     *("stage2.checkpointing=false", "evaluate.tokens=512", "evaluate.window=64"),
 ]
 STATIC = ["carve.experts=1"]
-SHARED = ("domains", "held-out", "corpus", "moments", "affinity", "carve", "baseline", "router")  # before stage 2
+SHARED = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve", "router")  # before stage 2
 STAGES = (*SHARED, "experts", "export", "evaluate")
 
 

@@ -242,10 +242,10 @@ def test_a_second_process_in_the_folder(world: World, finished: Path) -> None:
 
 def test_a_damaged_run_to_reuse(world: World, finished: Path) -> None:
     old = shutil.copytree(finished, world.out.parent / "old")
-    (old / "stages" / "domains" / "windows.safetensors").write_bytes(b"")
+    (old / "stages" / "held-out" / "evaluation.safetensors").write_bytes(b"")
     words = arguments("dive-plus", world.model, world.data, world.out)
     answer = moesmith(*words, "--reuse", old)
-    refused(answer, r"domains/windows\.safetensors is missing or damaged\. Delete \S+ and run")
+    refused(answer, r"held-out/evaluation\.safetensors is missing or damaged\. Delete \S+ and run")
     assert not list((world.out / "stages").iterdir())
 
 

@@ -100,16 +100,18 @@ def test_settings_table_is_the_recipe() -> None:
 
 
 def test_presets_and_budgets_table() -> None:
-    listed = {re.findall(r"`([\w-]+)`", row[0])[0] for row in tables(section("Presets", "recipes.md")) if "`" in row[0]}
+    rows_of_presets = (re.findall(r"`([\w-]+)`", row[0]) for row in tables(section("Presets", "recipes.md")))
+    listed = {name for names in rows_of_presets for name in names}
     assert listed == set(recipe.presets())
     rows = {row[0]: row[1:] for row in tables(section("Budgets", "recipes.md"))}
     for column, budget in enumerate(recipe.BUDGETS):
-        chosen = recipe.load_recipe("dive-1of8", budget)
+        chosen, masks = recipe.load_recipe("dive-1of8", budget), recipe.load_recipe("tomoe-50", budget).masks
         expected = {
             "calibration tokens per domain": [chosen.domains.tokens],
             "tokens per domain for the perplexity matrix": [chosen.affinity.tokens],
             "stage 1: tokens, window, batch": [chosen.stage1.tokens, chosen.stage1.window, chosen.stage1.batch],
             "stage 2: tokens, window, batch": [chosen.stage2.tokens, chosen.stage2.window, chosen.stage2.batch],
+            "masks: tokens, window, batch": [masks.tokens, masks.window, masks.batch],
             "evaluation tokens per domain, window": [chosen.evaluate.tokens, chosen.evaluate.window],
         }
         for title, values in expected.items():

@@ -418,13 +418,17 @@ def test_native_format_is_exact(family: str, dtype: torch.dtype, tmp_path: Path)
     assert AutoTokenizer.from_pretrained(tmp_path / "moe").chat_template
 
 
-def test_native_model_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compensation", ["bias", "refit"])
+def test_native_model_trains(compensation: str, tmp_path: Path) -> None:
     parent = tiny_parent("llama")
-    write_native(parent, random_carving(parent, compensation="bias"), tmp_path / "moe")
+    write_native(parent, random_carving(parent, compensation=compensation), tmp_path / "moe")
     model = load(tmp_path / "moe").train()
     model(input_ids=IDS, labels=IDS).loss.backward()
     experts = model.inner.model.layers[0].mlp.experts
-    assert all(p.grad is not None and p.grad.any() for p in (experts.down_proj, experts.gate_up_proj, experts.bias_ED))
+    names = {"bias": {"gate_UD", "up_UD", "down_DU", "bias_ED"}, "refit": {"gate_up_proj", "down_proj"}}
+    found = dict(experts.named_parameters())
+    assert found.keys() == names[compensation]
+    assert all(p.grad is not None and p.grad.any() for p in found.values())
 
 
 @pytest.mark.slow

@@ -24,14 +24,18 @@ KEYS = {
     "router": "start ridge noise",
     "evaluate": "tokens window",
 }
-TRAIN_KEYS = (
-    "tokens window batch micro_batch lr schedule min_ratio warmup clip weight_decay loss mix kl_temperature gate"
-    " gate_temperature router_gradient train_router lora_rank lora_alpha lora_dropout norms checkpointing"
+LOOP_KEYS = "tokens window batch micro_batch lr schedule min_ratio warmup clip weight_decay checkpointing"
+TRAIN_KEYS = LOOP_KEYS + (
+    " loss mix kl_temperature gate gate_temperature router_gradient train_router lora_rank lora_alpha lora_dropout norms"
+)
+MASKS_KEYS = LOOP_KEYS + (
+    " budget start attention output_mask noise masking widths temperature bias kl_weight budget_weight union_weight"
+    " balance_weight"
 )
 
 
 def test_settings_keep_their_names() -> None:
-    sections = KEYS | {"stage1": TRAIN_KEYS, "stage2": TRAIN_KEYS}
+    sections = KEYS | {"stage1": TRAIN_KEYS, "stage2": TRAIN_KEYS, "masks": MASKS_KEYS}
     expected = {f"{section}.{key}".lstrip(".") for section, names in sections.items() for key in names.split()}
     assert set(keys()) == expected
     assert len(keys()) == len(expected)

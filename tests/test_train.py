@@ -248,7 +248,7 @@ def test_distillation_comes_closer_to_the_parent(tmp_path: Path) -> None:
 
     def divergence() -> float:
         with torch.no_grad():
-            hidden, wanted = (Student._hidden(m, blocks) for m in (model.eval(), parent.model))  # type: ignore[arg-type]
+            hidden, wanted = (training._hidden(m, blocks) for m in (model.eval(), parent.model))
             head = parent.model.get_output_embeddings().weight
             return float(head_loss(hidden, head, blocks[:, 1:].flatten(), wanted, mix=1.0))
 

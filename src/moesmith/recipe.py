@@ -244,7 +244,7 @@ def load_recipe(name: str | Path, budget: str | None = None, settings: Sequence[
         if budget not in BUDGETS:
             raise MoesmithError(f"there is no budget '{budget}'", f"Choose one of {', '.join(BUDGETS)}.")
         overlay = yaml.safe_load((files("moesmith") / "budgets" / f"{budget}.yaml").read_text(encoding="utf-8"))
-        values = _overlay(values, overlay or {})
+        values = _overlay(values, {name: part for name, part in overlay.items() if _used(values, name)})
     for setting in settings:
         key, found, value = setting.partition("=")
         if not found:
@@ -294,6 +294,12 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     if base := values.pop("base", None):
         values = _overlay(_read(str(base), (*above, name)), values)
     return values
+
+
+def _used(values: Mapping[str, Any], name: str) -> bool:
+    """Whether a budget may change a section: it scales the stages that a recipe trains and adds none."""
+    section = values.get(name)
+    return name not in ("masks", "stage1", "stage2") or isinstance(section, Mapping) and bool(section.get("tokens"))
 
 
 def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

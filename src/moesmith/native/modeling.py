@@ -85,7 +85,6 @@ class MoesmithForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["head_gate"]  # noqa: RUF012
 
     def __init__(self, config: MoesmithConfig) -> None:
         super().__init__(config)
