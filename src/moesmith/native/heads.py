@@ -60,7 +60,7 @@ class HeadGate(nn.Module):
         inner = F.linear(x_BSD.float(), own.proj_in_RD.float()) + own.base_R.float()
         inner = F.gelu(F.layer_norm(inner, inner.shape[-1:], own.norm_weight_R.float(), own.norm_bias_R.float()))
         threshold = own.threshold.float()
-        logits = F.linear(inner, own.proj_out_hR.float()).masked_fill(~own.vo_h.bool(), -torch.inf)
+        logits = F.linear(inner, own.proj_out_hR.float()).masked_fill(~own.vo_h, -torch.inf)
         self.vo = keep(logits, threshold, int(own.top_k)).to(x_BSD.dtype)
         if "dynamic_WR" in self.names:
             free = keep(F.linear(inner, own.dynamic_WR.float()), threshold, int(own.top_k_qk))
