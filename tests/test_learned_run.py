@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conversions import convert
 from safetensors.torch import load_file
+from test_report import SECTIONS, Reader, text_of
 
 from moesmith.artefact import read_json
 from moesmith.carving import Carving
 from moesmith.overview import describe, finished_of, show
 from moesmith.parents import load_parent
 from moesmith.pipeline import Run
+from moesmith.report import masks
+from moesmith.report.numbers import number, percent
+from moesmith.report.page import write_report
 
 QUICK = ["stage1.tokens=0", "stage2.tokens=0", "masks.tokens=2048", "masks.window=32", "masks.lr=0.003"]
 
@@ -31,9 +38,9 @@ def test_inspect_tells_what_was_learned(learned: Run, capsys: pytest.CaptureFixt
     found = json.loads(json.dumps(describe(learned.folder)))
     carving, metrics = Carving.load(learned.path("masks")), learned.manifest("masks")["metrics"]
     assert found["clusters"] is None
-    masks = found["masks"]
-    assert (masks["budget"], masks["start"], masks["attention"], masks["head"]) == (0.6, "random", "hybrid", 8)
-    assert masks["active_share"] == metrics["active_share"] <= 0.6
+    spec = found["masks"]
+    assert (spec["budget"], spec["start"], spec["attention"], spec["head"]) == (0.6, "random", "hybrid", 8)
+    assert spec["active_share"] == metrics["active_share"] <= 0.6
     assert [layer["channels"] for layer in found["layers"]] == carving.widths().tolist()
     assert [layer["union"] for layer in found["layers"]] == pytest.approx(carving.union().tolist())
     assert [(layer["qk"], layer["vo"]) for layer in found["layers"]] == [
@@ -105,3 +112,71 @@ def test_masks_that_began_as_a_carving_name_its_clusters(
     assert "attention: the parent's, whole" in text
     assert "trust_remote_code" not in text
     assert "folder `stock`" not in text
+    page = write_report(run.folder).read_text(encoding="utf-8")
+    assert "that began as its own" in page
+    assert "Attention is whole" in page
+    assert "svg" in page
+
+
+def test_the_report_shows_masks_without_clusters(learned: Run) -> None:
+    page = write_report(learned.folder).read_text(encoding="utf-8")
+    found = Reader(page)
+    assert tuple(found.sections) == (*SECTIONS[:3], "masks", *SECTIONS[3:])
+    assert found.figures == {"perplexity": 1, "overlap": 2, "masks": 1, "training": 1, "routing": 3}
+    assert re.findall(r'<p class="absent">(?!The colours)([^<]*)', page) == [
+        "This run did not mine affinity: no matrix decided who shares an expert."
+    ]
+    metrics = learned.manifest("masks")["metrics"]
+    stages = read_json(learned.path("evaluate") / "evaluation.json")["stages"]
+    assert f"{number(stages['masks']['geomean'])}</strong> for the converted model" in page
+    for section, words in {
+        "perplexity": ("masks learned", "stock format", "without the masks that attention has by token"),
+        "masks": (percent(metrics["active_share"]), number(metrics["threshold"]), "Q/K, of 8", "same dimensions"),
+        "training": ("Masks", "KL to the parent", "2,048", "Masks start open"),
+        "provenance": ("active share", "union", "threshold"),
+    }.items():
+        assert all(word in found.sections[section] for word in words), (section, found.sections[section])
+    assert "made for it" not in page
+    data = json.loads(re.findall(r'<script type="application/json" id="routes">(.*?)</script>', page, re.DOTALL)[0])
+    assert data["clusters"] == []
+    assert {sample["home"] for sample in data["samples"]} == {None}
+    assert len(data["samples"][0]["ids"]) == 2  # layers
+    assert (learned.folder / "figures" / "masks.png").is_file()
+
+
+def test_the_report_without_attention_and_unfinished(learned: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(learned.folder, run)
+    carving = Carving.load(run / "stages" / "masks")
+    carving.attention = []
+    carving.save(run / "stages" / "masks")
+    for name in ("export", "evaluate"):
+        shutil.rmtree(run / "stages" / name)
+    found = Reader(write_report(run).read_text(encoding="utf-8"))
+    assert "Attention is whole" in found.sections["masks"]
+    assert "Q/K" not in found.sections["masks"]
+    assert found.figures == {"overlap": 2, "masks": 1, "training": 1}
+
+
+def test_chance_is_what_random_masks_give() -> None:
+    generator = np.random.default_rng(0)
+    share = np.array([[0.5, 0.5, 0.5], [0.2, 0.4, 0.8]])
+    iou, union = masks.chance(share)
+    assert (iou[0], union[0]) == pytest.approx((1 / 3, 7 / 8))
+    for layer in range(2):
+        kept = generator.random((3, 200_000)) < share[layer, :, None]
+        pairs = [(kept[a] & kept[b]).sum() / (kept[a] | kept[b]).sum() for a, b in ((0, 1), (0, 2), (1, 2))]
+        assert np.mean(pairs) == pytest.approx(iou[layer], abs=0.005)
+        assert kept.any(0).mean() == pytest.approx(union[layer], abs=0.005)
+
+
+def test_figures_of_masks_name_what_they_show() -> None:
+    share, iou = np.full((3, 4), 0.5), np.ones((3, 4, 4))
+    words = text_of(masks.layers_figure(share, share.mean(1), iou, [(0.5, 1.0)] * 3))
+    for part in ("share of channels", "any expert", "Q and K", "V and O, at most", "intersection over union"):
+        assert part in words
+    assert "Q and K" not in text_of(masks.layers_figure(share[:, :1], share.mean(1), iou[:, :1, :1]))
+    steps = [{"tokens": 10 * i, "kl": 1.0, "active": 0.9, "union": 1.0, "entropy": 1.0} for i in range(1, 4)]
+    words = text_of(masks.training_figure(steps, 0.5, 4))
+    for part in ("KL (nats per token)", "share of the blocks", "entropy / log E", "training tokens", "budget"):
+        assert part in words
