@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from test_report import SECTIONS, Reader, text_of
 
 from moesmith.artefact import read_json
 from moesmith.carving import Carving
+from moesmith.export.folder import load_folder
 from moesmith.overview import describe, finished_of, show
 from moesmith.parents import load_parent
 from moesmith.pipeline import Run
@@ -180,3 +184,33 @@ def test_figures_of_masks_name_what_they_show() -> None:
     words = text_of(masks.training_figure(steps, 0.5, 4))
     for part in ("KL (nats per token)", "share of the blocks", "entropy / log E", "training tokens", "budget"):
         assert part in words
+
+
+ALONE = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "moesmith":
+            raise ImportError(name)
+sys.meta_path.insert(0, Without())
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(model.dtype, model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.float().sum().item())
+"""
+
+
+def test_the_model_loads_without_moesmith(learned: Run, tmp_path: Path) -> None:
+    """As the card says: the code beside the weights is enough, in the dtype of the file."""
+    folder = learned.folder / "model"
+    known = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run(
+        [sys.executable, "-c", ALONE, str(folder)], env=known, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    dtype, total = answer.stdout.split()
+    assert dtype == "torch.bfloat16"
+    model = load_folder(folder, torch.bfloat16)
+    with torch.no_grad():
+        ours = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.float().sum().item()
+    assert float(total) == pytest.approx(ours, rel=1e-3, abs=1e-2)

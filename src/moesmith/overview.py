@@ -13,7 +13,7 @@ from moesmith.errors import MoesmithError
 
 CARVINGS = ("carve", "masks", "router", "experts")  # stages that end in a carving, in their order
 STAGES = (
-    *("domains", "held-out", "corpus", "moments", "affinity", "baseline"),
+    *("held-out", "corpus", "baseline", "domains", "moments", "affinity"),
     *CARVINGS,
     *("export", "evaluate"),
 )
@@ -45,7 +45,7 @@ def describe(folder: Path) -> dict[str, Any]:
     if not carved:
         raise MoesmithError(f"{folder} is not carved yet", "Run the same 'moesmith convert' again to continue it.")
     carving = Carving.load(folder / "stages" / carved[-1])
-    metrics = {name: {"seconds": m["seconds"], **m["metrics"]} for name, m in manifests.items()}
+    metrics = {name: m["metrics"] | {"seconds": m["seconds"]} for name, m in manifests.items()}
     counted = next(
         metrics[name] for name in ("export", "masks", "carve") if "parent_parameters" in metrics.get(name, ())
     )

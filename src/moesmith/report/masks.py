@@ -116,12 +116,10 @@ def training_figure(steps: Sequence[Mapping[str, Any]], budget: float, experts: 
         if target is not None:
             axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (3, 2)), label="budget, balance")
         axes.margins(x=0.01)
-        if key in ("union", "entropy"):
+        if key != "kl":
             axes.set_ylim(0, 1.05)
-        elif key == "active":
-            axes.set_ylim(bottom=0)
     for axes in grid[1]:
         axes.set_xlabel("training tokens", fontsize=SIZE, color=MUTED)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    style.legend(grid[0, 1], loc="upper right")
+    style.legend(grid[0, 1], loc="lower right")
     return figure
