@@ -26,7 +26,8 @@ KEYS = {
 }
 LOOP_KEYS = "tokens window batch micro_batch lr schedule min_ratio warmup clip weight_decay checkpointing"
 TRAIN_KEYS = LOOP_KEYS + (
-    " loss mix kl_temperature gate gate_temperature router_gradient train_router lora_rank lora_alpha lora_dropout norms"
+    " loss mix kl_temperature gate gate_temperature router_gradient train_router lora_rank lora_alpha lora_dropout"
+    " norms"
 )
 MASKS_KEYS = LOOP_KEYS + (
     " budget start attention output_mask noise masking widths temperature bias kl_weight budget_weight union_weight"

@@ -299,7 +299,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
 def _used(values: Mapping[str, Any], name: str) -> bool:
     """Whether a budget may change a section: it scales the stages that a recipe trains and adds none."""
     section = values.get(name)
-    return name not in ("masks", "stage1", "stage2") or isinstance(section, Mapping) and bool(section.get("tokens"))
+    return name not in ("masks", "stage1", "stage2") or (isinstance(section, Mapping) and bool(section.get("tokens")))
 
 
 def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,14 +35,14 @@ def gumbel_sigmoid(logits: Tensor, noise: Tensor, temperature: float, bias: floa
     """Hard 0/1 mask, straight through to σ((o + g + b)/τ); ``noise`` is Exp(1), broadcast against ``logits``."""
     soft = torch.sigmoid((logits + bias - noise.log()) / temperature)
     hard = (soft > 0.5).to(soft.dtype)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())  # in this order: exactly 0 or 1
 
 
 def gumbel_softmax(logits_TN: Tensor, noise_TN: Tensor, temperature: float) -> Tensor:
     """One-hot argmax, straight through to softmax((r + g)/τ)."""
     soft_TN = ((logits_TN - noise_TN.log()) / temperature).softmax(-1)
     hard_TN = torch.zeros_like(soft_TN).scatter_(-1, soft_TN.argmax(-1, keepdim=True), 1.0)
-    return hard_TN + soft_TN - soft_TN.detach()
+    return hard_TN + (soft_TN - soft_TN.detach())
 
 
 class _Masked(torch.autograd.Function):
