@@ -9,6 +9,7 @@ Shapes: B sequences, S positions, D model width, h head width, R gate width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -117,6 +118,22 @@ class CarvedAttention:
         """By field name, to save; ``CarvedAttention(**tensors)`` is the reverse."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
+
+    def gate_parameters(self) -> int:
+        """Numbers of the gate that lie beside the projections; the threshold and the limits are not counted."""
+        return sum(t.numel() for t in self.tensors().values() if t.is_floating_point() and t.dim())
+
+    def removed(self, weights: Mapping[str, Tensor], *, active: bool) -> int:
+        """How many of a layer's attention parameters are gone: from the file, or from what one token uses.
+
+        Args:
+            weights: ``structure.attention_weights`` of the layer.
+            active: count the widths of one token instead of the dimensions that any token keeps.
+        """
+        h = len(self.qk_h)
+        qk, vo = (self.width_qk, self.width_vo) if active else (int(self.qk_h.sum()), int(self.vo_h.sum()))
+        kept = {name: h if name == "o_proj.bias" else qk if name[0] in "qk" else vo for name in weights}
+        return sum(tensor.numel() // h * (h - kept[name]) for name, tensor in weights.items() if kept[name] < h)
 
     def without_gate(self) -> CarvedAttention:
         """The part that does not depend on the token: what a stock architecture can hold, with zeros."""

@@ -21,6 +21,7 @@ from moesmith.gates import GateSpec
 from moesmith.parents import Parent
 from moesmith.recipe import Compensation
 from moesmith.sizes import Sizes
+from moesmith.structure import attention_weights, decoder_layers
 
 FORMAT = 2  # 2: attention
 
@@ -149,17 +150,28 @@ class Carving:
         return (active + sum(sizes.attention(qk, vo) for qk, vo in widths)) / sizes.total
 
     def parameters(self, parent: Parent) -> dict[str, int]:
-        """Parameter counts: the parent's, and the MoE's in total and active per token (embeddings included)."""
+        """Parameter counts: the parent's, and the MoE's in total and active per token (embeddings included).
+
+        Where attention is pruned the model lies in moesmith's own format: experts that are subsets of one network share
+        their channels there, and attention has the dimensions that some token keeps; the gates are counted.
+        """
         first, dense = parent.ffns[0], sum(p.numel() for p in parent.model.parameters())
         channel = first.matrices * parent.D + (first.gate_bias_F is not None)
         rest = dense - parent.L * (channel * parent.F + (0 if first.down_bias_D is None else parent.D))
         widths_LE = self.widths()
         bias = parent.D if self.compensation == "bias" or first.down_bias_D is not None else 0
         router = self.gate.experts * parent.D if self.gate.experts > 1 else 0
-        total = rest + int(widths_LE.sum()) * channel + parent.L * (router + self.gate.experts * bias)
+        shared = bool(self.attention) and self.compensation != "refit" and not self.lora
+        stored = sum(int(self.mask(i).any(0).sum()) for i in range(parent.L)) if shared else int(widths_LE.sum())
+        total = rest + stored * channel + parent.L * (router + self.gate.experts * bias)
         mean_L = widths_LE.double().mean(1)  # a token's expert is not known beforehand: the layer's mean width
         active = rest + round(float(mean_L.sum()) * channel * self.gate.top_k)
         active += parent.L * (router + self.gate.top_k * bias)
+        layers = decoder_layers(parent.model)[1]
+        for layer, attention in zip(layers, self.attention, strict=bool(self.attention)):
+            weights, gate = attention_weights(layer, parent.config), attention.gate_parameters()
+            total += gate - attention.removed(weights, active=False)
+            active += gate - attention.removed(weights, active=True)
         return {"parent_parameters": dense, "parameters_total": total, "parameters_active": active}
 
     def save(self, folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,25 @@ from moesmith.carving import Carving
 from moesmith.console import show_table
 from moesmith.errors import MoesmithError
 
+CARVINGS = ("carve", "masks", "router", "experts")  # stages that end in a carving, in their order
 STAGES = (
-    *("domains", "held-out", "corpus", "moments", "affinity", "baseline", "carve"),
-    *("router", "experts", "export", "evaluate"),
+    *("held-out", "corpus", "baseline", "domains", "moments", "affinity"),
+    *CARVINGS,
+    *("export", "evaluate"),
 )
+STOCK = "stock"  # the stage's name of RUN/stock in an evaluation
+
+
+def finished_of(stages: Iterable[str]) -> str:
+    """The measured stage that is ``RUN/model``: the last one, the stock twin apart."""
+    return [name for name in stages if name != STOCK][-1]
+
+
+def clusters_of(folder: Path) -> list[list[str]]:
+    """Domains per expert as the run's carving was made from them; empty where experts were learned from scratch."""
+    path = folder / "stages" / "carve" / "carving.json"
+    found: list[list[str]] = read_json(path)["provenance"].get("clusters", []) if path.is_file() else []
+    return found
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -25,14 +41,42 @@ def describe(folder: Path) -> dict[str, Any]:
     header = read_json(folder / "run.json")
     found = {name: folder / "stages" / name / "manifest.json" for name in STAGES}
     manifests = {name: read_json(path) for name, path in found.items() if path.is_file()}
-    carved = [name for name in ("carve", "router", "experts") if name in manifests]
+    carved = [name for name in CARVINGS if name in manifests]
     if not carved:
         raise MoesmithError(f"{folder} is not carved yet", "Run the same 'moesmith convert' again to continue it.")
     carving = Carving.load(folder / "stages" / carved[-1])
+    metrics = {name: m["metrics"] | {"seconds": m["seconds"]} for name, m in manifests.items()}
+    counted = next(
+        metrics[name] for name in ("export", "masks", "carve") if "parent_parameters" in metrics.get(name, ())
+    )
+    return {
+        "run": str(folder),
+        "recipe": header["recipe"]["name"],
+        "inputs": header["inputs"],
+        "gate": carving.gate.model_dump(),
+        "compensation": carving.compensation,
+        "clusters": clusters_of(folder) or None,
+        "masks": _masks(header["recipe"], metrics["masks"], carving) if "masks" in metrics else None,
+        "parameters": {name: counted[name] for name in ("parent_parameters", "parameters_total", "parameters_active")},
+        "layers": _layers(carving),
+        "stages": metrics,
+    }
+
+
+def _masks(recipe: dict[str, Any], metrics: dict[str, Any], carving: Carving) -> dict[str, Any]:
+    """What was learned, and under which budget."""
+    spec = recipe["masks"]
+    names = ("active_share", "threshold", "union", "width_ffn", "width_qk", "width_vo")
+    found = {name: spec[name] for name in ("budget", "start", "attention")}
+    found |= {name: metrics[name] for name in names if name in metrics}
+    return found | {"head": len(carving.attention[0].qk_h) if carving.attention else None, "channels": carving.d_ff}
+
+
+def _layers(carving: Carving) -> list[dict[str, Any]]:
     iou_LEE, widths_LE, union_L = carving.overlap(), carving.widths(), carving.union()
     experts = carving.gate.experts
     pairs = experts * (experts - 1)
-    layers = [
+    layers: list[dict[str, Any]] = [
         {
             "layer": index,
             "channels": widths_LE[index].tolist(),
@@ -41,54 +85,75 @@ def describe(folder: Path) -> dict[str, Any]:
         }
         for index in range(len(carving.layers))
     ]
-    metrics = {name: {"seconds": m["seconds"], **m["metrics"]} for name, m in manifests.items()}
-    return {
-        "run": str(folder),
-        "recipe": header["recipe"]["name"],
-        "inputs": header["inputs"],
-        "gate": carving.gate.model_dump(),
-        "compensation": carving.compensation,
-        "clusters": carving.provenance.get("clusters"),
-        "parameters": {k: v for k, v in metrics["carve"].items() if k.startswith(("param", "parent"))},
-        "layers": layers,
-        "stages": metrics,
-    }
+    for layer, attention in zip(layers, carving.attention, strict=bool(carving.attention)):
+        layer |= {"qk": attention.width_qk, "vo": attention.width_vo}
+    return layers
 
 
 def show(found: dict[str, Any], *, brief: bool = False) -> None:
     """Print :func:`describe`'s value as tables; ``brief`` leaves the layers out."""
-    gate = found["gate"]
+    gate, masks = found["gate"], found["masks"]
     rows: list[tuple[str, str]] = [
         ("recipe", found["recipe"]),
         ("parent", f"{found['inputs']['model']} ({found['inputs']['model_digest']})"),
         ("gate", f"{gate['experts']} experts, top-{gate['top_k']}, {gate['order']}, renormalise {gate['renormalise']}"),
         ("compensation", found["compensation"]),
     ]
+    if masks:
+        rows += _learned(masks)
     rows += [(name.replace("_", " "), f"{value:,}") for name, value in found["parameters"].items()]
     if gate["experts"] > 1:
-        rows += [(f"expert {i}", ", ".join(group)) for i, group in enumerate(found["clusters"] or ())]
+        began = " began as" if masks else ""
+        rows += [(f"expert {i}{began}", ", ".join(group)) for i, group in enumerate(found["clusters"] or ())]
     show_table(found["run"], ["", ""], rows)
     if not brief:
+        columns = ["layer", "channels per expert", "mean overlap (IoU)", "union"]
         layers = [
-            (x["layer"], f"{min(x['channels'])}-{max(x['channels'])}", x["overlap"], x["union"])
+            [x["layer"], f"{min(x['channels'])}-{max(x['channels'])}", x["overlap"], x["union"]]
             for x in found["layers"]
         ]
-        show_table("layers", ["layer", "channels per expert", "mean overlap (IoU)", "union"], layers)
+        if masks and masks["head"]:
+            columns += [f"{name} of {masks['head']}" for name in ("Q/K", "V/O")]
+            layers = [[*row, x["qk"], x["vo"]] for row, x in zip(layers, found["layers"], strict=True)]
+        show_table("layers", columns, layers)
     stages = [(name, m["seconds"], _headline(name, m)) for name, m in found["stages"].items()]
     show_table("stages", ["stage", "seconds", "result"], stages)
 
 
+def _learned(masks: dict[str, Any]) -> list[tuple[str, str]]:
+    start = "all channels" if masks["start"] == "random" else "a carving"
+    rows = [
+        ("learned", f"masks over frozen weights, from {start}"),
+        ("budget", f"{masks['budget']:.1%} of the block parameters, {masks['active_share']:.1%} active"),
+        ("widest expert", f"{masks['width_ffn']:,.1f} of {masks['channels']:,} channels, mean over layers"),
+    ]
+    head = masks["head"]
+    if not head:
+        return [*rows, ("attention", "whole")]
+    qk = "the same for all tokens" if masks["attention"] == "hybrid" else "at most, by token"
+    rows.append(("Q/K of a head", f"{masks['width_qk']:.1f} of {head} dimensions, mean over layers, {qk}"))
+    return [
+        *rows,
+        ("V/O of a head", f"{masks['width_vo']:.1f} of {head} dimensions, mean over layers, at most, by token"),
+    ]
+
+
 def _headline(name: str, metrics: dict[str, Any]) -> str:
-    if name in ("router", "experts"):
-        return (
+    if name in ("masks", "router", "experts"):
+        text = (
             f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
             f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
+        )
+        return text + (
+            f", {metrics['active_share']:.1%} active, union {metrics['union']:.3f}" if name == "masks" else ""
         )
     if name == "evaluate":
         values = {k: v for k, v in metrics.items() if k != "seconds"}
         return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
     if name == "export":
-        return f"{metrics['architecture']}, largest logits difference {metrics['logits_difference']:.2g}"
+        text = f"{metrics['architecture']}, largest logits difference {metrics['logits_difference']:.2g}"
+        twin = metrics.get(STOCK)
+        return text + (f"; beside it in stock {twin['architecture']}" if twin else "")
     if name == "carve":
         overlap = metrics.get("overlap")
         return f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")

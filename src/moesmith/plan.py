@@ -15,6 +15,7 @@ from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
 from moesmith.gates import GateSpec
 from moesmith.parents import Parent
+from moesmith.proof import NATIVE
 from moesmith.recipe import LoopSection, Recipe, TrainSection
 from moesmith.scores import kept_channels
 from moesmith.stages.data import stages_to_train
@@ -101,7 +102,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         seconds = {name: round(value, 1) for name, value in seconds.items()}
     return Plan(
         **counts,
-        architecture=parent.family,
+        architecture=NATIVE if recipe.learned and recipe.masks.attention != "none" else parent.family,
         expert_width=kept,
         memory=memory,
         disk=disk,

@@ -167,7 +167,7 @@ def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figu
     if union_L is not None:
         right.plot(x, union_L, color=style.ORANGE, linewidth=1.8, marker="s", markersize=3, label="kept by any expert")
     right.set_ylim(0, 1.02)
-    _layer_ticks(right, layers, 30)
+    layer_ticks(right, layers, 30)
     style.legend(right, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, handlelength=1.4, columnspacing=1.2)
     return figure
 
@@ -267,14 +267,14 @@ def training_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure
         x, y = np.asarray(tokens, float), np.asarray(loss, float)
         style.dress(axes, "training tokens", "loss (nats per token)", title, grid="y")
         axes.plot(x, y, color=style.BLUE, linewidth=0.8, alpha=0.4, label="each step")
-        axes.plot(x, _running_mean(y, max(1, len(y) // 25)), color=style.BLUE, linewidth=2, label="running mean")
+        axes.plot(x, running_mean(y, max(1, len(y) // 25)), color=style.BLUE, linewidth=2, label="running mean")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(x=0.01)
     style.legend(panels[-1], loc="upper right")
     return figure
 
 
-def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
     """Mean over ``reach`` steps on both sides; the window shrinks at the ends."""
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
     place = np.arange(len(values))
@@ -300,7 +300,7 @@ def load_figure(load_LE: ArrayLike, threshold: float = 0.05) -> Figure:
     style.dress(axes, "layer")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    _layer_ticks(axes, layers)
+    layer_ticks(axes, layers)
     step = max(1, experts // 16)
     axes.set_yticks(range(0, experts, step), [f"E{expert}" for expert in range(0, experts, step)])
     if experts <= 16 and layers <= 36:
@@ -361,12 +361,13 @@ def entropy_figure(entropy_L: ArrayLike, balance_L: ArrayLike) -> Figure:
         x, entropy_L, color=style.BLUE, linewidth=1.8, marker="o", markersize=3.5, label="one token (0 = certain)"
     )
     axes.set_ylim(-0.02, 1.05)
-    _layer_ticks(axes, layers)
+    layer_ticks(axes, layers)
     style.legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return figure
 
 
-def _layer_ticks(axes: Any, layers: int, most: int = 36) -> None:
+def layer_ticks(axes: Any, layers: int, most: int = 36) -> None:
+    """Label at most ``most`` layers of an x axis."""
     step = -(-layers // most)
     axes.set_xticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)])
     axes.set_xlim(-0.5, layers - 0.5)

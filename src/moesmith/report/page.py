@@ -10,9 +10,7 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,12 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moesmith.artefact import MANIFEST, read_json, write_atomic, write_text
-from moesmith.carving import Carving
+from moesmith.artefact import write_text
 from moesmith.errors import MoesmithError
-from moesmith.overview import STAGES
-from moesmith.report import figures, style
+from moesmith.overview import STOCK, finished_of
+from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
-from moesmith.report.routing import Routing
+from moesmith.report.source import AbsentError, Source, present
 
 DEAD = 0.05  # an expert is dead below this part of the uniform share
 _MODELS = {
@@ -35,8 +32,10 @@ _MODELS = {
     "carve": "carved",
     "router": "router trained",
     "experts": "experts trained",
+    "masks": "masks learned",
+    STOCK: "stock format",
 }
-_TRAINED = {"router": "Stage 1: routers", "experts": "Stage 2: experts"}
+_TRAINED = {"masks": "Masks", "router": "Stage 1: routers", "experts": "Stage 2: experts"}
 
 
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
@@ -53,7 +52,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
         MoesmithError: the folder holds no run, or matplotlib or jinja2 is not installed.
     """
     output = Path(output) if output is not None else Path(run) / "report.html"
-    source = _Source(Path(run), output.parent / "figures")
+    source = Source(Path(run), output.parent / "figures")
     template = _template()
     sections = {
         "perplexity": _section(_perplexity, source, "This run has not been evaluated."),
@@ -61,6 +60,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
             _affinity, source, "This run did not mine affinity: no matrix decided who shares an expert."
         ),
         "overlap": _section(_overlap, source, "Overlap needs a carving with two experts or more."),
+        "masks": _section(_masks, source, "This run learned no masks."),
         "training": _section(_training, source, "Nothing was trained in this run."),
         "routing": _section(_routing, source, "No routing was recorded: the run has one expert, or is not evaluated."),
         "text": _section(_text, source, "No text was recorded with its experts."),
@@ -76,82 +76,11 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     return output
 
 
-@dataclass
-class _Source:
-    """A run's folder: what several sections read."""
-
-    folder: Path
-    pictures: Path
-    header: dict[str, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.header = read_json(self.folder / "run.json")
-
-    def picture(self, figure: Any, name: str, description: str) -> Any:
-        """A figure for the page; the same lies beside it as a PNG."""
-        from markupsafe import Markup
-
-        write_atomic(
-            self.pictures / f"{name}.png",
-            lambda path: figure.savefig(path, format="png", dpi=130, facecolor="white", bbox_inches="tight"),
-        )
-        return Markup(style.to_svg(figure, name, description))
-
-    def stage(self, name: str) -> Path:
-        return self.folder / "stages" / name
-
-    @cached_property
-    def manifests(self) -> dict[str, dict[str, Any]]:
-        return {s: read_json(self.stage(s) / MANIFEST) for s in STAGES if (self.stage(s) / MANIFEST).is_file()}
-
-    @cached_property
-    def experts(self) -> int:
-        return int(self.header.get("recipe", {}).get("carve", {}).get("experts") or 0)
-
-    @cached_property
-    def clusters(self) -> list[list[str]]:
-        """Domains per expert; empty unless every domain belongs to exactly one expert."""
-        path = self.stage("affinity") / "clusters.json"
-        if not path.is_file():
-            return []
-        clusters: list[list[str]] = read_json(path).get("clusters", [])
-        names = [name for cluster in clusters for name in cluster]
-        return clusters if len(clusters) > 1 and len(set(names)) == len(names) else []
-
-    @cached_property
-    def home(self) -> dict[str, int]:
-        """The expert made for each domain."""
-        return {name: expert for expert, cluster in enumerate(self.clusters) for name in cluster}
-
-    @cached_property
-    def evaluation(self) -> dict[str, Any]:
-        found: dict[str, Any] = read_json(_present(self.stage("evaluate") / "evaluation.json"))
-        return found
-
-    @cached_property
-    def routing(self) -> Routing:
-        return Routing.load(_present(self.stage("evaluate") / "routing.npz"))
-
-    def in_order(self, names: Sequence[str]) -> list[str]:
-        """Domains of one expert side by side, experts in order."""
-        return sorted(names, key=lambda name: self.home.get(name, len(self.clusters)))
-
-
-class _AbsentError(Exception):
-    """A section's source is not there."""
-
-
-def _present(path: Path) -> Path:
-    if not path.is_file():
-        raise _AbsentError
-    return path
-
-
-def _section(build: Callable[[_Source], dict[str, Any]], source: _Source, sentence: str) -> dict[str, Any]:
+def _section(build: Callable[[Source], dict[str, Any]], source: Source, sentence: str) -> dict[str, Any]:
     """A section's content, or ``{"absent": sentence}``."""
     try:
         return build(source)
-    except _AbsentError:
+    except AbsentError:
         return {"absent": sentence}
     except (MoesmithError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return {"absent": f"This part could not be read ({type(error).__name__}: {error})."}
@@ -180,33 +109,35 @@ def _line(expert: int) -> str:
     return ("solid", "dashed", "dotted", "double")[expert // len(style.EXPERT_COLOURS) % 4]
 
 
-def _summary(source: _Source) -> dict[str, Any]:
+def _summary(source: Source) -> dict[str, Any]:
     recipe, inputs = source.header.get("recipe", {}), source.header.get("inputs", {})
     carve = recipe.get("carve", {})
     counts: dict[str, Any] = {}
-    for name in ("carve", "export"):
+    for name in ("carve", "masks", "export"):
         counts |= source.manifests.get(name, {}).get("metrics", {})
     sizes = {key: counts.get(key) for key in ("parent_parameters", "parameters_total", "parameters_active")}
     found: dict[str, Any] = {"recipe": recipe.get("name", "?"), "description": recipe.get("description", "")}
     found |= {"parent": inputs.get("model", "?"), "carve": carve, "router": recipe.get("router", {})} | sizes
+    found |= {"masks": recipe.get("masks", {}) | source.masks if source.masks else None}
     found["short"] = str(found["parent"]).rstrip("/").rsplit("/", 1)[-1]
     found |= {"before": None, "after": None, "domains": 0}
     try:
         stages = source.evaluation["stages"]
         found["domains"] = len(stages["parent"]["domains"])
-        found["before"], found["after"] = stages["parent"]["geomean"], stages[list(stages)[-1]]["geomean"]
-    except (_AbsentError, MoesmithError, LookupError, TypeError):
+        found["before"], found["after"] = stages["parent"]["geomean"], stages[finished_of(stages)]["geomean"]
+    except (AbsentError, MoesmithError, LookupError, TypeError):
         pass  # not evaluated yet: the page says so in its section
     return found
 
 
-def _perplexity(source: _Source) -> dict[str, Any]:
+def _perplexity(source: Source) -> dict[str, Any]:
     stages = source.evaluation["stages"]
     labels = {name: _MODELS.get(name, name) for name in stages}
     names = source.in_order(list(next(iter(stages.values()))["domains"]))
     values = {labels[name]: {d: stage["domains"].get(d) for d in names} for name, stage in stages.items()}
     means = {labels[name]: stage["geomean"] for name, stage in stages.items()}
-    first, last = next(iter(values.values())), list(values.values())[-1]
+    finished = labels[finished_of(stages)]
+    first, last = next(iter(values.values())), values[finished]
 
     def ratio(now: float | None, before: float | None) -> float | None:
         return now / before if now and before and len(stages) > 1 else None
@@ -223,7 +154,8 @@ def _perplexity(source: _Source) -> dict[str, Any]:
         "labels": list(values),
         "rows": rows,
         "means": everything,
-        "ratio": ratio(everything[-1], everything[0]),
+        "ratio": ratio(means[finished], everything[0]),
+        "twin": finished if STOCK in stages else None,
         "worst": max((row["ratio"] for row in rows if row["ratio"]), default=0.0),
         "home": source.home,
         "window": source.evaluation.get("window"),
@@ -231,9 +163,9 @@ def _perplexity(source: _Source) -> dict[str, Any]:
     }
 
 
-def _affinity(source: _Source) -> dict[str, Any]:
+def _affinity(source: Source) -> dict[str, Any]:
     folder = source.stage("affinity")
-    names, matrix = _read_matrix(_present(folder / "affinity.csv"))
+    names, matrix = _read_matrix(present(folder / "affinity.csv"))
     tree = folder / "linkage.csv"
     linkage = np.array(_read_rows(tree), float) if tree.is_file() else None
     figure = figures.affinity_figure(matrix, names, linkage, source.clusters)
@@ -266,57 +198,87 @@ def _read_matrix(path: Path) -> tuple[list[str], NDArray[np.float64]]:
     return head[1:], matrix
 
 
-def _overlap(source: _Source) -> dict[str, Any]:
-    _present(source.stage("carve") / "carving.json")
-    carving = Carving.load(source.stage("carve"))
+def _overlap(source: Source) -> dict[str, Any]:
+    carving = source.carving
     if carving.gate.experts < 2:
-        raise _AbsentError
+        raise AbsentError
     iou, union, widths = (x.numpy().astype(float) for x in (carving.overlap(), carving.union(), carving.widths()))
     pairs = iou[:, *np.triu_indices(carving.gate.experts, 1)]
-    kept = float(widths.mean() / carving.d_ff)
+    random_iou, random_union = masks.chance(widths / carving.d_ff)
     return {
         "figure": source.picture(figures.overlap_figure(iou, union), "overlap", "Overlap of the experts' channels"),
         "layers": source.picture(
             figures.overlap_layers_figure(iou), "overlaps", "Overlap of the experts' channels by layer"
         ),
         "mean": float(pairs.mean()),
-        "random": kept / (2 - kept),
+        "random": float(random_iou.mean()),
         "union": float(union.mean()),
-        "random_union": 1 - (1 - kept) ** carving.gate.experts,
-        "kept": kept,
+        "random_union": float(random_union.mean()),
         "width": round(float(widths.mean())),
+        "even": len(set(widths.ravel())) == 1,
         "d_ff": carving.d_ff,
     }
 
 
-def _training(source: _Source) -> dict[str, Any]:
-    curves, facts = {}, []
+def _masks(source: Source) -> dict[str, Any]:
+    if not source.masks:
+        raise AbsentError
+    carving, spec = source.carving, source.header["recipe"]["masks"]
+    figure = masks.layers_figure(
+        carving.widths().numpy() / carving.d_ff,
+        carving.union().numpy(),
+        carving.overlap().numpy(),
+        [(a.width_qk / len(a.qk_h), a.width_vo / len(a.vo_h)) for a in carving.attention],
+    )
+    widths_L = carving.widths().amax(1)
+    layers = [
+        {"widest": int(width), "attention": [(a.width_qk, a.width_vo) for a in carving.attention[i : i + 1]]}
+        for i, width in enumerate(widths_L)
+    ]
+    return {
+        "figure": source.picture(figure, "masks", "Kept channels and attention dimensions, and overlap, per layer"),
+        "spec": spec,
+        "found": source.masks,
+        "d_ff": carving.d_ff,
+        "head": len(carving.attention[0].qk_h) if carving.attention else None,
+        "layers": layers,
+    }
+
+
+def _training(source: Source) -> dict[str, Any]:
+    curves, facts, picture = {}, [], {}
     for name, title in _TRAINED.items():
         path = source.stage(name) / "log.jsonl"
         steps = _read_log(path) if path.is_file() else []
         if not steps:
             continue
-        curves[title] = ([s["tokens"] for s in steps], [s["loss"] for s in steps])
+        learned = name == "masks"
+        shown = "kl" if learned else "loss"  # the loss of masks has penalties in it
+        if learned:
+            budget = source.header["recipe"]["masks"]["budget"]
+            figure = masks.training_figure(steps, budget, source.experts)
+            picture["masks"] = source.picture(figure, "training-masks", "KL, budget, union and load while masks learn")
+        else:
+            curves[title] = ([s["tokens"] for s in steps], [s["loss"] for s in steps])
         tenth = max(1, len(steps) // 10)
-        spec = source.header["recipe"].get({"router": "stage1", "experts": "stage2"}[name], {})
+        spec = source.header["recipe"].get({"router": "stage1", "experts": "stage2"}.get(name, name), {})
         facts.append(
             {
                 "title": title,
                 "steps": len(steps),
                 "tokens": steps[-1]["tokens"],
-                "start": statistics.mean(s["loss"] for s in steps[:tenth]),
-                "end": statistics.mean(s["loss"] for s in steps[-tenth:]),
+                "start": statistics.mean(s[shown] for s in steps[:tenth]),
+                "end": statistics.mean(s[shown] for s in steps[-tenth:]),
                 "speed": statistics.median(s.get("tokens_per_second", math.nan) for s in steps),
                 "trainable": source.manifests.get(name, {}).get("metrics", {}).get("trainable"),
-                "loss": spec.get("loss", "next-token"),
+                "loss": "KL to the parent" if learned else spec.get("loss", "next-token"),
             }
         )
-    if not curves:
-        raise _AbsentError
-    return {
-        "figure": source.picture(figures.training_figure(curves), "training", "Training loss over tokens"),
-        "facts": facts,
-    }
+    if curves:
+        picture["figure"] = source.picture(figures.training_figure(curves), "training", "Training loss over tokens")
+    if not facts:
+        raise AbsentError
+    return picture | {"facts": facts}
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -332,10 +294,10 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def _routing(source: _Source) -> dict[str, Any]:
+def _routing(source: Source) -> dict[str, Any]:
     routing = source.routing
     if routing.experts < 2:
-        raise _AbsentError
+        raise AbsentError
     names = source.in_order(routing.domains)
     share = routing.share()[[routing.domains.index(name) for name in names]]
     home = [source.home.get(name) for name in names]
@@ -361,7 +323,7 @@ def _routing(source: _Source) -> dict[str, Any]:
     }
 
 
-def _text(source: _Source) -> dict[str, Any]:
+def _text(source: Source) -> dict[str, Any]:
     routing = source.routing
     samples: list[Mapping[str, Any]] = [
         {
@@ -373,12 +335,12 @@ def _text(source: _Source) -> dict[str, Any]:
         for sample in sorted(routing.samples, key=lambda s: source.home.get(s.domain, len(source.clusters)))
     ]
     if not samples or routing.experts < 2:
-        raise _AbsentError
+        raise AbsentError
     layers, _, top_k = routing.samples[0].ids_LTK.shape
     return {"layers": layers, "top_k": top_k, "samples": samples}
 
 
-def _provenance(source: _Source) -> dict[str, Any]:
+def _provenance(source: Source) -> dict[str, Any]:
     stages = []
     for name, manifest in source.manifests.items():
         metrics = {
