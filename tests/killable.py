@@ -5,8 +5,9 @@
 ``FOLDER`` holds a parent in ``m`` and data in ``d``. A job is a line of JSON on standard input: ``{"out": folder}``
 converts, ``"kill": n`` kills the process by SIGKILL at its n-th event, ``"limit": n`` lets no file grow beyond n bytes,
 as a disk without room does, ``"full": n`` fails the n-th write with ENOSPC, half done; ``preset``, ``settings`` and
-``reuse`` go to the conversion. The answer is a line of JSON: ``signal`` (0 if the process ended by itself), ``error`` (the one line of
-a MoesmithError), ``crash`` (the traceback of anything else), events per stage (``counts``) and ``writes``.
+``reuse`` go to the conversion. The answer is a line of JSON: ``signal`` (0 if the process ended by itself), ``error``
+(the one line of a MoesmithError), ``crash`` (the traceback of anything else), events per stage (``counts``) and
+``writes``.
 
 An event is a moment at which something may be lost: before and after each rename and each deletion, while a file is
 half-written, before and after a training step, before a batch goes through a model.

@@ -102,6 +102,60 @@ def test_dive_plus_is_dive_but_for_what_its_preset_says() -> None:
     }
 
 
+@pytest.mark.parametrize(("name", "budget"), [("tomoe-40", 0.4), ("tomoe-50", 0.5), ("tomoe-60", 0.6)])
+def test_tomoe_is_as_published(name: str, budget: float) -> None:
+    """tomoe.md §5, the released command."""
+    recipe = load_recipe(name)
+    masks = recipe.masks
+    assert (recipe.carve.experts, recipe.carve.top_k, recipe.carve.compensation) == (8, 1, "none")
+    assert (masks.budget, masks.temperature, masks.bias) == (budget, 0.4, 3.0)
+    assert (masks.budget_weight, masks.union_weight, masks.balance_weight, masks.kl_weight) == (16, 3, 1, 2)
+    assert (masks.lr, masks.schedule, masks.warmup, masks.weight_decay, masks.clip) == (1e-3, "constant", 0, 0.05, None)
+    assert (steps_of(masks), masks.tokens, masks.batch, masks.window) == (20_000, 40_960_000, 1, 2048)
+    assert (masks.micro_batch, masks.checkpointing) == (1, False)
+    assert (masks.start, masks.attention, masks.output_mask) == ("random", "hybrid", True)
+    assert (masks.noise, masks.masking, masks.widths) == ("token", "double", "threshold")
+    assert (recipe.learned, recipe.carved, recipe.clustered) == (True, False, False)
+    assert recipe.stage1.tokens == recipe.stage2.tokens == 0  # no weight is ever trained
+
+
+def test_tomoe_presets_differ_in_the_budget_alone() -> None:
+    plain = load_recipe("tomoe-50").model_dump(exclude={"name", "description"})
+    for name, budget in (("tomoe-40", 0.4), ("tomoe-60", 0.6)):
+        found = load_recipe(name).model_dump(exclude={"name", "description"})
+        assert found.pop("masks") == plain["masks"] | {"budget": budget}
+        assert found == {section: value for section, value in plain.items() if section != "masks"}
+
+
+def test_tomoe_plus_is_tomoe_but_for_what_its_preset_says() -> None:
+    ours, theirs = (load_recipe(name).model_dump() for name in ("tomoe-plus", "tomoe-50"))
+    differ = {
+        f"{section}.{key}"
+        for section in ours.keys() - {"name", "description", "seed"}
+        for key in ours[section]
+        if ours[section][key] != theirs[section][key]
+    }
+    assert differ == {
+        "carve.compensation",
+        "affinity.method",
+        "router.start",
+        "masks.start",
+        "masks.noise",
+        "masks.masking",
+        "masks.widths",
+    }
+
+
+def test_a_budget_scales_the_stages_that_a_recipe_trains() -> None:
+    for budget in ("demo", "small"):
+        dive, tomoe = load_recipe("dive-2of8", budget), load_recipe("tomoe-50", budget)
+        assert dive.masks == load_recipe("dive-2of8").masks
+        assert dive.stage1.tokens < load_recipe("dive-2of8").stage1.tokens
+        assert (tomoe.stage1, tomoe.stage2) == (load_recipe("tomoe-50").stage1, load_recipe("tomoe-50").stage2)
+        assert 0 < tomoe.masks.tokens < load_recipe("tomoe-50").masks.tokens
+        assert load_recipe("flap-static", budget).stage1.tokens == 0
+
+
 def test_a_budget_is_an_overlay_and_settings_lie_on_top() -> None:
     plain, small = load_recipe("dive-2of8"), load_recipe("dive-2of8", "small", ["stage1.lr=0.5", "seed=7"])
     assert small.carve == plain.carve

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from moesmith.attention import CarvedAttention
 from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
+from moesmith.export import folder as folders
 from moesmith.export.native import CODE, write_native
 from moesmith.export.stock import stock_reference, verify_folder, write_stock
 from moesmith.moe import build
@@ -165,6 +166,18 @@ def test_the_stock_folder_is_the_model_without_masks_by_token(family: str, tmp_p
         assert (found - logits_of(same)).abs().max() <= 1e-4
     assert (found - logits_of(build(parent, carving))).abs().max() > 0.01
     assert verify_folder(parent, tmp_path / "stock", stock_reference(parent, carving), IDS)["argmax_agreement"] == 1.0
+
+
+def test_shards_and_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "SHARD_BYTES", 60_000)
+    parent = tiny_parent("llama")
+    carving, model = written(parent, tmp_path / "moe")
+    files = sorted((tmp_path / "moe").glob("*.safetensors"))
+    assert len(files) > 2
+    assert (logits_of(model) - logits_of(build(parent, carving))).abs().max() <= 1e-4
+    files[1].unlink()
+    with pytest.raises(MoesmithError, match=r"moe cannot be loaded: .* Delete it and run the same"):
+        folders.load_folder(tmp_path / "moe", torch.float32)
 
 
 def test_whole_attention_is_the_parents(tmp_path: Path) -> None:
