@@ -103,7 +103,7 @@ def noise_of(per: str, logits_NF: Tensor, ids_T: Tensor) -> tuple[Tensor | None,
         noise_NF = exponential(N, F, like=logits_NF)
         return noise_NF, noise_NF[ids_T]
     torch.manual_seed(7)
-    noise_TF = torch.cat([torch.empty(len(part), F).exponential_() for part in ids_T.split(CHUNK)])
+    noise_TF = torch.cat([exponential(len(part), F, like=logits_NF) for part in ids_T.split(CHUNK)])
     torch.manual_seed(7)
     return None, noise_TF
 
