@@ -148,7 +148,11 @@ def test_a_dropped_channel_learns_only_under_single_masking(double: bool) -> Non
     v_TF, h_NR, decoder_FR, _ = leaves()
     ids = torch.zeros(1, dtype=torch.long)
     logits_NF = (h_NR @ decoder_FR.T).detach()
-    found = masked(v_TF[:1], h_NR[:1], decoder_FR, logits_NF, ids, temperature=TAU, bias=BIAS, double=double)
+    noise_NF = exponential(N, F, like=logits_NF)
+    noise_NF[:, ::3] = 1e-6  # these are kept, whatever their logits
+    found = masked(
+        v_TF[:1], h_NR[:1], decoder_FR, logits_NF, ids, temperature=TAU, bias=BIAS, noise_NF=noise_NF, double=double
+    )
     (grad_FR,) = torch.autograd.grad(found.sum(), decoder_FR)
     kept = found[0] != 0
     assert 0 < kept.sum() < F
