@@ -4,8 +4,9 @@
     python benchmarks/tomoe.py --data ../shared/data --out runs/tomoe --study union          # R_U ablation at p = 0.4
     python benchmarks/tomoe.py --data ../shared/data --out runs/tomoe --study stability      # three seeds
 
-Needs a folder of domains (eight names below) with ``wikitext2.test.jsonl`` in it. A benchmark that was stopped continues
-with the same command. Writes ``tomoe.json``, ``tomoe.md``, ``union.json`` or ``stability.json`` into ``--out``.
+Needs a folder of domains (eight names below) with ``wikitext2.test.jsonl`` in it. A benchmark that was stopped
+continues with the same command. Writes ``tomoe.json``, ``tomoe.md``, ``union.json`` or ``stability.json`` into
+``--out``.
 """
 
 from __future__ import annotations

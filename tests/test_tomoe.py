@@ -25,7 +25,7 @@ from moesmith.tomoe.harvest import _Curve, check_budget, floor_of, harvest
 from moesmith.tomoe.hypernetwork import Masks
 from moesmith.tomoe.objective import MaskObjective, active_share, log_ratio
 from moesmith.tomoe.student import MaskedFFN, masked_model, switch
-from moesmith.train import train
+from moesmith.train import Masters, train
 
 
 def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -130,6 +130,17 @@ def test_dropout_is_off_in_training_mode() -> None:
     assert not torch.equal(logits_of(parent.model.train()), logits_of(model))  # the parent itself keeps its dropout
 
 
+@pytest.mark.parametrize(("clip", "left"), [(None, 100.0), (1.0, 1.0)])
+def test_a_gradient_is_clipped_only_if_asked(clip: float | None, left: float) -> None:
+    p = torch.nn.Parameter(torch.zeros(4))
+    masters = Masters({"p": p}, spec_of(clip=clip))
+    p.grad = torch.full((4,), 50.0)
+    assert masters.step(0.1, clip) == pytest.approx(100)
+    grad = masters.fp32["p"].grad
+    assert grad is not None
+    assert float(grad.norm()) == pytest.approx(left, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "masking", "twice"), [("llama", "double", True), ("llama", "single", False), ("phi", "double", False)]
 )
@@ -201,6 +212,13 @@ def test_balance_lies_between_uniform_and_collapsed_routing(monkeypatch: pytest.
         assert (measured["load"], measured["entropy"]) == pytest.approx((load, entropy), abs=1e-4)
 
 
+def test_balance_pulls_with_the_load_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = objective_for(tiny_parent("llama"), attention="none", budget_weight=0, union_weight=0)
+    one_hot_TN = F.one_hot(torch.tensor([0, 0, 0, 1, 2]), 4).float().requires_grad_()
+    weighed(objective, monkeypatch, torch.ones(4, 64), one_hot_TN)[0].backward()
+    torch.testing.assert_close(one_hot_TN.grad, torch.tensor([0.6, 0.2, 0.2, 0.0]).expand(5, 4) / 5)
+
+
 def test_half_of_the_unions_weight_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     objective = objective_for(tiny_parent("llama"), attention="none", budget_weight=0, balance_weight=0)
     routed, mask_NF = F.one_hot(torch.arange(8) % 4, 4).float(), torch.zeros(4, 64)
@@ -252,10 +270,11 @@ def test_the_active_share_is_what_the_tensors_hold(family: str) -> None:
     assert 0.4 < active / total <= 0.5
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.75])
-def test_the_harvest_meets_its_budget(attention: str, budget: float) -> None:
-    parent = tiny_parent("llama", **WIDE)
+def test_the_harvest_meets_its_budget(family: str, attention: str, budget: float) -> None:
+    parent = tiny_parent(family, **WIDE)
     masks = tiny_masks(parent, attention=attention, budget=budget)
     carving, facts = harvest(masks, parent, SEEN, {"method": "tomoe"})
     assert budget - 0.001 <= carving.active_share(parent) <= budget

@@ -180,6 +180,16 @@ def test_shards_and_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
         folders.load_folder(tmp_path / "moe", torch.float32)
 
 
+@pytest.mark.parametrize("attention", ["hybrid", "dynamic"])
+def test_dimensions_that_are_gone_stay_gone(attention: str, tmp_path: Path) -> None:
+    parent = tiny_parent("llama")
+    carving = harvested(parent, budget=0.9, attention=attention)
+    for carved in carving.attention:  # other text than the harvest's: tokens that would keep what is not there
+        carved.vo_h, carved.top_k = torch.arange(8) % 3 == 0, torch.tensor(3)
+    write_native(parent, carving, tmp_path / "moe")
+    assert (logits_of(load(tmp_path / "moe")) - logits_of(build(parent, carving))).abs().max() <= 1e-4
+
+
 def test_whole_attention_is_the_parents(tmp_path: Path) -> None:
     parent = tiny_parent("qwen2")
     carving = harvested(parent, attention="none")
