@@ -148,8 +148,8 @@ def test_a_dropped_channel_learns_only_under_single_masking(double: bool) -> Non
     v_TF, h_NR, decoder_FR, _ = leaves()
     ids = torch.zeros(1, dtype=torch.long)
     logits_NF = (h_NR @ decoder_FR.T).detach()
-    noise_NF = exponential(N, F, like=logits_NF)
-    noise_NF[:, ::3] = 1e-6  # these are kept, whatever their logits
+    noise_NF = 2 * torch.exp(logits_NF + BIAS)  # odds of 2: dropped, and not far from being kept
+    noise_NF[:, ::3] /= 4
     found = masked(
         v_TF[:1], h_NR[:1], decoder_FR, logits_NF, ids, temperature=TAU, bias=BIAS, noise_NF=noise_NF, double=double
     )
