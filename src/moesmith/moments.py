@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moesmith.console import Meter, meter
+from moesmith.native.experts import ALIGN
 from moesmith.parents import Parent
 
 
@@ -129,14 +130,15 @@ class _Second:
         self.count = 0
         self.sum_N, self.gram_NN = torch.zeros(width), torch.zeros(width, width)
 
-    def add(self, x_TN: Tensor) -> None:
+    def add(self, x_TN: Tensor, count: int | None = None) -> None:
+        """Add rows; ``count`` where some of them are padding."""
         x_TN = x_TN.float()
         if self.count == 0:
             self.sum_N = torch.zeros_like(x_TN[0])
             self.gram_NN = self.sum_N.new_zeros(len(self.sum_N), len(self.sum_N))
         self.sum_N += x_TN.sum(0)
         self.gram_NN.addmm_(x_TN.T, x_TN)
-        self.count += len(x_TN)
+        self.count += len(x_TN) if count is None else count
 
     def result(self) -> Second:
         return Second(self.count, self.sum_N / max(1, self.count), self.gram_NN.div_(max(1, self.count)))
@@ -224,8 +226,11 @@ class _Routed:
 
     def add(self, a_TF: Tensor) -> None:
         for index, expert in enumerate(self.experts):
-            if len(mine_NF := a_TF[self.inputs.ids_T == index]):
-                expert.add(mine_NF)
+            mine_N = (self.inputs.ids_T == index).nonzero()[:, 0]
+            if count := len(mine_N):
+                # rows of zeros change no sum; kernels are made per shape, so few shapes serve every batch
+                padded_NF = a_TF.new_zeros(-(-count // ALIGN) * ALIGN, a_TF.shape[1])
+                expert.add(padded_NF.index_copy_(0, torch.arange(count, device=a_TF.device), a_TF[mine_N]), count)
 
 
 class _Choice:
