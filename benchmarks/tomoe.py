@@ -41,7 +41,6 @@ ROWS: list[tuple[str, str, str, list[str]]] = [
     ("tomoe-50", "published", "tomoe-50", []),
     ("one learned mask (N = 1)", "one", "tomoe-50", ["carve.experts=1"]),
     ("tomoe-plus", "plus", "tomoe-plus", []),
-    ("tomoe-plus, nothing refitted", "plus-frozen", "tomoe-plus", ["carve.compensation=none"]),
     ("tomoe-50, masks start from clusters", "published-warm", "tomoe-50", ["masks.start=carving", "router.start=lda"]),
 ]
 

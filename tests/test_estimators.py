@@ -103,7 +103,7 @@ def noise_of(per: str, logits_NF: Tensor, ids_T: Tensor) -> tuple[Tensor | None,
         noise_NF = exponential(N, F, like=logits_NF)
         return noise_NF, noise_NF[ids_T]
     torch.manual_seed(7)
-    noise_TF = torch.cat([torch.empty(len(part), F).exponential_() for part in ids_T.split(CHUNK)])
+    noise_TF = torch.cat([exponential(len(part), F, like=logits_NF) for part in ids_T.split(CHUNK)])
     torch.manual_seed(7)
     return None, noise_TF
 
@@ -148,7 +148,11 @@ def test_a_dropped_channel_learns_only_under_single_masking(double: bool) -> Non
     v_TF, h_NR, decoder_FR, _ = leaves()
     ids = torch.zeros(1, dtype=torch.long)
     logits_NF = (h_NR @ decoder_FR.T).detach()
-    found = masked(v_TF[:1], h_NR[:1], decoder_FR, logits_NF, ids, temperature=TAU, bias=BIAS, double=double)
+    noise_NF = 2 * torch.exp(logits_NF + BIAS)  # odds of 2: dropped, and not far from being kept
+    noise_NF[:, ::3] /= 4
+    found = masked(
+        v_TF[:1], h_NR[:1], decoder_FR, logits_NF, ids, temperature=TAU, bias=BIAS, noise_NF=noise_NF, double=double
+    )
     (grad_FR,) = torch.autograd.grad(found.sum(), decoder_FR)
     kept = found[0] != 0
     assert 0 < kept.sum() < F

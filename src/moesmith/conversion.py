@@ -25,7 +25,7 @@ from moesmith.stages.data import (
     stages_to_train,
 )
 from moesmith.stages.finish import baseline_stage, evaluate_stage, export_stage
-from moesmith.stages.masks import check_masks, masks_stage
+from moesmith.stages.masks import check_masks, masks_stage, refit_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
 
@@ -90,6 +90,9 @@ def convert(
         if chosen.learned:
             masks_stage(run, parent, made)
             made.append("masks")
+            if chosen.carve.compensation == "refit":
+                refit_stage(run, parent)
+                made.append("refit")
         training = stages_to_train(chosen)
         if "stage1" in training:
             router_stage(run, parent, made[-1])

@@ -11,7 +11,7 @@ from moesmith.carving import Carving
 from moesmith.console import show_table
 from moesmith.errors import MoesmithError
 
-CARVINGS = ("carve", "masks", "router", "experts")  # stages that end in a carving, in their order
+CARVINGS = ("carve", "masks", "refit", "router", "experts")  # stages that end in a carving, in their order
 STAGES = (
     *("held-out", "corpus", "baseline", "domains", "moments", "affinity"),
     *CARVINGS,

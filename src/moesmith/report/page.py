@@ -33,6 +33,7 @@ _MODELS = {
     "router": "router trained",
     "experts": "experts trained",
     "masks": "masks learned",
+    "refit": "down_proj refitted",
     STOCK: "stock format",
 }
 _TRAINED = {"masks": "Masks", "router": "Stage 1: routers", "experts": "Stage 2: experts"}

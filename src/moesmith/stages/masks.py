@@ -1,4 +1,4 @@
-"""Stage *masks*: ToMoE's hypernetwork trained over the frozen parent, and the carving that it ends in."""
+"""Stages *masks* (ToMoE's hypernetwork trained over the frozen parent, and the carving that it ends in) and *refit*."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from moesmith.artefact import read_tensors, write_tensors
 from moesmith.carving import Carving
@@ -57,27 +57,34 @@ def masks_stage(run: Run, parent: Parent, before: Sequence[str]) -> Path:
         outcome = train(objective, parameters, blocks, spec, work, seed=recipe.seed, label="masks")
         few = blocks[: max(1, CALIBRATION // spec.window)].long()
         carving, facts = harvest(masks, parent, few, {"method": "tomoe", "parent": run.inputs})
-        if recipe.carve.compensation == "refit":
-            refit(parent, carving, blocks[: max(1, REFIT // spec.window)].long(), recipe)
         write_tensors(work / "masks.safetensors", masks.state_dict())
         carving.save(work)
         return outcome.metrics() | facts | carving.parameters(parent)
 
-    settings = spec.model_dump() | {"experts": experts, "compensation": recipe.carve.compensation}
-    if recipe.carve.compensation == "refit":
-        settings |= {"ridge": recipe.carve.ridge, "pool": recipe.carve.pool}
+    settings = spec.model_dump() | {"experts": experts}
     return run.stage("masks", [*before, "corpus"], settings, body)
 
 
-def refit(parent: Parent, carving: Carving, ids_NS: Tensor, recipe: Recipe) -> None:
+def refit_stage(run: Run, parent: Parent) -> Path:
     """Refit every expert's ``down_proj`` on the tokens that its router sends to it (ours; the published way is none).
 
-    In place. Statistics are the dense parent's, as everywhere.
+    Statistics are the dense parent's, as everywhere, over training text.
     """
-    experts = carving.gate.experts
-    routers = [layer.router_ED for layer in carving.layers]
-    for layers in layer_groups(parent, experts, gram=True):
-        for index, grams in zip(layers, routed_moments(parent, routers, ids_NS, layers), strict=True):
-            layer, counts = carving.layers[index], [float(gram.count) for gram in grams]
-            layer.down = refit_layer(parent.ffns[index].down_DF, layer.channels, grams, counts, recipe)
-    carving.compensation = "refit"
+    recipe = run.recipe
+
+    def body(work: Path) -> dict[str, Any]:
+        carving = Carving.load(run.path("masks"))
+        blocks = read_tensors(run.path("corpus") / "training.safetensors")["masks"]
+        ids_NS = blocks[: max(1, REFIT // recipe.masks.window)].long()
+        routers, tokens = [layer.router_ED for layer in carving.layers], torch.zeros(carving.gate.experts)
+        for layers in layer_groups(parent, carving.gate.experts, gram=True):
+            for index, grams in zip(layers, routed_moments(parent, routers, ids_NS, layers), strict=True):
+                layer, counts = carving.layers[index], [float(gram.count) for gram in grams]
+                layer.down = refit_layer(parent.ffns[index].down_DF, layer.channels, grams, counts, recipe)
+                tokens += torch.tensor(counts)
+        carving.compensation = "refit"
+        carving.save(work)
+        return {"tokens": ids_NS.numel(), "share_by_expert": (tokens / tokens.sum()).tolist()}
+
+    settings = {"ridge": recipe.carve.ridge, "pool": recipe.carve.pool}
+    return run.stage("refit", ["masks", "corpus"], settings, body)

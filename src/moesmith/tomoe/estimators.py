@@ -8,6 +8,7 @@ Shapes: T tokens, N experts, F channels, R width of the expert embedding.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,8 +28,18 @@ def median_logit(bias: float) -> float:
 
 
 def exponential(*shape: int, like: Tensor) -> Tensor:
-    """Fresh noise e ~ Exp(1), fp32, on ``like``'s device."""
-    return torch.empty(shape, device=like.device, dtype=torch.float32).exponential_()
+    """Fresh noise e ~ Exp(1), fp32 and above 0, on ``like``'s device.
+
+    On a CPU the generator draws on one core, one number after the other: two come from one 64-bit draw here, −log u of
+    32-bit uniforms, at a quarter of the time of torch's own.
+    """
+    if like.device.type != "cpu":
+        tiny = torch.finfo(torch.float32).tiny
+        return torch.empty(shape, device=like.device, dtype=torch.float32).exponential_().clamp_min_(tiny)
+    count = math.prod(shape)
+    draws = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None).view(torch.int32)[:count]
+    uniform = draws.view(shape).float().mul_(2.0**-32).add_(0.5)
+    return uniform.clamp_(2.0**-32, 1 - 2.0**-24).log_().neg_()
 
 
 def gumbel_sigmoid(logits: Tensor, noise: Tensor, temperature: float, bias: float) -> Tensor:
@@ -77,7 +88,7 @@ class _Masked(torch.autograd.Function):
             for start in range(0, len(ids_T), CHUNK):
                 part = slice(start, start + CHUNK)
                 odds_CF = odds_NF.index_select(0, ids_T[part])
-                odds_CF.mul_(torch.empty_like(odds_CF).exponential_())
+                odds_CF.mul_(exponential(*odds_CF.shape, like=odds_CF))
                 keep_TF[part], slope_TF[part] = _sample(odds_CF, temperature)
         ctx.save_for_backward(v_TF, keep_TF, slope_TF, h_TR, decoder_FR)
         ctx.factor = factor
