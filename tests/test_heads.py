@@ -118,7 +118,7 @@ def test_keep_is_a_threshold_with_a_ceiling_and_a_floor() -> None:
 def gated(family: str, **settings: Any) -> tuple[Any, Any, Any, Tensor]:
     """A tiny attention with sampled masks installed, the parent's own, its gate, and an input."""
     parent = tiny_parent(family)
-    gate = tiny_masks(parent, spread=20.0, bias=0.0, **settings).attention[0]
+    gate = tiny_masks(parent, bias=0.0, **settings).attention[0]
     layer = decoder_layers(share(parent.model))[1][0]
     install(layer, parent.config, gate)
     x_BSD = torch.randn(2, 5, parent.D)

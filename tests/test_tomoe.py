@@ -173,7 +173,7 @@ def test_the_budgets_penalty_starts_where_it_should(budget: float, start: float,
     objective(IDS)
     penalty, measured = objective.penalties()
     assert measured["active"] == measured["union"] == 1.0
-    assert float(penalty) == pytest.approx(start, abs=0.01)  # nothing from a full union
+    assert penalty.item() == pytest.approx(start, abs=0.01)  # nothing from a full union
 
 
 def test_the_loss_is_the_sum_of_its_parts() -> None:

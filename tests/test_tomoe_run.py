@@ -156,12 +156,21 @@ def test_a_start_from_a_carving_has_the_stages_before(home: Path, tmp_path: Path
 
 def test_tomoe_plus_refits_on_routed_tokens(home: Path, tmp_path: Path) -> None:
     run = convert("tomoe-plus", home / "m", home / "d", tmp_path / "run", ["masks.budget=0.6"])
-    carving = Carving.load(run.path("masks"))
-    assert carving.compensation == "refit"
+    before, carving = (Carving.load(run.path(name)) for name in ("masks", "refit"))
+    assert [c.compensation for c in (Carving.load(run.path("carve")), before, carving)] == ["none", "none", "refit"]
     assert (carving.widths() == carving.widths()[:, :1]).all()
-    assert all(layer.down is not None for layer in carving.layers)
-    assert read_json(run.path("carve") / "carving.json")["compensation"] == "none"
-    assert list(read_json(run.path("evaluate") / "evaluation.json")["stages"])[-1] == "stock"
+    parent = load_parent(str(home / "m"), torch.float32)
+    for index, (one, other) in enumerate(zip(before.layers, carving.layers, strict=True)):
+        assert torch.equal(before.mask(index), carving.mask(index))
+        assert torch.equal(one.router_ED, other.router_ED)
+        assert one.down is None
+        assert other.down is not None
+        for kept, down_DF in zip(other.channels, other.down, strict=True):
+            assert not torch.allclose(down_DF, parent.ffns[index].down_DF[:, kept], atol=1e-3)
+    assert sum(run.manifest("refit")["metrics"]["share_by_expert"]) == pytest.approx(1)
+    stages = read_json(run.path("evaluate") / "evaluation.json")["stages"]
+    assert list(stages) == ["parent", "carve", "masks", "refit", "stock"]
+    assert stages["refit"]["geomean"] < stages["masks"]["geomean"]
 
 
 @pytest.mark.parametrize("settings", [
