@@ -25,7 +25,7 @@ from moesmith.stages.data import (
     stages_to_train,
 )
 from moesmith.stages.finish import baseline_stage, evaluate_stage, export_stage
-from moesmith.stages.masks import check_masks, masks_stage, refit_stage
+from moesmith.stages.masks import masks_stage, refit_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
 
@@ -71,7 +71,6 @@ def convert(
     parent = model if isinstance(model, Parent) else load_parent(model, dtype)
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
-    check_masks(chosen, parent)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
     inputs |= {"dtype": str(parent.model.dtype).removeprefix("torch.")}
     run = Run(out, chosen, inputs, [Path(path) for path in reuse])

@@ -19,6 +19,7 @@ from moesmith.proof import NATIVE
 from moesmith.recipe import LoopSection, Recipe, TrainSection
 from moesmith.scores import kept_channels
 from moesmith.stages.data import stages_to_train
+from moesmith.stages.masks import check_masks
 from moesmith.tomoe.warm import pruned_share
 
 
@@ -53,7 +54,11 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         parent: the loaded parent.
         domains: how many domains of text.
         measure: time a forward pass on this machine for the wall-time prediction; otherwise times are empty.
+
+    Raises:
+        MoesmithError: a budget of learned masks that cannot be met.
     """
+    check_masks(recipe, parent)
     spec, L, D, F = recipe.carve, parent.L, parent.D, parent.F
     matrices = parent.ffns[0].matrices
     # learned masks from scratch: as if attention and networks were pruned alike
