@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -185,3 +186,18 @@ def test_logits_are_the_published_formulas() -> None:
     torch.testing.assert_close(gate.token_logits(x_BSD)[..., :8], inner @ gate.proj_out_WR[:8].T)
     torch.testing.assert_close(gate.static_logits(), gelu(norm(mean_R, gate.norm)) @ gate.proj_out_WR[8:].T)
     assert gate.static_logits().shape == (6,)  # 4 of 8 dimensions turn: two pairs and four more
+
+
+@pytest.mark.parametrize("routing", ["sampled", "argmax"])
+def test_routing_is_shaken_only_where_it_is_sampled(routing: str) -> None:
+    parent = tiny_parent("llama")
+    masks = tiny_masks(parent, routing=routing, spread=1.0)
+    x_TD = torch.randn(200, parent.D)
+    ffn: Any = masks.ffn[0]
+    drawn = []
+    for _ in range(2):
+        ffn(x_TD, torch.ones(200, parent.F), False)
+        drawn.append(ffn.one_hot_TN.argmax(-1))
+    best_T = (x_TD @ ffn.router_ND.T).argmax(-1)
+    assert bool((drawn[0] != drawn[1]).any()) is (routing == "sampled")
+    assert bool(torch.equal(drawn[0], best_T)) is (routing == "argmax")

@@ -30,8 +30,8 @@ TRAIN_KEYS = LOOP_KEYS + (
     " norms"
 )
 MASKS_KEYS = LOOP_KEYS + (
-    " budget start attention output_mask noise masking widths temperature bias kl_weight budget_weight union_weight"
-    " balance_weight"
+    " budget start attention output_mask noise routing masking widths temperature bias kl_weight budget_weight"
+    " union_weight balance_weight"
 )
 
 
@@ -114,7 +114,7 @@ def test_tomoe_is_as_published(name: str, budget: float) -> None:
     assert (steps_of(masks), masks.tokens, masks.batch, masks.window) == (20_000, 40_960_000, 1, 2048)
     assert (masks.micro_batch, masks.checkpointing) == (1, False)
     assert (masks.start, masks.attention, masks.output_mask) == ("random", "hybrid", True)
-    assert (masks.noise, masks.masking, masks.widths) == ("token", "double", "threshold")
+    assert (masks.noise, masks.routing, masks.masking, masks.widths) == ("token", "sampled", "double", "threshold")
     assert (recipe.learned, recipe.carved, recipe.clustered) == (True, False, False)
     assert recipe.stage1.tokens == recipe.stage2.tokens == 0  # no weight is ever trained
 
@@ -141,6 +141,7 @@ def test_tomoe_plus_is_tomoe_but_for_what_its_preset_says() -> None:
         "router.start",
         "masks.start",
         "masks.noise",
+        "masks.routing",
         "masks.masking",
         "masks.widths",
     }

@@ -158,6 +158,7 @@ class MasksSection(LoopSection):
     attention: Literal["none", "hybrid", "dynamic"] = Field("hybrid", description="which attention masks are learned")
     output_mask: bool = Field(True, description="mask the output projection by the query token as well")
     noise: Literal["token", "expert"] = Field("token", description="whose Gumbel noise a channel mask has")
+    routing: Literal["sampled", "argmax"] = Field("sampled", description="whether routing has Gumbel noise in training")
     masking: Literal["double", "single"] = Field("double", description="how often a mask multiplies a gated product")
     widths: Literal["threshold", "equal"] = Field("threshold", description="narrower experts as they are, or filled up")
     temperature: float = Field(0.4, gt=0)

@@ -76,7 +76,8 @@ class ExpertMasks(nn.Module):
         """Route tokens and mask their channels: (T, F). Routing and masks are computed in fp32."""
         spec = self.spec
         logits_TN = F.linear(x_TD.float(), self.router_ND)
-        noise_TN = exponential(*logits_TN.shape, like=logits_TN)
+        sampled = spec.routing == "sampled"
+        noise_TN = exponential(*logits_TN.shape, like=logits_TN) if sampled else torch.ones_like(logits_TN)
         self.one_hot_TN = gumbel_softmax(logits_TN, noise_TN, spec.temperature)
         h_TR = self.hidden(self.one_hot_TN @ self.embedding_NR)
         logits_NF = self.logits().detach()
