@@ -16,6 +16,7 @@ from moesmith.attention import CarvedAttention, GatedLinear, install, narrowed, 
 from moesmith.export.native import write_native
 from moesmith.moe import share
 from moesmith.native.heads import HeadGate, PrunedAttention, expand_pairs, keep
+from moesmith.sizes import Sizes
 from moesmith.structure import attention_of, attention_weights, decoder_layers, head_dim
 
 S, H = 12, 16
@@ -166,9 +167,7 @@ def test_hybrid_masks_of_queries_and_keys_are_one_for_all_tokens_without_noise_b
 def test_narrow_projections_are_the_nonzero_rows_of_the_masked_ones(family: str) -> None:
     parent = tiny_parent(family)
     h = head_dim(parent.config)
-    qk = expand_pairs(
-        torch.arange(CarvedAttention.free_entries(parent.config)) % 3 != 1, h, rotary_width(parent.config)
-    )
+    qk = expand_pairs(torch.arange(Sizes.of(parent).static) % 3 != 1, h, rotary_width(parent.config))
     carved = CarvedAttention(qk_h=qk, vo_h=torch.arange(h) % 4 != 2)
     for name, tensor in attention_weights(decoder_layers(parent.model)[1][1], parent.config).items():
         if "norm" in name or name == "o_proj.bias":

@@ -139,11 +139,6 @@ class CarvedAttention:
         """The part that does not depend on the token: what a stock architecture can hold, with zeros."""
         return CarvedAttention(self.qk_h, self.vo_h)
 
-    @staticmethod
-    def free_entries(config: Any) -> int:
-        """Free entries of a Q/K mask: one per rotated pair, one per dimension that does not rotate."""
-        return head_dim(config) - rotary_width(config) // 2
-
     @property
     def width_qk(self) -> int:
         """Dimensions of a Q/K head that a token's score takes part in at most."""

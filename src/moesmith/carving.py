@@ -139,6 +139,11 @@ class Carving:
         given = [part.to(device, torch.float32) for part in parts if part is not None]
         return gate_bias_F, torch.stack(given).sum(0) if given else None
 
+    @property
+    def subsets(self) -> bool:
+        """Whether experts are subsets of the parent's own channels, so that each channel need be stored once only."""
+        return self.gate.experts > 1 and self.compensation != "refit" and not self.lora
+
     def active_share(self, parent: Parent) -> float:
         """Active parameters over the parent's, block matrices only, each layer's widest expert counted (tomoe.md §3.5).
 
@@ -161,7 +166,7 @@ class Carving:
         widths_LE = self.widths()
         bias = parent.D if self.compensation == "bias" or first.down_bias_D is not None else 0
         router = self.gate.experts * parent.D if self.gate.experts > 1 else 0
-        shared = bool(self.attention) and self.compensation != "refit" and not self.lora
+        shared = bool(self.attention) and self.subsets
         stored = sum(int(self.mask(i).any(0).sum()) for i in range(parent.L)) if shared else int(widths_LE.sum())
         total = rest + stored * channel + parent.L * (router + self.gate.experts * bias)
         mean_L = widths_LE.double().mean(1)  # a token's expert is not known beforehand: the layer's mean width

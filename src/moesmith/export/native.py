@@ -18,6 +18,7 @@ from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.moe import block
 from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM
 from moesmith.parents import Parent
+from moesmith.sizes import Sizes
 from moesmith.structure import attention_of, attention_weights, decoder_layers
 
 CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that travel with the weights
@@ -38,7 +39,7 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
     """
     widths_LE = carving.widths()
     widths_L = widths_LE.amax(1)
-    shared = is_union(carving)
+    shared = carving.subsets
     plain = parent.ffns[0].matrices == 2
     config = MoesmithConfig(
         parent=parent.config.to_dict() | {"dtype": None},
@@ -72,11 +73,6 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
     }
 
 
-def is_union(carving: Carving) -> bool:
-    """Whether experts are subsets of the parent's channels as they are, so that each is stored once."""
-    return carving.gate.experts > 1 and carving.compensation != "refit" and not carving.lora
-
-
 def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
     """Every tensor by the name that it has in the parent's architecture with our blocks, in the parent's dtype."""
     layers = decoder_layers(parent.model)[1]
@@ -88,7 +84,7 @@ def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tens
         if not name.startswith(tuple(replaced)):
             yield name, carving.norms.get(name, p.detach()).to(p.dtype)
     for index, ffn in enumerate(parent.ffns):
-        found = _union(parent, carving, index) if is_union(carving) else _stack(parent, carving, index)
+        found = _union(parent, carving, index) if carving.subsets else _stack(parent, carving, index)
         yield from ((f"{ffn.path}.{name}", tensor) for name, tensor in found)
     for index, layer in enumerate(layers if carving.attention else ()):
         path = paths[id(attention_of(layer))]
@@ -124,7 +120,7 @@ def _shape(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
     """What ``native.heads.PrunedAttention`` is built from."""
     layer, carved = decoder_layers(parent.model)[1][index], carving.attention[index]
     weights = attention_weights(layer, parent.config)
-    h, W = len(carved.qk_h), carved.free_entries(parent.config)
+    h, W = len(carved.qk_h), Sizes.of(parent).static
     return {
         "path": next(name for name, module in parent.model.named_modules() if module is attention_of(layer)),
         "qk": int(carved.qk_h.sum()),
