@@ -156,8 +156,9 @@ def test_a_start_from_a_carving_has_the_stages_before(home: Path, tmp_path: Path
 
 def test_tomoe_plus_refits_on_routed_tokens(home: Path, tmp_path: Path) -> None:
     run = convert("tomoe-plus", home / "m", home / "d", tmp_path / "run", ["masks.budget=0.6"])
-    before, carving = (Carving.load(run.path(name)) for name in ("masks", "refit"))
-    assert [c.compensation for c in (Carving.load(run.path("carve")), before, carving)] == ["none", "none", "refit"]
+    start, before, carving = (Carving.load(run.path(name)) for name in ("carve", "masks", "refit"))
+    assert [c.compensation for c in (start, before, carving)] == ["none", "none", "refit"]
+    assert all(layer.down is None for layer in start.layers)  # masks are learned over the parent's weights
     assert (carving.widths() == carving.widths()[:, :1]).all()
     parent = load_parent(str(home / "m"), torch.float32)
     for index, (one, other) in enumerate(zip(before.layers, carving.layers, strict=True)):

@@ -136,7 +136,7 @@ def carve_stage(run: Run, parent: Parent) -> Path:
         channels = METHODS[spec.method](parent, groups, spec, recipe.seed)
         carving = _carving(parent, channels, groups, gate, spec.compensation)
         carving.compensation = spec.compensation
-        metrics = _second_pass(run, parent, carving, groups_ids)
+        metrics = _second_pass(run, parent, carving, groups_ids, spec)
         generator = torch.Generator().manual_seed(recipe.seed)
         for layer in carving.layers:
             if spec.experts > 1 and start.start == "random":
@@ -169,10 +169,12 @@ def _pool_draws(windows: dict[str, Tensor], experts: int, seed: int) -> list[Ten
     return draws
 
 
-def _second_pass(run: Run, parent: Parent, carving: Carving, groups_ids: Sequence[Tensor]) -> dict[str, Any]:
+def _second_pass(
+    run: Run, parent: Parent, carving: Carving, groups_ids: Sequence[Tensor], spec: CarveSection
+) -> dict[str, Any]:
     """What needs second moments: refit, closed-form router, constant direction. Fills ``carving`` in place."""
     recipe = run.recipe
-    spec, start = recipe.carve, recipe.router
+    start = recipe.router
     refit, lda = spec.compensation == "refit", start.start == "lda" and spec.experts > 1
     if not (refit or lda or spec.compensation == "bias"):
         return {}
