@@ -5,8 +5,7 @@
     python benchmarks/tomoe.py --data ../shared/data --out runs/tomoe --study stability      # three seeds
 
 Needs a folder of domains (eight names below) with ``wikitext2.test.jsonl`` in it. A benchmark that was stopped
-continues with the same command. Writes ``tomoe.json``, ``tomoe.md``, ``union.json`` or ``stability.json`` into
-``--out``.
+continues with the same command. Writes ``tomoe.json`` and ``tomoe.md``, or a study's files, into ``--out``.
 """
 
 from __future__ import annotations
@@ -14,19 +13,22 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-from collections.abc import Callable
-from contextlib import nullcontext
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from tomoe_figures import save, stability_figure, union_figure
 
 from moesmith.artefact import read_json, write_json, write_text
 from moesmith.carving import Carving
 from moesmith.conversion import convert
 from moesmith.evaluate import geometric_mean, perplexities, wikitext2
-from moesmith.moe import build, shuffled
+from moesmith.moe import build, moe_blocks, shuffled
 from moesmith.parents import Parent, load_parent
 from moesmith.pipeline import Run
 from moesmith.sizes import Sizes
@@ -61,6 +63,7 @@ class Bench:
         self.given, self.out = given, Path(given.out)
         self.parent: Parent = load_parent(given.model)
         self.runs: list[Path] = []
+        self.short = [f"masks.tokens={given.study_tokens}", "masks.window=256"]
 
     def run(self, folder: str, preset: str, settings: list[str]) -> Run:
         """A conversion, re-using what earlier ones made."""
@@ -83,6 +86,32 @@ class Bench:
         return found | {WIKITEXT: wiki[512]}
 
 
+@contextmanager
+def loads(model: Any) -> Iterator[list[torch.Tensor]]:
+    """Collect how often each expert is chosen, per routed layer (E), while the model reads."""
+    routers = [block.router for block in moe_blocks(model) if block.router.spec.experts > 1]
+    load_LE = [torch.zeros(router.spec.experts) for router in routers]
+
+    def hook(load_E: torch.Tensor) -> Any:
+        return lambda _module, _args, out: load_E.add_(torch.bincount(out[2].flatten(), minlength=len(load_E)))
+
+    handles = [r.register_forward_hook(hook(load_E)) for r, load_E in zip(routers, load_LE, strict=True)]
+    try:
+        yield load_LE
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def balance(load_LE: list[torch.Tensor]) -> dict[str, float]:
+    """Entropy of the load over log E, mean and least over layers; empty for a model without routers."""
+    if not load_LE:
+        return {}
+    shares = [load_E / load_E.sum() for load_E in load_LE]
+    found = [float(torch.special.entr(x).sum()) / math.log(len(x)) for x in shares]
+    return {"load_entropy": round(sum(found) / len(found), 4), "load_entropy_least": round(min(found), 4)}
+
+
 def table(bench: Bench) -> None:
     """Every row; rows measured before are taken from the file."""
     target = bench.out / "tomoe.json"
@@ -91,8 +120,9 @@ def table(bench: Bench) -> None:
     def measure(title: str, blocks: dict[str, Any], make: Callable[[], Any], facts: dict[str, Any]) -> None:
         if title not in rows:
             model, context = make()
-            with context:
-                rows[title] = {**facts, "perplexity": bench.text(model, blocks, title)}
+            with context, loads(model) as load_LE:
+                perplexity = bench.text(model, blocks, title)
+            rows[title] = {**facts, **balance(load_LE), "perplexity": perplexity}
             write(bench.out, rows)
 
     for title, folder, preset, settings in ROWS:
@@ -144,33 +174,38 @@ def write(out: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 def union(bench: Bench) -> None:
     """The union term's weight at p = 0.4: 0 against the published one."""
-    found = {}
+    found, logs, by_layer = {}, {}, {}
     for weight in (0.0, 3.0):
-        settings = ["masks.budget=0.4", f"masks.union_weight={weight}", f"masks.tokens={bench.given.study_tokens}"]
+        settings = ["masks.budget=0.4", f"masks.union_weight={weight}", *bench.short]
         run = bench.run(f"union-{weight:g}", "tomoe-50", settings)
         metrics, stages = run.manifest("masks")["metrics"], run.manifest("evaluate")["metrics"]
         kept = {name: metrics[name] for name in ("active_share", "union", "width_ffn", "width_qk", "width_vo", "steps")}
-        found[f"{weight:g}"] = kept | {"perplexity": stages["masks"], "perplexity_parent": stages["parent"]}
-        write_json(bench.out / "union.json", found)
+        name = f"{weight:g}"
+        found[name] = kept | {"perplexity": stages["masks"], "perplexity_parent": stages["parent"]}
+        logs[name] = [json.loads(line) for line in (run.path("masks") / "log.jsonl").read_text().splitlines()]
+        by_layer[name] = Carving.load(run.path("masks")).union().tolist()
+    write_json(bench.out / "union.json", found)
+    save(union_figure(logs, by_layer), bench.out / "union.png")
     print((bench.out / "union.json").read_text())
 
 
 def stability(bench: Bench) -> None:
     """Mask IoU between seeds, experts matched layer by layer; beside it that of random masks of the same widths."""
-    carvings = []
-    for seed in (42, 43, 44):
-        run = bench.run(f"seed-{seed}", "tomoe-50", [f"seed={seed}", f"masks.tokens={bench.given.study_tokens}"])
+    carvings, seeds = [], (42, 43, 44)
+    for seed in seeds:
+        run = bench.run(f"seed-{seed}", "tomoe-50", [f"seed={seed}", *bench.short])
         carvings.append(Carving.load(run.path("masks")))
     pairs = list(itertools.combinations(range(len(carvings)), 2))
     learned = [matched(carvings[a], carvings[b]) for a, b in pairs]
     chance = [matched(randomised(carvings[a], 1), randomised(carvings[b], 2)) for a, b in pairs]
     found = {
-        "pairs": pairs,
+        "seeds": [(seeds[a], seeds[b]) for a, b in pairs],
         "iou_by_layer": learned,
         "iou": [sum(x) / len(x) for x in learned],
         "iou_of_random_masks": [sum(x) / len(x) for x in chance],
     }
     write_json(bench.out / "stability.json", found)
+    save(stability_figure(learned, chance, found["seeds"]), bench.out / "stability.png")
     print({name: found[name] for name in ("iou", "iou_of_random_masks")})
 
 
@@ -194,7 +229,7 @@ def main() -> None:
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--tokens", type=int, default=8192, help="evaluation tokens per domain")
     options.add_argument("--wikitext", type=int, default=32_768, help="tokens of WikiText-2's test text")
-    options.add_argument("--study-tokens", type=int, default=153_600, help="training tokens of a study's runs")
+    options.add_argument("--study-tokens", type=int, default=76_800, help="training tokens of a study's runs")
     options.add_argument("--study", choices=["table", "union", "stability"], default="table")
     options.add_argument("--only", nargs="*", help="folders of the table's rows to run")
     given = options.parse_args()

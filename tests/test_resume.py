@@ -201,3 +201,17 @@ def test_killed_while_masks_are_learned(job: Job, learned: Outcome, tmp_path: Pa
     for stage in LEARNED:
         verify_files(out / "stages" / stage)
     assert files(out) == files(learned["folder"])
+
+
+def test_killed_while_learned_experts_are_refitted(job: Job, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"preset": "tomoe-plus", "settings": ["masks.budget=0.6"]}
+    alone = job(tmp_path / "alone", **options)
+    assert (alone["signal"], alone["error"]) == (0, None)
+    order = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve", "masks", "refit")
+    for point in random.Random(2).sample(events_of("refit", alone["counts"], order), 2):
+        out = tmp_path / str(point)
+        assert job(out, kill=point, **options)["signal"] == 9
+        whole(out)
+        assert job(out, **options)["error"] is None
+        assert weights(out) == weights(tmp_path / "alone")
+        assert files(out) == files(tmp_path / "alone")

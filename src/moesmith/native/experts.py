@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
-ALIGN = 64  # rows
+ALIGN, ALIGN_TRAINING = 16, 64  # rows
 
 
 class SlicedExperts(nn.Module):
@@ -79,8 +79,9 @@ class SlicedExperts(nn.Module):
         experts, (T, K) = len(self.gate_up_proj), ids_TK.shape
         ids_S = ids_TK.flatten()
         counts_E = torch.bincount(ids_S, minlength=experts)
-        # a CPU's matrix kernels are made per shape: rounding rows up lets few of them serve every batch
-        align = ALIGN if x_TD.device.type == "cpu" else 1
+        # a CPU's matrix kernels are made per shape: rounding rows up lets few of them serve every batch. Training makes
+        # three products of each shape, and every step brings new ones; inference loses more by empty rows
+        align = (ALIGN_TRAINING if torch.is_grad_enabled() else ALIGN) if x_TD.device.type == "cpu" else 1
         padded_E = (counts_E + align - 1) // align * align
         order_S = ids_S.argsort(stable=True)
         shift_E = (padded_E.cumsum(0) - padded_E) - (counts_E.cumsum(0) - counts_E)
@@ -89,8 +90,8 @@ class SlicedExperts(nn.Module):
         counts = padded_E.tolist()
         rows_SD = x_TD if K == 1 else x_TD.repeat_interleave(K, 0)
         x_PD = x_TD.new_zeros(sum(counts), x_TD.shape[1]).index_copy(0, slot_S, rows_SD)
-        y_TKD = self._run(x_PD, counts).index_select(0, slot_S).view(T, K, -1)
-        return (y_TKD * weights_TK.unsqueeze(-1).to(x_TD.dtype)).sum(1)
+        y_SD = self._run(x_PD, counts).index_select(0, slot_S) * weights_TK.reshape(-1, 1).to(x_TD.dtype)
+        return y_SD if K == 1 else y_SD.view(T, K, -1).sum(1)
 
 
 class UnionExperts(SlicedExperts):

@@ -26,6 +26,11 @@ def expand_pairs(free: Tensor, h: int, rotary: int) -> Tensor:
 
 def keep(logits: Tensor, threshold: Tensor, most: int) -> Tensor:
     """Kept dimensions (…, h) bool: logits at or above the threshold, at most ``most``, at least the best one."""
+    kept = logits >= threshold
+    if logits.device.type == "cpu":  # where asking is free, and selecting in many short rows is slow
+        counts = kept.sum(-1)
+        if bool(((counts > 0) & (counts <= most)).all()):
+            return kept
     floor = logits.topk(most, -1).values
     bound = torch.maximum(floor[..., -1:], threshold).minimum(floor[..., :1])
     return logits >= bound
@@ -133,7 +138,7 @@ class PrunedAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         width = max(q.shape[-1], v.shape[-1])  # kernels want one width: zeros change no score
-        q, k, v = (F.pad(part, (0, width - part.shape[-1])) for part in (q, k, v))
+        q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
         dropout = self.attention_dropout if self.training else 0.0
         out, scores = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

@@ -26,6 +26,7 @@ from moesmith.moe import build
 from moesmith.moments import Moments, Second, channel_moments, group_moments, merge, pool
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
+from moesmith.recipe import CarveSection
 from moesmith.refit import compensation_bias, refit_down
 from moesmith.router import constant_direction, lda_router, random_router
 from moesmith.scores import channel_scores, choose

@@ -89,7 +89,8 @@ def _evaluation_windows(recipe: Recipe) -> dict[str, int]:
 def check_windows(recipe: Recipe, parent: Parent) -> None:
     """Refuse windows that the parent cannot read."""
     limit = getattr(parent.config, "max_position_embeddings", None) or 1 << 30
-    used = {"domains.window": recipe.domains.window} | _evaluation_windows(recipe)
+    used = {"domains.window": recipe.domains.window} if recipe.carved else {}
+    used |= _evaluation_windows(recipe)
     used |= {f"{name}.window": spec.window for name, spec in stages_to_train(recipe).items()}
     for key, window in used.items():
         if window > limit:
@@ -99,8 +100,9 @@ def check_windows(recipe: Recipe, parent: Parent) -> None:
 def check_text(recipe: Recipe, parent: Parent, domains: Sequence[Domain]) -> None:
     """Refuse a domain with less text in a split than one window."""
     longest = max(_evaluation_windows(recipe).values())
+    window = recipe.domains.window if recipe.carved else 1  # masks from a random start take no calibration windows
     for domain in domains:
-        must_hold(domain, parent.tokenizer, recipe.domains.window, longest)
+        must_hold(domain, parent.tokenizer, window, longest)
 
 
 def windows_of(run: Run) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
         metrics |= verify_folder(parent, target, sliced, ids)
         if has_stock(parent, carving):
             metrics["stock"] = stock(run.folder / "stock")
-            say("  RUN/stock drops the masks that attention has by token: V and O are whole there")
+            say("  RUN/stock drops the masks that attention has by token: all of V and O that any token keeps is used")
         return metrics | carving.parameters(parent)
 
     return run.stage("export", [before, "held-out"], {}, body, shared=False)  # the model itself lies elsewhere
