@@ -140,6 +140,7 @@ def test_tomoe_plus_is_tomoe_but_for_what_its_preset_says() -> None:
         "affinity.method",
         "router.start",
         "masks.start",
+        "masks.attention",
         "masks.noise",
         "masks.routing",
         "masks.masking",

@@ -170,7 +170,7 @@ def test_tomoe_plus_refits_on_routed_tokens(home: Path, tmp_path: Path) -> None:
             assert not torch.allclose(down_DF, parent.ffns[index].down_DF[:, kept], atol=1e-3)
     assert sum(run.manifest("refit")["metrics"]["share_by_expert"]) == pytest.approx(1)
     stages = read_json(run.path("evaluate") / "evaluation.json")["stages"]
-    assert list(stages) == ["parent", "carve", "masks", "refit", "stock"]
+    assert list(stages) == ["parent", "carve", "masks", "refit"]
     assert stages["refit"]["geomean"] < stages["masks"]["geomean"]
 
 
