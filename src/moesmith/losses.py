@@ -30,11 +30,11 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         N = len(hidden_ND)
         total = torch.zeros((), dtype=torch.float64)
-        grad_ND = torch.empty_like(hidden_ND)
+        grad_ND = torch.zeros_like(hidden_ND)
         for rows in torch.arange(N).split(CHUNK):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits_CV = F.linear(hidden_ND[part], head_VD, head_V)
-            grad_CV = torch.zeros((), dtype=torch.float32)
+            grad_CV = None
             if mix < 1:
                 log_CV = F.log_softmax(logits_CV, -1, dtype=torch.float32)
                 labels_C1 = labels_N[part, None]
@@ -43,12 +43,18 @@ class _HeadLoss(torch.autograd.Function):
                 grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, mix - 1, dtype=torch.float32))
             if teacher_ND is not None and mix > 0:
                 teacher_CV = F.linear(teacher_ND[part], head_VD, head_V)
-                wanted_CV = F.log_softmax(teacher_CV / temperature, -1, dtype=torch.float32)
-                given_CV = F.log_softmax(logits_CV / temperature, -1, dtype=torch.float32)
+                if temperature != 1:  # every pass over a chunk's logits is felt
+                    teacher_CV, logits_CV = teacher_CV.div_(temperature), logits_CV.div_(temperature)
+                wanted_CV = F.log_softmax(teacher_CV, -1, dtype=torch.float32)
+                given_CV = F.log_softmax(logits_CV, -1, dtype=torch.float32)
                 p_CV = wanted_CV.exp()
-                total += mix * temperature**2 * (p_CV * wanted_CV.sub_(given_CV)).sum().double()
-                grad_CV = given_CV.exp_().sub_(p_CV).mul_(mix * temperature).add_(grad_CV)
-            grad_ND[part] = grad_CV.to(hidden_ND.dtype) @ head_VD
+                total += mix * temperature**2 * wanted_CV.sub_(given_CV).mul_(p_CV).sum().double()
+                soft_CV = given_CV.exp_().sub_(p_CV)
+                if mix * temperature != 1:
+                    soft_CV.mul_(mix * temperature)
+                grad_CV = soft_CV if grad_CV is None else soft_CV.add_(grad_CV)
+            if grad_CV is not None:
+                grad_ND[part] = grad_CV.to(hidden_ND.dtype) @ head_VD
         ctx.save_for_backward(grad_ND)
         ctx.scale = 1 / N
         return (total / N).float()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512  # tokens whose fp32 noise exists at once
+CHUNK = 128  # tokens whose fp32 noise exists at once: what stays in a core's cache
 
 
 def keep_probability(logits: Tensor, bias: float) -> Tensor:
@@ -60,8 +60,8 @@ class _Masked(torch.autograd.Function):
     """v ⊙ s(token's expert) with the gradient of s through its soft value.
 
     Mask logits o = W_D h are never formed for every token: o takes N distinct rows, and the gradient of a token's
-    decoder input is (dL/do) W_D whatever its row. What stays for the backward pass is one low-precision slope and one
-    bit per token and channel, instead of several fp32 copies of the logits.
+    decoder input is (dL/do) W_D whatever its row. What stays for the backward pass is the mask and its slope in low
+    precision, instead of several fp32 copies of the logits.
     """
 
     @staticmethod
@@ -75,41 +75,52 @@ class _Masked(torch.autograd.Function):
         noise_NF: Tensor | None,
         temperature: float,
         bias: float,
-        factor: float,
+        double: bool,
     ) -> Tensor:
         odds_NF = torch.exp(-(logits_NF + bias))
-        keep_TF = torch.empty(v_TF.shape, dtype=torch.bool, device=v_TF.device)
-        slope_TF = torch.empty_like(v_TF)
+        keep_TF, slope_TF = torch.empty_like(v_TF), torch.empty_like(v_TF)
         if noise_NF is not None:
-            keep_NF, slope_NF = _sample(odds_NF * noise_NF, temperature)
-            torch.index_select(keep_NF, 0, ids_T, out=keep_TF)
+            keep_NF, slope_NF = _sample(odds_NF.mul_(noise_NF), temperature, double)
+            torch.index_select(keep_NF.to(v_TF.dtype), 0, ids_T, out=keep_TF)
             torch.index_select(slope_NF.to(v_TF.dtype), 0, ids_T, out=slope_TF)
         else:
             for start in range(0, len(ids_T), CHUNK):
                 part = slice(start, start + CHUNK)
                 odds_CF = odds_NF.index_select(0, ids_T[part])
                 odds_CF.mul_(exponential(*odds_CF.shape, like=odds_CF))
-                keep_TF[part], slope_TF[part] = _sample(odds_CF, temperature)
+                keep_TF[part], slope_TF[part] = _sample(odds_CF, temperature, double)
         ctx.save_for_backward(v_TF, keep_TF, slope_TF, h_TR, decoder_FR)
-        ctx.factor = factor
         return v_TF * keep_TF
 
     @staticmethod
     def backward(ctx: Any, grad_TF: Tensor) -> Any:  # type: ignore[override]
         v_TF, keep_TF, slope_TF, h_TR, decoder_FR = ctx.saved_tensors
-        do_TF = grad_TF * v_TF * slope_TF
-        if ctx.factor != 1:  # s² : dy/ds = 2 s v, nothing for a dropped channel
-            do_TF = do_TF * keep_TF * ctx.factor
+        do_TF = (grad_TF * v_TF).mul_(slope_TF)
         dh_TR = (do_TF @ decoder_FR.to(do_TF.dtype)).to(h_TR.dtype)
         ddecoder_FR = (do_TF.T @ h_TR.to(do_TF.dtype)).to(decoder_FR.dtype)
         return grad_TF * keep_TF, dh_TR, ddecoder_FR, None, None, None, None, None, None
 
 
-def _sample(odds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Kept or not, and the slope of the soft value: s̃ (1 − s̃) / τ with s̃ = 1 / (1 + odds^(1/τ))."""
+def _sample(odds: Tensor, temperature: float, double: bool) -> tuple[Tensor, Tensor]:
+    """Kept or not, and the slope of the mask; overwrites ``odds``.
+
+    The slope of the soft value is s̃ (1 − s̃) / τ with s̃ = 1 / (1 + odds^(1/τ)); of a double mask s² it is 2 s times
+    that, nothing for a dropped channel.
+    """
     keep = odds < 1
-    soft = odds.pow_(1 / temperature).add_(1).reciprocal_()
-    return keep, torch.addcmul(soft, soft, soft, value=-1).div_(temperature)
+    soft = _power(odds, 1 / temperature).add_(1).reciprocal_()
+    slope = torch.addcmul(soft, soft, soft, value=-1).mul_((2.0 if double else 1.0) / temperature)
+    return keep, slope.mul_(keep) if double else slope
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x to the ``exponent``, in place; half-integers, as 1/τ of the published τ, at half of a power's time."""
+    if not (2 * exponent).is_integer() or exponent < 1:
+        return x.pow_(exponent)
+    root = x.sqrt() if exponent % 1 else None
+    if exponent >= 2:
+        x.pow_(int(exponent))
+    return x if root is None else x.mul_(root)
 
 
 def masked(
@@ -139,9 +150,8 @@ def masked(
         double: the mask multiplies both factors of a gated product, as published: s² = s forward, but a dropped
             channel gets no gradient and a kept one twice as much (tomoe.md §3.3).
     """
-    factor = 2.0 if double else 1.0
     return _Masked.apply(  # type: ignore[no-any-return]
-        v_TF, h_TR, decoder_FR, logits_NF, ids_T, noise_NF, temperature, bias, factor
+        v_TF, h_TR, decoder_FR, logits_NF, ids_T, noise_NF, temperature, bias, double
     )
 
 
