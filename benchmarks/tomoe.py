@@ -93,7 +93,10 @@ def loads(model: Any) -> Iterator[list[torch.Tensor]]:
     load_LE = [torch.zeros(router.spec.experts) for router in routers]
 
     def hook(load_E: torch.Tensor) -> Any:
-        return lambda _module, _args, out: load_E.add_(torch.bincount(out[2].flatten(), minlength=len(load_E)))
+        def see(_module: Any, _args: Any, out: Any) -> None:  # what a hook returns would take the output's place
+            load_E.add_(torch.bincount(out[2].flatten(), minlength=len(load_E)))
+
+        return see
 
     handles = [r.register_forward_hook(hook(load_E)) for r, load_E in zip(routers, load_LE, strict=True)]
     try:
