@@ -22,6 +22,8 @@ from moesmith.export.llamacpp import TOP, Answers, Questions, ask
 from moesmith.export.quantise import tensor_type
 from moesmith.export.stock import stock_reference
 from moesmith.export.target import Options, Source
+from moesmith.plan import make_plan
+from moesmith.recipe import load_recipe
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -86,7 +88,7 @@ def test_wrong_files_are_caught_and_gone(tmp_path: Path) -> None:
     other = tiny_parent("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     for wrong in (permuted(source), replace(source, parent=other)):
         Gguf().write(wrong, out, Options(quant="f32"))
-        with pytest.raises(MoesmithError, match="does not answer in llama.cpp as the carving does: its log-prob"):
+        with pytest.raises(MoesmithError, match=r"does not answer in llama\.cpp as the carving does: its log-prob"):
             Gguf().verify(source, out, IDS)
         assert list(tmp_path.iterdir()) == []
 
@@ -96,7 +98,7 @@ def test_a_fault_is_found_before_quantising(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         target_module, "write_stock", lambda parent, _, *rest: write(parent, permuted(source).carving, *rest)
     )
-    with pytest.raises(MoesmithError, match="does not answer in llama.cpp"):
+    with pytest.raises(MoesmithError, match=r"does not answer in llama\.cpp"):
         Gguf().write(source, tmp_path / "moe.gguf", Options(quant="q4_k_m"))
     assert list(tmp_path.iterdir()) == []
 
@@ -169,6 +171,15 @@ def test_types_of_q4_k_m() -> None:
     assert kinds("blk.{}.ffn_gate_inp.weight") == kinds("blk.{}.attn_norm.weight") == [None] * 6
 
 
+def test_plan_warns_of_widths_and_names_the_ratio() -> None:
+    parent = tiny_parent("llama", hidden_size=256, intermediate_size=1536)
+    [line] = make_plan(load_recipe("dive-1of8"), parent, 4).warnings  # a bias is one more channel: 769, padded to 800
+    assert line.startswith("q4_k_m keeps experts' down_proj in q5_0 or larger: rows of 800, next good 1024")
+    ratio = line.split("carve.ratio=")[1].rstrip(")")
+    assert make_plan(load_recipe("dive-1of8", None, [f"carve.ratio={ratio}"]), parent, 4).warnings == []
+    assert make_plan(load_recipe("dive-plus"), parent, 4).warnings == []  # 768
+
+
 def test_rows_that_q4_k_m_cannot_quantise_are_named() -> None:
     assert wide_rows(512, 512, 768) == []
     assert wide_rows(512, 768, 1408) == [
@@ -200,7 +211,7 @@ def test_an_unknown_way_of_splitting_is_refused() -> None:
 
 def test_missing_llamacpp_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(MoesmithError, match="xllamacpp.*pip install 'moesmith"):
+    with pytest.raises(MoesmithError, match=r"xllamacpp.*pip install 'moesmith"):
         ask(tmp_path / "x.gguf", Questions())
 
 

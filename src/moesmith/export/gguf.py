@@ -1,12 +1,12 @@
 """``--to gguf``: one file for llama.cpp, by its own converter, proved in llama.cpp.
 
-llama.cpp renormalises the gate's weights in two graphs only: ``llama`` with experts and ``qwen3moe``. So Llama, Mistral and
-Phi-3 go through a folder with Mixtral's names to ``llama``, Qwen3 to ``qwen3moe``, and Qwen2, whose own graph does not
-renormalise, as Mixtral's names plus biases to ``llama``, which takes them.
+Of llama.cpp's graphs that hold our models, ``llama`` with experts and ``qwen3moe`` divide the gate's weights by their
+sum, and ``qwen2moe`` does not. So Llama, Mistral and Phi-3 go through a folder with Mixtral's names to ``llama``, Qwen3
+to ``qwen3moe``, and Qwen2 as Mixtral's names plus biases to ``llama``, which takes them.
 
-A quantised model answers otherwise than its source, so a comparison of the two cannot tell noise from a fault. Therefore
-the same folder is first written in f32, in which llama.cpp must give the reference's logits; what is quantised from it
-is then held to the tolerance of its type.
+A quantised model answers otherwise than its source, so a comparison of the two cannot tell noise from a fault.
+Therefore the same folder is first written in f32, in which llama.cpp must give the reference's probabilities; what is
+quantised from it is then held to the tolerance of its type.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def graph_of(parent: Parent) -> str:
 
 
 def wide_rows(D: int, heads: int, width: int) -> list[str]:
-    """Which matrices q4_k_m leaves in a larger type because their rows are no multiple of 256, and the next width that is.
+    """Which matrices q4_k_m leaves in a larger type, their rows being no multiple of 256, and the next that would be.
 
     Args:
         D: the model's width.
@@ -166,9 +166,7 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
     return _judge(source, file, ids, start, answers, TOLERANCE[kind])
 
 
-def _judge(
-    source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float
-) -> dict[str, Any]:
+def _judge(source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float) -> dict[str, Any]:
     reference = stock_reference(source.parent, source.carving)
     dtype = torch.float32 if fits(reference) else reference.dtype
     logits_NSV = run(reference, ids, dtype).logits
