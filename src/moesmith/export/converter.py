@@ -66,7 +66,8 @@ def structural(tokenizer: Any) -> str:
     """llama.cpp's name for a pre-tokenizer that the converter does not know by its hash.
 
     The converter recognises a tokenizer by the tokens of one string, so any vocabulary but the published ones is
-    unknown to it. Two ways of splitting are sure from the tokenizer's own description; that llama.cpp makes the same tokens is
+    unknown to it. Two ways of splitting are sure from the tokenizer's own description; that llama.cpp makes the same
+    tokens is compared on the run's text afterwards (``gguf.verify``).
     compared on the run's text afterwards (``gguf.verify``).
 
     Raises:
