@@ -68,7 +68,6 @@ def structural(tokenizer: Any) -> str:
     The converter recognises a tokenizer by the tokens of one string, so any vocabulary but the published ones is
     unknown to it. Two ways of splitting are sure from the tokenizer's own description; that llama.cpp makes the same
     tokens is compared on the run's text afterwards (``gguf.verify``).
-    compared on the run's text afterwards (``gguf.verify``).
 
     Raises:
         MoesmithError: any other way of splitting.
