@@ -31,20 +31,30 @@ def header_of(folder: Path) -> dict[str, Any]:
     return header
 
 
-def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
-    """A run's dense parent and its finished model.
+def parent_of(folder: Path) -> Parent:
+    """A run's dense parent, in the run's dtype.
 
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
-    header = header_of(folder)
-    parent = load_parent(header["inputs"]["model"], getattr(torch, header["inputs"]["dtype"]))
-    if parent.digest != header["inputs"]["model_digest"]:
+    inputs = header_of(folder)["inputs"]
+    parent = load_parent(inputs["model"], getattr(torch, inputs["dtype"]))
+    if parent.digest != inputs["model_digest"]:
         raise MoesmithError(
-            f"{header['inputs']['model']} is not the parent {folder} was made from (weights {parent.digest},"
-            f" not {header['inputs']['model_digest']})",
+            f"{inputs['model']} is not the parent {folder} was made from (weights {parent.digest},"
+            f" not {inputs['model_digest']})",
             "Put the original weights back, or convert again.",
         )
+    return parent
+
+
+def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
+    """A run's dense parent and its finished model.
+
+    Raises:
+        MoesmithError: as :func:`parent_of`, or the finished model is damaged.
+    """
+    parent = parent_of(folder)
     return parent, load_finished(folder / "model", parent)
 
 

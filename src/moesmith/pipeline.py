@@ -97,7 +97,8 @@ class Run:
             The finished folder.
 
         Raises:
-            MoesmithError: the body's own, or something cannot be written; what was finished before stays.
+            MoesmithError: the body's own, a finished stage is damaged, or something cannot be written; what was finished
+            before stays.
         """
         key = digest(
             {
@@ -113,6 +114,7 @@ class Run:
         if finished(final, key):
             for left in WORKING:  # of a process killed between the rename and this
                 (final / left).unlink(missing_ok=True)
+            verify_files(final)
             say(f"[{name}] done before")
             return final
         try:
