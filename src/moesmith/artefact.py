@@ -157,10 +157,16 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
     return manifest if manifest.get("key") == key else None
 
 
-def write_sums(folder: Path) -> None:
-    """Write ``SHA256SUMS``: a line with hash and name for every file below ``folder``."""
-    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
-    write_text(folder / SUMS, "".join(f"{file_digest(folder / name)}  {name}\n" for name in names))
+def sums_of(folder: Path) -> dict[str, str]:
+    """sha256 by name of every file below ``folder``, its ``SHA256SUMS`` apart."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return {name: file_digest(folder / name) for name in names if name != SUMS}
+
+
+def write_sums(folder: Path, sums: Mapping[str, str] | None = None) -> None:
+    """Write ``SHA256SUMS``: a line with hash and name for every file below ``folder``, or as ``sums`` says."""
+    sums = sums_of(folder) if sums is None else sums
+    write_text(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
 
 
 def listed(folder: Path) -> dict[str, str]:

@@ -57,9 +57,8 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
     )
     classes = {"AutoConfig": MoesmithConfig, "AutoModelForCausalLM": MoesmithForCausalLM}
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
-    tensors = ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
     with whole_folder(folder) as work:
-        size = write_shards(work, tensors)
+        size = write_shards(work, named_tensors(parent, carving))
         config.save_pretrained(work)
         for name in CODE:
             shutil.copyfile(str(files("moesmith") / "native" / f"{name}.py"), work / f"{name}.py")
@@ -71,6 +70,11 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
         "zero_channels": padding,
         "bytes": size,
     }
+
+
+def named_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder by its name on disk."""
+    return ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
 
 
 def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
