@@ -1,8 +1,8 @@
-"""A packed delta: the carving alone, on top of the untouched parent; with both, the finished model comes back bit for bit.
+"""A packed delta: the carving alone, on top of the untouched parent. With both the finished model comes back bit for bit.
 
-``DELTA/`` holds the run's last carving as its stage wrote it (``carving.json``, ``carving.safetensors``), for each folder
-that the run finished (``model``, ``stock``) every file that is not weights, ``delta.json``, and ``SHA256SUMS`` of all that.
-The finished folder's own ``SHA256SUMS`` travels along and says what its weights must be.
+``DELTA/`` holds the run's last carving as its stage wrote it (``carving.json``, ``carving.safetensors``), for each
+folder that the run finished (``model``, ``stock``) every file that is not weights, ``delta.json``, and ``SHA256SUMS``
+of all that. The finished folder's own ``SHA256SUMS`` travels along and says what its weights must be.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ CARVING = ("carving.json", f"carving{WEIGHTS}")
 STOCK = "stock"  # a folder's format; the other is NATIVE
 PARTS = {  # bytes of a carving by what they are for: the names of its tensors without the layer
     "channels": ("widths", "channels"),
-    "router": ("router_ED", "noise_ED"),
-    "bias": ("bias_ED", "constant_D"),
+    "router": ("router_ED", "noise_ED", "constant_D"),
+    "bias": ("bias_ED",),
     "down_proj": ("down",),
     "lora": ("lora",),
     "norms": ("norm",),
@@ -61,8 +61,8 @@ AGAIN = "Fetch the delta again, or pack it again."
 def pack(run: Path, out: Path) -> dict[str, Any]:
     """Write what ``run`` changed of its parent into the folder ``out``, whole or not at all, and prove it.
 
-    The proof is the reverse: the finished folders are made again from parent and delta, in a hidden folder beside ``out``
-    that needs as much room as they do, and every file must have the bytes that the run's has.
+    The proof is the reverse: the finished folders are made again from parent and delta, in a hidden folder beside
+    ``out`` that needs as much room as they do, and every file must have the bytes that the run's has.
 
     Args:
         run: a finished run; its parent is loaded from where it was.
@@ -74,8 +74,8 @@ def pack(run: Path, out: Path) -> dict[str, Any]:
         kind of content.
 
     Raises:
-        MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` holds something else or cannot
-            be written, or the carving does not give the finished folders.
+        MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` holds something else or
+            cannot be written, or the carving does not give the finished folders.
     """
     header = header_of(run)
     export = read_json(run / "stages" / "export" / MANIFEST)
@@ -135,8 +135,8 @@ def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
         ``folders`` with their format, ``out`` and ``bytes``.
 
     Raises:
-        MoesmithError: ``delta`` is no delta, damaged, or of a newer moesmith; ``model`` is not its parent; ``out`` holds
-            something or cannot be written; a file came out otherwise than it was packed.
+        MoesmithError: ``delta`` is no delta, damaged, or of a newer moesmith; ``model`` is not its parent; ``out``
+            holds something or cannot be written; a file came out otherwise than it was packed.
     """
     facts = _facts(delta)
     with whole_folder(out, None) as work:  # refuses an occupied folder before the parent is loaded
@@ -148,9 +148,12 @@ def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
                 f"Give the dense model that it was packed from, {facts['parent']['name']}.",
             )
         for name in rebuild(parent, delta, facts["folders"], work)[:1]:
-            made = ", ".join(f"{package} {facts['versions'][package]}" for package in ("moesmith", "torch", "safetensors"))
+            made = ", ".join(
+                f"{package} {facts['versions'][package]}" for package in ("moesmith", "torch", "safetensors")
+            )
             raise MoesmithError(
-                f"{name} came out with other bytes than were packed", f"Run it with the versions it was packed by: {made}."
+                f"{name} came out with other bytes than were packed",
+                f"Run it with the versions it was packed by: {made}.",
             )
     return {"out": str(out), "folders": facts["folders"], "bytes": sum(_size(out / name) for name in facts["folders"])}
 

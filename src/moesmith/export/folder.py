@@ -34,9 +34,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers and safetensors each have their own error types
-        raise MoesmithError(
-            f"{folder} cannot be loaded: {first_line(error)}", REMAKE
-        ) from error
+        raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", REMAKE) from error
     return checked(loaded, str(folder)).eval()
 
 
