@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -67,9 +68,9 @@ def whole_folder(folder: Path, mark: str | None = "config.json") -> Iterator[Pat
             shutil.rmtree(folder)
         os.replace(work, folder)
     except OSError as error:
-        raise MoesmithError(
-            f"cannot write {folder}: {error.strerror or error}", "Free disk space and run again."
-        ) from error
+        place = error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EROFS)
+        cure = "Give another folder." if place else "Free disk space and run again."
+        raise MoesmithError(f"cannot write {folder}: {error.strerror or error}", cure) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
