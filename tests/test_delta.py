@@ -122,7 +122,10 @@ def test_what_lies_there_is_left_alone(runs: dict[str, Path], tmp_path: Path) ->
     refused(
         moesmith("unpack", tmp_path / "mine", "--model", "x", "--out", made), r"delta\.json is missing. Give a whole"
     )
-    refused(moesmith("pack", runs["bias"], "--out", tmp_path / "mine" / "thesis.txt" / "x"), "cannot write .*File exists. Give another")
+    refused(
+        moesmith("pack", runs["bias"], "--out", tmp_path / "mine" / "thesis.txt" / "x"),
+        "cannot write .*File exists. Give another",
+    )
 
 
 def test_a_newer_delta(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -175,11 +175,9 @@ def listed(folder: Path) -> dict[str, str]:
     Raises:
         MoesmithError: the list itself is damaged.
     """
-    if (folder / MANIFEST).is_file():
-        return dict(read_json(folder / MANIFEST).get("files", {}))
     path = folder / SUMS
     if not path.is_file():
-        return {}
+        return dict(read_json(folder / MANIFEST).get("files", {})) if (folder / MANIFEST).is_file() else {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = dict(reversed(line.split("  ", 1)) for line in lines if line.count("  "))
     if len(found) != len(lines) or any(len(value) != 64 for value in found.values()):

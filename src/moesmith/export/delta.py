@@ -1,4 +1,4 @@
-"""A packed delta: the carving alone, on top of the untouched parent. With both the finished model comes back bit for bit.
+"""A packed delta: the carving alone, on top of the untouched parent. Both together give the model back bit for bit.
 
 ``DELTA/`` holds the run's last carving as its stage wrote it (``carving.json``, ``carving.safetensors``), for each
 folder that the run finished (``model``, ``stock``) every file that is not weights, ``delta.json``, and ``SHA256SUMS``
@@ -55,6 +55,7 @@ PARTS = {  # bytes of a carving by what they are for: the names of its tensors w
     "norms": ("norm",),
     "attention": ("attention",),
 }
+MATTER = ("moesmith", "torch", "safetensors")  # packages that a file's bytes could depend on
 AGAIN = "Fetch the delta again, or pack it again."
 
 
@@ -85,26 +86,27 @@ def pack(run: Path, out: Path) -> dict[str, Any]:
     for folder in folders.values():
         check_finished(folder)
         verify_files(folder, REMAKE)
-    parent = parent_of(run)
-    facts: dict[str, Any] = {
-        "format": FORMAT,
-        "recipe": header["recipe"]["name"],
-        "parent": {
-            "name": header["inputs"]["model"].rstrip("/").split("/")[-1],
-            "model_digest": parent.digest,
-            "dtype": header["inputs"]["dtype"],
-        },
-        "folders": {name: _kind(folder) for name, folder in folders.items()},
-        "versions": versions(),
-    }
-    with whole_folder(out, MARK) as work:
+    with whole_folder(out, MARK) as work:  # refuses an occupied folder before the parent is loaded
+        parent = parent_of(run)
+        facts: dict[str, Any] = {
+            "format": FORMAT,
+            "recipe": header["recipe"]["name"],
+            "parent": {
+                "name": header["inputs"]["model"].rstrip("/").split("/")[-1],
+                "model_digest": parent.digest,
+                "dtype": header["inputs"]["dtype"],
+            },
+            "folders": {name: _kind(folder) for name, folder in folders.items()},
+            "bytes": {name: _size(folder, f"*{WEIGHTS}") for name, folder in folders.items()},
+            "versions": versions(),
+        }
         for name in CARVING:
             shutil.copyfile(stage / name, work / name)
         for name, folder in folders.items():
             _carry(folder, work / name, work / FOLDERS[0])
         write_json(work / MARK, facts)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as scratch:
-            for name in rebuild(parent, work, facts["folders"], Path(scratch))[:1]:
+            for name in _rebuild(parent, work, facts, Path(scratch))[:1]:
                 raise MoesmithError(
                     f"{run / name} is not what this moesmith makes of {stage}",
                     f"Delete {(run / name).parent} and run the same 'moesmith convert' again.",
@@ -147,10 +149,8 @@ def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
                 f"{model} is not the parent of {delta} (weights {parent.digest}, not {expected})",
                 f"Give the dense model that it was packed from, {facts['parent']['name']}.",
             )
-        for name in rebuild(parent, delta, facts["folders"], work)[:1]:
-            made = ", ".join(
-                f"{package} {facts['versions'][package]}" for package in ("moesmith", "torch", "safetensors")
-            )
+        for name in _rebuild(parent, delta, facts, work)[:1]:
+            made = ", ".join(f"{package} {facts['versions'][package]}" for package in MATTER)
             raise MoesmithError(
                 f"{name} came out with other bytes than were packed",
                 f"Run it with the versions it was packed by: {made}.",
@@ -158,12 +158,12 @@ def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
     return {"out": str(out), "folders": facts["folders"], "bytes": sum(_size(out / name) for name in facts["folders"])}
 
 
-def rebuild(parent: Parent, delta: Path, folders: Mapping[str, str], out: Path) -> list[str]:
+def _rebuild(parent: Parent, delta: Path, facts: Mapping[str, Any], out: Path) -> list[str]:
     """Write the finished folders of ``delta`` below ``out``; the names of files that are not what they must be."""
     carving, wrong = Carving.load(delta), []
-    for name, kind in folders.items():
+    for name, kind in facts["folders"].items():
         target = out / name
-        with meter(f"making {name}", sum(p.nbytes for p in parent.model.parameters()) / 1e6, "MB") as bar:
+        with meter(f"making {name}", facts["bytes"][name] / 1e6, "MB") as bar:
             write_shards(target, _counted(_tensors(parent, carving, kind), bar))
         lists = listed(delta / name)
         common = [path for path in (delta / FOLDERS[0]).iterdir() if path.name in lists]
@@ -215,8 +215,8 @@ def _facts(delta: Path) -> dict[str, Any]:
     return facts
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _size(folder: Path, pattern: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
 
 
 def _parts(delta: Path) -> dict[str, int]:

@@ -56,7 +56,7 @@ def whole_folder(folder: Path, mark: str | None = "config.json") -> Iterator[Pat
     known = mark is not None and (folder / mark).is_file()
     if folder.exists() and not known and (folder.is_file() or any(folder.iterdir())):
         raise MoesmithError(f"{folder} exists and holds something else", "Give another folder, or delete it.")
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    work = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
