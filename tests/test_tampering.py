@@ -24,7 +24,7 @@ from refusals import refused
 from test_delta import flip
 from tiny import save_tiny, tiny_parent
 
-from moesmith.artefact import MANIFEST, read_json
+from moesmith.artefact import MANIFEST, read_json, verify_files
 from moesmith.errors import MoesmithError
 from moesmith.export import folder as folders
 from moesmith.export.delta import pack
@@ -129,7 +129,7 @@ def test_one_shard_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert len(shards) > 2
         damage(shards[1])
         with pytest.raises(MoesmithError, match=rf"{shards[1].name} is missing or damaged\. Delete"):
-            folders.load_folder(tmp_path / "moe", torch.float32)
+            verify_files(tmp_path / "moe", folders.REMAKE)
 
 
 @pytest.mark.parametrize("where", ["model", "parent"])

@@ -32,7 +32,7 @@ from moesmith.carving import Carving
 from moesmith.compare import header_of, parent_of
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
-from moesmith.export.folder import REMAKE, whole_folder, write_shards
+from moesmith.export.folder import whole_folder, write_shards
 from moesmith.export.native import named_tensors
 from moesmith.export.stock import ARCHITECTURES, stock_tensors
 from moesmith.parents import Parent, load_parent
@@ -85,7 +85,6 @@ def pack(run: Path, out: Path) -> dict[str, Any]:
     folders = {name: run / name for name in FOLDERS if name == "model" or name in export["metrics"]}
     for folder in folders.values():
         check_finished(folder)
-        verify_files(folder, REMAKE)
     with whole_folder(out, MARK) as work:  # refuses an occupied folder before the parent is loaded
         parent = parent_of(run)
         facts: dict[str, Any] = {

@@ -41,7 +41,6 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
         (run.path("export") / MANIFEST).unlink(missing_ok=True)
     for folder in folders if (run.path("export") / MANIFEST).is_file() else ():
         check_finished(folder)
-        verify_files(folder, REMAKE)
 
     def body(_work: Path) -> dict[str, Any]:
         carving = Carving.load(run.path(before))
@@ -144,14 +143,15 @@ def load_finished(folder: Path, parent: Parent) -> PreTrainedModel:
 
 
 def check_finished(folder: Path) -> None:
-    """Compare the list of files of ``RUN/model`` or ``RUN/stock`` with what the run's stage *export* left.
+    """Compare every file of ``RUN/model`` or ``RUN/stock`` with its hash, and the list of hashes with the run's.
 
     Runs of moesmith's first days have no such list.
 
     Raises:
-        MoesmithError: the list is missing or another one; the files themselves are ``artefact.verify_files``'s matter.
+        MoesmithError: a file, or the list itself, is missing or changed.
     """
     known = read_json(folder.parent / "stages" / "export" / MANIFEST)["metrics"].get("sums", {}).get(folder.name)
     path = folder / SUMS
     if known is not None and (not path.is_file() or file_digest(path) != known):
         raise MoesmithError(f"{path} is missing or damaged", REMAKE)
+    verify_files(folder, REMAKE)
