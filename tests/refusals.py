@@ -38,7 +38,7 @@ class World:
 CURE = re.compile(
     r"[.?;] (Add|Choose|Delete|Fetch|Free|Give|Leave|Lower|Mend|Name|Put|Raise|Run|Save|Set|Wait|Write|give|raise)\b"
     r"|Did you mean '|Is this a folder made by|Known by name: |[.] (It|A) \w+ \w+|[.] moesmith (converts|starts)"
-    r"|[.] See '"
+    r"|[.] See '|[.] Upgrade moesmith"
 )
 
 

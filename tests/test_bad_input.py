@@ -310,7 +310,7 @@ def test_a_parent_that_was_changed_since(world: World, finished: Path) -> None:
 def test_a_finished_model_that_was_damaged(world: World, finished: Path) -> None:
     shutil.copytree(finished, world.out)
     (world.out / "model" / "model.safetensors").unlink()
-    says = r"run/model cannot be loaded: .* Delete it and run the same 'moesmith convert' again"
+    says = r"run/model/model\.safetensors is missing or damaged\. Delete the folder and run the command"
     refused(moesmith("generate", world.out, "a"), says)
 
 

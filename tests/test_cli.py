@@ -20,7 +20,7 @@ from moesmith.carving import Carving
 from moesmith.console import show_table
 from moesmith.recipe import presets
 
-COMMANDS = ("presets", "plan", "convert", "eval", "inspect", "generate", "report")
+COMMANDS = ("presets", "plan", "convert", "eval", "inspect", "generate", "report", "pack", "unpack")
 
 
 def test_help_of_everything() -> None:

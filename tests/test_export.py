@@ -329,7 +329,7 @@ def test_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.
 def test_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     parent = tiny_parent("llama")
     (tmp_path / "thesis.txt").write_text("ten years of work")
-    with pytest.raises(MoesmithError, match="holds no model"):
+    with pytest.raises(MoesmithError, match="holds something else"):
         write_stock(parent, random_carving(parent), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
 

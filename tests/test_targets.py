@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sources import IDS, permuted, tiny_source
 from tiny import FAMILIES, LLAMA3_ROPE, tiny_parent
 
+from moesmith.artefact import SUMS
 from moesmith.errors import MoesmithError
 from moesmith.export.sglang import misread
 from moesmith.export.target import Options, Source, parse_size
@@ -107,6 +108,7 @@ def test_sglang_config_that_would_be_misread(family: str, change: dict[str, Any]
     path = tmp_path / "out" / "config.json"
     assert misread(tmp_path / "out") is None
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (tmp_path / "out" / SUMS).unlink()  # it would notice first
     assert says in str(misread(tmp_path / "out"))
 
 
@@ -187,7 +189,7 @@ def test_other_refusals() -> None:
     source = tiny_source("llama")
     raw = source.carving.gate.model_copy(update={"order": "softmax-topk", "renormalise": False})
     odd = replace(source, carving=replace(source.carving, gate=raw))
-    assert [name for name, target in TARGETS.items() if target.explain(odd) is None] == [NATIVE]
+    assert [name for name, target in TARGETS.items() if target.explain(odd) is None] == [NATIVE, "delta"]
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("0.5gb", 5 * 10**8)])
@@ -245,8 +247,8 @@ def test_what_holds_no_model_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     for out in (tmp_path, tmp_path / "notes"):
         with pytest.raises(MoesmithError, match="holds no model"):
-            check_out(out, "")
+            check_out(out, TARGETS["hf"])
     (tmp_path / "a.gguf").mkdir()
     with pytest.raises(MoesmithError, match="is no name of"):
-        check_out(tmp_path / "a.gguf", ".gguf")
+        check_out(tmp_path / "a.gguf", TARGETS["gguf"])
     refused(moesmith("export", tmp_path, "--explain"), "run.json is missing")

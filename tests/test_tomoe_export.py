@@ -176,7 +176,7 @@ def test_shards_and_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(files) > 2
     assert (logits_of(model) - logits_of(build(parent, carving))).abs().max() <= 1e-4
     files[1].unlink()
-    with pytest.raises(MoesmithError, match=r"moe cannot be loaded: .* Delete it and run the same"):
+    with pytest.raises(MoesmithError, match=r"moe cannot be loaded: .* Delete the folder and run the"):
         folders.load_folder(tmp_path / "moe", torch.float32)
 
 

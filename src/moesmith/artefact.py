@@ -1,8 +1,11 @@
-"""Files that appear whole or not at all: atomic writes, hashes, and the manifest of a finished stage.
+"""Files that appear whole or not at all: atomic writes, hashes, and the list of what a finished folder holds.
 
 Everything moesmith leaves on disk goes through this module. A file is written beside its final name,
-flushed to the disk and renamed; a stage's folder is filled under a hidden name and renamed when its
-manifest is in it. A process killed at any moment therefore leaves either the old state or the new one.
+flushed to the disk and renamed; a folder is filled under a hidden name and renamed when the list of its files is
+in it. A process killed at any moment therefore leaves either the old state or the new one.
+
+A stage's list is in its manifest; a folder that others read as well (a model, a packed delta) has ``SHA256SUMS``, which
+``sha256sum -c`` understands. Whatever reads a listed file compares it with its hash first.
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moesmith.console import meter
 from moesmith.errors import MoesmithError
 
 MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
 WRITE_CURE = "Free disk space and run the same command again."
 
 
@@ -82,8 +87,9 @@ def read_json(path: Path) -> Any:
     """Read JSON; a broken file is named.
 
     Raises:
-        MoesmithError: the file is missing or not JSON.
+        MoesmithError: the file is missing, not JSON, or not the one that its folder lists.
     """
+    check_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -109,8 +115,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read every tensor of a safetensors file.
 
     Raises:
-        MoesmithError: the file is missing, truncated or not safetensors.
+        MoesmithError: the file is missing, truncated, not safetensors, or not the one that its folder lists.
     """
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -150,13 +157,75 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
     return manifest if manifest.get("key") == key else None
 
 
-def verify_files(folder: Path) -> None:
-    """Compare every file of a finished artefact with the hash in its manifest.
+def sums_of(folder: Path) -> dict[str, str]:
+    """sha256 by name of every file below ``folder``, its ``SHA256SUMS`` apart."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return {name: file_digest(folder / name) for name in names if name != SUMS}
+
+
+def write_sums(folder: Path, sums: Mapping[str, str] | None = None) -> None:
+    """Write ``SHA256SUMS``: a line with hash and name for every file below ``folder``, or as ``sums`` says."""
+    sums = sums_of(folder) if sums is None else sums
+    write_text(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """sha256 by name of the files that a finished folder was left with; empty where nothing lists them.
+
+    Raises:
+        MoesmithError: the list itself is damaged.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        return dict(read_json(folder / MANIFEST).get("files", {})) if (folder / MANIFEST).is_file() else {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    pairs = [line.split("  ", 1) for line in lines if line.count("  ")]
+    found = {name: value for value, name in pairs}
+    if len(found) != len(lines) or any(len(value) != 64 for value in found.values()):
+        raise MoesmithError(f"{path} is damaged", f"Delete {folder} and make it again.")
+    return found
+
+
+def differing(folder: Path) -> list[str]:
+    """Names that a folder lists whose files are missing or have other bytes."""
+    expected = listed(folder)
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in expected}
+    found = []
+    with meter(f"checking {folder.name}", sum(sizes.values()) / 1e6, "MB") as bar:
+        for name, known in expected.items():
+            if not (folder / name).is_file() or file_digest(folder / name) != known:
+                found.append(name)
+            bar.advance(sizes[name] / 1e6)
+    return found
+
+
+def verify_files(folder: Path, cure: str = "") -> None:
+    """Compare every file that a finished folder lists with its hash.
+
+    Args:
+        folder: a stage, a model, a packed delta.
+        cure: what to do about it; to convert again if left out.
 
     Raises:
         MoesmithError: a file is missing or changed; it is named.
     """
-    for name, expected in read_json(folder / MANIFEST)["files"].items():
-        path = folder / name
-        if not path.is_file() or file_digest(path) != expected:
-            raise MoesmithError(f"{path} is missing or damaged", f"Delete {folder} and run the same command again.")
+    for name in differing(folder)[:1]:
+        raise _damaged(folder, name, cure)
+
+
+def check_file(path: Path) -> None:
+    """Compare a file with its hash where its folder lists it; a folder that is still being filled lists nothing.
+
+    Raises:
+        MoesmithError: it is missing or changed.
+    """
+    if path.name in (MANIFEST, SUMS):
+        return
+    known = listed(path.parent).get(path.name)
+    if known is not None and (not path.is_file() or file_digest(path) != known):
+        raise _damaged(path.parent, path.name)
+
+
+def _damaged(folder: Path, name: str, cure: str = "") -> MoesmithError:
+    cure = cure or f"Delete {folder} and run the same 'moesmith convert' again."
+    return MoesmithError(f"{folder / name} is missing or damaged", cure)

@@ -122,7 +122,8 @@ class Carving:
                     A_rI = A_rI[:, : len(kept)]
                 else:
                     B_Or = B_Or[: len(kept)]
-                weights[name] = weight + (B_Or @ A_rI).to(weight.device)
+                # in double precision the product is the same on every machine, whatever order it is summed in
+                weights[name] = weight + (B_Or.double() @ A_rI.double()).float().to(weight.device)
         return weights["gate"], weights.get("up"), weights["down"]
 
     def expert_biases(self, parent: Parent, layer: int, expert: int) -> tuple[Tensor | None, Tensor | None]:

@@ -197,6 +197,43 @@ def report(
     say(f"written: {write_report(run, output)}")
 
 
+@app.command()
+def pack(
+    run: RunFolder,
+    out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the delta, or an older delta")],
+    as_json: Json = False,
+) -> None:
+    """Pack what a run changed of its parent: the finished model without the parent's weights."""
+    from moesmith.export.delta import pack as write
+
+    found = write(run, out_folder)
+    if as_json:
+        _print_json(found)
+        return
+    rows = [(name, size, size / found["parent_bytes"]) for name, size in found["parts"].items()]
+    rows += [("delta", found["bytes"], found["share"]), ("parent", found["parent_bytes"], 1.0)]
+    rows.append(("finished model", found["model_bytes"], found["model_bytes"] / found["parent_bytes"]))
+    show_table(f"{out_folder}", ["", "bytes", "of the parent"], rows)
+
+
+@app.command()
+def unpack(
+    delta: Annotated[Path, typer.Argument(help="a folder made by 'moesmith pack'")],
+    model: Annotated[str, typer.Option(help="the parent: folder, hub id, .gguf file, or smollm2-135m")],
+    out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the finished model")],
+    as_json: Json = False,
+) -> None:
+    """Make the finished model again from a packed delta and its parent."""
+    from moesmith.export.delta import unpack as write
+
+    found = write(delta, model, out_folder)
+    if as_json:
+        _print_json(found)
+    else:
+        rows = [(f"{out_folder / name}", kind) for name, kind in found["folders"].items()]
+        show_table(f"{delta}", ["folder", "format"], rows)
+
+
 def main() -> None:
     """Entry point: a MoesmithError is one line and exit status 2."""
     try:

@@ -14,7 +14,7 @@ from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
 from moesmith.harness import find_tasks, run_tasks
-from moesmith.parents import Parent, load_parent
+from moesmith.parents import Parent, load_parent, tokenizer_digest
 from moesmith.stages.finish import load_finished
 from moesmith.text import load_domains, read_jsonl
 
@@ -32,18 +32,24 @@ def header_of(folder: Path) -> dict[str, Any]:
 
 
 def parent_of(folder: Path) -> Parent:
-    """A finished run's dense parent.
+    """A finished run's dense parent, in the run's dtype.
 
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
-    header = header_of(folder)
-    parent = load_parent(header["inputs"]["model"], getattr(torch, header["inputs"]["dtype"]))
-    if parent.digest != header["inputs"]["model_digest"]:
+    inputs = header_of(folder)["inputs"]
+    parent = load_parent(inputs["model"], getattr(torch, inputs["dtype"]))
+    if parent.digest != inputs["model_digest"]:
         raise MoesmithError(
-            f"{header['inputs']['model']} is not the parent {folder} was made from (weights {parent.digest},"
-            f" not {header['inputs']['model_digest']})",
+            f"{inputs['model']} is not the parent {folder} was made from (weights {parent.digest},"
+            f" not {inputs['model_digest']})",
             "Put the original weights back, or convert again.",
+        )
+    known = inputs.get("tokenizer_digest")  # runs of moesmith's first days do not say
+    if known is not None and tokenizer_digest(parent.tokenizer) != known:
+        raise MoesmithError(
+            f"the tokenizer of {inputs['model']} is not the one {folder} was made with",
+            "Put the original tokenizer back, or convert again.",
         )
     return parent
 

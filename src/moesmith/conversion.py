@@ -10,7 +10,7 @@ import torch
 from moesmith.affinity import published
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent, load_parent
+from moesmith.parents import Parent, load_parent, tokenizer_digest
 from moesmith.pipeline import Run, check_folder
 from moesmith.plan import check_room, make_plan
 from moesmith.recipe import Recipe, load_recipe
@@ -72,6 +72,7 @@ def convert(
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
+    inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)}
     inputs |= {"dtype": str(parent.model.dtype).removeprefix("torch.")}
     run = Run(out, chosen, inputs, [Path(path) for path in reuse])
     check_room(make_plan(chosen, parent, len(domains)), out)

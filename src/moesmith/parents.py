@@ -251,6 +251,14 @@ def model_digest(model: PreTrainedModel) -> str:
     return whole.hexdigest()[:16]
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short sha256 of a tokenizer by what it does: its vocabulary, and the ids of a text of many kinds."""
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    text = json.dumps([vocabulary, tokenizer(PROBE)["input_ids"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+PROBE = "The quick brown fox,\n\n\tdef f(x): return 3.14 * x  # na\u00efve \u4f60\u597d \U0001f642 don't  STOP"
 UNHASHED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 
 

@@ -31,7 +31,8 @@ class Run:
     Args:
         folder: where everything goes.
         recipe: what to do.
-        inputs: fingerprints of parent and data (``model``, ``model_digest``, ``data``, ``data_digest``).
+        inputs: fingerprints of parent and data (``model``, ``model_digest``, ``tokenizer_digest``, ``data``,
+            ``data_digest``).
         reuse: other runs whose finished stages may be taken over when their keys agree.
 
     Raises:
@@ -97,7 +98,8 @@ class Run:
             The finished folder.
 
         Raises:
-            MoesmithError: the body's own, or something cannot be written; what was finished before stays.
+            MoesmithError: the body's own, a finished stage is damaged, or something cannot be written; what was
+            finished before stays.
         """
         key = digest(
             {
@@ -113,6 +115,7 @@ class Run:
         if finished(final, key):
             for left in WORKING:  # of a process killed between the rename and this
                 (final / left).unlink(missing_ok=True)
+            verify_files(final)
             say(f"[{name}] done before")
             return final
         try:
@@ -184,11 +187,15 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
         return
     before = read_json(known)
     changed = _changes(before.get("recipe"), recipe.model_dump(mode="json"))
+    old = before.get("inputs", {})
     for name in ("model", "data"):
         # the same weights and text are the same wherever they lie
-        was, now = (found.get(f"{name}_digest") for found in (before.get("inputs", {}), inputs))
+        was, now = (found.get(f"{name}_digest") for found in (old, inputs))
         if now is not None and was != now:
-            changed.append(f"{name} was {before.get('inputs', {}).get(name)} ({was}), is {inputs[name]} ({now})")
+            changed.append(f"{name} was {old.get(name)} ({was}), is {inputs[name]} ({now})")
+    was, now = (found.get("tokenizer_digest") for found in (old, inputs))
+    if None not in (was, now) and was != now:  # runs of moesmith's first days do not say
+        changed.append(f"the model's tokenizer was another one ({was}, is {now})")
     if changed and any((folder / "stages").glob(f"[!.]*/{MANIFEST}")):
         raise MoesmithError(
             f"{folder} holds a run with other settings: {'; '.join(changed)}",

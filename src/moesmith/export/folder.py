@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moesmith.artefact import write_json, write_tensors
+from moesmith.artefact import write_json, write_sums, write_tensors
 from moesmith.errors import MoesmithError
 from moesmith.parents import Parent, checked, first_line, quiet
 
 SHARD_BYTES = 4 * 2**30
+REMAKE = "Delete the folder and run the command that made it again: the same 'moesmith convert' for a run's."
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -32,34 +34,42 @@ def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # transformers and safetensors each have their own error types
-        raise MoesmithError(
-            f"{folder} cannot be loaded: {first_line(error)}", "Delete it and run the same 'moesmith convert' again."
-        ) from error
+        raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", REMAKE) from error
     return checked(loaded, str(folder)).eval()
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder to fill, renamed to ``folder`` at the end; an error leaves ``folder`` as it was.
+def whole_folder(folder: Path, mark: str | None = "config.json") -> Iterator[Path]:
+    """A hidden folder to fill, renamed to ``folder`` at the end with the list of its files (``SHA256SUMS``) in it.
+
+    An error leaves ``folder`` as it was.
+
+    Args:
+        folder: what to make.
+        mark: the file by which an older folder of this kind is known, to be replaced. ``None`` replaces nothing and
+            writes no list: the folder holds models that have their own.
 
     Raises:
-        MoesmithError: ``folder`` is a file, or holds files and no model.
+        MoesmithError: ``folder`` is a file, holds files of another kind, or cannot be written.
     """
-    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise MoesmithError(f"{folder} exists and holds no model", "Give another folder, or delete it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    known = mark is not None and (folder / mark).is_file()
+    if folder.exists() and not known and (folder.is_file() or any(folder.iterdir())):
+        raise MoesmithError(f"{folder} exists and holds something else", "Give another folder, or delete it.")
+    work = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
         yield work
+        if mark is not None:
+            write_sums(work)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(work, folder)
     except OSError as error:
-        raise MoesmithError(
-            f"cannot write {folder}: {error.strerror or error}", "Free disk space and run again."
-        ) from error
+        place = error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EROFS)
+        cure = "Give another folder." if place else "Free disk space and run again."
+        raise MoesmithError(f"cannot write {folder}: {error.strerror or error}", cure) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -102,6 +112,11 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
 
 def write_companions(parent: Parent, folder: Path) -> None:
     """What a model needs besides weights: tokenizer, chat template, generation config."""
-    parent.tokenizer.save_pretrained(folder)
+    try:
+        parent.tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library reports a full disk as a plain Exception
+        raise OSError(0, f"the tokenizer cannot be saved: {first_line(error)}") from error
     if parent.model.generation_config is not None:  # as it is: its own save refuses what older models carry
         write_json(folder / "generation_config.json", parent.model.generation_config.to_diff_dict())

@@ -41,7 +41,7 @@ ROPE = {"llama": ("default", "llama3", "linear", "yarn"), "qwen3moe": ("default"
 class Gguf:
     """One GGUF file."""
 
-    name, takes, suffix = "gguf", frozenset({"quant", "untie"}), ".gguf"
+    name, takes, suffix, mark = "gguf", frozenset({"quant", "untie"}), ".gguf", "config.json"
 
     def explain(self, source: Source) -> str | None:
         """What no stock architecture holds, or llama.cpp's graphs do not compute."""

@@ -29,7 +29,7 @@ CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that
 class Native:
     """``--to native``: moesmith's own format holds every carving as it is."""
 
-    name, takes, suffix = "native", frozenset({"shard_bytes"}), ""
+    name, takes, suffix, mark = "native", frozenset({"shard_bytes"}), "", "config.json"
 
     def explain(self, source: Source) -> str | None:
         """It always fits."""
@@ -82,9 +82,8 @@ def write_native(parent: Parent, carving: Carving, folder: Path, shard_bytes: in
     )
     classes = {"AutoConfig": MoesmithConfig, "AutoModelForCausalLM": MoesmithForCausalLM}
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
-    tensors = ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
     with whole_folder(folder) as work:
-        size = write_shards(work, tensors, shard_bytes)
+        size = write_shards(work, named_tensors(parent, carving), shard_bytes)
         config.save_pretrained(work)
         for name in CODE:
             shutil.copyfile(str(files("moesmith") / "native" / f"{name}.py"), work / f"{name}.py")
@@ -96,6 +95,11 @@ def write_native(parent: Parent, carving: Carving, folder: Path, shard_bytes: in
         "zero_channels": padding,
         "bytes": size,
     }
+
+
+def named_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder by its name on disk."""
+    return ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
 
 
 def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:

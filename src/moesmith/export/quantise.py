@@ -80,8 +80,8 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
     chosen: list[tuple[Any, Any]] = []
     for tensor in reader.tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
-        name = tensor_type(tensor.name, shape[-1], layers, experts, tied) if len(shape) > 1 else None
-        kind = tensor.tensor_type if name is None else gguf.GGMLQuantizationType[name]
+        chosen_type = tensor_type(tensor.name, shape[-1], layers, experts, tied) if len(shape) > 1 else None
+        kind = tensor.tensor_type if chosen_type is None else gguf.GGMLQuantizationType[chosen_type]
         chosen.append((tensor, kind))
         block, size = gguf.GGML_QUANT_SIZES[kind]
         stored = [*shape[:-1], shape[-1] // block * size]

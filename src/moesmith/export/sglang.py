@@ -28,7 +28,7 @@ from moesmith.structure import head_dim
 class SGLang:
     """Mixtral, Qwen2-MoE or Qwen3-MoE with the head untied."""
 
-    name, takes, suffix = "sglang", frozenset({"untie", "shard_bytes"}), ""
+    name, takes, suffix, mark = "sglang", frozenset({"untie", "shard_bytes"}), "", "config.json"
 
     def explain(self, source: Source) -> str | None:
         """What no stock architecture holds, or SGLang's reading of it ignores."""

@@ -120,7 +120,8 @@ def constant_channel(parent: Parent, carving: Carving, layer: int) -> tuple[Tens
         )
     gain = constant_gain(ffn.activation_name)
     v_D = carved.constant_D.float()
-    return gain * v_D, v_D, carved.bias_ED.float() / ffn.activation(torch.tensor(gain))
+    level = ffn.activation(torch.tensor(gain, dtype=torch.float64)).float()  # the same on every machine
+    return gain * v_D, v_D, carved.bias_ED.float() / level
 
 
 def stock_width(carving: Carving) -> int:

@@ -100,11 +100,13 @@ class Target(Protocol):
         name: the word after ``--to``.
         takes: the fields of :class:`Options` that it obeys; others are refused.
         suffix: of the file it writes; empty for a folder.
+        mark: the file by which an older folder of this kind is known, to be replaced.
     """
 
     name: str
     takes: frozenset[str]
     suffix: str
+    mark: str
 
     def explain(self, source: Source) -> str | None:
         """The one property that forbids this target, or ``None``: it fits."""

@@ -14,6 +14,7 @@ from moesmith.carving import Carving
 from moesmith.compare import parent_of
 from moesmith.console import say
 from moesmith.errors import MoesmithError
+from moesmith.export.delta import Delta
 from moesmith.export.gguf import Gguf
 from moesmith.export.hf import HuggingFace
 from moesmith.export.native import Native
@@ -27,6 +28,7 @@ KNOWN: list[Target] = [
     SGLang(),
     Gguf(),
     Native(),
+    Delta(),
 ]
 TARGETS: dict[str, Target] = {target.name: target for target in KNOWN}
 
@@ -98,7 +100,7 @@ def export_run(folder: Path, to: str | None, out: Path | None, options: Options)
     target = TARGETS[to]
     if odd := [flag for name, flag in options.given().items() if name not in target.takes]:
         raise MoesmithError(f"the target {to} has no {odd[0]}", "Leave it out.")
-    check_out(out, target.suffix)
+    check_out(out, target)
     source = source_of(folder)
     if (reason := target.explain(source)) is not None:
         raise MoesmithError(f"{to} cannot hold this model: {reason}", f"See 'moesmith export {folder} --explain'.")
@@ -111,15 +113,16 @@ def export_run(folder: Path, to: str | None, out: Path | None, options: Options)
     return {"target": to, "out": str(out), "lost": lost} | facts
 
 
-def check_out(out: Path, suffix: str) -> None:
+def check_out(out: Path, target: Target) -> None:
     """Refuse to write over what is no model of this kind.
 
     Raises:
         MoesmithError: ``out`` has another suffix, is a folder where a file is to be, or holds other files.
     """
+    suffix, known = target.suffix, (out / target.mark).is_file()
     if suffix and (out.suffix != suffix or out.is_dir()):
         raise MoesmithError(f"{out} is no name of a {suffix} file", f"Give an --out that ends in {suffix}.")
-    if not suffix and out.exists() and (out.is_file() or (any(out.iterdir()) and not (out / "config.json").is_file())):
+    if not suffix and out.exists() and (out.is_file() or (any(out.iterdir()) and not known)):
         raise MoesmithError(f"{out} exists and holds no model", "Give another --out, or delete it.")
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moesmith.artefact import write_text
+from moesmith.artefact import check_file, write_text
 from moesmith.errors import MoesmithError
 from moesmith.overview import STOCK, finished_of
 from moesmith.report import figures, masks, style
@@ -186,6 +186,7 @@ def _affinity(source: Source) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> list[list[str]]:
+    check_file(path)
     with open(path, encoding="utf-8", newline="") as file:
         return [row for row in csv.reader(file) if row]
 
@@ -284,6 +285,7 @@ def _training(source: Source) -> dict[str, Any]:
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     """The steps of a log; a last line cut off by a kill is left out."""
+    check_file(path)
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesmith.artefact import write_atomic
+from moesmith.artefact import check_file, write_atomic
 from moesmith.errors import MoesmithError
 
 SAMPLE_TOKENS = 120
@@ -117,6 +117,7 @@ class Routing:
         Raises:
             MoesmithError: the file is damaged or not a routing record.
         """
+        check_file(Path(path))
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 text = json.loads(arrays["text"].tobytes())

@@ -8,12 +8,13 @@ from typing import Any, cast
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moesmith.artefact import MANIFEST, read_json, write_json, write_text
+from moesmith.artefact import MANIFEST, SUMS, file_digest, read_json, verify_files, write_json, write_text
 from moesmith.card import model_card
 from moesmith.carving import Carving
 from moesmith.console import say
+from moesmith.errors import MoesmithError
 from moesmith.evaluate import geometric_mean, perplexities
-from moesmith.export.folder import load_folder
+from moesmith.export.folder import REMAKE, load_folder
 from moesmith.export.native import write_native
 from moesmith.export.stock import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
@@ -38,6 +39,8 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
         folders.append(run.folder / "stock")
     if not all((folder / "config.json").is_file() for folder in folders):
         (run.path("export") / MANIFEST).unlink(missing_ok=True)
+    for folder in folders if (run.path("export") / MANIFEST).is_file() else ():
+        check_finished(folder)
 
     def body(_work: Path) -> dict[str, Any]:
         carving = Carving.load(run.path(before))
@@ -54,13 +57,16 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
                 measured = verify_folder(parent, target, sliced, ids)
                 metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
                 say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
-            return metrics | carving.parameters(parent)
+            return metrics | listed_in() | carving.parameters(parent)
         metrics = write_native(parent, carving, target)
         metrics |= verify_folder(parent, target, sliced, ids)
         if has_stock(parent, carving):
             metrics["stock"] = stock(run.folder / "stock")
             say("  RUN/stock drops the masks that attention has by token: all of V and O that any token keeps is used")
-        return metrics | carving.parameters(parent)
+        return metrics | listed_in() | carving.parameters(parent)
+
+    def listed_in() -> dict[str, Any]:
+        return {"sums": {folder.name: file_digest(folder / SUMS) for folder in folders}}
 
     return run.stage("export", [before, "held-out"], {}, body, shared=False)  # the model itself lies elsewhere
 
@@ -126,10 +132,26 @@ def _perplexities(model: PreTrainedModel, blocks: dict[str, Tensor], label: str)
 
 
 def load_finished(folder: Path, parent: Parent) -> PreTrainedModel:
-    """The finished folder in its parent's dtype, on its device.
+    """``RUN/model`` or ``RUN/stock`` in its parent's dtype, on its device.
 
     Raises:
         MoesmithError: it is damaged.
     """
+    check_finished(folder)
     model: Any = load_folder(folder, parent.model.dtype)
     return cast(PreTrainedModel, model.to(parent.device))
+
+
+def check_finished(folder: Path) -> None:
+    """Compare every file of ``RUN/model`` or ``RUN/stock`` with its hash, and the list of hashes with the run's.
+
+    Runs of moesmith's first days have no such list.
+
+    Raises:
+        MoesmithError: a file, or the list itself, is missing or changed.
+    """
+    known = read_json(folder.parent / "stages" / "export" / MANIFEST)["metrics"].get("sums", {}).get(folder.name)
+    path = folder / SUMS
+    if known is not None and (not path.is_file() or file_digest(path) != known):
+        raise MoesmithError(f"{path} is missing or damaged", REMAKE)
+    verify_files(folder, REMAKE)

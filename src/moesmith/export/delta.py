@@ -1,0 +1,254 @@
+"""A packed delta: the carving alone, on top of the untouched parent. Both together give the model back bit for bit.
+
+``DELTA/`` holds the run's last carving as its stage wrote it (``carving.json``, ``carving.safetensors``), for each
+folder that the run finished (``model``, ``stock``) every file that is not weights, ``delta.json``, and ``SHA256SUMS``
+of all that. The finished folder's own ``SHA256SUMS`` travels along and says what its weights must be.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesmith.artefact import (
+    MANIFEST,
+    SUMS,
+    differing,
+    listed,
+    read_json,
+    read_tensors,
+    sums_of,
+    verify_files,
+    write_json,
+    write_sums,
+)
+from moesmith.carving import Carving
+from moesmith.compare import header_of, parent_of
+from moesmith.console import Meter, meter
+from moesmith.errors import MoesmithError
+from moesmith.export.folder import whole_folder, write_shards
+from moesmith.export.native import named_tensors
+from moesmith.export.stock import ARCHITECTURES, stock_tensors
+from moesmith.export.target import Options, Source
+from moesmith.parents import Parent, load_parent
+from moesmith.pipeline import versions
+from moesmith.proof import NATIVE
+from moesmith.stages.finish import check_finished
+
+FORMAT = 1
+MARK = "delta.json"
+FOLDERS = ("model", "stock")
+WEIGHTS, CARD = ".safetensors", "README.md"
+CARVING = ("carving.json", f"carving{WEIGHTS}")
+STOCK = "stock"  # a folder's format; the other is NATIVE
+PARTS = {  # bytes of a carving by what they are for: the names of its tensors without the layer
+    "channels": ("widths", "channels"),
+    "router": ("router_ED", "noise_ED", "constant_D"),
+    "bias": ("bias_ED",),
+    "down_proj": ("down",),
+    "lora": ("lora",),
+    "norms": ("norm",),
+    "attention": ("attention",),
+}
+MATTER = ("moesmith", "torch", "safetensors")  # packages that a file's bytes could depend on
+AGAIN = "Fetch the delta again, or pack it again."
+
+
+class Delta:
+    """``--to delta``: the same as ``moesmith pack``."""
+
+    name, takes, suffix, mark = "delta", frozenset[str](), "", MARK
+
+    def explain(self, source: Source) -> str | None:
+        """A carving always fits on its parent."""
+        return None
+
+    def lost(self, source: Source, options: Options | None) -> list[str]:
+        """The parent's weights."""
+        return ["the parent's weights: 'moesmith unpack' needs them"]
+
+    def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
+        """:func:`pack`, which proves what it wrote."""
+        facts = pack(source.run, out, source.parent)
+        del facts["delta"]
+        return facts
+
+    def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
+        """Done in :meth:`write`: every file came out of the delta with the bytes of the run's."""
+        return {"verified": "every file, by sha256"}
+
+
+def pack(run: Path, out: Path, parent: Parent | None = None) -> dict[str, Any]:
+    """Write what ``run`` changed of its parent into the folder ``out``, whole or not at all, and prove it.
+
+    The proof is the reverse: the finished folders are made again from parent and delta, in a hidden folder beside
+    ``out`` that needs as much room as they do, and every file must have the bytes that the run's has.
+
+    Args:
+        run: a finished run.
+        out: a new or empty folder, or an older delta, which is replaced.
+        parent: the run's; loaded from where it was if left out.
+
+    Returns:
+        ``delta``, ``bytes``, ``parent_bytes``, ``model_bytes`` (of the finished folders), ``share`` of the parent's
+        bytes, ``compensation``, ``folders`` with the format of each (``stock`` or ``native``), and ``parts``: bytes by
+        kind of content.
+
+    Raises:
+        MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` holds something else or
+            cannot be written, or the carving does not give the finished folders.
+    """
+    header = header_of(run)
+    export = read_json(run / "stages" / "export" / MANIFEST)
+    stage = run / "stages" / export["needs"][0]
+    verify_files(stage)
+    folders = {name: run / name for name in FOLDERS if name == "model" or name in export["metrics"]}
+    for folder in folders.values():
+        check_finished(folder)
+    with whole_folder(out, MARK) as work:  # refuses an occupied folder before the parent is loaded
+        parent = parent or parent_of(run)
+        facts: dict[str, Any] = {
+            "format": FORMAT,
+            "recipe": header["recipe"]["name"],
+            "parent": {
+                "name": header["inputs"]["model"].rstrip("/").split("/")[-1],
+                "model_digest": parent.digest,
+                "dtype": header["inputs"]["dtype"],
+            },
+            "folders": {name: _kind(folder) for name, folder in folders.items()},
+            "bytes": {name: _size(folder, f"*{WEIGHTS}") for name, folder in folders.items()},
+            "versions": versions(),
+        }
+        for name in CARVING:
+            shutil.copyfile(stage / name, work / name)
+        for name, folder in folders.items():
+            _carry(folder, work / name, work / FOLDERS[0])
+        write_json(work / MARK, facts)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as scratch:
+            for name in _rebuild(parent, work, facts, Path(scratch))[:1]:
+                raise MoesmithError(
+                    f"{run / name} is not what this moesmith makes of {stage}",
+                    f"Delete {(run / name).parent} and run the same 'moesmith convert' again.",
+                )
+    size, whole = _size(out), sum(p.nbytes for p in parent.model.parameters())
+    return {
+        "delta": str(out),
+        "parent": facts["parent"],
+        "folders": facts["folders"],
+        "compensation": read_json(out / CARVING[0])["compensation"],
+        "bytes": size,
+        "parent_bytes": whole,
+        "share": size / whole,
+        "model_bytes": sum(map(_size, folders.values())),
+        "parts": _parts(out),
+    }
+
+
+def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
+    """Make the finished folders of a packed run again: ``out/model`` and, where the run had one, ``out/stock``.
+
+    Args:
+        delta: a folder that :func:`pack` wrote.
+        model: the parent, as :func:`moesmith.load_parent` takes it.
+        out: a new or empty folder; it appears whole or not at all.
+
+    Returns:
+        ``folders`` with their format, ``out`` and ``bytes``.
+
+    Raises:
+        MoesmithError: ``delta`` is no delta, damaged, or of a newer moesmith; ``model`` is not its parent; ``out``
+            holds something or cannot be written; a file came out otherwise than it was packed.
+    """
+    facts = _facts(delta)
+    with whole_folder(out, None) as work:  # refuses an occupied folder before the parent is loaded
+        parent = load_parent(model, getattr(torch, facts["parent"]["dtype"]))
+        expected = facts["parent"]["model_digest"]
+        if parent.digest != expected:
+            raise MoesmithError(
+                f"{model} is not the parent of {delta} (weights {parent.digest}, not {expected})",
+                f"Give the dense model that it was packed from, {facts['parent']['name']}.",
+            )
+        for name in _rebuild(parent, delta, facts, work)[:1]:
+            made = ", ".join(f"{package} {facts['versions'][package]}" for package in MATTER)
+            raise MoesmithError(
+                f"{name} came out with other bytes than were packed",
+                f"Run it with the versions it was packed by: {made}.",
+            )
+    return {"out": str(out), "folders": facts["folders"], "bytes": sum(_size(out / name) for name in facts["folders"])}
+
+
+def _rebuild(parent: Parent, delta: Path, facts: Mapping[str, Any], out: Path) -> list[str]:
+    """Write the finished folders of ``delta`` below ``out``; the names of files that are not what they must be."""
+    carving, wrong = Carving.load(delta), []
+    for name, kind in facts["folders"].items():
+        target = out / name
+        with meter(f"making {name}", facts["bytes"][name] / 1e6, "MB") as bar:
+            write_shards(target, _counted(_tensors(parent, carving, kind), bar))
+        lists = listed(delta / name)
+        common = [path for path in (delta / FOLDERS[0]).iterdir() if path.name in lists]
+        for path in [*common, *(delta / name).iterdir()]:  # what both folders have lies in the first alone
+            shutil.copyfile(path, target / path.name)
+        wrong += [f"{name}/{file}" for file in differing(target)]
+    return wrong
+
+
+def _tensors(parent: Parent, carving: Carving, kind: str) -> Iterator[tuple[str, Tensor]]:
+    if kind == STOCK:
+        return stock_tensors(parent, carving, parent.model.dtype)
+    return named_tensors(parent, carving)
+
+
+def _counted(tensors: Iterable[tuple[str, Tensor]], bar: Meter) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor
+        bar.advance(tensor.nbytes / 1e6)
+
+
+def _kind(folder: Path) -> str:
+    return STOCK if read_json(folder / "config.json")["architectures"][0] in ARCHITECTURES.values() else NATIVE
+
+
+def _carry(folder: Path, target: Path, first: Path) -> None:
+    """Copy what is not weights: listed files, their list, the model card; not what the first folder has already."""
+    lists, before = listed(folder) or sums_of(folder), listed(first) if first != target else {}
+    target.mkdir()
+    for name in lists:
+        if not name.endswith(WEIGHTS) and before.get(name) != lists[name]:
+            shutil.copyfile(folder / name, target / name)
+    write_sums(target, {name: lists[name] for name in lists if name != CARD})
+    if (folder / CARD).is_file():
+        shutil.copyfile(folder / CARD, target / CARD)
+
+
+def _facts(delta: Path) -> dict[str, Any]:
+    """``delta.json`` of a delta whose files are all what they were."""
+    for name in (MARK, SUMS):
+        if not (delta / name).is_file():
+            raise MoesmithError(f"{delta / name} is missing", "Give a whole folder made by 'moesmith pack'.")
+    verify_files(delta, AGAIN)
+    facts: dict[str, Any] = read_json(delta / MARK)
+    if facts["format"] > FORMAT:
+        raise MoesmithError(f"{delta} was written by a newer moesmith", "Upgrade moesmith to read it.")
+    if not set(facts["folders"]) <= set(FOLDERS):
+        raise MoesmithError(f"{delta / MARK} names folders that no run has", AGAIN)
+    return facts
+
+
+def _size(folder: Path, pattern: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
+
+
+def _parts(delta: Path) -> dict[str, int]:
+    """Bytes by kind of content; what is no tensor of the carving counts as ``files``."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, tensor in read_tensors(delta / CARVING[1]).items():
+        pieces = name.split(".")
+        kind = pieces[1] if pieces[0].isdigit() else pieces[0]
+        found[next(part for part, kinds in PARTS.items() if kind in kinds)] += tensor.nbytes
+    return {part: size for part, size in found.items() if size} | {"files": _size(delta) - sum(found.values())}
