@@ -16,7 +16,7 @@ from moesmith.attention import narrowed
 from moesmith.carving import Carving
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.moe import block
-from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM
+from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM, MoesmithModel
 from moesmith.parents import Parent
 from moesmith.sizes import Sizes
 from moesmith.structure import attention_of, attention_weights, decoder_layers
@@ -55,7 +55,11 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
         architectures=[MoesmithForCausalLM.__name__],
         dtype=parent.model.dtype,
     )
-    classes = {"AutoConfig": MoesmithConfig, "AutoModelForCausalLM": MoesmithForCausalLM}
+    classes = {
+        "AutoConfig": MoesmithConfig,
+        "AutoModel": MoesmithModel,
+        "AutoModelForCausalLM": MoesmithForCausalLM,
+    }
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
     tensors = ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
     with whole_folder(folder) as work:
