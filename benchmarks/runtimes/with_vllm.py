@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: easier to stop, and no spinning beside it
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # even in eager mode the sampler would compile one small function
 
 import vllm
 from vllm import LLM, SamplingParams
