@@ -5,6 +5,7 @@ Reads a job (JSON) from standard input, writes the answer to the file that it na
 
 import json
 import sys
+import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,30 @@ def main() -> None:
     params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
     params.warmup = False
-    if job["dtype"] == "float32":  # the cache's default is half precision
+    if job["dtype"] == "float32":  # the defaults of cache and attention are half precision
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
 
-    def ask(prompt: list[int], tokens: int) -> list[dict[str, Any]]:
-        request = {"prompt": prompt, "max_tokens": tokens, "logprobs": top, "temperature": 0.0, "ignore_eos": True}
-        found = server.handle_completions(request)
-        if "choices" not in found:
-            raise SystemExit(f"llama.cpp answered {json.dumps(found)[:400]}")
-        steps: list[dict[str, Any]] = found["choices"][0]["logprobs"]["content"]
-        return steps
+    def post(path: str, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as reply:
+            found: dict[str, Any] = json.load(reply)
+        return found
 
+    greedy = {"temperature": 0.0, "samplers": ["temperature"], "cache_prompt": True, "return_tokens": True}
+    # a token that ends within a character is reported without probabilities: let it choose one that does not
+    (letter,) = post("/tokenize", content="a", add_special=False)["tokens"][-1:]
+    one = greedy | {"n_predict": 1, "n_probs": top, "logit_bias": [[letter, 1e6]]}
     answer: dict[str, Any] = {"top_ids": [], "top_logprobs": [], "greedy": []}
     for row in ids:
-        places = [ask(row[: t + 1], 1)[0]["top_logprobs"] for t in range(len(row))]
+        asked = (post("/completion", prompt=row[: t + 1], **one) for t in range(len(row)))
+        places = [found["completion_probabilities"][0]["top_logprobs"] for found in asked]
         answer["top_ids"].append([[e["id"] for e in place] for place in places])
         answer["top_logprobs"].append([[e["logprob"] for e in place] for place in places])
-        answer["greedy"].append([step["id"] for step in ask(row, new)])
+        answer["greedy"].append(post("/completion", prompt=row, n_predict=new, **greedy)["tokens"])
     answer |= {"architecture": "gguf", "version": f"xllamacpp {version('xllamacpp')}"}
     Path(job["answer"]).write_text(json.dumps(answer))
 
