@@ -41,7 +41,7 @@ def main() -> None:
             model=model,
             args=settings,
             train_dataset=Dataset.from_dict({"text": job["texts"]}),
-            processing_class=AutoTokenizer.from_pretrained(job["model"]),
+            processing_class=AutoTokenizer.from_pretrained(job["model"], trust_remote_code=job["remote_code"]),
         )
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
