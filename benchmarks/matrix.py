@@ -110,10 +110,10 @@ def markdown(found: list[Cell]) -> str:
     lines = [
         "# What runs where",
         "",
-        "Made by `python benchmarks/matrix.py`; every cell was measured. Parents are random and small; a cell says by how",
-        "many nats the log-probabilities of the 20 most likely tokens differ from the source at the median position of 48",
-        "and, in brackets, at the worst, then how many greedy tokens are the same. Weights and arithmetic are fp32. At a",
-        "worst position rounding may tip a router between two nearly equal experts.",
+        "Made by `python benchmarks/matrix.py`; every cell was measured. Parents are random and small, weights and",
+        "arithmetic fp32. A cell says by how many nats the log-probabilities of the 20 most likely tokens differ from",
+        "the source's at the median position of 48 and, in brackets, at the worst; then how many greedy tokens are the",
+        "same. At a worst position rounding may tip a router between two nearly equal experts.",
         "",
         f"Runtimes: {', '.join(versions)}.",
         "",
@@ -139,7 +139,7 @@ def _words(cell: Cell, reasons: dict[str, int]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, and write the table after every cell."""
+    """Measure what is missing, keep every cell as it comes, and write the table."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, required=True, help="the page")
     options.add_argument("--json", type=Path, required=True)

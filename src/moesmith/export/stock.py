@@ -145,7 +145,7 @@ def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
     return None
 
 
-def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) -> PreTrainedConfig:  # noqa: B008
+def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) -> PreTrainedConfig:
     """The stock architecture's config with every field of the parent that attention, embedding and tokens need.
 
     Raises:
@@ -175,15 +175,15 @@ def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) ->
     if dialect == "qwen3_moe":
         return Qwen3MoeConfig(**fields, attention_bias=False)
     kind = "full_attention" if window is None else "sliding_attention"
-    # the architecture insists on a shared expert; width 0 makes it an exact zero
-    return Qwen2MoeConfig(**fields, qkv_bias=True, shared_expert_intermediate_size=0, layer_types=[kind] * parent.L)
+    # the architecture insists on a shared expert: an exact zero; of width 0 vLLM would leave it out and refuse its tensors
+    return Qwen2MoeConfig(**fields, qkv_bias=True, shared_expert_intermediate_size=ALIGN, layer_types=[kind] * parent.L)
 
 
 def stock_tensors(
     parent: Parent,
     carving: Carving,
     dtype: torch.dtype,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = Layout(),
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder in ``dtype``, one at a time: (name on disk, tensor on the CPU)."""
     model, names = parent.model, {id(p): name for name, p in parent.model.named_parameters()}
@@ -234,7 +234,11 @@ def _moe_tensors(parent: Parent, carving: Carving, index: int, dialect: str) -> 
         for name, tensor in zip(EXPERT_NAMES[dialect], padded, strict=True):
             yield f"{name.format(expert)}.weight", tensor
     if dialect == "qwen2_moe":
-        for name, shape in (("gate_proj", (0, parent.D)), ("up_proj", (0, parent.D)), ("down_proj", (parent.D, 0))):
+        for name, shape in (
+            ("gate_proj", (ALIGN, parent.D)),
+            ("up_proj", (ALIGN, parent.D)),
+            ("down_proj", (parent.D, ALIGN)),
+        ):
             yield f"mlp.shared_expert.{name}.weight", torch.zeros(shape)
         yield "mlp.shared_expert_gate.weight", torch.zeros(1, parent.D)
 
@@ -250,7 +254,7 @@ def write_stock(
     carving: Carving,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = Layout(),
 ) -> dict[str, Any]:
     """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
 
