@@ -166,9 +166,7 @@ def export(
     quant: Annotated[str | None, typer.Option(help="of gguf: f32, bf16 (default), q8_0 or q4_k_m")] = None,
     untie: Annotated[bool, typer.Option("--untie", help="write the output head as a tensor of its own")] = False,
     shard_size: Annotated[str | None, typer.Option(help="the most one file holds, such as 5GB")] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="say which targets hold this model; write nothing")
-    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="say which targets hold this model; write nothing")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the finished model for another runtime and compare it there."""

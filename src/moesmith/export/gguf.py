@@ -165,7 +165,9 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
     return _judge(source, file, ids, start, answers, TOLERANCE[kind])
 
 
-def _judge(source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float) -> dict[str, Any]:
+def _judge(
+    source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float
+) -> dict[str, Any]:
     reference = stock_reference(source.parent, source.carving)
     dtype = torch.float32 if fits(reference) else reference.dtype
     logits_NSV = run(reference, ids, dtype).logits
