@@ -81,6 +81,8 @@ def plan(
         rows.append((f"{name}", f"{tokens:,} tokens, about {_duration(found['seconds'][name])}"))
     rows.append(("wall time on this machine", f"about {_duration(found['seconds_total'])}"))
     show_table(f"plan of {chosen.name}", ["", ""], rows)
+    for line in found["warnings"]:
+        say(line)
 
 
 def _duration(seconds: float) -> str:
@@ -166,7 +168,9 @@ def export(
     quant: Annotated[str | None, typer.Option(help="of gguf: f32, bf16 (default), q8_0 or q4_k_m")] = None,
     untie: Annotated[bool, typer.Option("--untie", help="write the output head as a tensor of its own")] = False,
     shard_size: Annotated[str | None, typer.Option(help="the most one file holds, such as 5GB")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="say which targets hold this model; write nothing")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say which targets hold this model; write nothing")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the finished model for another runtime and compare it there."""
