@@ -46,7 +46,7 @@ HERE = Path(__file__).parent
 SCRIPTS = {"transformers": "with_transformers", "vllm": "with_vllm", "llama.cpp": "with_llamacpp"}
 TOLERANCE = {"float32": 0.002, "bfloat16": 0.3}  # nats, at the typical position
 AGREEMENT = {"float32": 0.95, "bfloat16": 0.8}  # share of positions with the same most likely token
-WAIT = 900  # seconds that a client may take; importing vLLM on a busy machine takes minutes
+WAIT = 1800  # seconds that a client may take; importing vLLM on a busy machine takes minutes
 CHAT = [{"role": "user", "content": "Name three things that people eat for breakfast."}]
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
@@ -141,17 +141,27 @@ def ask(script: str, python: Path, job: dict[str, Any]) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [str(python), str(HERE / "runtimes" / f"{script}.py")]
-        text = json.dumps(job | {"answer": str(answer)})
-        try:
-            done = subprocess.run(
-                command, input=text, capture_output=True, text=True, cwd=folder, timeout=WAIT, env=environment()
-            )
-        except subprocess.TimeoutExpired as error:
-            raise MoesmithError(f"{script} did not answer within {WAIT} s", "Run it on an idle machine.") from error
-        if done.returncode or not answer.is_file():
-            raise MoesmithError(f"{script} failed: {why(done.stdout + done.stderr)}", "Run it by hand to see the rest.")
+        run([str(python), str(HERE / "runtimes" / f"{script}.py")], folder, json.dumps(job | {"answer": str(answer)}))
         return read_json(answer)
+
+
+def run(command: list[str], folder: str, text: str = "") -> None:
+    """Run a client in ``folder``, ``text`` on its standard input.
+
+    Raises:
+        MoesmithError: it failed, or took longer than :data:`WAIT`.
+    """
+    name = " ".join(Path(word).name for word in command[:4] if not word.startswith("-"))
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, cwd=folder, timeout=WAIT, env=environment()
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MoesmithError(f"{name} did not end within {WAIT} s", "Run it on an idle machine.") from error
+    except OSError as error:
+        raise MoesmithError(f"{command[0]} cannot be run: {error.strerror}", "Give --python an interpreter.") from error
+    if done.returncode:
+        raise MoesmithError(f"{name} failed: {why(done.stdout + done.stderr)}", "Run it by hand to see the rest.")
 
 
 def why(output: str) -> str:
@@ -241,9 +251,7 @@ def lm_eval(model: Path, question: Question, python: Path) -> dict[str, Any]:
         command = [str(python), "-m", "lm_eval", "run", "--model", "hf", "--model_args", settings]
         command += ["--tasks", "continuations", "--include_path", folder, "--device", "cpu", "--batch_size", "1"]
         command += ["--output_path", str(home / "out"), "--log_samples"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=WAIT, env=environment())
-        if done.returncode:
-            raise MoesmithError(f"lm-eval failed: {why(done.stdout + done.stderr)}", "Run it by hand to see the rest.")
+        run(command, folder)
         (results,) = home.glob("out/**/results_*.json")
         (samples,) = home.glob("out/**/samples_*.jsonl")
         accuracy = read_json(results)["results"]["continuations"]["acc,none"]
@@ -359,10 +367,12 @@ def main() -> None:
     options.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
     given = options.parse_args()
     question = Question.of(given.reference or given.model, given.dtype)
-    results = [check(client, given.model, question, given.python) for client in given.client]
-    for result in results:
-        print(json.dumps(result))
-    sys.exit(not all(result["ok"] for result in results))
+    good = True
+    for client in given.client:
+        result = check(client, given.model, question, given.python)
+        print(json.dumps(result), flush=True)
+        good &= result["ok"]
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_client_that_fails_says_why(question: Question) -> None:
     missing = Path("nowhere")
     found = check("transformers", missing, question, Path(sys.executable))
     assert not found["ok"]
-    assert "with_transformers failed" in found["error"]
+    assert "with_transformers.py failed" in found["error"]
 
 
 def test_a_server_that_does_not_come_up_says_why() -> None:

@@ -79,7 +79,9 @@ def test_a_cache_changes_nothing(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi"])
-def test_the_decoder_alone_serves_a_kernel_with_a_cache_of_whole_heads(family: str, tmp_path: Path) -> None:
+def test_the_decoder_alone_serves_a_kernel_with_a_cache_of_whole_heads(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM loads ``AutoModel``, hands over one row without a mask, and stores keys and values of the config's width."""
     parent = tiny_parent(family)
     _, model = written(parent, tmp_path / "moe", attention="hybrid")
@@ -93,14 +95,11 @@ def test_the_decoder_alone_serves_a_kernel_with_a_cache_of_whole_heads(family: s
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
         return out.transpose(1, 2).flatten(2)[0], None  # (S, heads * width): no batch
 
-    ALL_ATTENTION_FUNCTIONS.register("vllm", kernel)
-    try:
-        decoder = AutoModel.from_pretrained(tmp_path / "moe", attn_implementation="vllm")
-        with torch.no_grad():
-            found = decoder(input_ids=IDS[:1], use_cache=False, return_dict=False)[0]
-            wanted = model(IDS[:1], output_hidden_states=True).hidden_states[-1]
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["vllm"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", kernel)  # type: ignore[arg-type]
+    decoder = AutoModel.from_pretrained(tmp_path / "moe", attn_implementation="vllm")
+    with torch.no_grad():
+        found = decoder(input_ids=IDS[:1], use_cache=False, return_dict=False)[0]
+        wanted = model(IDS[:1], output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert decoder.get_decoder().get_input_embeddings() is decoder.get_input_embeddings()
 
