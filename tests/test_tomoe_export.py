@@ -15,7 +15,8 @@ from masked import ATTENTION, IDS, harvested
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, STOCK, tiny_parent
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moesmith.attention import CarvedAttention
 from moesmith.carving import Carving
@@ -75,6 +76,32 @@ def test_a_cache_changes_nothing(family: str, tmp_path: Path) -> None:
             step = model(IDS[:1, position : position + 1], past_key_values=step.past_key_values, use_cache=True)
             parts.append(step.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi"])
+def test_the_decoder_alone_serves_a_kernel_with_a_cache_of_whole_heads(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM loads ``AutoModel``, hands over one row without a mask, and stores keys and values of the config's width."""
+    parent = tiny_parent(family)
+    _, model = written(parent, tmp_path / "moe", attention="hybrid")
+
+    def kernel(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        assert mask is None
+        assert {q.shape[-1], k.shape[-1], v.shape[-1]} == {head_dim(parent.config)}
+        k, v = (part.repeat_interleave(module.num_key_value_groups, 1) for part in (k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        return out.transpose(1, 2).flatten(2)[0], None  # (S, heads * width): no batch
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", kernel)  # type: ignore[arg-type]
+    decoder = AutoModel.from_pretrained(tmp_path / "moe", attn_implementation="vllm")
+    with torch.no_grad():
+        found = decoder(input_ids=IDS[:1], use_cache=False, return_dict=False)[0]
+        wanted = model(IDS[:1], output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert decoder.get_decoder().get_input_embeddings() is decoder.get_input_embeddings()
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])

@@ -18,7 +18,7 @@ from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.target import Options, Source
 from moesmith.export.verify import verify_folder
 from moesmith.moe import block, build
-from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM
+from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM, MoesmithModel
 from moesmith.parents import Parent
 from moesmith.sizes import Sizes
 from moesmith.structure import attention_of, attention_weights, decoder_layers
@@ -80,7 +80,11 @@ def write_native(parent: Parent, carving: Carving, folder: Path, shard_bytes: in
         architectures=[MoesmithForCausalLM.__name__],
         dtype=parent.model.dtype,
     )
-    classes = {"AutoConfig": MoesmithConfig, "AutoModelForCausalLM": MoesmithForCausalLM}
+    classes = {
+        "AutoConfig": MoesmithConfig,
+        "AutoModel": MoesmithModel,
+        "AutoModelForCausalLM": MoesmithForCausalLM,
+    }
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
     with whole_folder(folder) as work:
         size = write_shards(work, named_tensors(parent, carving), shard_bytes)

@@ -176,8 +176,8 @@ def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) ->
     if dialect == "qwen3_moe":
         return Qwen3MoeConfig(**fields, attention_bias=False)
     kind = "full_attention" if window is None else "sliding_attention"
-    # the architecture insists on a shared expert; width 0 makes it an exact zero
-    return Qwen2MoeConfig(**fields, qkv_bias=True, shared_expert_intermediate_size=0, layer_types=[kind] * parent.L)
+    # the architecture insists on a shared expert: an exact zero. At width 0 vLLM leaves it out and refuses its tensors
+    return Qwen2MoeConfig(**fields, qkv_bias=True, shared_expert_intermediate_size=ALIGN, layer_types=[kind] * parent.L)
 
 
 def stock_tensors(
@@ -235,7 +235,8 @@ def _moe_tensors(parent: Parent, carving: Carving, index: int, dialect: str) -> 
         for name, tensor in zip(EXPERT_NAMES[dialect], padded, strict=True):
             yield f"{name.format(expert)}.weight", tensor
     if dialect == "qwen2_moe":
-        for name, shape in (("gate_proj", (0, parent.D)), ("up_proj", (0, parent.D)), ("down_proj", (parent.D, 0))):
+        rows, columns = (ALIGN, parent.D), (parent.D, ALIGN)
+        for name, shape in (("gate_proj", rows), ("up_proj", rows), ("down_proj", columns)):
             yield f"mlp.shared_expert.{name}.weight", torch.zeros(shape)
         yield "mlp.shared_expert_gate.weight", torch.zeros(1, parent.D)
 

@@ -137,12 +137,13 @@ class PrunedAttention(nn.Module):
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        width = max(q.shape[-1], v.shape[-1])  # kernels want one width: zeros change no score
+        # kernels want one width, and vLLM's cache the whole head's: zeros change no score
+        width = self.h if self.config._attn_implementation == "vllm" else max(q.shape[-1], v.shape[-1])
         q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
         dropout = self.attention_dropout if self.training else 0.0
         out, scores = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        out = out.unflatten(-1, (-1, width))[..., : len(kept_vo)] if out.dim() == 3 else out[..., : len(kept_vo)]
+        out = out.reshape(*hidden_states.shape[:-1], -1, width)[..., : len(kept_vo)]  # some kernels flatten heads
         if gate.mask_output:
             out = out * gate.vo[..., kept_vo].unsqueeze(-2)
         return self.o_proj(out.flatten(-2)), scores

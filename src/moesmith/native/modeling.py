@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -30,7 +30,12 @@ READABLE = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
     "max_position_embeddings",
+    "sliding_window",
+    "layer_types",
+    "rope_parameters",
+    "tie_word_embeddings",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -72,12 +77,8 @@ class MoesmithConfig(PreTrainedConfig):
         raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
 
 
-class MoesmithForCausalLM(PreTrainedModel, GenerationMixin):
-    """The parent's causal language model with a :class:`MoEBlock` in every layer, and pruned attention if it has any.
-
-    Attributes:
-        inner: a model of the parent's class; it does the work.
-    """
+class _Native(PreTrainedModel):
+    """What both classes declare."""
 
     config_class = MoesmithConfig
     base_model_prefix = "inner"
@@ -85,6 +86,37 @@ class MoesmithForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+
+class MoesmithModel(_Native):
+    """The decoder alone, without the output matrix: what ``AutoModel`` loads and what vLLM wraps."""
+
+    def __init__(self, config: MoesmithConfig) -> None:
+        super().__init__(config)
+        whole = _empty(config)
+        self.decoder = whole.base_model_prefix
+        self.add_module(self.decoder, whole.base_model)
+        self.post_init()
+
+    def get_decoder(self) -> Any:
+        """The parent's decoder, our blocks in it."""
+        return self.get_submodule(self.decoder)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.get_decoder().get_input_embeddings()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent's decoder."""
+        return self.get_decoder()(*args, **kwargs)
+
+
+class MoesmithForCausalLM(_Native, GenerationMixin):
+    """The parent's causal language model with a :class:`MoEBlock` in every layer, and pruned attention if it has any.
+
+    Attributes:
+        inner: a model of the parent's class; it does the work.
+    """
 
     def __init__(self, config: MoesmithConfig) -> None:
         super().__init__(config)
@@ -151,4 +183,5 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 AutoConfig.register("moesmith", MoesmithConfig)
+AutoModel.register(MoesmithConfig, MoesmithModel)
 AutoModelForCausalLM.register(MoesmithConfig, MoesmithForCausalLM)
