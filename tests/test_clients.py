@@ -75,11 +75,12 @@ def test_a_wrong_answer_is_wrong(question: Question, monkeypatch: pytest.MonkeyP
     assert check("vllm", Path("m"), question, Path("python"))["greedy_match"] == "10/24"
 
 
-def test_a_client_that_fails_says_why(question: Question) -> None:
-    missing = Path("nowhere")
-    found = check("transformers", missing, question, Path(sys.executable))
+def test_a_client_that_fails_says_why(question: Question, tmp_path: Path) -> None:
+    with pytest.raises(MoesmithError, match="no such tensor"):
+        clients.run([sys.executable, "-c", "raise ValueError('no such tensor')"], str(tmp_path))
+    found = check("transformers", Path("m"), question, tmp_path / "nowhere")
     assert not found["ok"]
-    assert "with_transformers.py failed" in found["error"]
+    assert "cannot be run: No such file" in found["error"]
 
 
 def test_a_server_that_does_not_come_up_says_why() -> None:
