@@ -159,6 +159,30 @@ def generate(
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[str | None, typer.Option(help="hf, sglang, gguf or native")] = None,
+    out_path: Annotated[Path | None, typer.Option("--out", help="the folder or file to write")] = None,
+    quant: Annotated[str | None, typer.Option(help="of gguf: f32, bf16 (default), q8_0 or q4_k_m")] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="write the output head as a tensor of its own")] = False,
+    shard_size: Annotated[str | None, typer.Option(help="the most one file holds, such as 5GB")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="say which targets hold this model; write nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the finished model for another runtime and compare it there."""
+    from moesmith.export.target import Options
+    from moesmith.export.targets import explain_run, export_run, rows_of
+
+    found: Any = explain_run(run) if explain else export_run(run, to, out_path, Options.parse(quant, untie, shard_size))
+    if as_json:
+        _print_json(found)
+    elif explain:
+        show_table(f"targets of {run}", ["target", "fits", "why not, or what is lost"], rows_of(found))
+    else:
+        show_table(f"{out_path}", ["", ""], [(name.replace("_", " "), value) for name, value in found.items()])
+
+
+@app.command()
 def report(
     run: RunFolder,
     output: Annotated[Path | None, typer.Option(help="where to write; RUN/report.html if left out")] = None,

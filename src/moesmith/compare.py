@@ -31,8 +31,8 @@ def header_of(folder: Path) -> dict[str, Any]:
     return header
 
 
-def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
-    """A run's dense parent and its finished model.
+def parent_of(folder: Path) -> Parent:
+    """A finished run's dense parent.
 
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
@@ -45,6 +45,16 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
             f" not {header['inputs']['model_digest']})",
             "Put the original weights back, or convert again.",
         )
+    return parent
+
+
+def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
+    """A run's dense parent and its finished model.
+
+    Raises:
+        MoesmithError: as :func:`parent_of`, or the finished model is damaged.
+    """
+    parent = parent_of(folder)
     return parent, load_finished(folder / "model", parent)
 
 

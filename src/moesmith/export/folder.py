@@ -64,8 +64,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Write safetensors of at most about :data:`SHARD_BYTES` each, with an index if there are several; total bytes."""
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int | None = None) -> int:
+    """Write safetensors of at most ``shard_bytes`` each, with an index if there are several; total bytes of tensors.
+
+    :data:`SHARD_BYTES` if not given; a tensor that is larger has a file of its own.
+    """
+    shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = 0
@@ -77,7 +81,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
 
     filled = 0
     for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > SHARD_BYTES:
+        if shard and filled + tensor.nbytes > shard_bytes:
             flush()
             filled = 0
         shard[name] = tensor

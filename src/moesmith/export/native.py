@@ -15,7 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from moesmith.attention import narrowed
 from moesmith.carving import Carving
 from moesmith.export.folder import whole_folder, write_companions, write_shards
-from moesmith.moe import block
+from moesmith.export.target import Options, Source
+from moesmith.export.verify import verify_folder
+from moesmith.moe import block, build
 from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM
 from moesmith.parents import Parent
 from moesmith.sizes import Sizes
@@ -24,11 +26,34 @@ from moesmith.structure import attention_of, attention_weights, decoder_layers
 CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that travel with the weights
 
 
-def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, Any]:
+class Native:
+    """``--to native``: moesmith's own format holds every carving as it is."""
+
+    name, takes, suffix = "native", frozenset({"shard_bytes"}), ""
+
+    def explain(self, source: Source) -> str | None:
+        """It always fits."""
+        return None
+
+    def lost(self, source: Source, options: Options | None) -> list[str]:
+        """Nothing is lost."""
+        return []
+
+    def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
+        """See :func:`write_native`."""
+        return write_native(source.parent, source.carving, out, options.shard_bytes)
+
+    def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
+        """Logits in transformers, from the code that lies beside the weights' twin in this package."""
+        return verify_folder(source.parent, out, build(source.parent, source.carving, "sliced"), ids)
+
+
+def write_native(parent: Parent, carving: Carving, folder: Path, shard_bytes: int | None = None) -> dict[str, Any]:
     """Write ``folder`` in moesmith's own format, in the parent's dtype, whole or not at all.
 
     ``from_pretrained`` gives back ``moe.build(parent, carving, "sliced")``: to the last bit, attention apart, which is
-    narrower here where it is masked there. Weights are made and written one shard at a time.
+    narrower here where it is masked there. Weights are made and written one shard at a time, of ``shard_bytes`` at most
+    (:data:`folder.SHARD_BYTES` if not given).
 
     Returns:
         ``architecture``, ``expert_width`` (channels of the widest expert), ``zero_channels`` (share of channels on disk
@@ -59,7 +84,7 @@ def write_native(parent: Parent, carving: Carving, folder: Path) -> dict[str, An
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
     tensors = ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
     with whole_folder(folder) as work:
-        size = write_shards(work, tensors)
+        size = write_shards(work, tensors, shard_bytes)
         config.save_pretrained(work)
         for name in CODE:
             shutil.copyfile(str(files("moesmith") / "native" / f"{name}.py"), work / f"{name}.py")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from moesmith.parents import Parent
 from moesmith.proof import NATIVE
 from moesmith.structure import STREAM, attention_of, attention_weights, attention_window, decoder_layers, head_dim
 
-__all__ = ["stock_config", "stock_reference", "verify_folder", "write_stock"]
+__all__ = ["Layout", "stock_config", "stock_reference", "stock_refusal", "verify_folder", "write_stock"]
 
 ALIGN = 32  # channels; quantisation blocks and grouped matrix kernels want multiples of it
 ARCHITECTURES = {
@@ -58,6 +58,24 @@ CARRIED = (
     "pad_token_id", "bos_token_id", "eos_token_id",
 )
 # fmt: on
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stock folder is written; as it is, the one for transformers and vLLM.
+
+    Attributes:
+        dialect: ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``; the parent's family if empty. Qwen2-MoE holds Mixtral's
+            attention with zero biases. Mixtral's names with biases are for llama.cpp's converter only.
+        untied: the head is a tensor of its own although the parent shares it with the embedding.
+        context: the longest text, for runtimes without sliding windows: the window goes, which nothing shorter notices.
+        shard_bytes: the most that a file holds; :data:`folder.SHARD_BYTES` if not given.
+    """
+
+    dialect: str = ""
+    untied: bool = False
+    context: int | None = None
+    shard_bytes: int | None = None
 
 
 @cache
@@ -111,48 +129,65 @@ def stock_width(carving: Carving) -> int:
     return -(-widest // ALIGN) * ALIGN
 
 
-def stock_config(parent: Parent, carving: Carving) -> PreTrainedConfig:
+def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
+    """The one property that no stock architecture holds, and what to do; ``None`` if one holds the carving."""
+    gate = carving.gate
+    if parent.family == NATIVE:
+        return (
+            "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one",
+            "Write the native format (native.write_native).",
+        )
+    if not (gate.renormalise or gate.order == "topk-softmax") or gate.scale != 1:
+        return (
+            "The carving's gate does not give weights that sum to 1, as every runtime of the stock architectures does",
+            "Use renormalise = true and scale = 1, or write the native format.",
+        )
+    return None
+
+
+def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) -> PreTrainedConfig:  # noqa: B008
     """The stock architecture's config with every field of the parent that attention, embedding and tokens need.
 
     Raises:
         MoesmithError: a gate that the stock architectures do not have, or a parent that only the native format holds.
     """
     gate, old = carving.gate, parent.config
-    if parent.family == NATIVE:
-        raise MoesmithError(
-            "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one",
-            "Write the native format (native.write_native).",
-        )
-    if not (gate.renormalise or gate.order == "topk-softmax") or gate.scale != 1:
-        raise MoesmithError(
-            "The carving's gate does not give weights that sum to 1, as every runtime of the stock architectures does",
-            "Use renormalise = true and scale = 1, or write the native format.",
-        )
+    if (refusal := stock_refusal(parent, carving)) is not None:
+        raise MoesmithError(*refusal)
     fields: dict[str, Any] = {name: getattr(old, name) for name in CARRIED if hasattr(old, name)}
     fields["rope_parameters"] = copy.deepcopy(old.rope_parameters)
     fields["rope_parameters"].pop("partial_rotary_factor", None)  # 1, or the parent would have been refused
     fields["head_dim"] = head_dim(old)
     fields["hidden_act"] = parent.ffns[0].activation_name
-    fields["tie_word_embeddings"] = _tied(parent.model)
+    fields["tie_word_embeddings"] = _tied(parent.model) and not layout.untied
     fields["num_experts_per_tok"] = gate.top_k
     fields["output_router_logits"] = False
-    fields["architectures"] = [ARCHITECTURES[parent.family]]
+    dialect = layout.dialect or parent.family
+    fields["architectures"] = [ARCHITECTURES[dialect]]
     window, width = attention_window(old), stock_width(carving)
-    if parent.family == "mixtral":
+    if layout.context is not None:
+        window, fields["max_position_embeddings"] = None, layout.context
+    if dialect == "mixtral":
         return MixtralConfig(**fields, sliding_window=window, num_local_experts=gate.experts, intermediate_size=width)
     fields |= {"num_experts": gate.experts, "moe_intermediate_size": width, "intermediate_size": parent.F}
     fields |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
     fields |= {"use_sliding_window": window is not None, "sliding_window": window}
-    if parent.family == "qwen3_moe":
+    if dialect == "qwen3_moe":
         return Qwen3MoeConfig(**fields, attention_bias=False)
     kind = "full_attention" if window is None else "sliding_attention"
     # the architecture insists on a shared expert; width 0 makes it an exact zero
     return Qwen2MoeConfig(**fields, qkv_bias=True, shared_expert_intermediate_size=0, layer_types=[kind] * parent.L)
 
 
-def stock_tensors(parent: Parent, carving: Carving, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def stock_tensors(
+    parent: Parent,
+    carving: Carving,
+    dtype: torch.dtype,
+    layout: Layout = Layout(),  # noqa: B008
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder in ``dtype``, one at a time: (name on disk, tensor on the CPU)."""
     model, names = parent.model, {id(p): name for name, p in parent.model.named_parameters()}
+    dialect = layout.dialect or parent.family
 
     def trained(module: Any) -> Tensor:  # a norm's weight, the carving's if it was trained
         return carving.norms.get(names[id(module.weight)], module.weight)
@@ -166,23 +201,27 @@ def stock_tensors(parent: Parent, carving: Carving, dtype: torch.dtype) -> Itera
         prefix, attention = f"model.layers.{index}", attention_of(layer)
         for name in STREAM:
             yield out(f"{prefix}.{name}.weight", trained(getattr(layer, name)))
-        for name, tensor in attention_weights(layer, parent.config).items():
+        weights = attention_weights(layer, parent.config)
+        if dialect == "qwen2_moe":  # it has biases
+            rows = {f"{p}_proj": len(weights[f"{p}_proj.weight"]) for p in "qkv"}
+            weights = {f"{name}.bias": torch.zeros(n) for name, n in rows.items()} | weights
+        for name, tensor in weights.items():
             owner = name.rsplit(".", 1)[0]
             if carving.attention:
                 tensor = zeroed(name, tensor, carving.attention[index])
             yield out(f"{prefix}.self_attn.{name}", trained(getattr(attention, owner)) if "norm" in owner else tensor)
-        for name, tensor in _moe_tensors(parent, carving, index):
+        for name, tensor in _moe_tensors(parent, carving, index, dialect):
             yield out(f"{prefix}.{name}", tensor)
     yield out("model.norm.weight", trained(model.base_model.norm))
-    if not _tied(model):
+    if layout.untied or not _tied(model):
         head: Any = model.get_output_embeddings()
         yield out("lm_head.weight", head.weight)
 
 
-def _moe_tensors(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, Tensor]]:
+def _moe_tensors(parent: Parent, carving: Carving, index: int, dialect: str) -> Iterator[tuple[str, Tensor]]:
     """One layer's router and experts in fp32."""
-    family, width, constant = parent.family, stock_width(carving), constant_channel(parent, carving, index)
-    yield ("block_sparse_moe" if family == "mixtral" else "mlp") + ".gate.weight", carving.layers[index].router_ED
+    width, constant = stock_width(carving), constant_channel(parent, carving, index)
+    yield ("block_sparse_moe" if dialect == "mixtral" else "mlp") + ".gate.weight", carving.layers[index].router_ED
     for expert in range(carving.gate.experts):
         gate_FD, up_FD, down_DF = carving.expert_weights(parent, index, expert)
         assert up_FD is not None, "stock_config refuses such a parent"
@@ -192,9 +231,9 @@ def _moe_tensors(parent: Parent, carving: Carving, index: int) -> Iterator[tuple
             down_DF = torch.cat([down_DF, down_ED[expert][:, None]], 1)
         missing = width - len(gate_FD)
         padded = F.pad(gate_FD, (0, 0, 0, missing)), F.pad(up_FD, (0, 0, 0, missing)), F.pad(down_DF, (0, missing))
-        for name, tensor in zip(EXPERT_NAMES[family], padded, strict=True):
+        for name, tensor in zip(EXPERT_NAMES[dialect], padded, strict=True):
             yield f"{name.format(expert)}.weight", tensor
-    if family == "qwen2_moe":
+    if dialect == "qwen2_moe":
         for name, shape in (("gate_proj", (0, parent.D)), ("up_proj", (0, parent.D)), ("down_proj", (parent.D, 0))):
             yield f"mlp.shared_expert.{name}.weight", torch.zeros(shape)
         yield "mlp.shared_expert_gate.weight", torch.zeros(1, parent.D)
@@ -206,7 +245,13 @@ def _tied(model: PreTrainedModel) -> bool:
     return head.weight is embedding.weight
 
 
-def write_stock(parent: Parent, carving: Carving, folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+def write_stock(
+    parent: Parent,
+    carving: Carving,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    layout: Layout = Layout(),  # noqa: B008
+) -> dict[str, Any]:
     """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
 
     Weights are made and written one shard at a time, so a model larger than the memory left fits. An earlier model
@@ -220,17 +265,17 @@ def write_stock(parent: Parent, carving: Carving, folder: Path, dtype: torch.dty
         MoesmithError: the parent, the gate or a bias does not fit a stock architecture, ``folder`` holds something that
             is not a model, or the disk is full.
     """
-    config = stock_config(parent, carving)
+    config = stock_config(parent, carving, layout)
     config.dtype = dtype
     with whole_folder(folder) as work:
-        size = write_shards(work, stock_tensors(parent, carving, dtype))
+        size = write_shards(work, stock_tensors(parent, carving, dtype, layout), layout.shard_bytes)
         config.save_pretrained(work)
         _add_legacy_fields(work / "config.json")
         write_companions(parent, work)
     width = stock_width(carving)
     used = carving.widths().double().mean() + (carving.compensation == "bias")
     return {
-        "architecture": ARCHITECTURES[parent.family],
+        "architecture": ARCHITECTURES[layout.dialect or parent.family],
         "expert_width": width,
         "zero_channels": round(1 - float(used) / width, 4),
         "bytes": size,

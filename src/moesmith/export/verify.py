@@ -49,10 +49,10 @@ def verify_folder(parent: Parent, folder: Path, reference: PreTrainedModel, ids:
         MoesmithError: the folder does not load, lacks tensors or computes something else. It is deleted.
     """
     try:
-        dtype = torch.float32 if _fits(reference) else reference.dtype
-        expected = _run(reference, ids, dtype)
+        dtype = torch.float32 if fits(reference) else reference.dtype
+        expected = run(reference, ids, dtype)
         loaded: Any = load_folder(folder, dtype)
-        found = _run(loaded.to(parent.device), ids, dtype)
+        found = run(loaded.to(parent.device), ids, dtype)
         approximate = _biased(reference) and not _biased(loaded)
         return _judge(folder, expected, found, exact=dtype == torch.float32, approximate=approximate)
     except MoesmithError:
@@ -96,7 +96,7 @@ def _biased(model: nn.Module) -> bool:
     return any(getattr(block.experts, "bias_ED", None) is not None for block in moe_blocks(model))
 
 
-def _fits(model: PreTrainedModel) -> bool:
+def fits(model: PreTrainedModel) -> bool:
     """Whether an fp32 copy fits in the free memory of the model's device."""
     need = 1.2 * 4 * sum(p.numel() for p in model.parameters())
     cuda = model.device.type == "cuda"
@@ -112,7 +112,8 @@ class Result:
 
 
 @torch.no_grad()
-def _run(model: Any, ids: Tensor, dtype: torch.dtype) -> Result:
+def run(model: Any, ids: Tensor, dtype: torch.dtype) -> Result:
+    """A model's logits and routing for token ids (N, S), computed in ``dtype``."""
     if model.dtype != dtype:
         model = copy.deepcopy(model).to(dtype)  # a copy: our own models share the parent's tensors
     with _routing(model) as routed:

@@ -1,0 +1,207 @@
+"""``--to gguf``: one file for llama.cpp, by its own converter, proved in llama.cpp.
+
+llama.cpp renormalises the gate's weights in two graphs only: ``llama`` with experts and ``qwen3moe``. So Llama, Mistral and
+Phi-3 go through a folder with Mixtral's names to ``llama``, Qwen3 to ``qwen3moe``, and Qwen2, whose own graph does not
+renormalise, as Mixtral's names plus biases to ``llama``, which takes them.
+
+A quantised model answers otherwise than its source, so a comparison of the two cannot tell noise from a fault. Therefore
+the same folder is first written in f32, in which llama.cpp must give the reference's logits; what is quantised from it
+is then held to the tolerance of its type.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+from moesmith.export.converter import convert
+from moesmith.export.llamacpp import Answers, Questions, ask
+from moesmith.export.quantise import quantise, tensor_type
+from moesmith.export.stock import Layout, stock_reference, stock_refusal, stock_width, write_stock
+from moesmith.export.target import Options, Source, reach_loss, stock_losses
+from moesmith.export.verify import fits, run
+from moesmith.parents import Parent
+from moesmith.structure import head_dim
+
+POSITIONS = 48  # of each row, asked one by one
+NEW = 24  # greedy tokens
+AGREED = 0.8  # share of positions that must be within the tolerance: a router between two equal experts may tip
+# largest difference of log-probabilities at a position, over the reference logits' standard deviation
+TOLERANCE = {"ALL_F32": 0.01, "MOSTLY_BF16": 0.15, "MOSTLY_Q8_0": 0.3, "MOSTLY_Q4_K_M": 1.0}
+ROPE = {"llama": ("default", "llama3", "linear", "yarn"), "qwen3moe": ("default", "linear", "yarn")}
+
+
+class Gguf:
+    """One GGUF file."""
+
+    name, takes, suffix = "gguf", frozenset({"quant", "untie"}), ".gguf"
+
+    def explain(self, source: Source) -> str | None:
+        """What no stock architecture holds, or llama.cpp's graphs do not compute."""
+        parent = source.parent
+        if (refusal := stock_refusal(parent, source.carving)) is not None:
+            return refusal[0]
+        if (activation := parent.ffns[0].activation_name) != "silu":
+            return f"llama.cpp's experts compute silu, and this model's compute {activation}"
+        rope = parent.config.rope_parameters.get("rope_type", "default")
+        if rope not in ROPE[graph_of(parent)]:
+            return f"llama.cpp's graph {graph_of(parent)!r} does not scale positions as this model does ({rope})"
+        return None
+
+    def lost(self, source: Source, options: Options | None) -> list[str]:
+        """Masks by token, exact biases, text beyond a sliding window, and what q4_k_m cannot quantise."""
+        found = [*stock_losses(source), *reach_loss(source)]
+        if options is not None and options.quant != "q4_k_m":
+            return found
+        config: Any = source.parent.config
+        heads = config.num_attention_heads * head_dim(config)
+        return found + wide_rows(source.parent.D, heads, stock_width(source.carving))
+
+    def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
+        """Convert, prove in f32, quantise.
+
+        Raises:
+            MoesmithError: it does not fit, a package is missing, the tokenizer is unknown to llama.cpp, or the f32 file
+                does not compute what the carving computes.
+        """
+        if (reason := self.explain(source)) is not None:
+            raise MoesmithError(reason, "Write another target, such as native.")
+        parent, quant = source.parent, options.quant or "bf16"
+        dialect = "mixtral" if parent.family == "qwen2_moe" else parent.family
+        work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        try:
+            folder, plain, made = work / "folder", work / "f32.gguf", work / out.name
+            layout = Layout(dialect, options.untie, source.reach)
+            facts = write_stock(parent, source.carving, folder, parent.model.dtype, layout)
+            name = source.run.name or "moe"
+            convert(folder, plain, "f32", name)
+            if quant == "f32":
+                plain.rename(made)
+            else:
+                say(f"  comparing in f32 before {quant}")
+                compare(source, plain, source.ids)
+                if quant == "q4_k_m":
+                    facts["tensors"] = quantise(plain, made)
+                else:
+                    convert(folder, made, quant, name)
+            os.replace(made, out)
+        except OSError as error:
+            raise MoesmithError(
+                f"cannot write {out}: {error.strerror or error}", "Free disk space and run again."
+            ) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return facts | {"architecture": graph_of(parent), "quant": quant, "bytes": out.stat().st_size}
+
+    def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
+        """Log-probabilities and greedy tokens in llama.cpp, tokens of the text, and the chat template."""
+        try:
+            return compare(source, out, ids)
+        except MoesmithError:
+            out.unlink(missing_ok=True)
+            raise
+
+
+def graph_of(parent: Parent) -> str:
+    """llama.cpp's name for the graph that the parent's attention goes through."""
+    return "qwen3moe" if parent.family == "qwen3_moe" else "llama"
+
+
+def wide_rows(D: int, heads: int, width: int) -> list[str]:
+    """Which matrices q4_k_m leaves in a larger type because their rows are no multiple of 256, and the next width that is.
+
+    Args:
+        D: the model's width.
+        heads: query heads times head_dim.
+        width: channels of an expert on disk.
+    """
+    rows = {"blk.0.ffn_down_exps.weight": width, "blk.0.attn_output.weight": heads, "blk.0.attn_q.weight": D}
+    what = {width: "experts' down_proj", heads: "attention's o_proj", D: "what reads the residual stream"}
+    found = []
+    for name, row in rows.items():
+        if row % 256 and (line := what.pop(row, None)):
+            kind = str(tensor_type(name, row, 1, 0, False)).lower()
+            found.append(f"q4_k_m keeps {line} in {kind} or larger: rows of {row}, next good {-(-row // 256) * 256}")
+    return found
+
+
+def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
+    """Ask llama.cpp and the reference the same, and judge.
+
+    Returns:
+        ``logprob_difference`` (median over positions of the largest difference among llama.cpp's most likely tokens),
+        ``logprob_difference_max``, ``within_tolerance`` (share of positions), ``tolerance`` (all in nats),
+        ``argmax_agreement``, ``greedy_match`` of ``greedy_tokens``.
+
+    Raises:
+        MoesmithError: another tokenizer, another chat template, or other probabilities.
+    """
+    import gguf
+
+    fields = gguf.GGUFReader(str(file)).fields
+    kind = gguf.LlamaFileType(int(fields["general.file_type"].contents())).name
+    tokenizer = source.parent.tokenizer
+    template = fields["tokenizer.chat_template"].contents() if "tokenizer.chat_template" in fields else None
+    if template != (tokenizer.chat_template or None):
+        raise _wrong(file, "its chat template is not the parent's")
+    ids = ids[:, : min(POSITIONS, source.reach or POSITIONS)]
+    start = ids.shape[1] // 3 + 1
+    new = min(NEW, (source.reach or start + NEW) - start)
+    texts = [str(tokenizer.decode(row)) for row in ids] + ["It's 1234.5 °C\n\n  x += 1"]
+    questions = Questions(texts, ids.tolist(), ids[0, :start].tolist(), new, threads=torch.get_num_threads())
+    answers = ask(file, questions)
+    for text, found in zip(texts, answers.texts, strict=True):
+        if found != tokenizer.encode(text, add_special_tokens=False):
+            raise _wrong(file, f"llama.cpp makes other tokens of {text[:40]!r} than the parent's tokenizer")
+    return _judge(source, file, ids, start, answers, TOLERANCE[kind])
+
+
+def _judge(
+    source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float
+) -> dict[str, Any]:
+    reference = stock_reference(source.parent, source.carving)
+    dtype = torch.float32 if fits(reference) else reference.dtype
+    logits_NSV = run(reference, ids, dtype).logits
+    expected_NSV = logits_NSV.log_softmax(-1)
+    tolerance = relative * float(logits_NSV.std())
+    tokens_NST = torch.tensor([[[token for token, _ in top] for top in row] for row in answers.rows])
+    found_NST = torch.tensor([[[value for _, value in top] for top in row] for row in answers.rows])
+    worst_NS = (expected_NSV.gather(-1, tokens_NST) - found_NST).abs().amax(-1)
+    within = float((worst_NS <= tolerance).double().mean())
+    path = torch.cat([ids[0, :start], torch.tensor(answers.greedy, dtype=torch.long)])[None]
+    steps_TV = run(reference, path, dtype).logits[0, start - 1 : -1].log_softmax(-1)
+    chosen_T = torch.tensor(answers.greedy, dtype=torch.long)
+    behind_T = steps_TV.amax(-1) - steps_TV.gather(-1, chosen_T[:, None])[:, 0]
+    near = float((behind_T <= 2 * tolerance).double().mean()) if len(chosen_T) else 1.0
+    same_T = (steps_TV.argmax(-1) == chosen_T).long()
+    if within < AGREED or near < AGREED:
+        raise _wrong(
+            file,
+            f"its log-probabilities are within {tolerance:.2g} nats at {within:.0%} of the positions, {near:.0%} of its"
+            f" greedy tokens are near the best",
+        )
+    return {
+        "logprob_difference": float(worst_NS.median()),
+        "logprob_difference_max": float(worst_NS.max()),
+        "within_tolerance": round(within, 4),
+        "tolerance": tolerance,
+        "argmax_agreement": round(float((logits_NSV.argmax(-1) == tokens_NST[..., 0]).double().mean()), 4),
+        "greedy_match": int(same_T.cumprod(0).sum()),
+        "greedy_tokens": len(chosen_T),
+    }
+
+
+def _wrong(file: Path, why: str) -> MoesmithError:
+    return MoesmithError(
+        f"{file} does not answer in llama.cpp as the carving does: {why}",
+        "It was deleted. This is a fault of moesmith or of the installed converter: please report it.",
+    )

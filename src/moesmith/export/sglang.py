@@ -1,0 +1,91 @@
+"""``--to sglang``: the dialect of a Hugging Face folder that SGLang reads rightly.
+
+SGLang (read at 0.5.23) differs from transformers without an error: its MoE models never tie head and embedding, its
+Mixtral knows of ``rope_parameters`` only the base, its Mixtral and Qwen2-MoE take hidden_size / heads for the head's
+width, and none of the three has a sliding window. So the head is written out, a Llama whose positions are scaled goes
+into Qwen2-MoE with zero biases, and the context ends at the window. What is written is compared in transformers;
+SGLang itself, which wants a GPU, is not run here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from moesmith.artefact import read_json
+from moesmith.errors import MoesmithError
+from moesmith.export.stock import ARCHITECTURES, Layout, stock_reference, stock_refusal, write_stock
+from moesmith.export.target import Options, Source, reach_loss, stock_losses
+from moesmith.export.verify import verify_folder
+from moesmith.parents import Parent
+from moesmith.structure import head_dim
+
+
+class SGLang:
+    """Mixtral, Qwen2-MoE or Qwen3-MoE with the head untied."""
+
+    name, takes, suffix = "sglang", frozenset({"untie", "shard_bytes"}), ""
+
+    def explain(self, source: Source) -> str | None:
+        """What no stock architecture holds, or SGLang's reading of it ignores."""
+        parent, config = source.parent, source.parent.config
+        if (refusal := stock_refusal(parent, source.carving)) is not None:
+            return refusal[0]
+        if (activation := parent.ffns[0].activation_name) != "silu":
+            return f"SGLang's experts compute silu, and this model's compute {activation}"
+        width, plain = head_dim(config), config.hidden_size // config.num_attention_heads
+        if (dialect := dialect_of(parent)) != "qwen3_moe" and width != plain:
+            return (
+                f"SGLang's {ARCHITECTURES[dialect]} takes hidden_size / heads = {plain} for the width of a head,"
+                f" and this model's is {width}"
+            )
+        return None
+
+    def lost(self, source: Source, options: Options | None) -> list[str]:
+        """Masks by token, exact biases, and text beyond a sliding window."""
+        return [*stock_losses(source), *reach_loss(source)]
+
+    def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
+        """The folder in the parent's dtype; see :func:`stock.write_stock`."""
+        layout = Layout(dialect_of(source.parent), True, source.reach, options.shard_bytes)
+        return write_stock(source.parent, source.carving, out, source.parent.model.dtype, layout)
+
+    def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
+        """Logits in transformers, and that nothing is left to what SGLang reads otherwise."""
+        reference = stock_reference(source.parent, source.carving)
+        found = verify_folder(source.parent, out, reference, ids[:, : source.reach])
+        if (odd := misread(out)) is not None:
+            shutil.rmtree(out, ignore_errors=True)
+            raise MoesmithError(f"SGLang would misread {out}: {odd}", "It was deleted. Please report it.")
+        return found
+
+
+def dialect_of(parent: Parent) -> str:
+    """The architecture to write: the parent's own, or Qwen2-MoE for a Mixtral with scaled positions."""
+    scaled = parent.config.rope_parameters.get("rope_type", "default") != "default"
+    return "qwen2_moe" if parent.family == "mixtral" and scaled else parent.family
+
+
+def misread(folder: Path) -> str | None:
+    """What SGLang would read otherwise than transformers in this folder; ``None`` if nothing."""
+    config = read_json(folder / "config.json")
+    names: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    kind = config["model_type"]
+    if config.get("tie_word_embeddings") or "lm_head.weight" not in names:
+        return "the head is not a tensor of its own"
+    if kind == "mixtral" and "rope_scaling" in config:
+        return "its Mixtral knows no scaling of positions"
+    if kind != "mixtral" and not config.get("norm_topk_prob"):
+        return "the gate's weights are not divided by their sum"
+    if kind != "qwen3_moe" and config["head_dim"] != config["hidden_size"] // config["num_attention_heads"]:
+        return "the heads are not hidden_size / heads wide"
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        return "it knows no sliding window"
+    return None

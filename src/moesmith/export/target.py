@@ -1,0 +1,154 @@
+"""What a target is: whether it holds a model, what it drops, how it is written and proved; and what is given to it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from torch import Tensor
+
+from moesmith.artefact import MANIFEST, read_json
+from moesmith.carving import Carving
+from moesmith.errors import MoesmithError
+from moesmith.overview import STOCK, finished_of
+from moesmith.parents import Parent
+from moesmith.structure import attention_window
+
+Quant = Literal["f32", "bf16", "q8_0", "q4_k_m"]
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished run, as every target takes it.
+
+    Attributes:
+        parent: the dense parent.
+        carving: the run's last one.
+        run: the run's folder.
+        ids: held-out text of the run, (N, S) token ids.
+    """
+
+    parent: Parent
+    carving: Carving
+    run: Path
+    ids: Tensor
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        """What a stage's manifest says; empty where the stage is not there."""
+        path = self.run / "stages" / stage / MANIFEST
+        return dict(read_json(path)["metrics"]) if path.is_file() else {}
+
+    @property
+    def reach(self) -> int | None:
+        """The longest text in which a runtime without sliding windows sees no more than the parent does."""
+        window = attention_window(self.parent.config)
+        longest = self.parent.config.max_position_embeddings
+        return window if window is not None and window < longest else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of a target; ``None`` and ``False`` are not asked for.
+
+    Attributes:
+        quant: type of the weights in a GGUF file.
+        untie: write the output head as a tensor of its own.
+        shard_bytes: the most that one file of weights holds.
+    """
+
+    quant: Quant | None = None
+    untie: bool = False
+    shard_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, quant: str | None, untie: bool, shard_size: str | None) -> Options:
+        """Options from the words of a command line.
+
+        Raises:
+            MoesmithError: an unknown quantisation, or a size that is none.
+        """
+        if quant is not None and quant not in get_args(Quant):
+            raise MoesmithError(f"--quant {quant} is not known", f"Give one of {', '.join(get_args(Quant))}.")
+        return cls(quant, untie, None if shard_size is None else parse_size(shard_size))  # type: ignore[arg-type]
+
+    def given(self) -> dict[str, str]:
+        """The options that were asked for: field and flag."""
+        flags = {"quant": "--quant", "untie": "--untie", "shard_bytes": "--shard-size"}
+        return {name: flag for name, flag in flags.items() if getattr(self, name) not in (None, False)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``5GB``, ``500MB`` or ``0.5 gb``; units are decimal, as file sizes are given.
+
+    Raises:
+        MoesmithError: it is no size, or less than 1 KB.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if size < UNITS["KB"]:
+        raise MoesmithError(f"--shard-size {text} is no size", "Give a number and KB, MB or GB, such as 5GB.")
+    return size
+
+
+class Target(Protocol):
+    """One kind of export.
+
+    Attributes:
+        name: the word after ``--to``.
+        takes: the fields of :class:`Options` that it obeys; others are refused.
+        suffix: of the file it writes; empty for a folder.
+    """
+
+    name: str
+    takes: frozenset[str]
+    suffix: str
+
+    def explain(self, source: Source) -> str | None:
+        """The one property that forbids this target, or ``None``: it fits."""
+
+    def lost(self, source: Source, options: Options | None) -> list[str]:
+        """What the source has and this target has not, with these options or (``None``) with some."""
+
+    def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
+        """Write ``out``, whole or not at all.
+
+        Returns:
+            facts about what was written, JSON-able.
+
+        Raises:
+            MoesmithError: it does not fit, or cannot be written.
+        """
+
+    def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
+        """Load ``out`` in its runtime and compare it with the source on token ids (N, S).
+
+        Returns:
+            how far apart they are, JSON-able.
+
+        Raises:
+            MoesmithError: they answer differently. ``out`` is deleted.
+        """
+
+
+def stock_losses(source: Source) -> list[str]:
+    """What every stock architecture drops of a carving, and what that cost in the run's own evaluation."""
+    found = []
+    if any(attention.proj_in_RD is not None for attention in source.carving.attention):
+        measured = source.metrics("evaluate")
+        cost = ""
+        if STOCK in measured:
+            cost = f": perplexity {measured[finished_of(measured)]:.2f} -> {measured[STOCK]:.2f} on held-out text"
+        found.append(f"attention's masks by token (V and O are whole){cost}")
+    if source.carving.compensation == "bias":
+        kl = source.metrics("export").get("constant_channel_logits_kl")
+        cost = "" if kl is None else f": mean KL {kl:.1e} nats on held-out text"
+        found.append(f"exact biases (a constant channel stands in){cost}")
+    return found
+
+
+def reach_loss(source: Source) -> list[str]:
+    """What a runtime without sliding windows drops."""
+    return [] if source.reach is None else [f"text beyond {source.reach:,} tokens: it knows no sliding window"]
