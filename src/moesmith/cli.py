@@ -166,7 +166,9 @@ def export(
     quant: Annotated[str | None, typer.Option(help="of gguf: f32, bf16 (default), q8_0 or q4_k_m")] = None,
     untie: Annotated[bool, typer.Option("--untie", help="write the output head as a tensor of its own")] = False,
     shard_size: Annotated[str | None, typer.Option(help="the most one file holds, such as 5GB")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="say which targets hold this model; write nothing")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say which targets hold this model; write nothing")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the finished model for another runtime and compare it there."""
@@ -180,6 +182,34 @@ def export(
         show_table(f"targets of {run}", ["target", "fits", "why not, or what is lost"], rows_of(found))
     else:
         show_table(f"{out_path}", ["", ""], [(name.replace("_", " "), value) for name, value in found.items()])
+
+
+@app.command()
+def bench(
+    run: RunFolder,
+    runtime: Annotated[
+        str | None, typer.Option(help="comma-separated: transformers, llama.cpp, vllm; those installed if left out")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="comma-separated: sequences at once")] = "1,8,32",
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 512,
+    new: Annotated[int, typer.Option(min=1, help="tokens that each sequence is continued by")] = 64,
+    quant: Annotated[str, typer.Option(help="comma-separated: types of the weights in llama.cpp")] = "bf16,q8_0",
+    rounds: Annotated[int, typer.Option(min=1, help="how often each model is measured")] = 3,
+    vllm_python: Annotated[str | None, typer.Option(help="Python of the environment that vLLM lives in")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file; RUN/bench.json if left out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, memory and size of the finished model beside its dense parent, in turn."""
+    from moesmith.bench.measure import bench as measure
+    from moesmith.bench.measure import numbers, words
+    from moesmith.bench.table import show
+
+    runtimes = None if runtime is None else words(runtime)
+    found = measure(run, runtimes, numbers("--batch", batch), prompt, new, words(quant), rounds, vllm_python, out_file)
+    if as_json:
+        _print_json(found)
+    else:
+        show(found)
 
 
 @app.command()
