@@ -3,9 +3,9 @@
 Both are counted from the tensors of the very files that a runtime loads, so every type and every padding is in them. A
 decode step of b sequences reads attention, norms, routers and the head once, and of a layer's E experts those that some
 sequence chose. With K choices per token that are independent and uniform these are E (1 - (1 - K/E)^b) experts: more
-than real text chooses, whose tokens agree, so the bound of a mixture is a little higher in truth. To that comes the
-cache of every sequence's context. A prompt costs two FLOPs per weight and token, those of K experts only, plus the scores of
-attention; the head is computed for the last token alone.
+than real text chooses, whose tokens agree. To that comes the cache of every sequence's context. A prompt costs two
+FLOPs per weight and token, those of K experts only, plus the scores of attention; the head is computed for the last
+token alone.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def bench(
         "batch": max(batches),
         "cache_bytes": cache * context * max(batches),
     }
-    del source, files.source  # the parent's memory: the workers hold their own
+    del source, files  # the parent's memory: the workers hold their own
     found: dict[str, Any] = {"run": str(folder), "prompt": prompt, "new": new, "rounds": rounds, "threads": threads()}
     found |= {"machine": machine(), "versions": versions(), "runtimes": {}, "results": []}
     total = len(cells) * sum(batches) * (prompt + new) * (rounds + 1) * 2

@@ -119,7 +119,7 @@ class Worker:
             self.process.stdin.write(json.dumps({"do": do} | job) + "\n")
             self.process.stdin.flush()
             line = self.process.stdout.readline()
-        said = json.loads(line) if line.endswith("\n") else {"error": self._last_words()}
+        said: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"error": self._last_words()}
         if "error" in said:
             raise MoesmithError(
                 f"{self.runtime} fails with {self.name}: {said['error']}",

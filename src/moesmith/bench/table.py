@@ -47,7 +47,7 @@ def size_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """What the tables mean: every measurement that the MoE loses, what no rounds could tell, and which kernels it used."""
+    """What the tables mean: where the MoE loses or the rounds do not tell, and which kernels it used."""
     lines = []
     for result in found["results"]:
         where = f"{result['runtime']} {result['weights']} at batch {result['batch']}"

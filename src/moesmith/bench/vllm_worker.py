@@ -31,6 +31,7 @@ class Model:
             skip_tokenizer_init=True,
             trust_remote_code=job["own_code"],
             disable_log_stats=True,
+            enforce_eager=os.environ.get("TORCH_COMPILE_DISABLE") == "1",
         )
 
     def facts(self) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """A process that holds one model in one runtime and answers jobs: JSON lines in, JSON lines out.
 
-It is run as a script, ``python worker.py transformers``, by whichever interpreter has the runtime: standard library only,
-and nothing of moesmith is imported. The runtime is the file ``<runtime>_worker.py`` beside it, with a class ``Model``:
+It is run as a script, ``python worker.py transformers``, by whichever interpreter has the runtime: standard library
+only, and nothing of moesmith is imported. The runtime is the file ``<runtime>_worker.py`` beside it, with a class:
 
-    Model(job)                      load: ``path``, ``dtype``, ``threads``, the longest ``context`` and largest ``batch``
-    .facts()                        what to say about it: versions, kernels
-    .resize(batch)                  get ready for this many sequences at once
-    .measure(rows, new)             lists of token ids, as many new tokens each: ``prefill_seconds`` and ``decode_seconds``
+    Model(job)              load ``path`` in ``dtype``, with ``threads``, for ``batch`` sequences of ``context`` tokens
+    .facts()                what to say about it: versions, kernels
+    .resize(batch)          get ready for this many sequences at once
+    .measure(rows, new)     lists of token ids, so many new tokens each: ``prefill_seconds`` and ``decode_seconds``
 
 An answer is ``{"ok": ...}`` or ``{"error": "one line"}``. The worker ends when its standard input does.
 """
