@@ -149,8 +149,16 @@ def of_gguf(file: Path, config: Any) -> Weights:
     return _weights(tensors, field("expert_count") or 1, field("expert_used_count") or 1, config, 2)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that a folder is loaded from; some published folders hold the weights a second time."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [single]
+
+
 def _safetensors(folder: Path, dtype: torch.dtype) -> Tensors:
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moesmith.artefact import MANIFEST, digest, read_json, write_json
+from moesmith.bench.bounds import weight_files
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.converter import convert
@@ -107,4 +108,4 @@ def _export_key(run: Path) -> str:
 
 def size(path: Path) -> int:
     """Bytes of a model's weights on disk: the GGUF file, or the folder's safetensors."""
-    return sum(os.path.getsize(p) for p in (path.glob("*.safetensors") if path.is_dir() else (path,)))
+    return sum(os.path.getsize(p) for p in (weight_files(path) if path.is_dir() else [path]))

@@ -78,11 +78,11 @@ class Model:
         out = self.model(ids_BS, use_cache=True, logits_to_keep=1)
         return out.past_key_values, out.logits[:, -1:].argmax(-1)
 
-    def _decode(self, cache: Any, last_B1: torch.Tensor, steps: int) -> Any:
+    def _decode(self, cache: Any, last_B1: torch.Tensor, steps: int) -> tuple[Any, torch.Tensor]:
         for _ in range(steps):
             out = self.model(last_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, last_B1 = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        return cache
+        return cache, last_B1
 
     def _use(self, phase: str) -> None:
         if self.choice:
@@ -106,9 +106,9 @@ class Model:
             if kind == "batched_mm" and len(ids_BS) * self.per_token > GATHERED:
                 continue
             self.model.set_experts_implementation(kind)
-            cache = self._decode(cache, last_B1, 1)
+            cache, last_B1 = self._decode(cache, last_B1, 1)
             started = time.perf_counter()
-            cache = self._decode(cache, last_B1, TRIAL)
+            cache, last_B1 = self._decode(cache, last_B1, TRIAL)
             times["decode"][kind] = (time.perf_counter() - started) / TRIAL
         self.tried = times
         self.choice = {phase: min(found, key=found.__getitem__) for phase, found in times.items()}
