@@ -81,6 +81,8 @@ def plan(
         rows.append((f"{name}", f"{tokens:,} tokens, about {_duration(found['seconds'][name])}"))
     rows.append(("wall time on this machine", f"about {_duration(found['seconds_total'])}"))
     show_table(f"plan of {chosen.name}", ["", ""], rows)
+    for line in found["warnings"]:
+        say(line)
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -13,11 +14,14 @@ import torch
 
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
+from moesmith.export.gguf import wide_rows
+from moesmith.export.stock import ALIGN
 from moesmith.gates import GateSpec
 from moesmith.parents import Parent
 from moesmith.proof import NATIVE
 from moesmith.recipe import LoopSection, Recipe, TrainSection
 from moesmith.scores import kept_channels
+from moesmith.sizes import Sizes
 from moesmith.stages.data import stages_to_train
 from moesmith.stages.masks import check_masks
 from moesmith.tomoe.warm import pruned_share
@@ -25,7 +29,10 @@ from moesmith.tomoe.warm import pruned_share
 
 @dataclass
 class Plan:
-    """Predictions for one conversion; sizes in bytes, times in seconds on this machine."""
+    """Predictions for one conversion; sizes in bytes, times in seconds on this machine.
+
+    ``warnings`` are lines about what will come out otherwise than one may think, such as widths that do not quantise.
+    """
 
     parent_parameters: int
     parameters_total: int
@@ -40,6 +47,7 @@ class Plan:
     evaluation_tokens: int
     forward_tokens_per_second: float
     seconds: dict[str, float]
+    warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -117,7 +125,21 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         evaluation_tokens=evaluated,
         forward_tokens_per_second=round(rate, 1),
         seconds=seconds,
+        warnings=_widths(recipe, parent, kept),
     )
+
+
+def _widths(recipe: Recipe, parent: Parent, kept: int) -> list[str]:
+    """What q4_k_m will not quantise, and the ``carve.ratio`` with which it would; learned widths are not known yet."""
+    if parent.family == NATIVE or recipe.learned:
+        return []
+    sizes, extra = Sizes.of(parent), recipe.carve.compensation == "bias"  # a bias is one more channel
+    width = -(-(kept + extra) // ALIGN) * ALIGN
+    found = wide_rows(parent.D, sizes.H * sizes.h, width)
+    good = -(-width // 256) * 256 - extra
+    if width % 256 and good <= parent.F:  # kept_channels rounds what is pruned down: this rounds up
+        found[0] += f" (carve.ratio={math.ceil(1e4 * (parent.F - good) / parent.F) / 1e4})"
+    return found
 
 
 def _passes(spec: LoopSection, refit: bool) -> float:

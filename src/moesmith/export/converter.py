@@ -65,9 +65,9 @@ def convert(folder: Path, out: Path, outtype: str, name: str) -> None:
 def structural(tokenizer: Any) -> str:
     """llama.cpp's name for a pre-tokenizer that the converter does not know by its hash.
 
-    The converter recognises a tokenizer by the tokens of one string, so any vocabulary but the published ones is unknown
-    to it. Two ways of splitting are sure from the tokenizer's own description; that llama.cpp makes the same tokens is
-    compared on the run's text afterwards (``gguf.verify``).
+    The converter recognises a tokenizer by the tokens of one string, so any vocabulary but the published ones is
+    unknown to it. Two ways of splitting are sure from the tokenizer's own description; that llama.cpp makes the same
+    tokens is compared on the run's text afterwards (``gguf.verify``).
 
     Raises:
         MoesmithError: any other way of splitting.

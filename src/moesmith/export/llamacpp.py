@@ -49,7 +49,7 @@ class Answers:
     Attributes:
         texts: token ids of each text.
         rows: for each row and position the :data:`TOP` most likely next tokens, as [id, natural log-probability].
-        greedy: the continuation's token ids.
+        greedy: the continuation's token ids, to the end of text if that comes first.
         chat: the prompt that the chat template makes, ``None`` if it was not asked for.
     """
 
@@ -91,8 +91,9 @@ def _server(questions: dict[str, Any]) -> Any:
     params.n_ctx = params.n_batch = 256 * (longest // 256 + 1)
     params.n_parallel, params.n_gpu_layers, params.warmup = 1, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = questions["threads"]
-    exact = xllamacpp.ggml_type.GGML_TYPE_F32  # the default cache is f16, which would be part of the difference
-    params.cache_type_k = params.cache_type_v = exact
+    # cache and flash attention of the default are f16, which would be part of the difference
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 
@@ -121,7 +122,7 @@ def _answer(questions: dict[str, Any]) -> Answers:
         rows.append(found)
     continued: list[int] = []
     if questions["tokens"]:
-        options = greedy | {"n_predict": questions["tokens"], "ignore_eos": True}
+        options = greedy | {"n_predict": questions["tokens"]}
         continued = post("/completion", prompt=questions["prompt"], **options)["tokens"]
     chat = post("/apply-template", messages=questions["chat"])["prompt"] if questions["chat"] else None
     return Answers([tokenise(text) for text in questions["texts"]], rows, continued, chat)

@@ -1,7 +1,7 @@
 """A GGUF file in q4_k_m, made from one in f32 or bf16: llama.cpp's mixture of types, quantised by ggml itself.
 
-The PyPI packages of llama.cpp hold ggml's quantisers but not its program llama-quantize. So the types are chosen here, by
-the rules of that program, and every tensor is quantised by ``ggml_quantize_chunk`` of the library inside xllamacpp.
+The package xllamacpp holds ggml's quantisers but not llama.cpp's program llama-quantize. So the types are chosen here,
+by the rules of that program, and every tensor is quantised by ``ggml_quantize_chunk`` of the library inside xllamacpp.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
     return None
 
 
-def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) -> PreTrainedConfig:  # noqa: B008
+def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) -> PreTrainedConfig:
     """The stock architecture's config with every field of the parent that attention, embedding and tokens need.
 
     Raises:
@@ -183,7 +183,7 @@ def stock_tensors(
     parent: Parent,
     carving: Carving,
     dtype: torch.dtype,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = Layout(),
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder in ``dtype``, one at a time: (name on disk, tensor on the CPU)."""
     model, names = parent.model, {id(p): name for name, p in parent.model.named_parameters()}
@@ -250,7 +250,7 @@ def write_stock(
     carving: Carving,
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
-    layout: Layout = Layout(),  # noqa: B008
+    layout: Layout = Layout(),
 ) -> dict[str, Any]:
     """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
 

@@ -1,0 +1,30 @@
+"""What targets are tested on: a tiny parent, a random carving, some text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from carvings import random_carving
+from tiny import tiny_parent
+
+from moesmith.export.target import Source
+
+IDS = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def tiny_source(family: str, run: Path = Path("run"), top_k: int = 2, dtype: Any = torch.float32, **of: Any) -> Source:
+    """A family's source; ``of`` goes to the parent's config."""
+    parent = tiny_parent(family, dtype=dtype, **of)
+    return Source(parent, random_carving(parent, top_k=top_k), run, IDS)
+
+
+def permuted(source: Source) -> Source:
+    """The same with the experts of one layer in another order, and the router as it was."""
+    layers = [
+        replace(layer, channels=layer.channels[1:] + layer.channels[:1]) if index == 0 else layer
+        for index, layer in enumerate(source.carving.layers)
+    ]
+    return replace(source, carving=replace(source.carving, layers=layers))

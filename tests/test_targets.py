@@ -1,0 +1,252 @@
+"""Targets: each family is written and proved, or refused by its one reason; what answers differently does not stay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from carvings import random_carving
+from commands import moesmith
+from masked import harvested
+from refusals import refused
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sources import IDS, permuted, tiny_source
+from tiny import FAMILIES, LLAMA3_ROPE, tiny_parent
+
+from moesmith.errors import MoesmithError
+from moesmith.export.sglang import misread
+from moesmith.export.target import Options, Source, parse_size
+from moesmith.export.targets import TARGETS, check_out, staged
+from moesmith.proof import NATIVE
+
+NO_GATE = "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one"
+HEADS = "SGLang's Qwen2MoeForCausalLM takes hidden_size / heads = 8 for the width of a head, and this model's is 16"
+# what is not None in this table must be the reason; everything else must be written and agree
+REFUSED = {("sglang", "llama3"): HEADS} | {(target, "phi"): NO_GATE for target in ("hf", "sglang", "gguf")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_fits_or_is_refused_by_its_reason(family: str) -> None:
+    source = tiny_source(family)
+    for name, target in TARGETS.items():
+        assert target.explain(source) == REFUSED.get((name, family)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["hf", "sglang", "native"])
+def test_folders_compute_the_carving(name: str, family: str, tmp_path: Path) -> None:
+    if (name, family) in REFUSED:
+        return
+    source, target, out = tiny_source(family), TARGETS[name], tmp_path / "out"
+    target.write(source, out, Options(shard_bytes=20_000))
+    found = target.verify(source, out, IDS)
+    assert found["logits_difference"] <= 1e-4
+    assert found["argmax_agreement"] == 1.0
+    assert found["compared_tokens"] == (16 if (name, family) == ("sglang", "mistral") else IDS.numel())
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 2
+    assert all(path.stat().st_size < 45_000 for path in out.glob("*.safetensors"))  # the embedding alone has 38,400
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "first"), [("llama", "block_sparse_moe.experts.0.w1"), ("qwen3", "mlp.experts.0.gate_proj")]
+)
+def test_hf_head_rope_and_one_tensor_per_expert(family: str, first: str, tmp_path: Path) -> None:
+    source = tiny_source(family, rope_parameters=LLAMA3_ROPE, head_dim=16, tie_word_embeddings=True)
+    for untie in (False, True):
+        out = tmp_path / f"untied-{untie}"
+        TARGETS["hf"].write(source, out, Options(untie=untie))
+        TARGETS["hf"].verify(source, out, IDS)
+        config, tensors = json.loads((out / "config.json").read_text()), tensors_of(out)
+        assert config["tie_word_embeddings"] is not untie
+        assert ("lm_head.weight" in tensors) is untie
+        assert config["head_dim"] == 16
+        assert config["rope_scaling"] == {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"}
+        assert tensors[f"model.layers.0.{first}.weight"].shape == (32, 32)
+
+
+def test_sglang_dialect_of_scaled_positions(tmp_path: Path) -> None:
+    source = tiny_source("llama", rope_parameters=LLAMA3_ROPE)
+    found = TARGETS["sglang"].write(source, tmp_path / "out", Options())
+    assert found["architecture"] == "Qwen2MoeForCausalLM"
+    assert TARGETS["sglang"].verify(source, tmp_path / "out", IDS)["logits_difference"] <= 1e-4
+    config, tensors = json.loads((tmp_path / "out" / "config.json").read_text()), tensors_of(tmp_path / "out")
+    assert config["rope_scaling"]["rope_type"] == "llama3"
+    assert config["norm_topk_prob"] is True
+    assert config["shared_expert_intermediate_size"] == 0
+    assert torch.equal(tensors["lm_head.weight"], source.parent.model.get_input_embeddings().weight)
+    biases = [tensor for name, tensor in tensors.items() if name.endswith("bias")]
+    assert len(biases) == 6
+    assert not any(bias.any() for bias in biases)
+    assert (
+        TARGETS["sglang"].write(tiny_source("llama"), tmp_path / "m", Options())["architecture"] == "MixtralForCausalLM"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "says"),
+    [
+        ("llama", {"tie_word_embeddings": True}, "head"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "scaling"),
+        ("llama", {"head_dim": 16}, "wide"),
+        ("qwen2", {"norm_topk_prob": False}, "sum"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "window"),
+    ],
+)
+def test_sglang_config_that_would_be_misread(family: str, change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    TARGETS["sglang"].write(tiny_source(family), tmp_path / "out", Options())
+    path = tmp_path / "out" / "config.json"
+    assert misread(tmp_path / "out") is None
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert says in str(misread(tmp_path / "out"))
+
+
+def test_sglang_misread_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tiny_source("llama"), tmp_path / "out"
+    TARGETS["sglang"].write(source, out, Options())
+    monkeypatch.setattr("moesmith.export.sglang.misread", lambda _: "of a fault")
+    with pytest.raises(MoesmithError, match=r"misread .*of a fault"):
+        TARGETS["sglang"].verify(source, out, IDS)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["hf", "sglang", "native"])
+def test_wrong_exports_are_caught_and_gone(name: str, tmp_path: Path) -> None:
+    source, target, out = tiny_source("llama"), TARGETS[name], tmp_path / "out"
+    based = replace(source, parent=tiny_parent("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
+    for wrong in (permuted(source), based):
+        target.write(wrong, out, Options())
+        with pytest.raises(MoesmithError, match="does not compute what the carving computes"):
+            target.verify(source, out, IDS)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_swapped_tensor_on_disk_is_caught(tmp_path: Path) -> None:
+    source, out = tiny_source("llama"), tmp_path / "out"
+    TARGETS["hf"].write(source, out, Options())
+    tensors = load_file(out / "model.safetensors")
+    names = [f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in (0, 1)]
+    tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoesmithError, match="does not compute"):
+        TARGETS["hf"].verify(source, out, IDS)
+    assert not out.exists()
+
+
+def test_an_older_export_outlives_a_failed_one(tmp_path: Path) -> None:
+    source, out = tiny_source("llama"), tmp_path / "out"
+    TARGETS["hf"].write(source, out, Options())
+    before = (out / "model.safetensors").read_bytes()
+
+    def fail() -> None:
+        with staged(out) as work:
+            TARGETS["hf"].write(permuted(source), work, Options())
+            TARGETS["hf"].verify(source, work, IDS)
+
+    with pytest.raises(MoesmithError, match="does not compute") as error:
+        fail()
+    assert str(out) in str(error.value)
+    assert ".tmp" not in str(error.value)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
+    with staged(out) as work:
+        TARGETS["hf"].write(permuted(source), work, Options())
+    assert (out / "model.safetensors").read_bytes() != before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_is_lost_is_said_with_its_cost(tmp_path: Path) -> None:
+    parent = tiny_parent("llama")
+    source = Source(parent, harvested(parent), tmp_path, IDS)
+    assert TARGETS["native"].lost(source, None) == []
+    assert TARGETS["hf"].lost(source, None) == ["attention's masks by token (V and O are whole)"]
+    manifest = tmp_path / "stages" / "evaluate" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"metrics": {"parent": 10.0, "masks": 12.5, "stock": 13.25}}))
+    said = TARGETS["sglang"].lost(source, None)
+    assert said == ["attention's masks by token (V and O are whole): perplexity 12.50 -> 13.25 on held-out text"]
+    biased = Source(parent, random_carving(parent, compensation="bias"), tmp_path / "none", IDS)
+    assert TARGETS["hf"].lost(biased, None) == ["exact biases (a constant channel stands in)"]
+    window = TARGETS["sglang"].lost(tiny_source("mistral"), None)
+    assert window == ["text beyond 8 tokens: it knows no sliding window"]
+
+
+def test_other_refusals() -> None:
+    assert "silu" in str(TARGETS["sglang"].explain(tiny_source("llama", hidden_act="gelu")))
+    assert "silu" in str(TARGETS["gguf"].explain(tiny_source("llama", hidden_act="gelu")))
+    assert TARGETS["hf"].explain(tiny_source("llama", hidden_act="gelu")) is None
+    source = tiny_source("llama")
+    raw = source.carving.gate.model_copy(update={"order": "softmax-topk", "renormalise": False})
+    odd = replace(source, carving=replace(source.carving, gate=raw))
+    assert [name for name, target in TARGETS.items() if target.explain(odd) is None] == [NATIVE]
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("0.5gb", 5 * 10**8)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5", "GB", "5GiB", "-1GB", "0MB", "1e3MB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(MoesmithError, match="is no size"):
+        parse_size(text)
+
+
+def test_export_command(finished: Path, tmp_path: Path) -> None:
+    answer = moesmith("export", finished, "--explain", "--json")
+    assert answer.status == 0, answer.err
+    explained = json.loads(answer.out)
+    assert [x["target"] for x in explained] == list(TARGETS)
+    assert all(x["fits"] for x in explained)
+    table = moesmith("export", finished, "--explain").out
+    assert "q4_k_m keeps" in table
+    assert "nothing is lost" in table
+    out = tmp_path / "moe"
+    answer = moesmith("export", finished, "--to", "hf", "--out", out, "--shard-size", "30KB", "--untie", "--json")
+    assert answer.status == 0, answer.err
+    assert json.loads(answer.out)["argmax_agreement"] == 1.0
+    with safe_open(sorted(out.glob("*.safetensors"))[-1], "pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118
+    assert "argmax agreement" in moesmith("export", finished, "--to", "native", "--out", out).out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--to", "onnx", "--out", "x"], "there is no target onnx"),
+        (["--out", "x"], "no target is given"),
+        (["--to", "hf"], "it is not said where to write"),
+        (["--to", "hf", "--out", "x", "--quant", "q8_0"], "the target hf has no --quant"),
+        (["--to", "native", "--out", "x", "--untie"], "the target native has no --untie"),
+        (["--to", "gguf", "--out", "x.gguf", "--shard-size", "5GB"], "the target gguf has no --shard-size"),
+        (["--to", "gguf", "--out", "x.gguf", "--quant", "q3"], "--quant q3 is not known"),
+        (["--to", "gguf", "--out", "x"], "x is no name of a .gguf file"),
+        (["--to", "hf", "--out", "x", "--shard-size", "big"], "--shard-size big is no size"),
+    ],
+)
+def test_bad_words_are_refused(
+    words: list[str], says: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(moesmith("export", finished, *words), says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_holds_no_model_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    for out in (tmp_path, tmp_path / "notes"):
+        with pytest.raises(MoesmithError, match="holds no model"):
+            check_out(out, "")
+    (tmp_path / "a.gguf").mkdir()
+    with pytest.raises(MoesmithError, match="is no name of"):
+        check_out(tmp_path / "a.gguf", ".gguf")
+    refused(moesmith("export", tmp_path, "--explain"), "run.json is missing")
