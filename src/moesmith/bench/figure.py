@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BAR = 0.38
-PHASES = {"prefill": "prefill, tokens per second", "decode": "decode, tokens per second"}
+PHASES = {"prefill": "prefill, tokens per second (log scale)", "decode": "decode, tokens per second (log scale)"}
+LOSS = style.EXPERT_COLOURS[5]  # of a ratio below 1
 
 
 def bench_figure(found: dict[str, Any]) -> Figure:
@@ -22,8 +23,10 @@ def bench_figure(found: dict[str, Any]) -> Figure:
     Args:
         found: what ``measure.bench`` returns.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     results = found["results"]
-    figure = style.new_figure(style.WIDTH * min(1.0, 0.3 + 0.09 * len(results)), 6.4)
+    figure = style.new_figure(min(style.WIDTH, 4.6 + 0.7 * len(results)), 6.8)
     places, groups = _places(results)
     for row, (phase, title) in enumerate(PHASES.items()):
         axes = figure.add_subplot(2, 1, row + 1)
@@ -33,9 +36,12 @@ def bench_figure(found: dict[str, Any]) -> Figure:
         axes.bar([x - BAR / 2 for x in places], dense, BAR, color=style.BLUE, label="dense parent")
         axes.bar([x + BAR / 2 for x in places], moe, BAR, color=style.ORANGE, label="MoE")
         limit = [part["dense"] * part["bound"] for part in parts]
-        reach = [(x + BAR / 2 - BAR / 2, x + BAR) for x in places]
-        axes.hlines(limit, *zip(*reach, strict=True), color=INK, linewidth=1.6, label="bound by bytes or FLOPs")
+        label = "bound by FLOPs (prefill) and bytes (decode)"
+        axes.hlines(limit, places, [x + BAR for x in places], color=INK, linewidth=1.6, label=label)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
         low, high = min(dense + moe), max(dense + moe + limit)
         axes.set_ylim(low / 2.5, high * 2.2)
         for x, part, top in zip(places, parts, limit, strict=True):
@@ -47,7 +53,7 @@ def bench_figure(found: dict[str, Any]) -> Figure:
                 ha="center",
                 fontsize=SIZE,
                 fontweight="bold",
-                color=INK if part["ratio"] >= 1 else "#b23a1e",
+                color=INK if part["ratio"] >= 1 else LOSS,
             )
         axes.set_xticks(places, [f"batch {result['batch']}" for result in results])
         for name, middle in groups:
@@ -63,8 +69,8 @@ def bench_figure(found: dict[str, Any]) -> Figure:
                 color=MUTED,
                 fontweight="bold",
             )
-        if row == 0:
-            style.legend(axes, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    style.legend(figure, handles=handles, labels=labels, ncols=3, loc="outside upper left")
     return figure
 
 
