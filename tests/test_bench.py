@@ -285,6 +285,7 @@ def test_model_that_a_runtime_cannot_hold(
     reason = "experts of another kind"
     monkeypatch.setattr(measure.Gguf, "explain", lambda *_: reason)
     monkeypatch.setattr(measure, "interpreter", lambda *_: sys.executable)
-    refused(moesmith("bench", finished, "--runtime", "llama.cpp"), f"llama.cpp cannot hold this model: {reason}")
+    words = ["bench", finished, "--prompt", 24, "--new", 4, "--runtime", "llama.cpp"]
+    refused(moesmith(*words), f"llama.cpp cannot hold this model: {reason}")
     assert not measure._takes("llama.cpp", None, False)  # type: ignore[arg-type]
     assert f"without llama.cpp: {reason}" in capsys.readouterr().err

@@ -69,8 +69,8 @@ def bench_figure(found: dict[str, Any]) -> Figure:
                 color=MUTED,
                 fontweight="bold",
             )
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    style.legend(figure, handles=handles, labels=labels, ncols=3, loc="outside upper left")
+    bound, *bars = figure.axes[0].get_legend_handles_labels()[0]
+    style.legend(figure, handles=[*bars, bound], ncols=3, loc="outside upper left")
     return figure
 
 

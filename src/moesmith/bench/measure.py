@@ -106,11 +106,10 @@ def bench(
             runtime, quant = cell
             with ExitStack() as stack:
                 workers = [stack.enter_context(Worker(runtime, pythons[runtime], NAMES[side])) for side in SIDES]
-                facts = {
-                    side: w.ask("load", path=str(path.resolve()), own_code=_own(path), **loading)
-                    for side, w, path in zip(SIDES, workers, pairs[cell], strict=True)
-                }
-                found["runtimes"].setdefault(runtime, facts["dense"])
+                for w, path in zip(workers, pairs[cell], strict=True):
+                    w.tell("load", path=str(path.resolve()), own_code=_own(path), **loading)
+                facts = [w.hear() for w in workers]
+                found["runtimes"].setdefault(runtime, facts[0])
                 for batch in sorted(batches):
                     result = {"runtime": runtime, "weights": quant, "batch": batch}
                     measured = _rounds(workers, rows[:batch], new, rounds, bar, f"{runtime} {quant} batch {batch}")

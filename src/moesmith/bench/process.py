@@ -112,13 +112,20 @@ class Worker:
         Raises:
             MoesmithError: the runtime raised something, or the process ended.
         """
+        self.tell(do, **job)
+        return self.hear()
+
+    def tell(self, do: str, **job: Any) -> None:
+        """Give the worker a job; :meth:`hear` must follow."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        line = ""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it has ended: there will be no answer
             self.process.stdin.write(json.dumps({"do": do} | job) + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
+
+    def hear(self) -> dict[str, Any]:
+        """Wait for the answer to what the worker was told; raises as :meth:`ask`."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         said: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"error": self._last_words()}
         if "error" in said:
             raise MoesmithError(
