@@ -1,7 +1,8 @@
-"""vLLM: offline batches; decode is the time of many new tokens less that of one."""
+"""vLLM: offline batches, its engine driven step by step, so that prefill and decode are timed apart."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from typing import Any
@@ -22,6 +23,7 @@ class Model:
     def __init__(self, job: dict[str, Any]) -> None:
         gib = MARGIN * job["cache_bytes"] / 2**30
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(gib + 0.999)))  # whole GiB, no less than one
+        self.numbers = itertools.count()
         self.llm = vllm.LLM(
             model=job["path"],
             dtype=job["dtype"],
@@ -48,12 +50,29 @@ class Model:
         """Nothing to do: the engine takes any number of sequences."""
 
     def measure(self, rows: list[list[int]], new: int) -> dict[str, Any]:
-        """Seconds of all prompts up to one token each, and what ``new`` more tokens take beyond that."""
-        prefill = self._seconds(rows, 1)
-        return {"prefill_seconds": prefill, "decode_seconds": max(self._seconds(rows, new + 1) - prefill, 1e-9)}
+        """Seconds of all prompts up to each one's first token, and of ``new`` further tokens of all sequences.
 
-    def _seconds(self, rows: list[list[int]], tokens: int) -> float:
-        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        The scheduler may let the first prompts go on while the last are still read. What is decoded until then is no part
+        of decoding here: the time of the rest is scaled to all tokens.
+        """
+        engine = self.llm.llm_engine
+        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
+        written: dict[str, int] = {}
         started = time.perf_counter()
-        self.llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
-        return time.perf_counter() - started
+        for row in rows:
+            engine.add_request(f"{next(self.numbers)}", {"prompt_token_ids": row}, sampling)
+        while len(written) < len(rows):
+            self._step(written)
+        first, early = time.perf_counter(), sum(written.values())
+        while engine.has_unfinished_requests():
+            self._step(written)
+        ended, whole = time.perf_counter(), len(rows) * (new + 1)
+        if sum(written.values()) != whole or early == whole:
+            raise RuntimeError(f"vLLM wrote {sum(written.values())} tokens, {early} of them early, not {whole}")
+        decode = (ended - first) * len(rows) * new / (whole - early)
+        return {"prefill_seconds": first - started, "decode_seconds": decode}
+
+    def _step(self, written: dict[str, int]) -> None:
+        for output in self.llm.llm_engine.step():
+            if found := len(output.outputs[0].token_ids):
+                written[output.request_id] = found
