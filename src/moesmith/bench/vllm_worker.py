@@ -52,8 +52,8 @@ class Model:
     def measure(self, rows: list[list[int]], new: int) -> dict[str, Any]:
         """Seconds of all prompts up to each one's first token, and of ``new`` further tokens of all sequences.
 
-        The scheduler may let the first prompts go on while the last are still read. What is decoded until then is no part
-        of decoding here: the time of the rest is scaled to all tokens.
+        The scheduler may let the first prompts go on while the last are still read. What is decoded until then is no
+        part of decoding here: the time of the rest is scaled to all tokens.
         """
         engine = self.llm.llm_engine
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new + 1, ignore_eos=True, detokenize=False)
