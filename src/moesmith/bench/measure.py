@@ -68,13 +68,7 @@ def bench(
         MoesmithError: the run is not finished, a runtime is unknown, not installed, cannot hold the model, or fails.
     """
     header_of(folder)
-    if odd := [quant for quant in quants if quant not in OUTTYPES]:
-        raise MoesmithError(f"--quant {odd[0]} is not known", f"Give some of {','.join(OUTTYPES)}.")
-    for name, values in (("--batch", batches), ("--quant", quants), ("--runtime", runtimes)):
-        if values is not None and (not values or len(set(values)) < len(values)):
-            raise MoesmithError(f"{name} names nothing, or something twice", "Give a list such as 1,8,32.")
-    if min(*batches, prompt, new, rounds) < 1:
-        raise MoesmithError("a number below 1 cannot be measured", "Give --batch, --prompt, --new, --rounds from 1 on.")
+    _check(runtimes, batches, quants, min(prompt, new, rounds))
     pythons = _installed(runtimes, vllm_python)
     source = source_of(folder)
     longest = source.parent.config.max_position_embeddings
@@ -134,6 +128,17 @@ def numbers(option: str, text: str) -> list[int]:
     if odd := [word for word in words(text) if not word.isdigit()]:
         raise MoesmithError(f"{option} {odd[0]} is no number", "Give a list such as 1,8,32.")
     return [int(word) for word in words(text)]
+
+
+def _check(runtimes: Sequence[str] | None, batches: Sequence[int], quants: Sequence[str], smallest: int) -> None:
+    """Refuse lists and numbers that cannot be measured."""
+    if odd := [quant for quant in quants if quant not in OUTTYPES]:
+        raise MoesmithError(f"--quant {odd[0]} is not known", f"Give some of {','.join(OUTTYPES)}.")
+    for name, values in (("--batch", batches), ("--quant", quants), ("--runtime", runtimes)):
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise MoesmithError(f"{name} names nothing, or something twice", "Name one or several, each once.")
+    if min(*batches, smallest) < 1:
+        raise MoesmithError("a number below 1 cannot be measured", "Give --batch, --prompt, --new, --rounds from 1 on.")
 
 
 def _installed(runtimes: Sequence[str] | None, vllm_python: str | None) -> dict[str, str]:
