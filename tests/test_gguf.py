@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from carvings import random_carving
 from commands import moesmith
 from sources import IDS, permuted, tiny_source
 from tiny import LLAMA3_ROPE, STOCK, tiny_parent
@@ -16,12 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from moesmith.errors import MoesmithError
 from moesmith.export import gguf as target_module
 from moesmith.export import llamacpp
+from moesmith.export import quantise as quantise_module
 from moesmith.export.converter import structural
 from moesmith.export.gguf import Gguf, _judge, wide_rows
 from moesmith.export.llamacpp import TOP, Answers, Questions, ask
 from moesmith.export.quantise import tensor_type
 from moesmith.export.stock import stock_reference
 from moesmith.export.target import Options, Source
+from moesmith.parents import load_parent
 from moesmith.plan import make_plan
 from moesmith.recipe import load_recipe
 
@@ -44,6 +47,14 @@ def test_llamacpp_computes_each_family(family: str, tmp_path: Path) -> None:
     assert found["within_tolerance"] == found["argmax_agreement"] == 1.0
     assert found["greedy_match"] == found["greedy_tokens"] > 0
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_tensor_that_comes_out_otherwise_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = quantise_module._quantiser()
+    monkeypatch.setattr(quantise_module, "_quantiser", lambda: lambda x, *rest: make(x[..., ::-1], *rest))
+    with pytest.raises(MoesmithError, match="off what it was"):
+        Gguf().write(tiny_source("llama"), tmp_path / "moe.gguf", Options(quant="q4_k_m"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("quant", ["bf16", "q8_0", "q4_k_m"])
@@ -78,6 +89,7 @@ def test_tokens_and_template_survive(tmp_path: Path) -> None:
     tokenizer = source.parent.tokenizer
     texts = ["def add(a, b):\n    return a + b\n", "naïve  12345 — 🦙\t\n\n x", "I've we'll IT'S"]
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    chat.append({"role": "user", "content": "And?"})
     answers = ask(out, Questions(texts=texts, chat=chat))
     assert answers.texts == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     assert answers.chat == tokenizer.apply_chat_template(chat, tokenize=False)
@@ -185,9 +197,12 @@ def test_rows_that_q4_k_m_cannot_quantise_are_named() -> None:
     assert wide_rows(512, 768, 1408) == [
         "q4_k_m keeps experts' down_proj in q5_0 or larger: rows of 1408, next good 1536"
     ]
-    assert [line.split(" in ")[0] for line in wide_rows(576, 576, 80)] == [
-        "q4_k_m keeps experts' down_proj", "q4_k_m keeps attention's o_proj"
-    ]  # fmt: skip
+    assert [line.split(" in ")[0].removeprefix("q4_k_m keeps ") for line in wide_rows(576, 640, 80)] == [
+        "experts' down_proj",
+        "what reads the residual stream",
+        "attention's o_proj",
+    ]
+    assert len(wide_rows(576, 576, 576)) == 1
 
 
 def test_an_unknown_way_of_splitting_is_refused() -> None:
@@ -219,3 +234,21 @@ def test_command(finished: Path, tmp_path: Path) -> None:
     answer = moesmith("export", finished, "--to", "gguf", "--quant", "f32", "--out", tmp_path / "moe.gguf")
     assert answer.status == 0, answer.err
     assert "greedy match" in answer.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["bf16", "q8_0", "q4_k_m"])
+def test_real_parent(quant: str, tmp_path: Path) -> None:
+    parent = load_parent("smollm2-135m")
+    texts = ["It's 1234.5 °C; naïve — 🦙🦙\n\n\tx += 1", "def f(x):\n    return x[0:10]  # 你好\n"]
+    ids = parent.tokenizer(" ".join(texts * 4))["input_ids"][:96]
+    carving = random_carving(parent, experts=8, top_k=1, kept=256)
+    source = Source(parent, carving, Path("run"), torch.tensor(ids).view(2, 48))
+    out = tmp_path / "moe.gguf"
+    Gguf().write(source, out, Options(quant=quant))  # type: ignore[arg-type]
+    found = Gguf().verify(source, out, source.ids)
+    assert found["within_tolerance"] >= 0.8
+    chat = [{"role": "user", "content": "Who are you?"}]
+    answers = ask(out, Questions(texts=texts, chat=chat))
+    assert answers.texts == [parent.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert answers.chat == parent.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -17,6 +17,8 @@ import numpy as np
 from moesmith.console import meter
 from moesmith.errors import MoesmithError
 
+# largest root mean square error of a quantised matrix, relative to its own: about twice that of normal numbers
+ERROR = {"Q4_K": 0.16, "Q5_0": 0.1, "Q5_1": 0.1, "Q5_K": 0.1, "Q6_K": 0.05, "Q8_0": 0.02, "F16": 0.01}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
 
 
@@ -59,7 +61,8 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
         how many tensors are of each type.
 
     Raises:
-        MoesmithError: gguf or xllamacpp is missing, or xllamacpp's library does not offer the quantiser.
+        MoesmithError: gguf or xllamacpp is missing, xllamacpp's library does not offer the quantiser, or a tensor does
+            not come out as what it was.
     """
     import gguf
 
@@ -94,7 +97,13 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
         for tensor, kind in chosen:
             data = tensor.data
             if kind != tensor.tensor_type:
-                data = chunk(gguf.quants.dequantize(data, tensor.tensor_type), int(kind), gguf.GGML_QUANT_SIZES[kind])
+                plain = gguf.quants.dequantize(data, tensor.tensor_type)
+                data = chunk(plain, int(kind), gguf.GGML_QUANT_SIZES[kind])
+                error = np.linalg.norm(gguf.quants.dequantize(data, kind) - plain) / (np.linalg.norm(plain) or 1.0)
+                if not error <= ERROR[kind.name]:
+                    raise MoesmithError(
+                        f"{tensor.name} in {kind.name.lower()} is {error:.0%} off what it was", "Give --quant q8_0."
+                    )
             writer.write_tensor_data(np.ascontiguousarray(data).view(np.uint8))
             counts[kind.name] = counts.get(kind.name, 0) + 1
             bar.advance(tensor.n_elements)
