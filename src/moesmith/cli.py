@@ -187,6 +187,34 @@ def export(
 
 
 @app.command()
+def bench(
+    run: RunFolder,
+    runtime: Annotated[
+        str | None, typer.Option(help="comma-separated: transformers, llama.cpp, vllm; those installed if left out")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="comma-separated: sequences at once")] = "1,8,32",
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 512,
+    new: Annotated[int, typer.Option(min=1, help="tokens that each sequence is continued by")] = 64,
+    quant: Annotated[str, typer.Option(help="comma-separated: types of the weights in llama.cpp")] = "bf16,q8_0",
+    rounds: Annotated[int, typer.Option(min=1, help="how often each model is measured")] = 3,
+    vllm_python: Annotated[str | None, typer.Option(help="Python of the environment that vLLM lives in")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="JSON file; RUN/bench.json if left out")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, memory and size of the finished model beside its dense parent, in turn."""
+    from moesmith.bench.measure import bench as measure
+    from moesmith.bench.measure import numbers, words
+    from moesmith.bench.table import show
+
+    runtimes = None if runtime is None else words(runtime)
+    found = measure(run, runtimes, numbers("--batch", batch), prompt, new, words(quant), rounds, vllm_python, out_file)
+    if as_json:
+        _print_json(found)
+    else:
+        show(found)
+
+
+@app.command()
 def report(
     run: RunFolder,
     output: Annotated[Path | None, typer.Option(help="where to write; RUN/report.html if left out")] = None,

@@ -1,0 +1,214 @@
+"""What a mixture can gain at most: bytes that a decode step reads, and FLOPs that a prompt costs, dense over MoE.
+
+Both are counted from the tensors of the very files that a runtime loads, so every type and every padding is in them. A
+decode step of b sequences reads attention, norms, routers and the head once, and of a layer's E experts those that some
+sequence chose. With K choices per token that are independent and uniform these are E (1 - (1 - K/E)^b) experts: more
+than real text chooses, whose tokens agree. To that comes the cache of every sequence's context. A prompt costs two
+FLOPs per weight and token, those of K experts only, plus the scores of attention; the head is computed for the last
+token alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from moesmith.artefact import read_json
+from moesmith.structure import attention_window, head_dim
+
+
+@dataclass(frozen=True)
+class Count:
+    """An amount of weights, as bytes or as entries of matrices.
+
+    Attributes:
+        always: what every step uses: attention, norms, routers, a dense network.
+        head: the output matrix; the embedding where it is tied.
+        expert: one expert, its layers added up.
+        experts: all experts as they are stored; less than E times one where they share channels.
+    """
+
+    always: float
+    head: float
+    expert: float = 0.0
+    experts: float = 0.0
+
+    def used(self, distinct: float) -> float:
+        """With ``distinct`` experts of every layer."""
+        return self.always + self.head + min(self.expert * distinct, max(self.experts, self.expert))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's weights in one runtime.
+
+    Attributes:
+        bytes: as the runtime reads them.
+        entries: of matrices.
+        experts: E; 1 for a dense model.
+        active: K.
+        cache: bytes of the key/value cache per token of context, all layers.
+        scores: FLOPs of attention per token and position that it attends to, all layers.
+        window: positions a token attends to at most, or ``None``.
+    """
+
+    bytes: Count
+    entries: Count
+    experts: int
+    active: int
+    cache: float
+    scores: float
+    window: int | None
+
+    def distinct(self, tokens: int) -> float:
+        """Expected experts of a layer that some of ``tokens`` tokens choose, choices uniform and independent."""
+        return self.experts * (1 - (1 - self.active / self.experts) ** tokens)
+
+    def step_bytes(self, batch: int, context: float) -> float:
+        """Bytes that a decode step of ``batch`` sequences with ``context`` tokens each reads."""
+        return self.bytes.used(self.distinct(batch)) + batch * self.cache * min(context, self.window or math.inf)
+
+    def prompt_flops(self, length: int) -> float:
+        """FLOPs of one prompt up to its first new token."""
+        attended = sum(min(place, self.window or place) for place in range(1, length + 1))
+        body = self.entries.always + self.entries.expert * self.active
+        return 2 * body * length + 2 * self.entries.head + self.scores * attended
+
+
+def bounds(dense: Weights, moe: Weights, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    """The largest ratio MoE : dense of tokens per second by arithmetic, and what it comes from.
+
+    Args:
+        dense, moe: the two models.
+        batch: sequences at once.
+        prompt: tokens of each.
+        new: tokens decoded after them; the context is that of the middle step.
+
+    Returns:
+        ``prefill`` and ``decode``, each with ``bound`` and, of ``dense`` and ``moe``, FLOPs per prompt token and bytes
+        per step.
+    """
+    flops = [model.prompt_flops(prompt) / prompt for model in (dense, moe)]
+    read = [model.step_bytes(batch, prompt + new / 2) for model in (dense, moe)]
+    return {
+        "prefill": {"bound": flops[0] / flops[1], "flops_per_token": {"dense": flops[0], "moe": flops[1]}},
+        "decode": {"bound": read[0] / read[1], "bytes_per_step": {"dense": read[0], "moe": read[1]}},
+    }
+
+
+Tensors = Iterable[tuple[str, list[int], float]]  # name, shape, bytes
+
+
+def of_folder(folder: Path, config: Any, dtype: torch.dtype) -> Weights:
+    """A Hugging Face folder whose weights are loaded in ``dtype``.
+
+    Args:
+        folder: config and safetensors.
+        config: the parent's loaded config, for attention.
+        dtype: in memory.
+    """
+    own = read_json(folder / "config.json")
+    gate = own.get("gate") or {}  # moesmith's own format
+    experts = next((int(own[name]) for name in ("num_local_experts", "num_experts") if own.get(name)), 1)
+    active = int(own.get("num_experts_per_tok") or 1) if experts > 1 else 1
+    shared = [width / union for width, union in zip(own.get("widths") or (), own.get("unions") or (), strict=False)]
+    return _weights(
+        _safetensors(folder, dtype),
+        gate.get("experts", experts),
+        gate.get("top_k", active),
+        config,
+        dtype.itemsize,
+        shared,
+        [(a["qk"], a["vo"]) for a in own.get("attention") or ()],
+    )
+
+
+def of_gguf(file: Path, config: Any) -> Weights:
+    """A GGUF file in llama.cpp, whose cache is in f16.
+
+    Args:
+        file: the model.
+        config: the parent's loaded config, for attention.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(str(file))
+    arch = reader.fields["general.architecture"].contents()
+
+    def field(name: str) -> int:
+        found = reader.fields.get(f"{arch}.{name}")
+        return int(found.contents()) if found is not None else 0
+
+    tensors = [(t.name, [int(n) for n in reversed(t.shape)], float(t.n_bytes)) for t in reader.tensors]
+    return _weights(tensors, field("expert_count") or 1, field("expert_used_count") or 1, config, 2)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that a folder is loaded from; some published folders hold the weights a second time."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [single]
+
+
+def _safetensors(folder: Path, dtype: torch.dtype) -> Tensors:
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                if str(part.get_dtype()).startswith(("F", "BF")):  # index lists are no weights
+                    yield name, shape, math.prod(shape) * dtype.itemsize
+
+
+def _weights(
+    tensors: Tensors,
+    experts: int,
+    active: int,
+    config: Any,
+    cached: int,
+    shared: list[float] | None = None,
+    kept: list[tuple[int, int]] | None = None,
+) -> Weights:
+    found: dict[str, list[float]] = {part: [0.0, 0.0] for part in ("always", "head", "embedding", "expert", "experts")}
+    for name, shape, size in tensors:
+        entries = float(math.prod(shape)) if len(shape) > 1 else 0.0
+        part = _part(name) if experts > 1 else _part(name).replace("experts", "always")
+        found[part][0] += size
+        found[part][1] += entries
+        if part == "experts":
+            share = shared[_layer(name)] if shared else 1 / experts
+            found["expert"][0] += size * share
+            found["expert"][1] += entries * share
+    if not found["head"][0]:
+        found["head"] = found["embedding"]
+    heads = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    widths = kept or [(head_dim(config),) * 2] * config.num_hidden_layers
+    counts = (Count(*(found[part][i] for part in ("always", "head", "expert", "experts"))) for i in (0, 1))
+    return Weights(
+        *counts,
+        experts=experts,
+        active=active,
+        cache=float(sum(kv * (qk + vo) * cached for qk, vo in widths)),
+        scores=float(sum(2 * heads * (qk + vo) for qk, vo in widths)),
+        window=attention_window(config),
+    )
+
+
+def _part(name: str) -> str:
+    if "embed_tokens" in name or name == "token_embd.weight":
+        return "embedding"
+    if name.startswith("lm_head.") or ".lm_head." in name or name == "output.weight":
+        return "head"
+    return "experts" if ".experts." in name or "_exps." in name else "always"
+
+
+def _layer(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdigit())

