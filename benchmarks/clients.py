@@ -283,7 +283,7 @@ def command_of(server: str, model: Path, python: Path, port: int, dtype: str) ->
 
 @contextmanager
 def serving(command: list[str], port: int) -> Iterator[str]:
-    """Start a server, wait until it answers, and stop it as Ctrl-C would; the address of its OpenAI routes.
+    """Start a server, wait until it answers, and stop it by SIGTERM; the address of its OpenAI routes.
 
     Raises:
         MoesmithError: it ended, or did not answer in time.
@@ -304,7 +304,7 @@ def serving(command: list[str], port: int) -> Iterator[str]:
             yield f"{address}/v1"
         finally:
             if server.poll() is None:
-                server.send_signal(signal.SIGINT)
+                server.terminate()
                 try:
                     server.wait(60)
                 except subprocess.TimeoutExpired:
