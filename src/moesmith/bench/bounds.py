@@ -177,23 +177,24 @@ def _weights(
     kept: list[tuple[int, int]] | None = None,
 ) -> Weights:
     found: dict[str, list[float]] = {part: [0.0, 0.0] for part in ("always", "head", "embedding", "expert", "experts")}
-    for name, shape, size in tensors:
-        entries = float(math.prod(shape)) if len(shape) > 1 else 0.0
+    for name, shape, stored in tensors:
+        matrix = float(math.prod(shape)) if len(shape) > 1 else 0.0
         part = _part(name) if experts > 1 else _part(name).replace("experts", "always")
-        found[part][0] += size
-        found[part][1] += entries
+        found[part][0] += stored
+        found[part][1] += matrix
         if part == "experts":
             share = shared[_layer(name)] if shared else 1 / experts
-            found["expert"][0] += size * share
-            found["expert"][1] += entries * share
+            found["expert"][0] += stored * share
+            found["expert"][1] += matrix * share
     if not found["head"][0]:
         found["head"] = found["embedding"]
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     widths = kept or [(head_dim(config),) * 2] * config.num_hidden_layers
-    counts = (Count(*(found[part][i] for part in ("always", "head", "expert", "experts"))) for i in (0, 1))
+    size, entries = (Count(*(found[part][i] for part in ("always", "head", "expert", "experts"))) for i in (0, 1))
     return Weights(
-        *counts,
+        bytes=size,
+        entries=entries,
         experts=experts,
         active=active,
         cache=float(sum(kv * (qk + vo) * cached for qk, vo in widths)),

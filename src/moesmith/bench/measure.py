@@ -81,7 +81,7 @@ def bench(
         raise MoesmithError("no runtime is left", f"Name one in --runtime, of {','.join(RUNTIMES)}.")
     files, cells = Files(source), [(runtime, q) for runtime in pythons for q in _types(runtime, source, quants)]
     pairs = {cell: _pair(files, *cell) for cell in cells}
-    weights = {cell: [_weights(path, source) for path in pair] for cell, pair in pairs.items()}
+    weights = {cell: (_weights(dense, source), _weights(moe, source)) for cell, (dense, moe) in pairs.items()}
     rows = prompts(folder, max(batches), prompt)
     cache = max(w.cache for pair in weights.values() for w in pair)
     loading = {
