@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from moesmith.artefact import read_json
 from moesmith.console import say
 from moesmith.errors import MoesmithError
+from moesmith.export.folder import load_folder
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
 from moesmith.harness import find_tasks, run_tasks
 from moesmith.parents import Parent, load_parent
-from moesmith.stages.finish import load_finished
 from moesmith.text import load_domains, read_jsonl
 
 
@@ -45,7 +45,8 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
             f" not {header['inputs']['model_digest']})",
             "Put the original weights back, or convert again.",
         )
-    return parent, load_finished(folder / "model", parent)
+    finished: Any = load_folder(folder / "model", parent.model.dtype)
+    return parent, finished.to(parent.device)
 
 
 def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int) -> dict[str, Any]:

