@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from moesmith.artefact import read_json
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.export.folder import load_folder
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
+from moesmith.export.folder import load_folder
 from moesmith.harness import find_tasks, run_tasks
 from moesmith.parents import Parent, load_parent
 from moesmith.text import load_domains, read_jsonl

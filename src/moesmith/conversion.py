@@ -119,9 +119,8 @@ def _open(source: str, dtype: torch.dtype, recipe: Recipe, domains: int, room: i
     free = psutil.virtual_memory().available if room is None else room
     if plan.memory <= free or plan.memory_layerwise is None:
         return load_parent(source, dtype)
-    say(
-        f"layer by layer: whole, it needs about {plan.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB may be used"
-    )
+    need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
+    say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
     return load_parent(source, dtype, free)
 
 
