@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.console import Meter
+from moesmith.mapped import give_back
 from moesmith.structure import decoder_layers
 
 HELD = 2**28  # bytes of hidden states that wait between two layers
@@ -148,6 +149,7 @@ def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Mete
                 if bar is not None:
                     bar.advance(batches[position].numel() / model.depth)
         del layer  # before the next one is made
+        give_back()
     for position, ids_BS in enumerate(batches):
         with _standing(model, _End(states[position])):
             yield model.shell.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state

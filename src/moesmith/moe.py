@@ -156,12 +156,12 @@ def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -
     if form == "masked":
         experts = MaskedExperts(ffn, carving.mask(index), bias_ED, carved.down)
     else:
-        gate, up, down = zip(
-            *(carving.expert_weights(parent, index, e) for e in range(carving.gate.experts)), strict=True
-        )
+        weights = (carving.expert_weights(parent, index, e) for e in range(carving.gate.experts))
+        rounded = ([side if side is None else side.to(dtype) for side in expert] for expert in weights)
+        gate, up, down = zip(*rounded, strict=True)
         experts = SlicedExperts(
-            torch.cat([_padded(side) for side in (gate, up) if side[0] is not None], 1).to(dtype),
-            _padded([down_DF.T for down_DF in down]).mT.contiguous().to(dtype),
+            torch.cat([_padded(side) for side in (gate, up) if side[0] is not None], 1),
+            _padded([down_DF.T for down_DF in down]).mT.contiguous(),
             ffn.activation,
             bias_ED,
             None if gate_biases[0] is None else _padded(gate_biases).to(dtype),

@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, layered
+from moesmith.mapped import give_back
 from moesmith.proof import find_family
 from moesmith.structure import FFN, find_ffns
 
@@ -63,7 +64,13 @@ class Parent:
     memory: int | None = None
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = "memory") -> Parent:
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str = "memory",
+        memory: int | None = None,
+    ) -> Parent:
         """Examine a model in memory.
 
         Raises:
@@ -76,7 +83,10 @@ class Parent:
         model.eval()
         refuse_not_finite(model, source)
         ffns = find_ffns(model)
-        return cls(model, tokenizer, source, model_digest(model), ffns, find_family(model, ffns))
+        parent = cls(model, tokenizer, source, model_digest(model), ffns, find_family(model, ffns), memory)
+        if parent.layerwise:
+            give_back()
+        return parent
 
     @property
     def config(self) -> Any:
@@ -135,9 +145,7 @@ def load_parent(source: str, dtype: torch.dtype = torch.bfloat16, memory: int | 
     else:
         refuse_remote_code(source)
         model, tokenizer = _load_folder(source, dtype)
-    parent = Parent.from_model(model, tokenizer, source)
-    parent.memory = memory
-    return parent
+    return Parent.from_model(model, tokenizer, source, memory)
 
 
 def load_skeleton(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:

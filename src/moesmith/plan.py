@@ -166,17 +166,19 @@ def _lora(recipe: Recipe, s: _Shapes) -> int:
 
 
 def _memory_layerwise(recipe: Recipe, s: _Shapes, parent: Parent, tokens: dict[str, int]) -> int:
-    """The mapped parent, and the most that one of second moments, the export, its verification and evaluation adds."""
+    """A layer of the mapped parent, and the most that second moments, export, verification or evaluation adds."""
     sizes = s.sizes
     gram = gram_bytes(sizes.D, sizes.F, s.E + 1, gram=s.refit)
     if parent.memory is not None:
         gram *= min(sizes.L, max(1, parent.memory // 4 // gram))
     shard = min(SHARD_BYTES, s.total * s.itemsize) + 8 * s.matrices * sizes.D * s.kept
-    # the folder's layer in its file, and in fp32 beside the shell
-    verify = (4 + s.itemsize) * s.layer + 4 * s.shell
+    # a layer sliced and copied, and in fp32 beside the shell
+    verify = (4 + 2 * s.itemsize) * s.layer + 4 * s.shell
     held = min(HELD, max(tokens.values()) * sizes.D * s.itemsize)
     evaluate = 2 * s.layer * s.itemsize + s.shell * s.itemsize + held
-    return round(BASE + s.dense * s.itemsize + s.down + max(gram, shard, verify, evaluate))
+    mapped = (s.sizes.total // sizes.L + s.shell) * s.itemsize
+    examined = s.dense * s.itemsize  # the whole file once, to hash it
+    return round(BASE + max(examined, mapped + s.down + max(gram, shard, verify, evaluate)))
 
 
 def _disk(recipe: Recipe, s: _Shapes, domains: int, tokens: dict[str, int]) -> int:

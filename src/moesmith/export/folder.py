@@ -66,7 +66,8 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
                     with safe_open(folder / file, framework="pt") as opened:
                         tensors |= {inner: opened.get_tensor(name) for name, inner in names.items()}
             one = _one_layer(config, index, shell)
-            with quiet():
+            # kept slices of our own format ask for a version, which inference tensors do not have
+            with quiet(), torch.inference_mode(False):
                 loaded, info = kind.from_pretrained(
                     None, config=one, state_dict=tensors, dtype=dtype, output_loading_info=True
                 )

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from moesmith.attention import narrowed
 from moesmith.carving import Carving
 from moesmith.export.folder import whole_folder, write_companions, write_shards
+from moesmith.mapped import give_back
 from moesmith.moe import block
 from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM
 from moesmith.parents import Parent
@@ -86,6 +87,8 @@ def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tens
     for index, ffn in enumerate(parent.ffns):
         found = _union(parent, carving, index) if carving.subsets else _stack(parent, carving, index)
         yield from ((f"{ffn.path}.{name}", tensor) for name, tensor in found)
+        if parent.layerwise:
+            give_back()
     for index, layer in enumerate(layers if carving.attention else ()):
         path = paths[id(attention_of(layer))]
         found = _attention(parent, carving, index, path)

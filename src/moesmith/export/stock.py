@@ -33,6 +33,7 @@ from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.verify import verify_folder
 from moesmith.layerwise import Decoder, Layered
+from moesmith.mapped import give_back
 from moesmith.moe import SlicedExperts, decoder, moe_blocks
 from moesmith.parents import Parent
 from moesmith.proof import NATIVE
@@ -174,6 +175,8 @@ def stock_tensors(parent: Parent, carving: Carving, dtype: torch.dtype) -> Itera
             yield out(f"{prefix}.self_attn.{name}", trained(getattr(attention, owner)) if "norm" in owner else tensor)
         for name, tensor in _moe_tensors(parent, carving, index):
             yield out(f"{prefix}.{name}", tensor)
+        if parent.layerwise:
+            give_back()
     yield out("model.norm.weight", trained(model.base_model.norm))
     if not _tied(model):
         head: Any = model.get_output_embeddings()
