@@ -1,8 +1,9 @@
 """A model larger than the memory that its conversion may use: peak memory over the bytes of the finished model.
 
 A random parent of a config's shape is made on disk, shard by shard. A second process converts it to 8 experts without
-training, layer by layer. RLIMIT_DATA ends it when its allocations and private mappings exceed a share of the model's
-bytes; the peak is its VmHWM, mapped weights included. The folders are deleted afterwards.
+training, layer by layer; the peak is its VmHWM, mapped weights included. Where this process may make a memory cgroup
+(version 1) the kernel holds the other one to a share of the model's bytes and kills it beyond. The folders are deleted
+afterwards.
 
 python benchmarks/larger.py --out benchmarks/results/larger.json      # 12 GB of disk
 """
@@ -11,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from moesmith.pipeline import versions
 from moesmith.plan import make_plan
 from moesmith.recipe import load_recipe
 
+CGROUPS = Path("/sys/fs/cgroup/memory")
 SHARE = 0.6  # of the finished model's bytes: what the conversion may use
 CONFIG = Path(__file__).parents[1] / "examples" / "configs" / "tinyllama-1.1b.json"
 WORDS = "one two three cat dog bird north south hill def return print sum plus equals red green blue".split()
@@ -93,9 +97,29 @@ def peak() -> dict[str, int]:
 def run(work: Path, preset: str, tokens: int, limit: int) -> None:
     """The conversion, in a process of its own; its peak goes to ``peak.json``."""
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     convert(preset, str(work / "parent"), str(work / "text"), work / "run", settings=settings(tokens), memory=limit)
     write_json(work / "peak.json", peak())
+
+
+@contextmanager
+def cgroup(limit: int) -> Iterator[Path | None]:
+    """A memory cgroup with this limit, or ``None`` where none can be made."""
+    group = CGROUPS / f"larger-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+    except OSError:
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def enter(group: Path) -> None:
+    """Put the process that is about to be started into a cgroup."""
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def measure(config: Path, preset: str, tokens: int, domains: int, share: float, work: Path) -> dict[str, Any]:
@@ -109,7 +133,9 @@ def measure(config: Path, preset: str, tokens: int, domains: int, share: float, 
     planned = make_plan(recipe, shapes, domains, measure=True)
     started = time.monotonic()
     words = [sys.executable, __file__, "--run", str(work), "--preset", preset, "--tokens", str(tokens)]
-    subprocess.run([*words, "--limit", str(limit)], check=True)
+    with cgroup(limit) as group:
+        subprocess.run([*words, "--limit", str(limit)], check=True, preexec_fn=group and partial(enter, group))
+        charged = int((group / "memory.max_usage_in_bytes").read_text()) if group else None
     seconds = time.monotonic() - started
     model_bytes = sum(path.stat().st_size for path in (work / "run" / "model").glob("*.safetensors"))
     used = sum(path.stat().st_size for path in (work / "run").rglob("*") if path.is_file())
@@ -120,7 +146,9 @@ def measure(config: Path, preset: str, tokens: int, domains: int, share: float, 
         "preset": preset,
         "parent_bytes": parent_bytes,
         "model_bytes": model_bytes,
-        "limit_of_allocations_bytes": limit,
+        "limit_bytes": limit,
+        "limit_enforced": charged is not None,
+        "cgroup_peak_bytes": charged,
         **found,
         "peak_over_model": round(found["peak_bytes"] / model_bytes, 3),
         "disk_bytes": used,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 
-MAPS = Path("/proc/self/maps")
-DONTNEED = 4  # MADV_DONTNEED: a clean page of a file is dropped, and read again when it is touched
+MAPS = Path("/proc/self/smaps")
+DONTNEED = 4  # MADV_DONTNEED: a page that is a file's own is dropped, and read again when it is touched
+# address range, then the count of pages that were written to and so are the process's own
+MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) [^\n]*\.safetensors\n(?:[A-Z].*\n)*?Anonymous: +(\d+) kB", re.MULTILINE)
 
 
 def give_back() -> None:
-    """Drop every resident page of mapped safetensors files.
+    """Drop every resident page of mapped safetensors files, but of none that this process has written to.
 
-    For processes that never write to such weights, as a conversion layer by layer: what was written would be lost, since
-    the mappings are private. Where the system keeps no ``/proc`` nothing happens, and it drops pages when it needs them.
+    Without ``/proc`` nothing happens: the system drops such pages itself when it needs them.
     """
     if not MAPS.is_file():
         return
     libc = ctypes.CDLL(None)
-    for line in MAPS.read_text().splitlines():
-        if line.endswith(".safetensors"):
-            start, end = (int(bound, 16) for bound in line.split(maxsplit=1)[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
+    for start, end, written in MAPPING.findall(MAPS.read_text()):
+        if written == "0":  # the mappings are private: what was written would be lost
+            first = int(start, 16)
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(int(end, 16) - first), DONTNEED)

@@ -1,7 +1,7 @@
 """What a conversion will need, worked out before any work: parameters, memory, disk, tokens, wall time.
 
-Shape arithmetic on the parent's config: the weights need not be there. The constants that are not arithmetic were
-measured with ``benchmarks/larger.py`` and ``tests/test_plan.py`` and are named where they stand.
+Shape arithmetic on the parent's config: the weights need not be there. What is not arithmetic are the constants below,
+which are rough, and the speed of a forward pass, which is measured.
 """
 
 from __future__ import annotations
