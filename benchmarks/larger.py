@@ -134,7 +134,7 @@ def measure(config: Path, preset: str, tokens: int, domains: int, share: float, 
     started = time.monotonic()
     words = [sys.executable, __file__, "--run", str(work), "--preset", preset, "--tokens", str(tokens)]
     with cgroup(limit) as group:
-        subprocess.run([*words, "--limit", str(limit)], check=True, preexec_fn=group and partial(enter, group))
+        subprocess.run([*words, "--limit", str(limit)], check=True, preexec_fn=partial(enter, group) if group else None)
         charged = int((group / "memory.max_usage_in_bytes").read_text()) if group else None
     seconds = time.monotonic() - started
     model_bytes = sum(path.stat().st_size for path in (work / "run" / "model").glob("*.safetensors"))
