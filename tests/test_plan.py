@@ -65,7 +65,7 @@ def test_disk_is_foretold(preset: str, settings: list[str], home: Path, tmp_path
 
 
 def test_what_does_not_fit_is_run_layer_by_layer(tmp_path: Path) -> None:
-    save_tiny("llama", tmp_path / "m")
+    save_tiny("llama", tmp_path / "m", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
     recipe = load_recipe("dive-1of8", None, [*tiny_settings("dive-1of8"), *UNTRAINED])
     plan = make_plan(recipe, load_skeleton(str(tmp_path / "m")), 4)
     for room, layerwise in ((plan.memory, False), (plan.memory - 1, True)):

@@ -117,7 +117,7 @@ def _open(source: str, dtype: torch.dtype, recipe: Recipe, domains: int, room: i
     except MoesmithError:  # a GGUF file has no config, and what is wrong otherwise the weights say better
         return load_parent(source, dtype)
     free = psutil.virtual_memory().available if room is None else room
-    if plan.memory <= free or plan.memory_layerwise is None:
+    if plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory:
         return load_parent(source, dtype)
     need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
     say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")

@@ -32,7 +32,7 @@ from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, layered
 from moesmith.mapped import give_back
 from moesmith.proof import find_family
-from moesmith.structure import FFN, find_ffns
+from moesmith.structure import FFN, decoder_layers, find_ffns
 
 __all__ = ["FFN", "Parent", "find_ffns", "load_parent", "quiet"]
 
@@ -81,12 +81,11 @@ class Parent:
             method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
             raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")
         model.eval()
-        refuse_not_finite(model, source)
-        ffns = find_ffns(model)
-        parent = cls(model, tokenizer, source, model_digest(model), ffns, find_family(model, ffns), memory)
-        if parent.layerwise:
-            give_back()
-        return parent
+        with contextlib.nullcontext() if memory is None else _giving_back(model):
+            mapped = memory is not None
+            refuse_not_finite(model, source, mapped=mapped)
+            ffns, digest = find_ffns(model), model_digest(model, mapped=mapped)
+            return cls(model, tokenizer, source, digest, ffns, find_family(model, ffns), memory)
 
     @property
     def config(self) -> Any:
@@ -122,6 +121,19 @@ class Parent:
     def F(self) -> int:
         """Width of the feed-forward networks (channels)."""
         return self.ffns[0].gate_FD.shape[0]
+
+
+@contextlib.contextmanager
+def _giving_back(model: PreTrainedModel) -> Iterator[None]:
+    """Drop mapped weights after the work of each layer, and of each network and attention in it."""
+    modules = [module for layer in decoder_layers(model)[1] for module in (layer, *layer.children())]
+    handles = [module.register_forward_hook(lambda *_: give_back()) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        give_back()
 
 
 def load_parent(source: str, dtype: torch.dtype = torch.bfloat16, memory: int | None = None) -> Parent:
@@ -287,9 +299,17 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
     return model
 
 
-def refuse_not_finite(model: PreTrainedModel, source: str) -> None:
+def _weights(model: PreTrainedModel, mapped: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter; if they are mapped, the pages of one are dropped before the next."""
+    for named in model.named_parameters():
+        yield named
+        if mapped:
+            give_back()
+
+
+def refuse_not_finite(model: PreTrainedModel, source: str, *, mapped: bool = False) -> None:
     """Refuse weights with NaN or infinity; the tensor is named."""
-    for name, tensor in model.named_parameters():
+    for name, tensor in _weights(model, mapped):
         low, high = tensor.detach().aminmax()  # NaN spreads to both
         if not (low.isfinite() and high.isfinite()):
             raise MoesmithError(
@@ -298,11 +318,11 @@ def refuse_not_finite(model: PreTrainedModel, source: str) -> None:
             )
 
 
-def model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel, *, mapped: bool = False) -> str:
     """Short sha256 of a model's weights (names, dtypes, bytes) and config."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in UNHASHED}
     whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.named_parameters():
+    for name, tensor in _weights(model, mapped):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(_bytes(tensor))
     return whole.hexdigest()[:16]

@@ -177,25 +177,24 @@ def _memory_layerwise(recipe: Recipe, s: _Shapes, parent: Parent, tokens: dict[s
     held = min(HELD, max(tokens.values()) * sizes.D * s.itemsize)
     evaluate = 2 * s.layer * s.itemsize + s.shell * s.itemsize + held
     mapped = (s.sizes.total // sizes.L + s.shell) * s.itemsize
-    examined = s.dense * s.itemsize  # the whole file once, to hash it
-    return round(BASE + max(examined, mapped + s.down + max(gram, shard, verify, evaluate)))
+    return round(BASE + mapped + s.down + max(gram, shard, verify, evaluate))
 
 
 def _disk(recipe: Recipe, s: _Shapes, domains: int, tokens: dict[str, int]) -> int:
-    """The model, what stays of every carving, moments, token ids, and a checkpoint of training while it lasts."""
+    """The model, what stays of every carving, moments, token ids; before the model a checkpoint of training."""
     sizes, training = s.sizes, stages_to_train(recipe)
     carvings = (
         recipe.carved + recipe.learned + (recipe.learned and s.refit) + ("stage1" in training) + ("stage2" in training)
     )
     carving = 4 * sizes.L * s.E * (s.kept + sizes.D * (1 + (recipe.carve.compensation == "bias")))
     models = s.total + (s.stock_total if s.masked_attention else 0)
-    masks = 16 * sizes.trained(s.E) if recipe.learned else 0
+    # of fp32 masters and two moments the masters stay
+    trained = max(_lora(recipe, s) // 20, sizes.trained(s.E) if recipe.learned else 0)
     text = 4 * (tokens["calibration"] + tokens["training"] + domains * recipe.evaluate.tokens)
     moments = 8 * domains * sizes.L * sizes.F if recipe.carved else 0
     refitted = max(1, carvings - (recipe.learned and recipe.carved)) * s.down
-    return round(
-        models * s.itemsize + carvings * carving + refitted + _lora(recipe, s) + masks + text + moments + COMPANIONS
-    )
+    beside = max(models * s.itemsize, 8 * trained)
+    return round(beside + 4 * trained + carvings * carving + refitted + text + moments + COMPANIONS)
 
 
 def _seconds(recipe: Recipe, s: _Shapes, tokens: dict[str, int], rate: float) -> dict[str, float]:

@@ -60,16 +60,19 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
 
     def read(index: int, *, shell: bool) -> PreTrainedModel:
         try:
-            tensors: dict[str, Tensor] = {}
-            for part in (None, index) if shell else (index,):
-                for file, names in files[part].items():
-                    with safe_open(folder / file, framework="pt") as opened:
-                        tensors |= {inner: opened.get_tensor(name) for name, inner in names.items()}
-            one = _one_layer(config, index, shell)
-            # kept slices of our own format ask for a version, which inference tensors do not have
-            with quiet(), torch.inference_mode(False):
+            # ordinary tensors whatever the caller's mode: kept slices of our own format need a version to go by
+            with quiet(), torch.inference_mode(False), torch.no_grad():
+                tensors: dict[str, Tensor] = {}
+                for part in (None, index) if shell else (index,):
+                    for file, names in files[part].items():
+                        with safe_open(folder / file, framework="pt") as opened:
+                            tensors |= {inner: opened.get_tensor(name) for name, inner in names.items()}
                 loaded, info = kind.from_pretrained(
-                    None, config=one, state_dict=tensors, dtype=dtype, output_loading_info=True
+                    None,
+                    config=_one_layer(config, index, shell),
+                    state_dict=tensors,
+                    dtype=dtype,
+                    output_loading_info=True,
                 )
         except Exception as error:  # as in load_folder
             raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", cure) from error
