@@ -56,13 +56,14 @@ def plan(
 ) -> None:
     """Predict parameters, memory, disk, tokens and wall time before any work."""
     from moesmith.conversion import choose_domains
-    from moesmith.parents import load_parent
+    from moesmith.parents import has_weights, load_parent, load_skeleton
     from moesmith.plan import make_plan
     from moesmith.recipe import load_recipe
 
     chosen = load_recipe(recipe, budget, settings)
     domains = choose_domains(data, chosen)
-    found = make_plan(chosen, load_parent(model), len(domains), measure=True).as_dict()
+    parent = load_parent(model) if has_weights(model) else load_skeleton(model)
+    found = make_plan(chosen, parent, len(domains), measure=True).as_dict()
     if as_json:
         _print_json(found)
         return
@@ -73,16 +74,21 @@ def plan(
         ("architecture", found["architecture"]),
         ("channels per expert", f"{found['expert_width']:,}"),
         ("peak memory", f"{found['memory'] / 2**30:.1f} GiB"),
+        ("peak memory, layer by layer", _gigabytes(found["memory_layerwise"])),
         ("disk", f"{found['disk'] / 2**30:.2f} GiB"),
         ("domains", f"{len(domains)}"),
     ]
-    for name in ("calibration", "affinity", "training", "evaluation"):
-        tokens = found[f"{name}_tokens"]
-        rows.append((f"{name}", f"{tokens:,} tokens, about {_duration(found['seconds'][name])}"))
+    for name, seconds in found["seconds"].items():
+        tokens = f"{found[f'{name}_tokens']:,} tokens, " if f"{name}_tokens" in found else ""
+        rows.append((name, f"{tokens}about {_duration(seconds)}"))
     rows.append(("wall time on this machine", f"about {_duration(found['seconds_total'])}"))
     show_table(f"plan of {chosen.name}", ["", ""], rows)
     for line in found["warnings"]:
         say(line)
+
+
+def _gigabytes(size: int | None) -> str:
+    return "no: training needs the whole model" if size is None else f"{size / 2**30:.1f} GiB"
 
 
 def _duration(seconds: float) -> str:
@@ -104,12 +110,15 @@ def convert(
     settings: Settings = [],  # noqa: B006
     budget: Budget = None,
     reuse: Annotated[list[Path], typer.Option(help="a run whose fitting stages are taken over; repeatable")] = [],  # noqa: B006
+    memory: Annotated[
+        str | None, typer.Option(help="keep to so much memory, e.g. 4GB; what is free if left out")
+    ] = None,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts; the same command continues a run that was stopped."""
     from moesmith.conversion import convert as run_conversion
     from moesmith.overview import describe, show
 
-    run_conversion(recipe, model, data, out_folder, settings=settings, budget=budget, reuse=reuse)
+    run_conversion(recipe, model, data, out_folder, settings=settings, budget=budget, reuse=reuse, memory=memory)
     show(describe(out_folder), brief=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
         MoesmithError: as :func:`parent_of`, or the finished model is damaged.
     """
     parent = parent_of(folder)
-    return parent, load_finished(folder / "model", parent)
+    return parent, cast(PreTrainedModel, load_finished(folder / "model", parent))  # a parent loaded whole
 
 
 def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int) -> dict[str, Any]:

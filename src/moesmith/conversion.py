@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from moesmith.affinity import published
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent, load_parent, tokenizer_digest
+from moesmith.parents import Parent, load_parent, load_skeleton, tokenizer_digest
 from moesmith.pipeline import Run, check_folder
-from moesmith.plan import check_room, make_plan
+from moesmith.plan import check_room, make_plan, parse_bytes
 from moesmith.recipe import Recipe, load_recipe
 from moesmith.stages.carve import affinity_stage, carve_stage
 from moesmith.stages.data import (
@@ -40,6 +41,7 @@ def convert(
     budget: str | None = None,
     reuse: Sequence[str | Path] = (),
     dtype: torch.dtype = torch.bfloat16,
+    memory: str | int | None = None,
 ) -> Run:
     """Turn a dense model into a Mixture-of-Experts.
 
@@ -52,6 +54,8 @@ def convert(
         budget: ``demo``, ``small`` or ``paper``.
         reuse: other runs whose finished stages are taken over where nothing that they depend on differs.
         dtype: the parent's dtype.
+        memory: bytes to keep to, such as ``"4GB"``; what is free if left out. A conversion without training that needs
+            more is done layer by layer, with the same result.
 
     Returns:
         The finished run; ``run.folder / "model"`` is a Hugging Face folder, of a stock architecture wherever one fits.
@@ -68,14 +72,15 @@ def convert(
     domains = choose_domains(data, chosen)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
     check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
-    parent = model if isinstance(model, Parent) else load_parent(model, dtype)
+    room = parse_bytes(memory)
+    parent = model if isinstance(model, Parent) else _open(model, dtype, chosen, len(domains), room)
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
     inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)}
     inputs |= {"dtype": str(parent.model.dtype).removeprefix("torch.")}
     run = Run(out, chosen, inputs, [Path(path) for path in reuse])
-    check_room(make_plan(chosen, parent, len(domains)), out)
+    check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
     with run.lock():
         held_out_stage(run, parent, domains)
         corpus_stage(run, parent, domains)
@@ -104,6 +109,20 @@ def convert(
         evaluate_stage(run, parent, made)
     say(f"finished: {out / 'model'}")
     return run
+
+
+def _open(source: str, dtype: torch.dtype, recipe: Recipe, domains: int, room: int | None) -> Parent:
+    """The parent, whole or layer by layer: as its config's plan and the memory there is demand."""
+    try:
+        plan = make_plan(recipe, load_skeleton(source, dtype), domains)
+    except MoesmithError:  # a GGUF file has no config, and what is wrong otherwise the weights say better
+        return load_parent(source, dtype)
+    free = psutil.virtual_memory().available if room is None else room
+    if plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory:
+        return load_parent(source, dtype)
+    need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
+    say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
+    return load_parent(source, dtype, free)
 
 
 def choose_domains(data: str, recipe: Recipe) -> list[Domain]:

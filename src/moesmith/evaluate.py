@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
+from moesmith.layerwise import Decoder, Layered, last_hidden
 from moesmith.text import Domain, Record, evaluation_blocks, read_jsonl
 
 CHUNK = 64  # tokens whose logits exist at once
@@ -29,8 +30,10 @@ WINDOWS = (512, 1024, 2048)  # WikiText-2 lengths of the published test script (
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: Decoder) -> Iterator[None]:
     """Evaluation mode without autograd for the body of a ``with``; the model's own mode comes back after it."""
+    if isinstance(model, Layered):  # its layers are made in evaluation mode
+        model = model.shell
     training = model.training
     model.eval()
     try:
@@ -40,9 +43,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _logits(model: PreTrainedModel, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _logits(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """fp32 logits (≤ CHUNK, vocabulary) of the next token, chunk by chunk, each with the rows it belongs to."""
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     for start in range(0, len(hidden_TD), CHUNK):
         part = slice(start, start + CHUNK)
         yield part, head(hidden_TD[part]).float()
@@ -54,7 +57,7 @@ def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
 
 
 def token_nll(
-    model: PreTrainedModel, blocks: Tensor, batch: int = 8, *, label: str | None = None, bar: Meter | None = None
+    model: Decoder, blocks: Tensor, batch: int = 8, *, label: str | None = None, bar: Meter | None = None
 ) -> Tensor:
     """Negative log-likelihood, in nats, of every token given those before it in its window.
 
@@ -71,23 +74,29 @@ def token_nll(
     Raises:
         MoesmithError: there is no window, or it is too short to predict anything.
     """
-    if not len(blocks) or blocks.shape[1] < 2:
-        raise MoesmithError("There is not one whole window of text to predict", "Give more text or a shorter window.")
-    nll = torch.empty(len(blocks), blocks.shape[1] - 1)
     shown = meter(label, blocks.numel()) if label else nullcontext(bar)
-    with shown as progress, evaluating(model):
-        for rows_BS, out_BS in zip(blocks.split(batch), nll.split(batch), strict=True):
-            hidden_TD = _hidden(model, rows_BS)[:, :-1].flatten(0, 1)
+    with shown as progress:
+        return _nlls(model, [blocks], batch, progress)[0]
+
+
+def _nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None) -> list[Tensor]:
+    """:func:`token_nll` of several texts; run layer by layer, they go through a layer together."""
+    if not all(len(blocks) and blocks.shape[1] > 1 for blocks in texts):
+        raise MoesmithError("There is not one whole window of text to predict", "Give more text or a shorter window.")
+    nlls = [torch.empty(len(blocks), blocks.shape[1] - 1) for blocks in texts]
+    batches = [rows for blocks in texts for rows in blocks.split(batch)]
+    outs = [rows for nll in nlls for rows in nll.split(batch)]
+    with evaluating(model):
+        for rows_BS, out_BS, hidden_BSD in zip(batches, outs, last_hidden(model, batches, bar=bar), strict=True):
+            hidden_TD = hidden_BSD[:, :-1].flatten(0, 1)
             targets_T = rows_BS[:, 1:].flatten().to(hidden_TD.device)
             flat_T = out_BS.view(-1)  # a view: a run of whole rows is contiguous
             for part, logits_CV in _logits(model, hidden_TD):
                 flat_T[part] = F.cross_entropy(logits_CV, targets_T[part], reduction="none").cpu()
-            if progress is not None:
-                progress.advance(rows_BS.numel())
-    return nll
+    return nlls
 
 
-def perplexity(model: PreTrainedModel, blocks: Tensor, batch: int = 8, *, label: str | None = None) -> float:
+def perplexity(model: Decoder, blocks: Tensor, batch: int = 8, *, label: str | None = None) -> float:
     """exp of the mean negative log-likelihood over all predicted tokens of ``blocks`` (N, window).
 
     The mean over windows of each window's mean loss, as in the published test script (dive.md §8.1); infinite where
@@ -101,11 +110,18 @@ def _exp_mean(nll: Tensor) -> float:
 
 
 def perplexities(
-    model: PreTrainedModel, blocks: Mapping[str, Tensor], batch: int = 8, *, label: str = "perplexity"
+    model: Decoder,
+    blocks: Mapping[str, Tensor],
+    batch: int = 8,
+    *,
+    label: str = "perplexity",
+    bar: Meter | None = None,
 ) -> dict[str, float]:
-    """:func:`perplexity` of several named texts under one progress bar."""
-    with meter(label, sum(ids.numel() for ids in blocks.values())) as bar:
-        return {name: _exp_mean(token_nll(model, ids, batch, bar=bar)) for name, ids in blocks.items()}
+    """:func:`perplexity` of several named texts under one progress bar: a new one, or ``bar``."""
+    shown = nullcontext(bar) if bar is not None else meter(label, sum(ids.numel() for ids in blocks.values()))
+    with shown as progress:
+        nlls = _nlls(model, list(blocks.values()), batch, progress)
+    return {name: _exp_mean(nll) for name, nll in zip(blocks, nlls, strict=True)}
 
 
 def geometric_mean(values: Iterable[float]) -> float:

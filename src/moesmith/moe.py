@@ -10,7 +10,6 @@ Shapes: T tokens, D model width, F the parent's FFN width, E experts, K active e
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from moesmith.attention import install
 from moesmith.carving import Carving
 from moesmith.gates import Router
+from moesmith.layerwise import Decoder, layered, share
 from moesmith.native.experts import MoEBlock, SlicedExperts
 from moesmith.native.heads import HeadGate
 from moesmith.parents import FFN, Parent
@@ -91,12 +91,6 @@ def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weig
     return y_TD
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the module tree whose parameters and buffers are the original's own tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrainedModel:
     """The runnable model of a carving: the parent's architecture with a :class:`MoEBlock` in every layer.
 
@@ -109,17 +103,43 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
             LoRA, which changes each expert's own gate and up rows.
     """
     model = share(parent.model).requires_grad_(False)
-    for index, ffn in enumerate(parent.ffns):
-        owner, name = ffn.path.rsplit(".", 1)
-        setattr(model.get_submodule(owner), name, block(parent, carving, index, form))
-    for layer, attention in zip(decoder_layers(model)[1], carving.attention, strict=bool(carving.attention)):
-        install(layer, model.config, HeadGate(attention.tensors()).to(parent.device))
-    for name, value in carving.norms.items():
-        owner, leaf = name.rsplit(".", 1)
-        module = model.get_submodule(owner)
-        like = getattr(module, leaf)
-        setattr(module, leaf, nn.Parameter(value.to(like.device, like.dtype), requires_grad=False))
+    layers = decoder_layers(model)[1]
+    for index in range(parent.L):
+        layers[index] = carved_layer(parent, carving, index, form)
+    _set_norms(model, carving, "")
     return model
+
+
+def decoder(parent: Parent, carving: Carving) -> Decoder:
+    """The sliced model of a carving, made layer by layer where the parent is run so."""
+    if not parent.layerwise:
+        return build(parent, carving, "sliced")
+    model = layered(parent.model, lambda index: carved_layer(parent, carving, index))
+    _set_norms(model.shell, carving, "")
+    return model
+
+
+def carved_layer(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> nn.Module:
+    """One decoder layer of a carving's model, all parameters frozen; what the carving leaves alone is the parent's."""
+    place, layers = decoder_layers(parent.model)
+    layer, prefix = share(layers[index]).requires_grad_(False), f"{place}.{index}."
+    owner, _, name = parent.ffns[index].path.removeprefix(prefix).rpartition(".")
+    setattr(layer.get_submodule(owner), name, block(parent, carving, index, form))
+    if carving.attention:
+        install(layer, parent.config, HeadGate(carving.attention[index].tensors()).to(parent.device))
+    _set_norms(layer, carving, prefix)
+    return layer
+
+
+def _set_norms(module: nn.Module, carving: Carving, prefix: str) -> None:
+    """Put the trained norms that lie in ``module`` in their places; names in the model begin with ``prefix``."""
+    known = dict(module.named_parameters())
+    for name, value in carving.norms.items():
+        inner = name.removeprefix(prefix)
+        if name.startswith(prefix) and inner in known:
+            owner, _, leaf = inner.rpartition(".")
+            fresh = nn.Parameter(value.to(known[inner].device, known[inner].dtype), requires_grad=False)
+            setattr(module.get_submodule(owner), leaf, fresh)
 
 
 def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> MoEBlock:
@@ -136,12 +156,12 @@ def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -
     if form == "masked":
         experts = MaskedExperts(ffn, carving.mask(index), bias_ED, carved.down)
     else:
-        gate, up, down = zip(
-            *(carving.expert_weights(parent, index, e) for e in range(carving.gate.experts)), strict=True
-        )
+        weights = (carving.expert_weights(parent, index, e) for e in range(carving.gate.experts))
+        rounded = ([side if side is None else side.to(dtype) for side in expert] for expert in weights)
+        gate, up, down = zip(*rounded, strict=True)
         experts = SlicedExperts(
-            torch.cat([_padded(side) for side in (gate, up) if side[0] is not None], 1).to(dtype),
-            _padded([down_DF.T for down_DF in down]).mT.contiguous().to(dtype),
+            torch.cat([_padded(side) for side in (gate, up) if side[0] is not None], 1),
+            _padded([down_DF.T for down_DF in down]).mT.contiguous(),
             ffn.activation,
             bias_ED,
             None if gate_biases[0] is None else _padded(gate_biases).to(dtype),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moesmith.console import Meter, meter
+from moesmith.layerwise import last_hidden
 from moesmith.native.experts import ALIGN
 from moesmith.parents import Parent
 
@@ -97,11 +98,10 @@ def _watch(modules: Sequence[nn.Module], sinks: Sequence[Any]) -> Iterator[None]
 
 def _run(parent: Parent, windows: Tensor, batch: int, bar: Meter) -> None:
     """Forward passes without the output head: no statistic needs logits."""
-    model = parent.model.eval()
+    parent.model.eval()
     with torch.no_grad():
-        for ids_BT in windows.split(batch):
-            model.base_model(input_ids=ids_BT.to(parent.device), use_cache=False)
-            bar.advance(ids_BT.numel())
+        for _ in last_hidden(parent.decoder, windows.split(batch), bar=bar):
+            pass
 
 
 def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str = "moments") -> Moments:

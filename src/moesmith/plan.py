@@ -1,8 +1,13 @@
-"""What a conversion will need, worked out before any work: parameters, memory, disk, tokens, wall time."""
+"""What a conversion will need, worked out before any work: parameters, memory, disk, tokens, wall time.
+
+Shape arithmetic on the parent's config: the weights need not be there. What is not arithmetic are the constants below,
+which are rough, and the speed of a forward pass, which is measured.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -11,20 +16,28 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import AutoModelForCausalLM
 
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
+from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.gguf import wide_rows
 from moesmith.export.stock import ALIGN
 from moesmith.gates import GateSpec
-from moesmith.parents import Parent
+from moesmith.layerwise import HELD
+from moesmith.parents import Parent, quiet
 from moesmith.proof import NATIVE
 from moesmith.recipe import LoopSection, Recipe, TrainSection
 from moesmith.scores import kept_channels
 from moesmith.sizes import Sizes
+from moesmith.stages.carve import gram_bytes
 from moesmith.stages.data import stages_to_train
 from moesmith.stages.masks import check_masks
 from moesmith.tomoe.warm import pruned_share
+
+BASE = 5 * 10**8  # bytes of Python, torch, transformers and SciPy once they are imported
+COMPANIONS = 10**6  # bytes of tokenizer, configs, manifests and card
+COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written and read
 
 
 @dataclass
@@ -32,6 +45,8 @@ class Plan:
     """Predictions for one conversion; sizes in bytes, times in seconds on this machine.
 
     ``warnings`` are lines about what will come out otherwise than one may think, such as widths that do not quantise.
+    ``memory`` is the peak with models whole in memory, ``memory_layerwise`` with one layer at a time, mapped weights
+    included; ``None`` where a stage trains.
     """
 
     parent_parameters: int
@@ -40,6 +55,7 @@ class Plan:
     architecture: str
     expert_width: int
     memory: int
+    memory_layerwise: int | None
     disk: int
     calibration_tokens: int
     affinity_tokens: int
@@ -59,7 +75,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
 
     Args:
         recipe: what would be done.
-        parent: the loaded parent.
+        parent: the loaded parent, or its shapes (``parents.load_skeleton``).
         domains: how many domains of text.
         measure: time a forward pass on this machine for the wall-time prediction; otherwise times are empty.
 
@@ -67,65 +83,24 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         MoesmithError: a budget of learned masks that cannot be met.
     """
     check_masks(recipe, parent)
-    spec, L, D, F = recipe.carve, parent.L, parent.D, parent.F
-    matrices = parent.ffns[0].matrices
-    # learned masks from scratch: as if attention and networks were pruned alike
-    kept = kept_channels(F, pruned_share(recipe, parent) if recipe.carved else 1 - recipe.masks.budget)
-    layers = [CarvedLayer([torch.arange(kept)] * spec.experts, torch.zeros(0)) for _ in range(L)]
-    gate = GateSpec(experts=spec.experts, top_k=spec.top_k)
-    counts = Carving(layers, gate, F, spec.compensation).parameters(parent)
-    size = parent.model.dtype.itemsize
-    experts = L * spec.experts * matrices * D * kept * size
-    refit = L * spec.experts * D * kept * size if spec.compensation == "refit" else 0
+    shapes = _Shapes(recipe, parent)
     training = stages_to_train(recipe)
-    # the parent, the sliced experts, their merge in fp32 for one layer, and per step the activations kept for backward
-    step = max(
-        (
-            2 * s.micro_batch * s.window * L * (10 * D + (6 * F if name == "masks" else 5 * kept * max(1, spec.top_k)))
-            for name, s in training.items()
-        ),
-        default=0,
-    )
-    dense_step = 2 * L * D * F * spec.experts * size if "stage1" in training and refit else 0
-    gram = 4 * (spec.experts + 2) * (F**2 if refit else 0) + 4 * (spec.experts + 1) * D**2
-    lora = 0
-    if "stage2" in training:
-        rank = recipe.stage2.lora_rank
-        lora = 20 * L * spec.experts * rank * matrices * (D + kept)  # fp32 master, two moments, gradient, bf16 copy
-    parent_bytes = counts["parent_parameters"] * size
-    memory = round(1.2 * (2 * parent_bytes + 2 * experts + refit + max(step + lora, dense_step + step, gram)) + 5e8)
-    total_bytes = counts["parameters_total"] * size
-    disk = 2 * total_bytes + (len(training) + 1) * refit + 2 * lora + 8 * domains * L * F
-    calibration = domains * recipe.domains.tokens if recipe.carved else 0
-    affinity = 0
-    if recipe.mined:
-        affinity = domains**2 * recipe.affinity.tokens
-    trained = sum(s.tokens for s in training.values())
-    evaluated = (1 + recipe.carved + len(training)) * domains * recipe.evaluate.tokens
+    tokens = _tokens(recipe, domains)
     rate, seconds = 0.0, {}
     if measure:
         rate = forward_rate(parent)
-        passes = 2 if refit or recipe.router.start == "lda" or spec.compensation == "bias" else 1
-        seconds = {
-            "calibration": (1 + passes * (1.0 if passes > 1 else 0.0)) * calibration / rate,
-            "affinity": 0.8 * affinity / rate,
-            "training": sum(s.tokens * _passes(s, refit > 0) for s in training.values()) / rate,
-            "evaluation": evaluated / rate,
-        }
-        seconds = {name: round(value, 1) for name, value in seconds.items()}
+        seconds = {name: round(value, 1) for name, value in _seconds(recipe, shapes, tokens, rate).items()}
     return Plan(
-        **counts,
-        architecture=NATIVE if recipe.learned and recipe.masks.attention != "none" else parent.family,
-        expert_width=kept,
-        memory=memory,
-        disk=disk,
-        calibration_tokens=calibration,
-        affinity_tokens=affinity,
-        training_tokens=trained,
-        evaluation_tokens=evaluated,
+        **shapes.counts,
+        architecture=NATIVE if shapes.masked_attention else parent.family,
+        expert_width=shapes.kept,
+        memory=_memory(recipe, shapes),
+        memory_layerwise=None if training else _memory_layerwise(recipe, shapes, parent, tokens),
+        disk=_disk(recipe, shapes, domains, tokens),
+        **{f"{name}_tokens": count for name, count in tokens.items()},
         forward_tokens_per_second=round(rate, 1),
         seconds=seconds,
-        warnings=_widths(recipe, parent, kept),
+        warnings=_widths(recipe, parent, shapes.kept),
     )
 
 
@@ -142,6 +117,122 @@ def _widths(recipe: Recipe, parent: Parent, kept: int) -> list[str]:
     return found
 
 
+class _Shapes:
+    """The sizes that every prediction is made of."""
+
+    def __init__(self, recipe: Recipe, parent: Parent) -> None:
+        spec, self.sizes = recipe.carve, Sizes.of(parent)
+        L, D, F = parent.L, parent.D, parent.F
+        self.E, self.K, self.refit = spec.experts, spec.top_k, spec.compensation == "refit"
+        self.itemsize = parent.model.dtype.itemsize
+        self.matrices = self.sizes.matrices
+        self.masked_attention = recipe.learned and recipe.masks.attention != "none"
+        # learned masks from scratch: as if attention and networks were pruned alike
+        self.kept = kept_channels(F, pruned_share(recipe, parent) if recipe.carved else 1 - recipe.masks.budget)
+        layers = [CarvedLayer([torch.arange(self.kept)] * self.E, torch.zeros(0)) for _ in range(L)]
+        carving = Carving(layers, GateSpec(experts=self.E, top_k=self.K), F, spec.compensation)
+        self.counts = carving.parameters(parent)
+        self.dense = self.counts["parent_parameters"]
+        # our own format stores a channel once: there, no more than the parent's
+        native = parent.family == NATIVE or self.masked_attention
+        self.stock_total = self.counts["parameters_total"]
+        if native and carving.subsets:
+            unshared = max(0, self.E * self.kept - F)
+            self.counts["parameters_total"] -= L * unshared * self.matrices * D
+        self.total = self.counts["parameters_total"]
+        self.experts = L * self.E * self.matrices * D * self.kept
+        self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L
+        self.shell = max(0, self.dense - self.sizes.total)
+        self.vocabulary = parent.config.vocab_size
+        self.down = L * self.E * D * self.kept * self.itemsize if self.refit else 0
+
+
+def _tokens(recipe: Recipe, domains: int) -> dict[str, int]:
+    training = stages_to_train(recipe)
+    return {
+        "calibration": domains * recipe.domains.tokens if recipe.carved else 0,
+        "affinity": domains**2 * recipe.affinity.tokens if recipe.mined else 0,
+        "training": sum(s.tokens for s in training.values()),
+        "evaluation": (1 + recipe.carved + len(training)) * domains * recipe.evaluate.tokens,
+    }
+
+
+def _memory(recipe: Recipe, s: _Shapes) -> int:
+    """Parent and sliced model, and the most that one of training, verification and closed forms has beside them."""
+    sizes, training = s.sizes, stages_to_train(recipe)
+    # activations kept for backward
+    step = max(
+        (
+            2 * t.micro_batch * t.window * sizes.L
+            * (10 * sizes.D + (6 * sizes.F if name == "masks" else 5 * s.kept * max(1, s.K)))
+            for name, t in training.items()
+        ),
+        default=0,
+    )  # fmt: skip
+    dense_step = 2 * sizes.L * sizes.D * sizes.F * s.E * s.itemsize if "stage1" in training and s.refit else 0
+    # second moments of one layer at least; verification loads the folder's file and an fp32 copy of it
+    gram = gram_bytes(sizes.D, sizes.F, s.E + 2, gram=s.refit)
+    verify = (4 + s.itemsize) * s.total
+    work = max(step + _lora(recipe, s), dense_step + step, gram, verify)
+    return round(BASE + s.dense * s.itemsize + s.experts * s.itemsize + s.down + work)
+
+
+def _lora(recipe: Recipe, s: _Shapes) -> int:
+    """fp32 master, two moments, gradient and a copy in the model's dtype."""
+    if "stage2" not in stages_to_train(recipe):
+        return 0
+    return 20 * s.sizes.L * s.E * recipe.stage2.lora_rank * s.matrices * (s.sizes.D + s.kept)
+
+
+def _memory_layerwise(recipe: Recipe, s: _Shapes, parent: Parent, tokens: dict[str, int]) -> int:
+    """A layer of the mapped parent, and the most that second moments, export, verification or evaluation adds."""
+    sizes = s.sizes
+    gram = gram_bytes(sizes.D, sizes.F, s.E + 1, gram=s.refit)
+    if parent.memory is not None:
+        gram *= min(sizes.L, max(1, parent.memory // 4 // gram))
+    shard = min(SHARD_BYTES, s.total * s.itemsize) + 8 * s.matrices * sizes.D * s.kept
+    # a layer sliced and copied, and in fp32 beside the shell
+    verify = (4 + 2 * s.itemsize) * s.layer + 4 * s.shell
+    held = min(HELD, max(tokens.values()) * sizes.D * s.itemsize)
+    evaluate = 2 * s.layer * s.itemsize + s.shell * s.itemsize + held
+    mapped = (s.sizes.total // sizes.L + s.shell) * s.itemsize
+    return round(BASE + mapped + s.down + max(gram, shard, verify, evaluate))
+
+
+def _disk(recipe: Recipe, s: _Shapes, domains: int, tokens: dict[str, int]) -> int:
+    """The model, what stays of every carving, moments, token ids; before the model a checkpoint of training."""
+    sizes, training = s.sizes, stages_to_train(recipe)
+    carvings = (
+        recipe.carved + recipe.learned + (recipe.learned and s.refit) + ("stage1" in training) + ("stage2" in training)
+    )
+    carving = 4 * sizes.L * s.E * (s.kept + sizes.D * (1 + (recipe.carve.compensation == "bias")))
+    models = s.total + (s.stock_total if s.masked_attention else 0)
+    # of fp32 masters and two moments the masters stay
+    trained = max(_lora(recipe, s) // 20, sizes.trained(s.E) if recipe.learned else 0)
+    text = 4 * (tokens["calibration"] + tokens["training"] + domains * recipe.evaluate.tokens)
+    moments = 8 * domains * sizes.L * sizes.F if recipe.carved else 0
+    refitted = max(1, carvings - (recipe.learned and recipe.carved)) * s.down
+    beside = max(models * s.itemsize, 8 * trained)
+    return round(beside + 4 * trained + carvings * carving + refitted + text + moments + COMPANIONS)
+
+
+def _seconds(recipe: Recipe, s: _Shapes, tokens: dict[str, int], rate: float) -> dict[str, float]:
+    """By kind of work; the output matrix is not in the measured rate, the parent's blocks are."""
+    head = 1 + s.vocabulary * s.sizes.D / s.sizes.total
+    second = recipe.carved and (s.refit or recipe.router.start == "lda" or recipe.carve.compensation == "bias")
+    training = stages_to_train(recipe)
+    blocks = (s.sizes.total - s.sizes.L * s.sizes.ffn(s.sizes.F - s.K * s.kept)) / s.sizes.total  # active
+    baseline = 1 / (1 + recipe.carved + len(training))
+    evaluated = tokens["evaluation"] * (baseline + (1 - baseline) * blocks + head - 1)
+    return {
+        "calibration": (1 + second) * tokens["calibration"] / rate,
+        "affinity": 0.8 * tokens["affinity"] / rate,
+        "training": sum(t.tokens * _passes(t, s.refit) for t in training.values()) / rate,
+        "export": 6 * s.total * s.itemsize / COPY,
+        "evaluation": evaluated / rate,
+    }
+
+
 def _passes(spec: LoopSection, refit: bool) -> float:
     """Cost of a training step in forward passes: forward, and a backward without the gradients of frozen weights."""
     if isinstance(spec, TrainSection):  # distillation adds the parent's forward pass
@@ -150,35 +241,71 @@ def _passes(spec: LoopSection, refit: bool) -> float:
 
 
 def forward_rate(parent: Parent) -> float:
-    """Tokens per second of the parent's forward pass, measured for a second or two."""
-    ids = torch.randint(0, parent.config.vocab_size, (2, 256), device=parent.device)
+    """Tokens per second of the parent's blocks, measured for a second or two on a layer of its shape."""
+    fields = parent.config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 512, "pad_token_id": None}
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:1]
+    with quiet():
+        config = type(parent.config).from_dict(fields)
+        one: Any = AutoModelForCausalLM.from_config(config, dtype=parent.model.dtype).to(_device(parent)).eval()
+    ids = torch.randint(0, 512, (2, 256), device=one.device)
     with torch.inference_mode():
-        parent.model.base_model(input_ids=ids, use_cache=False)
+        one.base_model(input_ids=ids, use_cache=False)
         started, done = time.monotonic(), 0
         while time.monotonic() - started < 1.0:
-            parent.model.base_model(input_ids=ids, use_cache=False)
+            one.base_model(input_ids=ids, use_cache=False)
             done += ids.numel()
-    return done / (time.monotonic() - started)
+    return done / (time.monotonic() - started) / parent.L
 
 
-def check_room(plan: Plan, out: Path) -> None:
-    """Refuse before work what cannot fit.
+def _device(parent: Parent) -> torch.device:
+    return torch.device("cpu") if parent.device.type == "meta" else parent.device
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_bytes(text: str | int | None) -> int | None:
+    """``4GB``, ``3.5 GiB`` or a number of bytes as an int; ``None`` stays ``None``.
 
     Raises:
-        MoesmithError: not enough free memory or disk for the plan.
+        MoesmithError: it is no size.
     """
-    free = psutil.virtual_memory().available
-    if plan.memory - 2 * plan.parent_parameters > free:  # the parent is already loaded
+    if text is None or isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if found is None or found[2] not in UNITS or not float(found[1]):
+        raise MoesmithError(f"{text!r} is no size of memory", "Write it like 4GB or 3.5GiB.")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def check_room(plan: Plan, out: Path, parent: Parent, room: int | None = None) -> None:
+    """Refuse before work what cannot fit.
+
+    Args:
+        plan: what will be needed.
+        out: the run's folder.
+        parent: the loaded parent.
+        room: bytes of memory that may be used, what is free if ``None``.
+
+    Raises:
+        MoesmithError: not enough memory or disk for the plan.
+    """
+    loaded = 0 if room is not None else plan.parent_parameters * parent.model.dtype.itemsize
+    free = psutil.virtual_memory().available + loaded if room is None else room
+    need = plan.memory if plan.memory_layerwise is None or not parent.layerwise else plan.memory_layerwise
+    if need > free:
+        training = "micro_batch or window of the training stages, or "
         raise MoesmithError(
-            f"the plan needs about {plan.memory / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free",
-            "Lower micro_batch or window of the training stages, or carve.experts.",
+            f"the plan needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free",
+            f"Lower {training if plan.training_tokens else ''}carve.experts.",
         )
     folder = out.absolute()
     while not folder.exists():
         folder = folder.parent
-    room = shutil.disk_usage(folder).free
-    if plan.disk > room:
+    left = shutil.disk_usage(folder).free
+    if plan.disk > left:
         raise MoesmithError(
-            f"the plan needs about {plan.disk / 2**30:.1f} GiB of disk and {folder} has {room / 2**30:.1f} GiB",
+            f"the plan needs about {plan.disk / 2**30:.1f} GiB of disk and {folder} has {left / 2**30:.1f} GiB",
             "Free space or give an --out on another disk.",
         )

@@ -72,9 +72,14 @@ class FFN:
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    """Whether two results of one function agree within the rounding of their dtype (relative Frobenius norm)."""
+    """Whether two results of one function agree within the rounding of their dtype (relative Frobenius norm).
+
+    On the meta device, where a model has shapes and no numbers, equal shapes are all that can be asked.
+    """
     if a.shape != b.shape:
         return False
+    if a.is_meta:
+        return True
     tolerance = 1e-4 if a.dtype == torch.float32 else 4e-2
     a, b = a.detach().double(), b.detach().double()
     return bool((a - b).norm() <= tolerance * b.norm())

@@ -26,7 +26,7 @@ from moesmith.export.llamacpp import Answers, Questions, ask
 from moesmith.export.quantise import quantise, tensor_type
 from moesmith.export.stock import Layout, stock_reference, stock_refusal, stock_width, write_stock
 from moesmith.export.target import Options, Source, reach_loss, stock_losses
-from moesmith.export.verify import fits, run
+from moesmith.export.verify import run
 from moesmith.parents import Parent
 from moesmith.structure import head_dim
 
@@ -169,8 +169,7 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
 
 def _judge(source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float) -> dict[str, Any]:
     reference = stock_reference(source.parent, source.carving)
-    dtype = torch.float32 if fits(reference) else reference.dtype
-    logits_NSV = run(reference, ids, dtype).logits
+    logits_NSV = run(reference, ids).logits
     expected_NSV = logits_NSV.log_softmax(-1)
     tolerance = relative * float(logits_NSV.std())
     tokens_NST = torch.tensor([[[token for token, _ in top] for top in row] for row in answers.rows])
@@ -178,7 +177,7 @@ def _judge(source: Source, file: Path, ids: Tensor, start: int, answers: Answers
     worst_NS = (expected_NSV.gather(-1, tokens_NST) - found_NST).abs().amax(-1)
     within = float((worst_NS <= tolerance).double().mean())
     path = torch.cat([ids[0, :start], torch.tensor(answers.greedy, dtype=torch.long)])[None]
-    steps_TV = run(reference, path, dtype).logits[0, start - 1 : -1].log_softmax(-1)
+    steps_TV = run(reference, path).logits[0, start - 1 : -1].log_softmax(-1)
     chosen_T = torch.tensor(answers.greedy, dtype=torch.long)
     behind_T = steps_TV.amax(-1) - steps_TV.gather(-1, chosen_T[:, None])[:, 0]
     near = float((behind_T <= 2 * tolerance).double().mean()) if len(chosen_T) else 1.0

@@ -17,6 +17,7 @@ from moesmith.carving import Carving
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.target import Options, Source
 from moesmith.export.verify import verify_folder
+from moesmith.mapped import give_back
 from moesmith.moe import block, build
 from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM, MoesmithModel
 from moesmith.parents import Parent
@@ -119,6 +120,8 @@ def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tens
     for index, ffn in enumerate(parent.ffns):
         found = _union(parent, carving, index) if carving.subsets else _stack(parent, carving, index)
         yield from ((f"{ffn.path}.{name}", tensor) for name, tensor in found)
+        if parent.layerwise:
+            give_back()
     for index, layer in enumerate(layers if carving.attention else ()):
         path = paths[id(attention_of(layer))]
         found = _attention(parent, carving, index, path)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.activations import ACT2FN
 
@@ -32,7 +32,9 @@ from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.verify import verify_folder
-from moesmith.moe import SlicedExperts, build, moe_blocks
+from moesmith.layerwise import Decoder, Layered
+from moesmith.mapped import give_back
+from moesmith.moe import SlicedExperts, decoder, moe_blocks
 from moesmith.parents import Parent
 from moesmith.proof import NATIVE
 from moesmith.structure import STREAM, attention_of, attention_weights, attention_window, decoder_layers, head_dim
@@ -213,6 +215,8 @@ def stock_tensors(
             yield out(f"{prefix}.self_attn.{name}", trained(getattr(attention, owner)) if "norm" in owner else tensor)
         for name, tensor in _moe_tensors(parent, carving, index, dialect):
             yield out(f"{prefix}.{name}", tensor)
+        if parent.layerwise:
+            give_back()
     yield out("model.norm.weight", trained(model.base_model.norm))
     if layout.untied or not _tied(model):
         head: Any = model.get_output_embeddings()
@@ -298,14 +302,23 @@ def _add_legacy_fields(path: Path) -> None:
     write_json(path, config)
 
 
-def stock_reference(parent: Parent, carving: Carving) -> PreTrainedModel:
-    """What a folder of :func:`write_stock` must compute: ``moe.build``'s sliced model with biases as constant channels,
+def stock_reference(parent: Parent, carving: Carving) -> Decoder:
+    """What a folder of :func:`write_stock` must compute: ``moe.decoder``'s model with biases as constant channels,
     and without the masks over attention that depend on the token."""
     static = [attention.without_gate() for attention in carving.attention]
-    model = build(parent, replace(carving, attention=static), "sliced")
-    for index, block in enumerate(moe_blocks(model)):
-        if (constant := constant_channel(parent, carving, index)) is None:
-            continue
+    model = decoder(parent, replace(carving, attention=static))
+    if isinstance(model, Layered):
+        made = model.layer
+        return replace(model, layer=lambda index: _with_channel(parent, carving, index, made(index)))
+    for index, layer in enumerate(decoder_layers(model)[1]):
+        _with_channel(parent, carving, index, layer)
+    return model
+
+
+def _with_channel(parent: Parent, carving: Carving, index: int, layer: nn.Module) -> nn.Module:
+    """A decoder layer with its experts' biases as constant channels."""
+    if (constant := constant_channel(parent, carving, index)) is not None:
+        (block,) = moe_blocks(layer)
         old = block.experts
         assert isinstance(old, SlicedExperts)
         gate_D, up_D, down_ED = (part.to(old.down_proj) for part in constant)
@@ -313,4 +326,4 @@ def stock_reference(parent: Parent, carving: Carving) -> PreTrainedModel:
         rows = [part.expand(len(down_ED), 1, -1) for part in (gate_D, up_D)]
         gate_up_EGD = torch.cat([gate_EFD, rows[0], up_EFD, rows[1]], 1)
         block.experts = SlicedExperts(gate_up_EGD, torch.cat([old.down_proj, down_ED[..., None]], 2), old.activation)
-    return model
+    return layer

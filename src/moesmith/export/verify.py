@@ -16,67 +16,64 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
-from moesmith.export.folder import load_folder
+from moesmith.export.folder import layered_folder, load_folder
 from moesmith.gates import Router
+from moesmith.layerwise import Decoder, Layered, cast, last_hidden
 from moesmith.moe import moe_blocks
 from moesmith.parents import Parent
 
 TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
-ROUNDED_AGREEMENT = 0.8  # share of equal next tokens asked for where fp32 does not fit in memory
 
 
-def verify_folder(parent: Parent, folder: Path, reference: PreTrainedModel, ids: Tensor) -> dict[str, Any]:
+def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor) -> dict[str, Any]:
     """Load ``folder`` as anybody would and compare it with ``reference`` in fp32.
 
     Two correct models part where rounding tips a router between two nearly equal experts, and that token and those
     after it differ from there on. So tokens are compared up to their row's first such flip, and there all must agree;
-    if flips leave less than half of the tokens, the routers differ. Where fp32 does not fit in memory the models are
-    compared in their own dtype by their most likely next tokens.
+    if flips leave less than half of the tokens, the routers differ. Where the parent is run layer by layer, or an fp32
+    copy does not fit in memory, both models are: transformers then loads one layer at a time.
 
     Args:
         parent: its device runs the comparison.
         folder: what ``stock.write_stock`` or ``native.write_native`` wrote; deleted if it disagrees.
-        reference: ``stock.stock_reference`` of the same parent and carving, or ``moe.build``'s model for the native
+        reference: ``stock.stock_reference`` of the same parent and carving, or ``moe.decoder``'s model for the native
             format. A model with exact biases cannot agree with constant channels to the last digits: where the folder
             has none, the difference is measured, not judged.
         ids: (N, S) token ids.
 
     Returns:
         ``logits_difference`` (largest, over compared tokens), ``logits_kl`` (mean Kullback-Leibler divergence in nats),
-        ``argmax_agreement``, ``compared_tokens`` and ``verified_dtype``.
+        ``argmax_agreement``, ``compared_tokens`` and ``verified``: ``whole`` or ``layerwise``.
 
     Raises:
         MoesmithError: the folder does not load, lacks tensors or computes something else. It is deleted.
     """
     try:
-        dtype = torch.float32 if fits(reference) else reference.dtype
-        expected = run(reference, ids, dtype)
-        loaded: Any = load_folder(folder, dtype)
-        found = run(loaded.to(parent.device), ids, dtype)
-        approximate = _biased(reference) and not _biased(loaded)
-        return _judge(folder, expected, found, exact=dtype == torch.float32, approximate=approximate)
+        whole = not isinstance(reference, Layered) and fits(reference)
+        expected = run(reference, ids)
+        if whole:
+            loaded: Decoder = load_folder(folder, torch.float32).to(parent.device)  # type: ignore[arg-type]
+        else:
+            loaded = layered_folder(folder, torch.float32, parent.device)
+        return _judge(folder, expected, run(loaded, ids)) | {"verified": "whole" if whole else "layerwise"}
     except MoesmithError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _judge(folder: Path, expected: Result, found: Result, *, exact: bool, approximate: bool) -> dict[str, Any]:
+def _judge(folder: Path, expected: Result, found: Result) -> dict[str, Any]:
+    approximate = expected.biased and not found.biased
     same_NS = expected.logits.argmax(-1) == found.logits.argmax(-1)
     difference_NS = (expected.logits - found.logits).abs().amax(-1)
     flipped_NS = torch.zeros_like(same_NS)
-    if exact and not approximate:
+    if not approximate:
         for one_TK, other_TK in zip(expected.routed, found.routed, strict=True):
             flipped_NS |= (one_TK.sort(-1).values != other_TK.sort(-1).values).any(-1).view_as(flipped_NS)
     compared_NS = flipped_NS.long().cumsum(-1) == 0
     agreement, compared = float(same_NS.double().mean()), float(compared_NS.double().mean())
     largest = float(difference_NS[compared_NS].max()) if compared else float("inf")
-    if approximate:
-        good = True
-    elif exact:
-        good = compared >= 0.5 and largest <= TOLERANCE * float(expected.logits.std())
-    else:
-        good = agreement >= ROUNDED_AGREEMENT
-    if not good:
+    good = compared >= 0.5 and largest <= TOLERANCE * float(expected.logits.std())
+    if not (good or approximate):
         raise MoesmithError(
             f"{folder} does not compute what the carving computes: the logits differ by up to "
             f"{float(difference_NS.max()):.3g}, {agreement:.0%} of next tokens agree",
@@ -88,12 +85,7 @@ def _judge(folder: Path, expected: Result, found: Result, *, exact: bool, approx
         "logits_kl": max(0.0, float((ours.exp() * (ours - theirs)).sum(-1).mean())),
         "argmax_agreement": round(agreement, 4),
         "compared_tokens": int(compared_NS.sum()),
-        "verified_dtype": "float32" if exact else "native",
     }
-
-
-def _biased(model: nn.Module) -> bool:
-    return any(getattr(block.experts, "bias_ED", None) is not None for block in moe_blocks(model))
 
 
 def fits(model: PreTrainedModel) -> bool:
@@ -105,30 +97,35 @@ def fits(model: PreTrainedModel) -> bool:
 
 @dataclass
 class Result:
-    """fp32 logits (N, S, V) on the CPU, and every layer's expert ids (N·S, K)."""
+    """fp32 logits (N, S, V) on the CPU, every layer's expert ids (N·S, K), and whether experts have biases."""
 
     logits: Tensor
     routed: list[Tensor]
+    biased: bool = False
+
+    @contextmanager
+    def visit(self, _index: int, layer: nn.Module) -> Iterator[None]:
+        """Collect the expert ids of our router or of a stock architecture's while a layer works."""
+        self.biased |= any(getattr(block.experts, "bias_ED", None) is not None for block in moe_blocks(layer))
+        routers = [m for m in layer.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
+        handles = [m.register_forward_hook(lambda _m, _i, out: self.routed.append(out[2].cpu())) for m in routers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @torch.no_grad()
-def run(model: Any, ids: Tensor, dtype: torch.dtype) -> Result:
-    """A model's logits and routing for token ids (N, S), computed in ``dtype``."""
-    if model.dtype != dtype:
-        model = copy.deepcopy(model).to(dtype)  # a copy: our own models share the parent's tensors
-    with _routing(model) as routed:
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-    return Result(logits, routed)
-
-
-@contextmanager
-def _routing(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the expert ids of our routers or of a stock architecture's, layer by layer."""
-    seen: list[Tensor] = []
-    routers = [m for m in model.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
-    handles = [m.register_forward_hook(lambda _m, _i, out: seen.append(out[2].cpu())) for m in routers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def run(model: Decoder, ids: Tensor) -> Result:
+    """A model's logits and routing for token ids (N, S) in fp32: layer by layer where an fp32 copy does not fit."""
+    if model.dtype != torch.float32:
+        if isinstance(model, Layered) or not fits(model):
+            model = cast(model, torch.float32)
+        else:  # a copy: our own models share the parent's tensors
+            model = copy.deepcopy(model).to(torch.float32)  # type: ignore[arg-type]
+    result = Result(torch.empty(0), [])
+    (hidden_NSD,) = last_hidden(model, [ids], visit=result.visit)
+    head: Any = model.get_output_embeddings()
+    result.logits = head(hidden_NSD).float().cpu()
+    return result

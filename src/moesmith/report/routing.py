@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moesmith.artefact import check_file, write_atomic
 from moesmith.errors import MoesmithError
+from moesmith.layerwise import Decoder, Layered, last_hidden
 
 SAMPLE_TOKENS = 120
+NO_ROUTER = ("the model has no router to record", "Give a Mixture-of-Experts model.")
 
 
 @dataclass
@@ -146,46 +149,56 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
     Raises:
         MoesmithError: the model has none.
     """
+    if not (routers := _routers(model)):
+        raise MoesmithError(*NO_ROUTER)
+    return routers
+
+
+def _routers(model: nn.Module) -> list[nn.Module]:
     routers = []
     for module in model.modules():
         if isinstance(getattr(module, "experts", None), nn.Module):
             router = getattr(module, "router", None) or getattr(module, "gate", None)
             if isinstance(router, nn.Module):
                 routers.append(router)
-    if not routers:
-        raise MoesmithError("the model has no router to record", "Give a Mixture-of-Experts model.")
     return routers
 
 
-@contextmanager
-def _hooked(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside the ``with``, each forward pass fills the list with (logits (T, E), ids (T, K)) per layer."""
-    routers = find_routers(model)
-    seen: list[tuple[Tensor, Tensor]] = []
+Reduce = Callable[[Tensor, Tensor], Any]
 
-    def hook(module: nn.Module, _: Any, output: Any) -> None:
+
+class _Recorder:
+    """What each layer's router says: ``seen[layer][batch]`` is that batch's reduction of logits and ids."""
+
+    def __init__(self, reductions: Sequence[Reduce]) -> None:
+        self.reductions = reductions
+        self.seen: dict[int, list[Any]] = {}
+
+    @contextmanager
+    def visit(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Hook a layer's router while it works."""
+        seen = self.seen.setdefault(index, [])
+        handles = [router.register_forward_hook(partial(self._take, seen)) for router in _routers(layer)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, seen: list[Any], module: nn.Module, _: Any, output: Any) -> None:
         if not (isinstance(output, tuple) and len(output) == 3):
             raise MoesmithError(
                 f"{type(module).__name__} does not return (logits, weights, ids)",
                 "Its routing cannot be recorded; use a model with the Hugging Face router contract.",
             )
         logits, _, ids = output
-        seen.append((logits.detach().flatten(0, -2), ids.detach().flatten(0, -2)))
-
-    handles = [router.register_forward_hook(hook) for router in routers]
-    training = model.training
-    model.eval()
-    try:
-        yield seen
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+        reduce = self.reductions[len(seen)]
+        seen.append(reduce(logits.detach().flatten(0, -2), ids.detach().flatten(0, -2)))
 
 
 @torch.no_grad()
 def record_routing(
-    model: PreTrainedModel,
+    model: Decoder,
     tokenizer: PreTrainedTokenizerBase,
     texts_by_domain: Mapping[str, Tensor],
     batch: int = 8,
@@ -193,7 +206,7 @@ def record_routing(
     """Count the experts' choices on text.
 
     Args:
-        model: a model of ``moe.build`` or a stock Hugging Face MoE (Mixtral, Qwen-MoE, ...).
+        model: a model of ``moe.decoder`` or a stock Hugging Face MoE (Mixtral, Qwen-MoE, ...).
         tokenizer: for the readable sample of each domain.
         texts_by_domain: per domain blocks of token ids (N, window) without padding.
         batch: blocks per forward pass.
@@ -204,23 +217,22 @@ def record_routing(
     Raises:
         MoesmithError: the model has no router, or one without the (logits, weights, ids) contract.
     """
-    body = model.base_model  # the language-model head has no part in routing
+    batches: list[Tensor] = []
+    reductions: list[Reduce] = []
+    counted: list[slice] = []  # each domain's batches; the one behind them is its sample
+    for blocks in texts_by_domain.values():
+        parts = blocks.split(batch)
+        counted.append(slice(len(batches), len(batches) + len(parts)))
+        batches += [*parts, blocks[:1, :SAMPLE_TOKENS]]
+        reductions += [_statistics] * len(parts) + [_ids]
+    seen = _record(model, batches, reductions)
     counts, entropies, samples = [], [], []
-    with _hooked(model) as seen:
-        for name, blocks in texts_by_domain.items():
-            count_PLE, entropy_PL = [], []  # P parts
-            for part in blocks.split(batch):
-                seen.clear()
-                body(input_ids=part.to(model.device), use_cache=False)
-                count_PLE.append(torch.stack([_counts(logits, ids) for logits, ids in seen]))
-                entropy_PL.append(torch.stack([_entropy(logits) for logits, _ in seen]))
-            counts.append(torch.stack(count_PLE).sum(0).cpu())
-            entropies.append(torch.stack(entropy_PL).sum(0).cpu() / blocks.numel())
-            start = blocks[:1, :SAMPLE_TOKENS]
-            seen.clear()
-            body(input_ids=start.to(model.device), use_cache=False)
-            ids_LTK = torch.stack([ids for _, ids in seen]).cpu().numpy().astype(np.int64)
-            samples.append(Sample(name, pieces(tokenizer, start[0].tolist()), ids_LTK))
+    for name, blocks, part in zip(texts_by_domain, texts_by_domain.values(), counted, strict=True):
+        count_LPE, entropy_LP = ([[both[i] for both in layer[part]] for layer in seen] for i in (0, 1))  # P parts
+        counts.append(torch.stack([torch.stack(layer).sum(0) for layer in count_LPE]))
+        entropies.append(torch.stack([torch.stack(layer).sum(0) for layer in entropy_LP]) / blocks.numel())
+        ids_LTK = torch.stack([layer[part.stop] for layer in seen]).numpy().astype(np.int64)
+        samples.append(Sample(name, pieces(tokenizer, blocks[0, :SAMPLE_TOKENS].tolist()), ids_LTK))
     return Routing(
         domains=tuple(texts_by_domain),
         counts_DLE=torch.stack(counts).numpy(),
@@ -228,6 +240,33 @@ def record_routing(
         tokens_D=np.array([blocks.numel() for blocks in texts_by_domain.values()]),
         samples=samples,
     )
+
+
+def _record(model: Decoder, batches: Sequence[Tensor], reductions: Sequence[Reduce]) -> list[list[Any]]:
+    """Every layer's reductions, one per batch; the language-model head has no part in routing.
+
+    Groups of batches that go through the layers one after the other follow each other in a layer's list.
+    """
+    whole = model.shell if isinstance(model, Layered) else model
+    training = whole.training
+    whole.eval()
+    recorder = _Recorder(reductions)
+    try:
+        for _ in last_hidden(model, batches, visit=recorder.visit):
+            pass
+    finally:
+        whole.train(training)
+    if not (seen := [recorder.seen[index] for index in sorted(recorder.seen) if recorder.seen[index]]):
+        raise MoesmithError(*NO_ROUTER)
+    return seen
+
+
+def _statistics(logits_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+    return _counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE).cpu()
+
+
+def _ids(_logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    return ids_TK.cpu()
 
 
 def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from moesmith.artefact import read_json, write_json, write_text
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
-from moesmith.evaluate import perplexity
+from moesmith.evaluate import perplexities
 from moesmith.gates import GateSpec
 from moesmith.methods import METHODS
-from moesmith.moe import build
+from moesmith.moe import decoder
 from moesmith.moments import Moments, Second, channel_moments, group_moments, merge, pool
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
@@ -91,12 +91,8 @@ def _perplexities(
                 channels = [[kept] for kept in choose(score, pruned_share(run.recipe, parent), carve.selection)]
                 one = GateSpec(experts=1, top_k=1)
                 pruned = _carving(parent, channels, [moments_of(run, domain.name)], one, "bias")
-                model = build(parent, pruned, "sliced")
-                row = []
-                for block in blocks:
-                    row.append(perplexity(model, block))
-                    bar.advance(block.numel(), domain.name)
-                write_json(path, row)
+                texts = {str(index): block for index, block in enumerate(blocks)}
+                write_json(path, list(perplexities(decoder(parent, pruned), texts, bar=bar).values()))
             rows.append(read_json(path))
     return np.array(rows)
 
@@ -219,17 +215,23 @@ def refit_layer(
     return refitted
 
 
+def gram_bytes(D: int, F: int, groups: int, *, gram: bool) -> int:
+    """Bytes of one layer's second moments: of router inputs, with ``gram`` also of channels, per group of domains."""
+    return 4 * groups * (D**2 + (F**2 if gram else 0))
+
+
 def layer_groups(parent: Parent, groups: int, *, gram: bool) -> list[list[int]]:
-    """Layers whose second moments fit in half of the free memory together.
+    """Layers whose second moments fit in half of the free memory together, or a quarter of what may be used.
 
     Raises:
         MoesmithError: not even one layer fits.
     """
-    per_layer = 4 * groups * (parent.D**2 + (parent.F**2 if gram else 0))
-    at_once = int(psutil.virtual_memory().available * 0.5) // per_layer
+    per_layer = gram_bytes(parent.D, parent.F, groups, gram=gram)
+    room = psutil.virtual_memory().available // 2 if parent.memory is None else parent.memory // 4
+    at_once = room // per_layer
     if at_once < 1:
         raise MoesmithError(
-            f"the Gram matrices of one layer need {per_layer / 2**30:.1f} GiB, more than half of the free memory",
+            f"the Gram matrices of one layer need {per_layer / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are for them",
             "Free memory, use fewer experts, or set carve.compensation to bias.",
         )
     order = list(range(parent.L))

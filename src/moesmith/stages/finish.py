@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moesmith.artefact import MANIFEST, SUMS, file_digest, read_json, verify_files, write_json, write_text
 from moesmith.card import model_card
@@ -14,11 +13,12 @@ from moesmith.carving import Carving
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import geometric_mean, perplexities
-from moesmith.export.folder import REMAKE, load_folder
+from moesmith.export.folder import REMAKE, layered_folder, load_folder
 from moesmith.export.native import write_native
 from moesmith.export.stock import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
-from moesmith.moe import build
+from moesmith.layerwise import Decoder
+from moesmith.moe import decoder
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
 from moesmith.proof import NATIVE
@@ -45,7 +45,7 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
     def body(_work: Path) -> dict[str, Any]:
         carving = Carving.load(run.path(before))
         ids = next(iter(evaluation_of(run).values()))[:2, :128]
-        sliced = build(parent, carving, "sliced")
+        sliced = decoder(parent, carving)
 
         def stock(folder: Path) -> dict[str, Any]:
             written = write_stock(parent, carving, folder, parent.model.dtype)
@@ -80,7 +80,7 @@ def baseline_stage(run: Run, parent: Parent) -> Path:
     """Perplexity per domain of the dense parent."""
 
     def body(work: Path) -> dict[str, Any]:
-        result = _perplexities(parent.model, evaluation_of(run), "parent")
+        result = _perplexities(parent.decoder, evaluation_of(run), "parent")
         write_json(work / "parent.json", result)
         return {"perplexity": result["geomean"]}
 
@@ -102,7 +102,7 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
             path = work / f"{name}.json"
             if not path.is_file():
                 last = name == made[-1]
-                model = finished if last else build(parent, Carving.load(run.path(name)), "sliced")
+                model = finished if last else decoder(parent, Carving.load(run.path(name)))
                 write_json(path, _perplexities(model, blocks, name))
             results[name] = read_json(path)
         if has_stock(parent, Carving.load(run.path(made[-1]))):
@@ -125,21 +125,23 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
     return final
 
 
-def _perplexities(model: PreTrainedModel, blocks: dict[str, Tensor], label: str) -> dict[str, Any]:
+def _perplexities(model: Decoder, blocks: dict[str, Tensor], label: str) -> dict[str, Any]:
     domains = perplexities(model, blocks, label=f"perplexity of {label}")
     worst = max(domains, key=lambda name: domains[name])
     return {"domains": domains, "geomean": geometric_mean(domains.values()), "worst": worst}
 
 
-def load_finished(folder: Path, parent: Parent) -> PreTrainedModel:
-    """``RUN/model`` or ``RUN/stock`` in its parent's dtype, on its device.
+def load_finished(folder: Path, parent: Parent) -> Decoder:
+    """``RUN/model`` or ``RUN/stock`` in its parent's dtype, on its device; layer by layer where the parent is run so.
 
     Raises:
         MoesmithError: it is damaged.
     """
     check_finished(folder)
-    model: Any = load_folder(folder, parent.model.dtype)
-    return cast(PreTrainedModel, model.to(parent.device))
+    dtype = parent.model.dtype
+    if parent.layerwise:
+        return layered_folder(folder, dtype, parent.device)
+    return load_folder(folder, dtype).to(parent.device)  # type: ignore[arg-type]
 
 
 def check_finished(folder: Path) -> None:

@@ -1,0 +1,26 @@
+"""Weights that lie in mapped safetensors files: their pages go back to the system when a layer has done its work."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+MAPS = Path("/proc/self/smaps")
+DONTNEED = 4  # MADV_DONTNEED: a page that is a file's own is dropped, and read again when it is touched
+# address range, then the count of pages that were written to and so are the process's own
+MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) [^\n]*\.safetensors\n(?:[A-Z].*\n)*?Anonymous: +(\d+) kB", re.MULTILINE)
+
+
+def give_back() -> None:
+    """Drop every resident page of mapped safetensors files, but of none that this process has written to.
+
+    Without ``/proc`` nothing happens: the system drops such pages itself when it needs them.
+    """
+    if not MAPS.is_file():
+        return
+    libc = ctypes.CDLL(None)
+    for start, end, written in MAPPING.findall(MAPS.read_text()):
+        if written == "0":  # the mappings are private: what was written would be lost
+            first = int(start, 16)
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(int(end, 16) - first), DONTNEED)

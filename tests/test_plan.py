@@ -1,0 +1,121 @@
+"""Plans: from a config alone as from the weights, and held against what conversions take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import moesmith
+from conversions import convert, tiny_settings
+from tiny import FAMILIES, save_tiny, tiny_parent
+
+import moesmith.conversion as conversion
+from moesmith.errors import MoesmithError
+from moesmith.parents import load_skeleton
+from moesmith.plan import check_room, make_plan, parse_bytes
+from moesmith.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+UNTRAINED = ["stage1.tokens=0", "stage2.tokens=0", "affinity.method=scores"]
+# known facts of the published models: parameters and feed-forward width
+PUBLISHED = {
+    "tinyllama-1.1b": (1_100_048_384, "mixtral"),
+    "llama-2-7b": (6_738_415_616, "mixtral"),
+    "qwen2.5-14b": (14_770_033_664, "qwen2_moe"),
+}
+
+
+@pytest.mark.parametrize("preset", ["dive-1of8", "dive-plus", "tomoe-50"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_is_enough(family: str, preset: str, tmp_path: Path) -> None:
+    parent = tiny_parent(family, dtype=torch.bfloat16)
+    parent.model.config.save_pretrained(tmp_path)
+    recipe = load_recipe(preset, None, tiny_settings(preset))
+    for source in (tmp_path, tmp_path / "config.json"):
+        skeleton = load_skeleton(str(source))
+        assert skeleton.family == parent.family
+        assert make_plan(recipe, skeleton, 4) == make_plan(recipe, parent, 4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_examples_are_the_published_models(name: str) -> None:
+    skeleton = load_skeleton(str(ROOT / "examples" / "configs" / f"{name}.json"))
+    plan = make_plan(load_recipe("dive-1of8", None, UNTRAINED), skeleton, 24)
+    assert (plan.parent_parameters, plan.architecture) == PUBLISHED[name]
+    assert plan.memory_layerwise is not None
+    assert plan.memory_layerwise < 0.6 * 2 * plan.parameters_total < plan.memory
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [("dive-1of8", UNTRAINED), ("dive-plus", UNTRAINED), ("dive-plus", []), ("tomoe-50", ["masks.tokens=64"])],
+)
+def test_disk_is_foretold(preset: str, settings: list[str], home: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+    save_tiny("llama", tmp_path / "m", dtype=torch.bfloat16, **sizes)
+    options = {"settings": settings, "dtype": torch.bfloat16}
+    run = convert(preset, tmp_path / "m", home / "d", tmp_path / "run", **options)  # type: ignore[arg-type]
+    plan = make_plan(run.recipe, load_skeleton(str(tmp_path / "m")), 4)
+    used = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+    assert plan.disk == pytest.approx(used, rel=0.3)
+
+
+def test_what_does_not_fit_is_run_layer_by_layer(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "m", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    recipe = load_recipe("dive-1of8", None, [*tiny_settings("dive-1of8"), *UNTRAINED])
+    plan = make_plan(recipe, load_skeleton(str(tmp_path / "m")), 4)
+    for room, layerwise in ((plan.memory, False), (plan.memory - 1, True)):
+        parent = conversion._open(str(tmp_path / "m"), torch.bfloat16, recipe, 4, room)
+        assert parent.layerwise is layerwise
+        check_room(plan, tmp_path / "run", parent, room)
+    with pytest.raises(MoesmithError, match=r"needs about 0\.5 GiB of memory and 0\.2 GiB are free"):
+        check_room(plan, tmp_path / "run", parent, 2 * 10**8)
+    trained = load_recipe("dive-1of8", None, tiny_settings("dive-1of8"))
+    assert make_plan(trained, parent, 4).memory_layerwise is None
+    assert not conversion._open(str(tmp_path / "m"), torch.bfloat16, trained, 4, 1).layerwise
+
+
+def test_too_little_memory_is_one_line(home: Path, tmp_path: Path) -> None:
+    words = ["convert", "dive-1of8", "--model", home / "m", "--data", home / "d", "--out", tmp_path / "run"]
+    words += [word for setting in tiny_settings("dive-1of8") for word in ("--set", setting)]
+    answer = moesmith(*words, "--memory", "1MB")
+    assert answer.status == 2
+    assert "of memory and 0.0 GiB are free" in answer.err
+    assert not (tmp_path / "run").exists()
+    assert "is no size of memory" in moesmith(*words, "--memory", "much").err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GB", 4 * 10**9), ("3.5 GiB", 3758096384), ("500mb", 5 * 10**8), ("1024", 1024), (7, 7), (None, None)],
+)
+def test_sizes_of_memory(text: str | int | None, size: int | None) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 bananas", "0", "1IB"])
+def test_no_sizes_of_memory(text: str) -> None:
+    with pytest.raises(MoesmithError, match="is no size of memory"):
+        parse_bytes(text)
+
+
+def test_a_config_that_makes_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}')
+    with pytest.raises(MoesmithError):
+        load_skeleton(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_memory_is_foretold(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config |= {"num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 8000}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    words = ["--config", tmp_path / "c.json", "--out", tmp_path / "found.json", "--share", "4"]
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "larger.py", *map(str, words)], check=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["planned_memory_bytes"] == pytest.approx(found["peak_bytes"], rel=0.3)
+    assert found["planned_disk_bytes"] == pytest.approx(found["disk_bytes"], rel=0.3)
