@@ -153,6 +153,7 @@ def table(bench: Bench) -> None:
     for title, folder, preset in (
         ("static FLAP mask, bias", "flap", "flap-static"),
         ("static mask, refit", "flap-refit", "flap-static-refit"),
+        ("start of tomoe-plus, refitted, nothing learned", "start", "dive-plus"),
     ):
         if bench.given.only and folder not in bench.given.only:
             continue
