@@ -62,7 +62,7 @@ class Bench:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.out = given, Path(given.out)
         self.parent: Parent = load_parent(given.model)
-        self.runs: list[Path] = []
+        self.runs = [path.parent for path in sorted(self.out.glob("*/run.json"))]
         self.short = [f"masks.tokens={given.study_tokens}", "masks.window=256"]
 
     def run(self, folder: str, preset: str, settings: list[str]) -> Run:
@@ -74,7 +74,7 @@ class Bench:
         ]
         run = convert(
             preset, self.parent, self.given.data, self.out / folder,
-            settings=[*common, *settings], budget="small", reuse=self.runs,
+            settings=[*common, *settings], budget="small", reuse=[x for x in self.runs if x.name != folder],
         )  # fmt: skip
         self.runs.append(run.folder)
         return run
