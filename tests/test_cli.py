@@ -18,6 +18,7 @@ from tiny_data import DIALECTS, save_data
 from moesmith.artefact import read_json
 from moesmith.carving import Carving
 from moesmith.console import show_table
+from moesmith.plan import COMPANIONS
 from moesmith.recipe import presets
 
 COMMANDS = ("presets", "plan", "convert", "eval", "inspect", "generate", "report", "pack", "unpack")
@@ -103,7 +104,7 @@ def test_a_plan_foretells_the_run(home: Path, finished: Path) -> None:
     carved = Carving.load(finished / "stages" / "experts").parameters(tiny_parent("llama"))
     assert {name: found[name] for name in carved} == carved
     used = sum(path.stat().st_size for path in finished.rglob("*") if path.is_file())
-    assert found["disk"] < 4 * used
+    assert found["disk"] - COMPANIONS == pytest.approx(used, rel=0.3)  # a tiny tokenizer and card are less than those
     trained = [read_json(finished / "stages" / name / "manifest.json")["metrics"] for name in ("router", "experts")]
     assert found["training_tokens"] == sum(metrics["tokens"] for metrics in trained)
 

@@ -22,8 +22,6 @@ class Model:
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         torch.set_num_threads(job["threads"])
         trust = False
         if job["own_code"]:
