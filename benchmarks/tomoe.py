@@ -134,7 +134,8 @@ def table(bench: Bench) -> None:
         run = bench.run(folder, preset, settings)
         blocks = evaluation_of(run)
         measure("dense parent", blocks, lambda: (bench.parent.model, nullcontext()), {"active": 1.0})
-        carving = Carving.load(run.path("masks"))
+        last = "refit" if "refit" in run.keys else "masks"
+        carving = Carving.load(run.path(last))
         facts = {"active": carving.active_share(bench.parent)} | run.manifest("masks")["metrics"]
         measure(title, blocks, lambda c=carving: (build(bench.parent, c), nullcontext()), facts)
         if folder in ("published", "plus"):
@@ -144,6 +145,9 @@ def table(bench: Bench) -> None:
                 return model, shuffled(model)
 
             measure(f"{title}, shuffled routing", blocks, mixed, facts)
+        if last == "refit":
+            learned = Carving.load(run.path("masks"))
+            measure(f"{title}, not refitted", blocks, lambda c=learned: (build(bench.parent, c), nullcontext()), facts)
         if folder == "published":
             other = randomised(carving)
             measure(

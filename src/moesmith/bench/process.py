@@ -72,6 +72,7 @@ class Worker:
         self.runtime, self.name = runtime, name
         # an idle pool of threads shall sleep, not spin: the other model is measured then
         env = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        env |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         env |= {"OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if python != sys.executable:
             env.pop("PYTHONPATH", None)
