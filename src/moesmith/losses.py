@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 128  # tokens whose logits exist at once
+PIECE = 8  # of them, those whose probabilities do: what stays in a core's cache
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -29,32 +30,20 @@ class _HeadLoss(torch.autograd.Function):
         head_V: Tensor | None,
     ) -> Tensor:
         N = len(hidden_ND)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         grad_ND = torch.zeros_like(hidden_ND)
         for rows in torch.arange(N).split(CHUNK):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             logits_CV = F.linear(hidden_ND[part], head_VD, head_V)
-            grad_CV = None
-            if mix < 1:
-                log_CV = F.log_softmax(logits_CV, -1, dtype=torch.float32)
-                labels_C1 = labels_N[part, None]
-                total -= (1 - mix) * log_CV.gather(1, labels_C1).sum().double()
-                grad_CV = log_CV.exp_().mul_(1 - mix)
-                grad_CV.scatter_add_(1, labels_C1, torch.full_like(labels_C1, mix - 1, dtype=torch.float32))
-            if teacher_ND is not None and mix > 0:
-                teacher_CV = F.linear(teacher_ND[part], head_VD, head_V)
-                if temperature != 1:  # every pass over a chunk's logits is felt
-                    teacher_CV, logits_CV = teacher_CV.div_(temperature), logits_CV.div_(temperature)
-                wanted_CV = F.log_softmax(teacher_CV, -1, dtype=torch.float32)
-                given_CV = F.log_softmax(logits_CV, -1, dtype=torch.float32)
-                p_CV = wanted_CV.exp()
-                total += mix * temperature**2 * wanted_CV.sub_(given_CV).mul_(p_CV).sum().double()
-                soft_CV = given_CV.exp_().sub_(p_CV)
-                if mix * temperature != 1:
-                    soft_CV.mul_(mix * temperature)
-                grad_CV = soft_CV if grad_CV is None else soft_CV.add_(grad_CV)
-            if grad_CV is not None:
-                grad_ND[part] = grad_CV.to(hidden_ND.dtype) @ head_VD
+            teacher_CV = None if teacher_ND is None or mix == 0 else F.linear(teacher_ND[part], head_VD, head_V)
+            grad_CV = torch.empty_like(logits_CV, dtype=hidden_ND.dtype)
+            for start in range(0, len(rows), PIECE):
+                piece = slice(start, start + PIECE)
+                wanted_PV = None if teacher_CV is None else teacher_CV[piece]
+                loss, grad_PV = _piece(logits_CV[piece], labels_N[part][piece], wanted_PV, mix, temperature)
+                total += loss
+                grad_CV[piece] = grad_PV
+            grad_ND[part] = grad_CV @ head_VD
         ctx.save_for_backward(grad_ND)
         ctx.scale = 1 / N
         return (total / N).float()
@@ -63,6 +52,31 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (grad_ND,) = ctx.saved_tensors
         return grad_ND * (grad * ctx.scale).to(grad_ND.dtype), None, None, None, None, None, None
+
+
+def _piece(
+    logits_PV: Tensor, labels_P: Tensor, teacher_PV: Tensor | None, mix: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of a few tokens, summed, fp64, and its gradient by their logits, fp32; may overwrite both logits."""
+    loss, grad_PV = torch.zeros((), dtype=torch.float64, device=logits_PV.device), None
+    if mix < 1:
+        log_PV = F.log_softmax(logits_PV, -1, dtype=torch.float32)
+        labels_P1 = labels_P[:, None]
+        loss = loss - (1 - mix) * log_PV.gather(1, labels_P1).sum().double()
+        grad_PV = log_PV.exp_().mul_(1 - mix)
+        grad_PV.scatter_add_(1, labels_P1, torch.full_like(labels_P1, mix - 1, dtype=torch.float32))
+    if teacher_PV is not None:
+        if temperature != 1:  # every pass over the logits is felt
+            teacher_PV, logits_PV = teacher_PV.div_(temperature), logits_PV.div_(temperature)
+        wanted_PV = F.log_softmax(teacher_PV, -1, dtype=torch.float32)
+        given_PV = F.log_softmax(logits_PV, -1, dtype=torch.float32)
+        p_PV = wanted_PV.exp()
+        loss = loss + mix * temperature**2 * wanted_PV.sub_(given_PV).mul_(p_PV).sum().double()
+        soft_PV = given_PV.exp_().sub_(p_PV)
+        if mix * temperature != 1:
+            soft_PV.mul_(mix * temperature)
+        grad_PV = soft_PV if grad_PV is None else soft_PV.add_(grad_PV)
+    return loss, torch.zeros_like(logits_PV) if grad_PV is None else grad_PV
 
 
 def head_loss(

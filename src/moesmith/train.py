@@ -95,7 +95,7 @@ class Masters:
         for master in self.fp32.values():
             master.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
-            self.fp32.values(), lr=spec.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=spec.weight_decay, foreach=True
+            self.fp32.values(), lr=spec.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=spec.weight_decay, fused=True
         )
 
     def step(self, lr: float, clip: float | None) -> float:

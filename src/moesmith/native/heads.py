@@ -26,11 +26,17 @@ def expand_pairs(free: Tensor, h: int, rotary: int) -> Tensor:
 
 def keep(logits: Tensor, threshold: Tensor, most: int) -> Tensor:
     """Kept dimensions (…, h) bool: logits at or above the threshold, at most ``most``, at least the best one."""
-    kept = logits >= threshold
-    if logits.device.type == "cpu":  # where asking is free, and selecting in many short rows is slow
+    if logits.device.type == "cpu":  # where asking is free and selecting in short rows is slow: only rows that need it
+        kept = logits >= threshold
         counts = kept.sum(-1)
-        if bool(((counts > 0) & (counts <= most)).all()):
-            return kept
+        wrong = (counts == 0) | (counts > most)
+        if bool(wrong.any()):
+            kept[wrong] = _select(logits[wrong], threshold, most)
+        return kept
+    return _select(logits, threshold, most)
+
+
+def _select(logits: Tensor, threshold: Tensor, most: int) -> Tensor:
     floor = logits.topk(most, -1).values
     bound = torch.maximum(floor[..., -1:], threshold).minimum(floor[..., :1])
     return logits >= bound
