@@ -114,7 +114,7 @@ def _sample(odds: Tensor, temperature: float, double: bool) -> Tensor:
 
 
 def _kept(x: Tensor, slope: Tensor) -> Tensor:
-    """``x`` where the slope's sign bit is clear, else 0: by bits, as a CPU's ``masked_fill`` takes ten times as long."""
+    """``x`` where the slope's sign bit is clear, else 0: by bits, ten times as fast as a CPU's ``masked_fill``."""
     integer, sign = {2: (torch.int16, 15), 4: (torch.int32, 31), 8: (torch.int64, 63)}[x.dtype.itemsize]
     keep = (slope.view(integer) >> sign).bitwise_not_()  # all ones or none
     return keep.bitwise_and_(x.contiguous().view(integer)).view(x.dtype)
