@@ -119,3 +119,10 @@ def test_memory_is_foretold(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["planned_memory_bytes"] == pytest.approx(found["peak_bytes"], rel=0.3)
     assert found["planned_disk_bytes"] == pytest.approx(found["disk_bytes"], rel=0.3)
+
+
+@pytest.mark.parametrize("source", ["smollm2-135m", "model.gguf"])
+def test_names_that_are_no_hub_ids_are_never_looked_up(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesmith.parents.refuse_remote_code", lambda _: pytest.fail("asked"))
+    with pytest.raises(MoesmithError, match="no config of its own"):
+        load_skeleton(source)

@@ -170,6 +170,8 @@ def load_skeleton(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
     Raises:
         MoesmithError: there is no config, or its shapes do not fit.
     """
+    if source in BUILTIN or Path(source).suffix == ".gguf":  # never a hub id, so nobody is asked
+        raise MoesmithError(f"{source} is a GGUF file, which has no config of its own", "Load it whole.")
     refuse_remote_code(source)
     try:
         with quiet(), torch.device("meta"):
