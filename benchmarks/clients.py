@@ -47,7 +47,7 @@ SCRIPTS = {"transformers": "with_transformers", "vllm": "with_vllm", "llama.cpp"
 TOLERANCE = {"float32": 0.002, "bfloat16": 0.3}  # nats, at the typical position
 AGREEMENT = {"float32": 0.95, "bfloat16": 0.8}  # share of positions with the same most likely token
 WAIT = 1800  # seconds that a client may take; importing vLLM on a busy machine takes minutes
-CHAT = [{"role": "user", "content": "Name three things that people eat for breakfast."}]
+CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
