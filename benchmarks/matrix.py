@@ -45,6 +45,8 @@ RUNTIMES = {"hf": ["transformers", "vllm"], "sglang": ["transformers"], "gguf": 
 RUNTIMES |= {"native": ["transformers", "vllm"]}
 WIDE = {"hidden_size": 128, "intermediate_size": 128}  # heads of 32, the narrowest that vLLM's CPU kernels take
 OWN_HEADS = {"hidden_size": 96, "intermediate_size": 128, "head_dim": 32}  # wider than hidden_size / heads
+# longer than the questions: SGLang's and llama.cpp's files stop at the window, since neither has one
+WINDOW = {"sliding_window": 64}
 METHODS = ("dive top-1", "dive top-2", "dive bias", "tomoe")
 Cell = dict[str, Any]
 
@@ -54,15 +56,22 @@ def carving_of(method: str, parent: Parent) -> Carving:
     if method == "tomoe":  # subsets of one network, of any width, and attention masked by token
         return harvested(parent)
     kept, top_k = (parent.F // 4, 2) if method == "dive top-2" else (parent.F // 2, 1)
-    bias = "bias" if method == "dive bias" else "none"
-    return random_carving(parent, top_k=top_k, kept=kept, compensation=bias)
+    if method != "dive bias":
+        return random_carving(parent, top_k=top_k, kept=kept)
+    carving = random_carving(parent, top_k=top_k, kept=kept, compensation="bias")
+    for layer in carving.layers:  # what stands in for a bias in a stock expert
+        layer.constant_D = torch.randn(parent.D) / parent.D
+    return carving
 
 
 def cells(families: list[str], methods: list[str], pythons: dict[str, Path], known: list[Cell]) -> Iterator[Cell]:
     """Every cell in order, those in ``known`` as they are."""
     before = {key(cell): cell for cell in known}
     for family in families:
-        parent = tiny_parent(family, **(OWN_HEADS if "head_dim" in FAMILIES[family][1] else WIDE))
+        shape: dict[str, Any] = OWN_HEADS if "head_dim" in FAMILIES[family][1] else WIDE
+        if "sliding_window" in FAMILIES[family][1]:
+            shape = shape | WINDOW
+        parent = tiny_parent(family, **shape)
         for method in methods:
             source = Source(parent, carving_of(method, parent), Path(), torch.randint(300, (2, 24)))
             for target in TARGETS.values():

@@ -15,11 +15,14 @@ MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) [^\n]*\.safetensors\n(?:[A-Z].*\
 def give_back() -> None:
     """Drop every resident page of mapped safetensors files, but of none that this process has written to.
 
-    Without ``/proc`` nothing happens: the system drops such pages itself when it needs them.
+    What the allocator holds in reserve goes back as well: glibc keeps freed blocks of up to 32 MiB, which a layer's
+    matrices are. Without ``/proc`` nothing happens: the system drops such pages itself when it needs them.
     """
     if not MAPS.is_file():
         return
     libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc's own
+        libc.malloc_trim(0)
     for start, end, written in MAPPING.findall(MAPS.read_text()):
         if written == "0":  # the mappings are private: what was written would be lost
             first = int(start, 16)
