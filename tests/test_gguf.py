@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from carvings import random_carving
 from commands import moesmith
 from sources import IDS, permuted, tiny_source
 from tiny import LLAMA3_ROPE, STOCK, tiny_parent
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moesmith.conversion import convert
 from moesmith.errors import MoesmithError
 from moesmith.export import gguf as target_module
 from moesmith.export import llamacpp
@@ -24,7 +24,7 @@ from moesmith.export.llamacpp import TOP, Answers, Questions, ask
 from moesmith.export.quantise import tensor_type
 from moesmith.export.stock import stock_reference
 from moesmith.export.target import Options, Source
-from moesmith.parents import load_parent
+from moesmith.export.targets import source_of
 from moesmith.plan import make_plan
 from moesmith.recipe import load_recipe
 
@@ -236,19 +236,28 @@ def test_command(finished: Path, tmp_path: Path) -> None:
     assert "greedy match" in answer.out
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """DIVE on SmolLM2, untrained, its router in closed form: random routers turn any rounding into another model."""
+    run = tmp_path_factory.mktemp("real") / "run"
+    names = "anecdotes,arithmetic,biography,clinic,contracts,cplusplus,documentation,fiction"
+    settings = ["affinity.method=scores", "router.start=lda", "carve.compensation=none", f"domains.names=[{names}]"]
+    settings += ["stage1.tokens=0", "stage2.tokens=0", "domains.tokens=1024", "evaluate.tokens=256"]
+    settings += ["evaluate.window=128"]
+    convert("dive-1of8", "smollm2-135m", "builtin", run, budget="demo", settings=settings)
+    return source_of(run)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["bf16", "q8_0", "q4_k_m"])
-def test_real_parent(quant: str, tmp_path: Path) -> None:
-    parent = load_parent("smollm2-135m")
+def test_real_parent(real: Source, quant: str, tmp_path: Path) -> None:
+    tokenizer = real.parent.tokenizer
     texts = ["It's 1234.5 °C; naïve — 🦙🦙\n\n\tx += 1", "def f(x):\n    return x[0:10]  # 你好\n"]
-    ids = parent.tokenizer(" ".join(texts * 4))["input_ids"][:96]
-    carving = random_carving(parent, experts=8, top_k=1, kept=256)
-    source = Source(parent, carving, Path("run"), torch.tensor(ids).view(2, 48))
     out = tmp_path / "moe.gguf"
-    Gguf().write(source, out, Options(quant=quant))  # type: ignore[arg-type]
-    found = Gguf().verify(source, out, source.ids)
+    Gguf().write(real, out, Options(quant=quant))  # type: ignore[arg-type]
+    found = Gguf().verify(real, out, real.ids)
     assert found["within_tolerance"] >= 0.8
     chat = [{"role": "user", "content": "Who are you?"}]
     answers = ask(out, Questions(texts=texts, chat=chat))
-    assert answers.texts == [parent.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    assert answers.chat == parent.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert answers.texts == [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    assert answers.chat == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
