@@ -95,6 +95,16 @@ def test_tokens_and_template_survive(tmp_path: Path) -> None:
     assert answers.chat == tokenizer.apply_chat_template(chat, tokenize=False)
 
 
+def test_marks_between_documents_are_no_text(tmp_path: Path) -> None:
+    source, out = tiny_source("qwen2"), tmp_path / "moe.gguf"
+    ids = source.ids.clone()
+    ids[:, 9] = source.parent.tokenizer.eos_token_id
+    assert "<" in source.parent.tokenizer.decode(ids[0, 9:10])
+    source = replace(source, ids=ids)
+    Gguf().write(source, out, Options(quant="f32"))
+    assert Gguf().verify(source, out, ids)["within_tolerance"] == 1.0
+
+
 def test_wrong_files_are_caught_and_gone(tmp_path: Path) -> None:
     source, out = tiny_source("llama"), tmp_path / "moe.gguf"
     other = tiny_parent("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})

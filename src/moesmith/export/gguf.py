@@ -158,7 +158,8 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
     ids = ids[:, : min(POSITIONS, longest)]
     start = ids.shape[1] // 3 + 1
     new = min(NEW, longest - start)
-    texts = [str(tokenizer.decode(row)) for row in ids] + ["It's 1234.5 °C\n\n  x += 1"]
+    # without the marks between documents: llama.cpp is asked to read text as text
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids] + ["It's 1234.5 °C\n\n  x += 1"]
     questions = Questions(texts, ids.tolist(), ids[0, :start].tolist(), new, threads=torch.get_num_threads())
     answers = ask(file, questions)
     for text, found in zip(texts, answers.texts, strict=True):
