@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from carvings import random_carving
 from commands import moesmith
 from sources import IDS, permuted, tiny_source
 from tiny import LLAMA3_ROPE, STOCK, tiny_parent
@@ -25,6 +26,7 @@ from moesmith.export.quantise import tensor_type
 from moesmith.export.stock import stock_reference
 from moesmith.export.target import Options, Source
 from moesmith.export.targets import source_of
+from moesmith.parents import load_parent
 from moesmith.plan import make_plan
 from moesmith.recipe import load_recipe
 
@@ -256,6 +258,16 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Source:
     settings += ["evaluate.window=128"]
     convert("dive-1of8", "smollm2-135m", "builtin", run, budget="demo", settings=settings)
     return source_of(run)
+
+
+@pytest.mark.slow
+def test_a_random_carving_of_the_real_parent(tmp_path: Path) -> None:
+    parent, out = load_parent("smollm2-135m"), tmp_path / "moe.gguf"
+    texts = ["It's 1234.5 °C; naïve — 🦙🦙\n\n\tx += 1", "def f(x):\n    return x[0:10]  # 你好\n"]
+    ids = torch.tensor(parent.tokenizer(" ".join(texts * 4))["input_ids"][:96]).view(2, 48)
+    source = Source(parent, random_carving(parent, experts=8, top_k=1, kept=256), Path("run"), ids)
+    Gguf().write(source, out, Options(quant="f32"))  # in less, rounding alone makes another model of it
+    assert Gguf().verify(source, out, ids)["within_tolerance"] >= 0.8
 
 
 @pytest.mark.slow
