@@ -7,7 +7,7 @@ import torch
 from flap import published_fluctuation
 from tiny import FAMILIES, tiny_parent
 
-from moesmith.moments import _Channel, channel_moments, group_moments, merge, pool
+from moesmith.moments import _Channel, _Second, channel_moments, group_moments, merge, pool
 from moesmith.parents import Parent
 from moesmith.scores import channel_scores, choose
 
@@ -73,22 +73,43 @@ def test_pool_weights_domains_alike() -> None:
 @pytest.mark.parametrize("family", ["llama", "phi3", "phi"])
 def test_second_moments_in_layer_groups(family: str) -> None:
     parent = tiny_parent(family)
-    groups = list(WINDOWS.split(6))
-    together = group_moments(parent, groups, [0, 1], gram=True)
+    texts = [list(ids.split(3)) for ids in WINDOWS.split(6)]
+    together = group_moments(parent, texts, [0, 1], gram=True)
     for layer in range(2):
-        apart = group_moments(parent, groups, [layer], gram=True, batch=2)
-        for g, ids in enumerate(groups):
+        apart = group_moments(parent, texts, [layer], gram=True, batch=2)
+        for g, ids in enumerate(WINDOWS.split(6)):
             a_TF = activations(parent, layer, ids).flatten(0, 1)
-            assert torch.allclose(apart[g][1][0].gram_NN, a_TF.T @ a_TF / len(a_TF), rtol=1e-3, atol=1e-6)
-            assert torch.allclose(apart[g][1][0].gram_NN, together[g][1][layer].gram_NN, rtol=1e-3, atol=1e-6)
-            assert apart[g][0][0].gram_NN.shape == (parent.D, parent.D)
-    assert group_moments(parent, groups, [0], gram=False)[0][1] == []
+            gram_FF = apart[g].channels[0].gram_NN
+            assert torch.allclose(gram_FF, a_TF.T @ a_TF / len(a_TF), rtol=1e-3, atol=1e-6)
+            assert torch.allclose(gram_FF, together[g].channels[layer].gram_NN, rtol=1e-3, atol=1e-6)
+            assert apart[g].inputs[0].gram_NN.shape == (parent.D, parent.D)
+    assert group_moments(parent, texts, [0], gram=False)[0].channels == []
+
+
+@pytest.mark.parametrize("width", [1, 5, 383, 384, 385, 1000])
+def test_a_gram_matrix_in_blocks_is_the_plain_product(width: int) -> None:
+    second, parts = _Second(), [torch.randn(rows, width) for rows in (7, 40)]
+    for part in parts:
+        second.add(part)
+    x_TN = torch.cat(parts)
+    found = second.result()
+    assert torch.allclose(found.gram_NN, x_TN.T @ x_TN / 47, atol=1e-5)
+    assert torch.equal(found.gram_NN, found.gram_NN.T)
+
+
+def test_one_pass_has_the_domains_moments_too() -> None:
+    parent, texts = tiny_parent("llama"), [list(ids.split(3)) for ids in WINDOWS.split(6)]
+    for group, text in zip(group_moments(parent, texts, [0, 1], gram=True), texts, strict=True):
+        for found, ids in zip(group.domains, text, strict=True):
+            alone = channel_moments(parent, ids)
+            assert torch.equal(found.mean_LF, alone.mean_LF)
+            assert torch.equal(found.var_LF, alone.var_LF)
 
 
 def test_merge_is_a_weighted_mean() -> None:
     parent = tiny_parent("llama")
-    a, b = (group_moments(parent, [part], [0], gram=True)[0][1][0] for part in WINDOWS.split(6))
-    whole = group_moments(parent, [WINDOWS], [0], gram=True)[0][1][0]
+    a, b = (group_moments(parent, [[part]], [0], gram=True)[0].channels[0] for part in WINDOWS.split(6))
+    whole = group_moments(parent, [[WINDOWS]], [0], gram=True)[0].channels[0]
     assert torch.allclose(merge([a, b], [3, 3]).gram_NN, whole.gram_NN, rtol=1e-4, atol=1e-7)
     assert torch.allclose(merge([a, b], [1, 0]).mean_N, a.mean_N)
 

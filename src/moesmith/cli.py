@@ -25,6 +25,10 @@ Data = Annotated[str, typer.Option(help="folder of JSONL files, YAML of Hugging 
 Settings = Annotated[list[str], typer.Option("--set", help="section.key=value on top of the recipe; repeatable")]
 Budget = Annotated[str | None, typer.Option(help="demo, small or paper")]
 RunFolder = Annotated[Path, typer.Argument(help="a folder made by 'moesmith convert'")]
+Dtype = Annotated[str, typer.Option(help="what models compute in: auto (the fastest sound one here), bf16, fp16, fp32")]
+Device = Annotated[
+    str, typer.Option(help="where: auto (the accelerator with the most free memory), cpu, cuda, mps, xpu")
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
 
@@ -52,6 +56,8 @@ def plan(
     data: Data = "builtin",
     settings: Settings = [],  # noqa: B006
     budget: Budget = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Predict parameters, memory, disk, tokens and wall time before any work."""
@@ -113,12 +119,15 @@ def convert(
     memory: Annotated[
         str | None, typer.Option(help="keep to so much memory, e.g. 4GB; what is free if left out")
     ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts; the same command continues a run that was stopped."""
     from moesmith.conversion import convert as run_conversion
     from moesmith.overview import describe, show
 
-    run_conversion(recipe, model, data, out_folder, settings=settings, budget=budget, reuse=reuse, memory=memory)
+    options: dict[str, Any] = {"settings": settings, "budget": budget, "reuse": reuse, "memory": memory}
+    run_conversion(recipe, model, data, out_folder, dtype=dtype, device=device, **options)
     show(describe(out_folder), brief=True)
 
 
@@ -130,11 +139,13 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="items per task")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="tokens per domain and for wikitext2")] = 16_384,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this file")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Evaluate the finished model beside its dense parent."""
     from moesmith.compare import compare
 
-    table = compare(run, data, [task for task in tasks.split(",") if task], limit, tokens)
+    table = compare(run, data, [task for task in tasks.split(",") if task], limit, tokens, dtype, device)
     rows = [(row["task"], row["metric"], row["parent"], row["moe"]) for row in table["results"]]
     show_table(f"{run}", ["task", "metric", "dense parent", "MoE"], rows)
     if json_file is not None:
@@ -161,11 +172,13 @@ def generate(
     prompt: str,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens")] = 60,
     chat: Annotated[bool, typer.Option(help="put the prompt through the chat template")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> None:
     """Continue a prompt with the dense parent and the MoE, side by side."""
     from moesmith.compare import continuations
 
-    for name, text in continuations(run, prompt, tokens, chat).items():
+    for name, text in continuations(run, prompt, tokens, chat, dtype, device).items():
         out.print(f"--- {name} ---\n{text}\n", markup=False)
 
 
@@ -180,13 +193,17 @@ def export(
     explain: Annotated[
         bool, typer.Option("--explain", help="say which targets hold this model; write nothing")
     ] = False,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Write the finished model for another runtime and compare it there."""
     from moesmith.export.target import Options
     from moesmith.export.targets import explain_run, export_run, rows_of
 
-    found: Any = explain_run(run) if explain else export_run(run, to, out_path, Options.parse(quant, untie, shard_size))
+    if explain:
+        found: Any = explain_run(run, device)
+    else:
+        found = export_run(run, to, out_path, Options.parse(quant, untie, shard_size), device)
     if as_json:
         _print_json(found)
     elif explain:
@@ -208,6 +225,8 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="how often each model is measured")] = 3,
     vllm_python: Annotated[str | None, typer.Option(help="Python of the environment that vLLM lives in")] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="JSON file; RUN/bench.json if left out")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure speed, memory and size of the finished model beside its dense parent, in turn."""
@@ -216,7 +235,8 @@ def bench(
     from moesmith.bench.table import show
 
     runtimes = None if runtime is None else words(runtime)
-    found = measure(run, runtimes, numbers("--batch", batch), prompt, new, words(quant), rounds, vllm_python, out_file)
+    batches, quants = numbers("--batch", batch), words(quant)
+    found = measure(run, runtimes, batches, prompt, new, quants, rounds, vllm_python, out_file, dtype, device)
     if as_json:
         _print_json(found)
     else:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moesmith.artefact import read_json
+from moesmith.compute import AUTO, Device, DType, long_name
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
@@ -31,14 +32,20 @@ def header_of(folder: Path) -> dict[str, Any]:
     return header
 
 
-def parent_of(folder: Path) -> Parent:
-    """A finished run's dense parent, in the run's dtype.
+def parent_of(folder: Path, dtype: DType | None = AUTO, device: Device = AUTO) -> Parent:
+    """A finished run's dense parent, stored as in the run.
+
+    Args:
+        folder: the run's folder.
+        dtype: what it computes in here, which need not be what the run computed in; ``None`` for the stored one.
+        device: where.
 
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
     inputs = header_of(folder)["inputs"]
-    parent = load_parent(inputs["model"], getattr(torch, inputs["dtype"]))
+    stored = getattr(torch, inputs["dtype"])
+    parent = load_parent(inputs["model"], stored if dtype is None else dtype, device=device, stored=stored)
     if parent.digest != inputs["model_digest"]:
         raise MoesmithError(
             f"{inputs['model']} is not the parent {folder} was made from (weights {parent.digest},"
@@ -54,17 +61,26 @@ def parent_of(folder: Path) -> Parent:
     return parent
 
 
-def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
-    """A run's dense parent and its finished model.
+def models_of(folder: Path, dtype: DType = AUTO, device: Device = AUTO) -> tuple[Parent, PreTrainedModel]:
+    """A run's dense parent and its finished model, computing alike.
 
     Raises:
         MoesmithError: as :func:`parent_of`, or the finished model is damaged.
     """
-    parent = parent_of(folder)
+    parent = parent_of(folder, dtype, device)
+    say(f"computes in {parent.choice}")
     return parent, cast(PreTrainedModel, load_finished(folder / "model", parent))  # a parent loaded whole
 
 
-def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int) -> dict[str, Any]:
+def compare(
+    folder: Path,
+    data: str | None,
+    tasks: Sequence[str],
+    limit: int | None,
+    tokens: int,
+    dtype: DType = AUTO,
+    device: Device = AUTO,
+) -> dict[str, Any]:
     """Evaluate parent and MoE on the same text and items.
 
     Args:
@@ -73,9 +89,11 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
         tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.find_tasks``.
         limit: items per task.
         tokens: evaluation tokens per domain, and of WikiText-2.
+        dtype: what both compute in; the fastest here for ``auto``.
+        device: where.
 
     Returns:
-        ``{"results": [{"task", "metric", "parent", "moe"}, ...], ...}``, JSON-able.
+        ``{"results": [{"task", "metric", "parent", "moe"}, ...], "dtype", "device", ...}``, JSON-able.
 
     Raises:
         MoesmithError: as :func:`models_of` and, before any model is loaded, an unknown task, or a file that is missing
@@ -94,7 +112,7 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
     domains = load_domains(source, names) if "domains" in tasks else []
     rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada")]
     benchmarks = find_tasks(rest, local) if rest else {}
-    parent, moe = models_of(folder)
+    parent, moe = models_of(folder, dtype, device)
 
     def measure(model: PreTrainedModel) -> dict[tuple[str, str], float]:
         found: dict[tuple[str, str], float] = {}
@@ -119,12 +137,15 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
     say("MoE")
     sparse = measure(moe)
     rows = [{"task": t, "metric": m, "parent": v, "moe": sparse[t, m]} for (t, m), v in dense.items()]
-    return {"run": str(folder), "data": source, "limit": limit, "tokens": tokens, "results": rows}
+    facts = {"dtype": long_name(parent.dtype), "device": str(parent.device)}
+    return {"run": str(folder), "data": source, "limit": limit, "tokens": tokens, **facts, "results": rows}
 
 
-def continuations(folder: Path, prompt: str, tokens: int, chat: bool) -> dict[str, str]:
+def continuations(
+    folder: Path, prompt: str, tokens: int, chat: bool, dtype: DType = AUTO, device: Device = AUTO
+) -> dict[str, str]:
     """Greedy continuations of a prompt by the dense parent and the MoE."""
-    parent, moe = models_of(folder)
+    parent, moe = models_of(folder, dtype, device)
     tokenizer = parent.tokenizer
     if chat:
         if not tokenizer.chat_template:

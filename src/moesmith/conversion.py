@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import torch
 
 from moesmith.affinity import published
+from moesmith.artefact import read_json
+from moesmith.compute import AUTO, Device, DType, free_memory, long_name, parse_dtype, short
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent, load_parent, load_skeleton, tokenizer_digest
+from moesmith.parents import Parent, choose_compute, load_parent, load_skeleton, tokenizer_digest
 from moesmith.pipeline import Run, check_folder
 from moesmith.plan import check_room, make_plan, parse_bytes
 from moesmith.recipe import Recipe, load_recipe
@@ -40,7 +41,8 @@ def convert(
     settings: Sequence[str] = (),
     budget: str | None = None,
     reuse: Sequence[str | Path] = (),
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: DType = AUTO,
+    device: Device = AUTO,
     memory: str | int | None = None,
 ) -> Run:
     """Turn a dense model into a Mixture-of-Experts.
@@ -53,7 +55,10 @@ def convert(
         settings: ``section.key=value`` on top of the recipe.
         budget: ``demo``, ``small`` or ``paper``.
         reuse: other runs whose finished stages are taken over where nothing that they depend on differs.
-        dtype: the parent's dtype.
+        dtype: what models compute in: ``bf16``, ``fp16``, ``fp32``, or ``auto``, the fastest sound one on this
+            machine. A run that is continued keeps the one that it began in. Weights are stored in the parent's dtype.
+        device: where: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``, or ``auto``, the accelerator with the most
+            free memory if the plan fits on it.
         memory: bytes to keep to, such as ``"4GB"``; what is free if left out. A conversion without training that needs
             more is done layer by layer, with the same result.
 
@@ -73,12 +78,14 @@ def convert(
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
     check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
     room = parse_bytes(memory)
-    parent = model if isinstance(model, Parent) else _open(model, dtype, chosen, len(domains), room)
+    parent = model if isinstance(model, Parent) else None
+    parent = parent or _open(model, _kept(out, dtype), device, chosen, len(domains), room)
+    say(f"computes in {parent.choice or short(parent.dtype)}")
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
     inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)}
-    inputs |= {"dtype": str(parent.model.dtype).removeprefix("torch.")}
+    inputs |= {"dtype": long_name(parent.stored), "compute": long_name(parent.dtype)}
     run = Run(out, chosen, inputs, [Path(path) for path in reuse])
     check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
     with run.lock():
@@ -111,18 +118,45 @@ def convert(
     return run
 
 
-def _open(source: str, dtype: torch.dtype, recipe: Recipe, domains: int, room: int | None) -> Parent:
+def _kept(out: Path, dtype: DType) -> DType:
+    """The dtype that a run began to compute in, for ``auto``; what is asked for where nothing is finished yet.
+
+    Raises:
+        MoesmithError: the run computes in another dtype than the one asked for.
+    """
+    header = out / "run.json"
+    if not header.is_file() or not any((out / "stages").glob("[!.]*")):
+        return dtype
+    inputs = read_json(header)["inputs"]
+    before = getattr(torch, inputs.get("compute", inputs["dtype"]))
+    if parse_dtype(dtype) not in (None, before):
+        raise MoesmithError(
+            f"{out} holds a run that computes in {short(before)}, not {dtype}",
+            "Leave --dtype out to continue it, or give another --out.",
+        )
+    return before
+
+
+def _open(source: str, dtype: DType, device: Device, recipe: Recipe, domains: int, room: int | None) -> Parent:
     """The parent, whole or layer by layer: as its config's plan and the memory there is demand."""
+    half = not stages_to_train(recipe)
+    if parse_dtype(dtype) == torch.float16 and not half:
+        raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16 or fp32, or auto.")
     try:
-        plan = make_plan(recipe, load_skeleton(source, dtype), domains)
+        skeleton = load_skeleton(source)
     except MoesmithError:  # a GGUF file has no config, and what is wrong otherwise the weights say better
-        return load_parent(source, dtype)
-    free = psutil.virtual_memory().available if room is None else room
+        return load_parent(source, dtype, device=device, half=half)
+    skeleton.choice = choice = choose_compute(skeleton.model, dtype, device)
+    plan = make_plan(recipe, skeleton, domains)
+    free = free_memory(choice.device) if room is None else room
     if plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory:
-        return load_parent(source, dtype)
+        if plan.memory > free and device == AUTO and choice.device.type != "cpu":
+            say(f"{choice.device} has {free / 1e9:.1f} GB free, and about {plan.memory / 1e9:.1f} GB are needed")
+            return _open(source, dtype, "cpu", recipe, domains, room)
+        return load_parent(source, choice.dtype if choice.dtype != torch.float16 else dtype, device=choice.device)
     need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
     say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
-    return load_parent(source, dtype, free)
+    return load_parent(source, choice.dtype, free, device=choice.device)
 
 
 def choose_domains(data: str, recipe: Recipe) -> list[Domain]:

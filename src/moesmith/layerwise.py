@@ -67,10 +67,13 @@ class Layered:
 Decoder = PreTrainedModel | Layered
 
 
-def share(module: Module) -> Module:
-    """A copy of a module tree whose parameters and buffers are the original's own tensors."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+def share(module: Module, change: Callable[[Tensor], Tensor] | None = None) -> Module:
+    """A copy of a module tree whose parameters and buffers are the original's own, or parameters ``change`` of them."""
+    known: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    if change is not None:
+        for parameter in module.parameters():  # one that stands in two places is changed once
+            known[id(parameter)] = nn.Parameter(change(parameter.detach()), requires_grad=False)
+    return copy.deepcopy(module, known)
 
 
 def layered(model: PreTrainedModel, layer: Callable[[int], nn.Module] | None = None) -> Layered:
@@ -81,11 +84,24 @@ def layered(model: PreTrainedModel, layer: Callable[[int], nn.Module] | None = N
     return Layered(shell, place, len(layers), layer or (lambda index: layers[index]))
 
 
-def cast(model: Decoder, dtype: torch.dtype) -> Layered:
-    """The decoder in another dtype, one layer at a time; the original stays as it is."""
+def cast(model: Decoder, dtype: torch.dtype, device: torch.device | None = None) -> Layered:
+    """The decoder in another dtype, or on another device, one layer at a time; the original stays as it is."""
     inner = model if isinstance(model, Layered) else layered(model)
-    shell: Any = copy.deepcopy(inner.shell).to(dtype)  # type: ignore[arg-type]
-    return Layered(shell, inner.place, inner.depth, lambda index: copy.deepcopy(inner.layer(index)).to(dtype))
+    place = inner.device if device is None else device
+    if (inner.dtype, inner.device) == (dtype, place):
+        return inner
+    shell = _brought(inner.shell, dtype, place)
+    return Layered(shell, inner.place, inner.depth, lambda index: _brought(inner.layer(index), dtype, place))
+
+
+def _brought(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
+    copied = share(module, lambda weight: weight.to(device, dtype))
+    for part in copied.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            # what is finer than the weights stays so: rotary frequencies, attention's gates
+            finer = not buffer.is_floating_point() or buffer.dtype.itemsize >= dtype.itemsize
+            setattr(part, name, buffer.to(device) if finer else buffer.to(device, dtype))
+    return copied
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -116,7 +116,7 @@ def decoder(parent: Parent, carving: Carving) -> Decoder:
         return build(parent, carving, "sliced")
     model = layered(parent.model, lambda index: carved_layer(parent, carving, index))
     _set_norms(model.shell, carving, "")
-    return model
+    return parent.turned(model)
 
 
 def carved_layer(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> nn.Module:
@@ -126,7 +126,7 @@ def carved_layer(parent: Parent, carving: Carving, index: int, form: Form = "sli
     owner, _, name = parent.ffns[index].path.removeprefix(prefix).rpartition(".")
     setattr(layer.get_submodule(owner), name, block(parent, carving, index, form))
     if carving.attention:
-        install(layer, parent.config, HeadGate(carving.attention[index].tensors()).to(parent.device))
+        install(layer, parent.config, HeadGate(carving.attention[index].tensors()).to(parent.model.device))
     _set_norms(layer, carving, prefix)
     return layer
 

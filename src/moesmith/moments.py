@@ -1,13 +1,13 @@
 """Streaming statistics of the dense parent, taken by hooks in ordinary forward passes.
 
-Two passes, each over the calibration windows once:
+Two kinds of passes over calibration windows:
 
 * :func:`channel_moments`: mean and variance per channel of the ``down_proj`` input, for one domain. They are
   exact over tokens (FLAP's public estimator sums over sequences and only holds for batches of one, dive.md §3.1),
   small, and re-used for every ratio, method and clustering.
-* :func:`group_moments`: second moments per group of domains: the Gram matrix of the ``down_proj`` input for a
-  refit, and of the router input for a closed-form router. F² numbers per layer and group, so layers are
-  taken in groups that fit in memory.
+* :func:`group_moments`: the same, and second moments per group of domains: the Gram matrix of the ``down_proj`` input
+  for a refit, and of the router input for a closed-form router. F² numbers per layer and group, so layers are
+  taken in groups that fit in memory; where all fit at once this is the only pass that a recipe needs.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Moments:
 
 def pool(parts: Sequence[Moments]) -> Moments:
     """Moments of several domains together, each domain with equal weight, whatever its token count."""
+    if len(parts) == 1:
+        return parts[0]
     mean_LF = torch.stack([part.mean_LF for part in parts]).mean(0)
     second_LF = torch.stack([part.var_LF + part.mean_LF**2 for part in parts]).mean(0)
     return Moments(sum(part.count for part in parts), mean_LF, (second_LF - mean_LF**2).clamp_min(0))
@@ -112,6 +114,10 @@ def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str 
     sinks = [_Channel() for _ in parent.ffns]
     with _watch([ffn.down for ffn in parent.ffns], sinks), meter(label, windows.numel()) as bar:
         _run(parent, windows, batch, bar)
+    return _moments(sinks)
+
+
+def _moments(sinks: Sequence[_Channel]) -> Moments:
     means, variances = zip(*(sink.result() for sink in sinks), strict=True)
     return Moments(sinks[0].count, torch.stack(means).cpu(), torch.stack(variances).cpu())
 
@@ -137,11 +143,24 @@ class _Second:
             self.sum_N = torch.zeros_like(x_TN[0])
             self.gram_NN = self.sum_N.new_zeros(len(self.sum_N), len(self.sum_N))
         self.sum_N += x_TN.sum(0)
-        self.gram_NN.addmm_(x_TN.T, x_TN)
+        for rows in _blocks(x_TN.shape[1]):  # a Gram matrix is symmetric: its upper half is enough
+            self.gram_NN[rows, rows.start :].addmm_(x_TN[:, rows].T, x_TN[:, rows.start :])
         self.count += len(x_TN) if count is None else count
 
     def result(self) -> Second:
-        return Second(self.count, self.sum_N / max(1, self.count), self.gram_NN.div_(max(1, self.count)))
+        gram_NN = self.gram_NN.div_(max(1, self.count))
+        for rows in _blocks(len(gram_NN)):
+            gram_NN[rows.stop :, rows] = gram_NN[rows, rows.stop :].T
+        return Second(self.count, self.sum_N / max(1, self.count), gram_NN)
+
+
+BLOCK = 384  # rows of a Gram matrix that are computed together: products stay large, and little is computed twice
+
+
+def _blocks(width: int) -> Iterator[slice]:
+    """Consecutive slices that cover ``width`` rows."""
+    for start in range(0, width, BLOCK):
+        yield slice(start, min(start + BLOCK, width))
 
 
 @contextmanager
@@ -160,33 +179,50 @@ def fast_products(dtype: torch.dtype) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@dataclass
+class Group:
+    """What one group of domains has, lists over the layers that were watched.
+
+    Attributes:
+        inputs: second moments of the router's input.
+        channels: of the ``down_proj`` input; empty unless asked for.
+        domains: channel moments of each of its domains.
+    """
+
+    inputs: list[Second]
+    channels: list[Second]
+    domains: list[Moments]
+
+
 def group_moments(
-    parent: Parent, windows: Sequence[Tensor], layers: Sequence[int], *, gram: bool, batch: int = 8
-) -> list[tuple[list[Second], list[Second]]]:
-    """Second moments for groups of domains: per group a list over ``layers`` of router inputs and of channels.
+    parent: Parent, texts: Sequence[Sequence[Tensor]], layers: Sequence[int], *, gram: bool, batch: int = 8
+) -> list[Group]:
+    """Moments of groups of domains, in one pass.
 
     Args:
         parent: the dense model.
-        windows: one (N, window) tensor per group.
+        texts: by group and domain (N, window) token ids.
         layers: which layers to watch in this pass.
-        gram: also collect the Gram matrix of the ``down_proj`` input; otherwise that list is empty.
+        gram: also collect the Gram matrix of the ``down_proj`` input, and the domains' channel moments.
         batch: windows per forward pass.
-
-    Returns:
-        Per group ``(router_inputs, channels)``.
     """
     watched = [parent.ffns[index] for index in layers]
     results = []
-    total = sum(group.numel() for group in windows)
-    with fast_products(watched[0].gate_FD.dtype), meter("second moments", total) as bar:
-        for group in windows:
+    total = sum(windows.numel() for group in texts for windows in group)
+    with fast_products(parent.dtype), meter("second moments", total) as bar:
+        for group in texts:
             inputs, channels = [_Second() for _ in watched], [_Second() for _ in watched if gram]
+            domains = []
             with (
                 _watch([ffn.module for ffn in watched], inputs),
                 _watch([ffn.down for ffn in watched] if gram else [], channels),
             ):
-                _run(parent, group, batch, bar)
-            results.append(([s.result() for s in inputs], [s.result() for s in channels]))
+                for windows in group:
+                    sinks = [_Channel() for _ in watched if gram]
+                    with _watch([ffn.down for ffn in watched] if gram else [], sinks):
+                        _run(parent, windows, batch, bar)
+                    domains += [_moments(sinks)] if gram else []
+            results.append(Group([s.result() for s in inputs], [s.result() for s in channels], domains))
     return results
 
 
@@ -208,7 +244,7 @@ def routed_moments(
     watched = [parent.ffns[index] for index in layers]
     sinks = [_Routed(routers[index].to(parent.device), parent.F) for index in layers]
     with (
-        fast_products(watched[0].gate_FD.dtype),
+        fast_products(parent.dtype),
         meter("routed moments", ids_NS.numel()) as bar,
         _watch([ffn.module for ffn in watched], [sink.inputs for sink in sinks]),
         _watch([ffn.down for ffn in watched], sinks),

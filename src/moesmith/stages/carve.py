@@ -23,14 +23,14 @@ from moesmith.evaluate import perplexities
 from moesmith.gates import GateSpec
 from moesmith.methods import METHODS
 from moesmith.moe import decoder
-from moesmith.moments import Moments, Second, channel_moments, group_moments, merge, pool
+from moesmith.moments import Group, Moments, Second, channel_moments, group_moments, merge, pool
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
-from moesmith.recipe import CarveSection
+from moesmith.recipe import CarveSection, Recipe
 from moesmith.refit import compensation_bias, refit_down
 from moesmith.router import constant_direction, lda_router, random_router
 from moesmith.scores import channel_scores, choose
-from moesmith.stages.data import moments_of, windows_of
+from moesmith.stages.data import moments_of, moments_tokens, windows_of
 from moesmith.text import Domain, evaluation_blocks
 from moesmith.tomoe.warm import pruned_share
 
@@ -122,18 +122,24 @@ def carve_stage(run: Run, parent: Parent) -> Path:
 
     def body(work: Path) -> dict[str, Any]:
         clusters = read_json(run.path("affinity") / "clusters.json")["clusters"]
-        windows = windows_of(run)
-        if spec.method == "dive" and not recipe.clustered:
-            groups_ids = _pool_draws(windows, spec.experts, recipe.seed)
-            groups = [channel_moments(parent, ids, label="moments of the pool") for ids in groups_ids]
+        windows, drawn = windows_of(run), spec.method == "dive" and not recipe.clustered
+        if drawn:
+            texts = [[ids] for ids in _pool_draws(windows, spec.experts, recipe.seed)]
         else:
-            groups_ids = [torch.cat([windows[name] for name in names]) for names in clusters]
-            groups = [pool([moments_of(run, name) for name in names]) for names in clusters]
+            texts = [[windows[name] for name in names] for names in clusters]
         gate = GateSpec(experts=spec.experts, top_k=spec.top_k, noise=start.noise)
+        second = _SecondPass(parent, recipe, spec, texts)
+        if second.whole:
+            groups = [pool(group.domains) for group in second.whole]
+        elif drawn or moments_tokens(recipe) is not None:
+            label = "moments"
+            groups = [pool([channel_moments(parent, ids, label=label) for ids in text]) for text in texts]
+        else:
+            groups = [pool([moments_of(run, name) for name in names]) for names in clusters]
         channels = METHODS[spec.method](parent, groups, spec, recipe.seed)
         carving = _carving(parent, channels, groups, gate, spec.compensation)
         carving.compensation = spec.compensation
-        metrics = _second_pass(run, parent, carving, groups_ids, spec)
+        metrics = second.fill(carving)
         generator = torch.Generator().manual_seed(recipe.seed)
         for layer in carving.layers:
             if spec.experts > 1 and start.start == "random":
@@ -166,34 +172,48 @@ def _pool_draws(windows: dict[str, Tensor], experts: int, seed: int) -> list[Ten
     return draws
 
 
-def _second_pass(
-    run: Run, parent: Parent, carving: Carving, groups_ids: Sequence[Tensor], spec: CarveSection
-) -> dict[str, Any]:
-    """What needs second moments: refit, closed-form router, constant direction. Fills ``carving`` in place."""
-    recipe = run.recipe
-    start = recipe.router
-    refit, lda = spec.compensation == "refit", start.start == "lda" and spec.experts > 1
-    if not (refit or lda or spec.compensation == "bias"):
-        return {}
-    if not (refit or lda):  # a direction in D dimensions needs tokens by D, not every window
-        groups_ids = [_thin(ids, 32 * parent.D // len(groups_ids)) for ids in groups_ids]
-    errors: list[float] = []
-    weights = [float(len(ids)) for ids in groups_ids]
-    for layers in layer_groups(parent, len(groups_ids), gram=refit):
-        collected = group_moments(parent, groups_ids, layers, gram=refit)
-        with meter("closed forms", len(layers), "layers") as bar:
-            for offset, index in enumerate(layers):
-                inputs = [inputs[offset] for inputs, _ in collected]
-                layer, ffn = carving.layers[index], parent.ffns[index]
-                layer.constant_D, error = constant_direction(merge(inputs, weights))
-                errors.append(error)
-                if lda:
-                    layer.router_ED = lda_router(inputs, start.ridge, recipe.stage1.gate_temperature)
-                if refit:
-                    grams = [channels[offset] for _, channels in collected]
-                    layer.down = refit_layer(ffn.down_DF, layer.channels, grams, weights, recipe)
-                bar.advance(1)
-    return {"constant_direction_error_mean": statistics.mean(errors), "constant_direction_error_max": max(errors)}
+class _SecondPass:
+    """What needs second moments: refit, closed-form router, constant direction.
+
+    Attributes:
+        whole: the moments of all layers, where a refit needs their Gram matrices and these fit in memory together.
+    """
+
+    def __init__(self, parent: Parent, recipe: Recipe, spec: CarveSection, texts: Sequence[Sequence[Tensor]]) -> None:
+        self.parent, self.recipe = parent, recipe
+        self.refit = spec.compensation == "refit"
+        self.lda = recipe.router.start == "lda" and spec.experts > 1
+        self.needed = self.refit or self.lda or spec.compensation == "bias"
+        self.weights = [float(sum(map(len, text))) for text in texts]
+        if not (self.refit or self.lda):  # a direction in D dimensions needs tokens by D, not every window
+            texts = [[_thin(torch.cat(list(text)), 32 * parent.D // len(texts))] for text in texts]
+        self.texts = texts
+        self.chunks = layer_groups(parent, len(texts), gram=self.refit) if self.needed else []
+        self.whole: list[Group] = []
+        if self.refit and len(self.chunks) == 1:
+            self.whole = group_moments(parent, texts, self.chunks[0], gram=True)
+
+    def fill(self, carving: Carving) -> dict[str, Any]:
+        """Put into ``carving`` what the moments say; how constant the constant direction is."""
+        errors: list[float] = []
+        for layers in self.chunks:
+            groups = self.whole or group_moments(self.parent, self.texts, layers, gram=self.refit)
+            with meter("closed forms", len(layers), "layers") as bar:
+                for offset, index in enumerate(layers):
+                    layer, inputs = carving.layers[index], [group.inputs[offset] for group in groups]
+                    layer.constant_D, error = constant_direction(merge(inputs, self.weights))
+                    errors.append(error)
+                    if self.lda:
+                        scale = self.recipe.stage1.gate_temperature
+                        layer.router_ED = lda_router(inputs, self.recipe.router.ridge, scale)
+                    if self.refit:
+                        grams = [group.channels[offset] for group in groups]
+                        channels = layer.channels
+                        layer.down = refit_layer(self.parent, index, channels, grams, self.weights, self.recipe)
+                    bar.advance(1)
+        if not errors:
+            return {}
+        return {"constant_direction_error_mean": statistics.mean(errors), "constant_direction_error_max": max(errors)}
 
 
 def _thin(windows: Tensor, tokens: int) -> Tensor:
@@ -203,15 +223,23 @@ def _thin(windows: Tensor, tokens: int) -> Tensor:
 
 
 def refit_layer(
-    down_DF: Tensor, channels: Sequence[Tensor], grams: Sequence[Second], weights: Sequence[float], recipe: Any
+    parent: Parent,
+    index: int,
+    channels: Sequence[Tensor],
+    grams: Sequence[Second],
+    weights: Sequence[float],
+    recipe: Any,
 ) -> list[Tensor]:
-    """Every expert's ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of everybody's mixed in."""
-    spec = recipe.carve
+    """Every expert's ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of everybody's mixed in.
+
+    In the parent's stored dtype, whatever it was computed in: a carving is the same kind of file on every machine.
+    """
+    spec, down_DF = recipe.carve, parent.ffns[index].down_DF
     pooled_FF = merge(grams, weights).gram_NN
     refitted = []
     for kept, gram in zip(channels, grams, strict=True):
         mixed_FF = torch.lerp(gram.gram_NN, pooled_FF, spec.pool)
-        refitted.append(refit_down(down_DF, mixed_FF, kept, spec.ridge).to(down_DF.dtype))
+        refitted.append(refit_down(down_DF, mixed_FF, kept, spec.ridge).to(parent.stored))
     return refitted
 
 

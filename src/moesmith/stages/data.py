@@ -115,19 +115,32 @@ def evaluation_of(run: Run) -> dict[str, Tensor]:
     return {name: ids.long() for name, ids in read_tensors(run.path("held-out") / "evaluation.safetensors").items()}
 
 
+def moments_tokens(recipe: Recipe) -> int | None:
+    """Calibration tokens of each domain whose channel moments are taken beforehand; ``None`` for all.
+
+    A refit passes over the whole text anyway and takes them again (``moments.group_moments``): what is needed before it
+    is only what groups the domains.
+    """
+    if recipe.carve.compensation != "refit" or recipe.learned or (recipe.clustered and recipe.mined):
+        return None
+    return min(recipe.affinity.tokens, recipe.domains.tokens) if recipe.clustered else 0
+
+
 def moments_stage(run: Run, parent: Parent, names: Sequence[str]) -> Path:
     """Channel moments of the dense parent, one forward pass per domain; finished domains survive a kill."""
+    tokens = moments_tokens(run.recipe)
+    count = None if tokens is None else -(-tokens // run.recipe.domains.window)
 
     def body(work: Path) -> dict[str, Any]:
-        windows = windows_of(run)
+        windows = {name: ids[:count] for name, ids in windows_of(run).items()}
         for position, name in enumerate(names):
             path = work / f"{name}.safetensors"
-            if not path.is_file():
+            if not path.is_file() and len(windows[name]):
                 label = f"moments {position + 1}/{len(names)} {name}"
                 write_tensors(path, channel_moments(parent, windows[name], label=label).tensors())
         return {"tokens": sum(w.numel() for w in windows.values())}
 
-    return run.stage("moments", ["domains"], {}, body)
+    return run.stage("moments", ["domains"], {} if tokens is None else {"tokens": tokens}, body)
 
 
 def moments_of(run: Run, name: str) -> Moments:

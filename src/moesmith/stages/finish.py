@@ -26,7 +26,7 @@ from moesmith.report.routing import record_routing
 from moesmith.stages.data import evaluation_of
 
 
-def export_stage(run: Run, parent: Parent, before: str) -> Path:
+def export_stage(run: Run, computing: Parent, before: str) -> Path:
     """Write ``RUN/model`` and compare its logits with the carving's own.
 
     In the parent's stock MoE architecture, or in moesmith's own where no stock architecture holds the carving: a parent
@@ -35,7 +35,7 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
     """
     target = run.folder / "model"
     folders = [target]
-    if has_stock(parent, Carving.load(run.path(before))):
+    if has_stock(computing, Carving.load(run.path(before))):
         folders.append(run.folder / "stock")
     if not all((folder / "config.json").is_file() for folder in folders):
         (run.path("export") / MANIFEST).unlink(missing_ok=True)
@@ -43,6 +43,7 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
         check_finished(folder)
 
     def body(_work: Path) -> dict[str, Any]:
+        parent = computing.as_stored()
         carving = Carving.load(run.path(before))
         ids = next(iter(evaluation_of(run).values()))[:2, :128]
         sliced = decoder(parent, carving)
@@ -132,13 +133,13 @@ def _perplexities(model: Decoder, blocks: dict[str, Tensor], label: str) -> dict
 
 
 def load_finished(folder: Path, parent: Parent) -> Decoder:
-    """``RUN/model`` or ``RUN/stock`` in its parent's dtype, on its device; layer by layer where the parent is run so.
+    """``RUN/model`` or ``RUN/stock``, computing as its parent does; layer by layer where the parent is run so.
 
     Raises:
         MoesmithError: it is damaged.
     """
     check_finished(folder)
-    dtype = parent.model.dtype
+    dtype = parent.dtype
     if parent.layerwise:
         return layered_folder(folder, dtype, parent.device)
     return load_folder(folder, dtype).to(parent.device)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def refit_stage(run: Run, parent: Parent) -> Path:
         for layers in layer_groups(parent, carving.gate.experts, gram=True):
             for index, grams in zip(layers, routed_moments(parent, routers, ids_NS, layers), strict=True):
                 layer, counts = carving.layers[index], [float(gram.count) for gram in grams]
-                layer.down = refit_layer(parent.ffns[index].down_DF, layer.channels, grams, counts, recipe)
+                layer.down = refit_layer(parent, index, layer.channels, grams, counts, recipe)
                 tokens += torch.tensor(counts)
         carving.compensation = "refit"
         carving.save(work)
