@@ -19,6 +19,7 @@ TINY = [
     *(f"{stage}.{setting}" for stage in ("stage1", "stage2") for setting in TRAINING),
     *("stage2.checkpointing=false", "evaluate.tokens=512", "evaluate.window=64"),
 ]
+UNTRAINED = ["stage1.tokens=0", "stage2.tokens=0"]
 STATIC = ["carve.experts=1"]
 MASKS = ("tokens=512", "window=32", "batch=2", "micro_batch=1", "lr=0.01")  # eight steps of learned masks and no others
 MASKED = ["stage1.tokens=0", "stage2.tokens=0", *(f"masks.{setting}" for setting in MASKS)]

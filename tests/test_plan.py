@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_config_is_enough(family: str, preset: str, tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "config.json"):
         skeleton = load_skeleton(str(source))
         assert skeleton.family == parent.family
-        assert make_plan(recipe, skeleton, 4) == make_plan(recipe, parent, 4)
+        assert replace(make_plan(recipe, skeleton, 4), device="cpu") == make_plan(recipe, parent, 4)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -68,15 +69,16 @@ def test_what_does_not_fit_is_run_layer_by_layer(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "m", hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
     recipe = load_recipe("dive-1of8", None, [*tiny_settings("dive-1of8"), *UNTRAINED])
     plan = make_plan(recipe, load_skeleton(str(tmp_path / "m")), 4)
+    shapes = conversion._skeleton(str(tmp_path / "m"), "fp32", "cpu")
     for room, layerwise in ((plan.memory, False), (plan.memory - 1, True)):
-        parent = conversion._open(str(tmp_path / "m"), torch.bfloat16, recipe, 4, room)
+        parent = conversion._open(str(tmp_path / "m"), shapes, "cpu", recipe, 4, room)
         assert parent.layerwise is layerwise
         check_room(plan, tmp_path / "run", parent, room)
     with pytest.raises(MoesmithError, match=r"needs about 0\.5 GiB of memory and 0\.2 GiB are free"):
         check_room(plan, tmp_path / "run", parent, 2 * 10**8)
     trained = load_recipe("dive-1of8", None, tiny_settings("dive-1of8"))
     assert make_plan(trained, parent, 4).memory_layerwise is None
-    assert not conversion._open(str(tmp_path / "m"), torch.bfloat16, trained, 4, 1).layerwise
+    assert not conversion._open(str(tmp_path / "m"), shapes, "cpu", trained, 4, 1).layerwise
 
 
 def test_too_little_memory_is_one_line(home: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesmith.console import out, say, show_table
+from moesmith.console import duration, out, say, show_table
 from moesmith.errors import MoesmithError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ Dtype = Annotated[str, typer.Option(help="what models compute in: auto (the fast
 Device = Annotated[
     str, typer.Option(help="where: auto (the accelerator with the most free memory), cpu, cuda, mps, xpu")
 ]
+Time = Annotated[str | None, typer.Option(help="scale calibration and training text to what fits in e.g. 15m or 2h")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
 
@@ -58,18 +59,13 @@ def plan(
     budget: Budget = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    time: Time = None,
     as_json: Json = False,
 ) -> None:
     """Predict parameters, memory, disk, tokens and wall time before any work."""
-    from moesmith.conversion import choose_domains
-    from moesmith.parents import has_weights, load_parent, load_skeleton
-    from moesmith.plan import make_plan
-    from moesmith.recipe import load_recipe
+    from moesmith.conversion import predict
 
-    chosen = load_recipe(recipe, budget, settings)
-    domains = choose_domains(data, chosen)
-    parent = load_parent(model) if has_weights(model) else load_skeleton(model)
-    found = make_plan(chosen, parent, len(domains), measure=True).as_dict()
+    found = predict(recipe, model, data, settings=settings, budget=budget, dtype=dtype, device=device, time=time)
     if as_json:
         _print_json(found)
         return
@@ -82,29 +78,20 @@ def plan(
         ("peak memory", f"{found['memory'] / 2**30:.1f} GiB"),
         ("peak memory, layer by layer", _gigabytes(found["memory_layerwise"])),
         ("disk", f"{found['disk'] / 2**30:.2f} GiB"),
-        ("domains", f"{len(domains)}"),
+        ("domains", f"{found['domains']}"),
+        ("computes in", found["computes"]),
     ]
     for name, seconds in found["seconds"].items():
         tokens = f"{found[f'{name}_tokens']:,} tokens, " if f"{name}_tokens" in found else ""
-        rows.append((name, f"{tokens}about {_duration(seconds)}"))
-    rows.append(("wall time on this machine", f"about {_duration(found['seconds_total'])}"))
-    show_table(f"plan of {chosen.name}", ["", ""], rows)
-    for line in found["warnings"]:
+        rows.append((name, f"{tokens}about {duration(seconds)}"))
+    rows.append(("wall time on this machine", f"about {duration(found['seconds_total'])}"))
+    show_table(f"plan of {found['recipe']}", ["", ""], rows)
+    for line in (*found["warnings"], *(f"--set {setting}" for setting in found["fitted"])):
         say(line)
 
 
 def _gigabytes(size: int | None) -> str:
     return "no: training needs the whole model" if size is None else f"{size / 2**30:.1f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:,.1f} h"
-    )
 
 
 @app.command()
@@ -121,13 +108,14 @@ def convert(
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    time: Time = None,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts; the same command continues a run that was stopped."""
     from moesmith.conversion import convert as run_conversion
     from moesmith.overview import describe, show
 
     options: dict[str, Any] = {"settings": settings, "budget": budget, "reuse": reuse, "memory": memory}
-    run_conversion(recipe, model, data, out_folder, dtype=dtype, device=device, **options)
+    run_conversion(recipe, model, data, out_folder, dtype=dtype, device=device, time=time, **options)
     show(describe(out_folder), brief=True)
 
 

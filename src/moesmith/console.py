@@ -44,6 +44,13 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: ``45 s``, ``14 min``, ``3.2 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+
+
 class Meter:
     """A running count of units done, with a rate and the time left; ``detail`` is free text at the end."""
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moesmith.affinity import published
 from moesmith.artefact import read_json
 from moesmith.compute import AUTO, Device, DType, free_memory, long_name, parse_dtype, short
-from moesmith.console import say
+from moesmith.console import duration, say
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent, choose_compute, load_parent, load_skeleton, tokenizer_digest
+from moesmith.pace import measure, parse_time, tokens_of, with_tokens
+from moesmith.parents import Parent, choose_compute, has_weights, load_parent, load_skeleton, tokenizer_digest
 from moesmith.pipeline import Run, check_folder
-from moesmith.plan import check_room, make_plan, parse_bytes
+from moesmith.plan import check_room, fit_time, make_plan, parse_bytes
 from moesmith.recipe import Recipe, load_recipe
 from moesmith.stages.carve import affinity_stage, carve_stage
 from moesmith.stages.data import (
@@ -44,6 +47,7 @@ def convert(
     dtype: DType = AUTO,
     device: Device = AUTO,
     memory: str | int | None = None,
+    time: str | None = None,
 ) -> Run:
     """Turn a dense model into a Mixture-of-Experts.
 
@@ -61,6 +65,8 @@ def convert(
             free memory if the plan fits on it.
         memory: bytes to keep to, such as ``"4GB"``; what is free if left out. A conversion without training that needs
             more is done layer by layer, with the same result.
+        time: how long it may take here, such as ``"15m"``: calibration and training text are scaled to fit. The counts
+            are written into the run's recipe.
 
     Returns:
         The finished run; ``run.folder / "model"`` is a Hugging Face folder, of a stock architecture wherever one fits.
@@ -76,11 +82,18 @@ def convert(
     out = Path(out)
     domains = choose_domains(data, chosen)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
-    check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
+    if time is None:
+        check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
     room = parse_bytes(memory)
-    parent = model if isinstance(model, Parent) else None
-    parent = parent or _open(model, _kept(out, dtype), device, chosen, len(domains), room)
-    say(f"computes in {parent.choice or short(parent.dtype)}")
+    shapes = _skeleton(model, _kept(out, dtype), device)
+    say(f"computes in {shapes.choice or short(shapes.dtype)}")
+    chosen = _timed(chosen, time, out, shapes, len(domains))
+    if isinstance(model, Parent):
+        parent = model
+    elif shapes.tokenizer is not None:  # it had to be read whole
+        parent = shapes
+    else:
+        parent = _open(model, shapes, device, chosen, len(domains), room)
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
@@ -118,17 +131,48 @@ def convert(
     return run
 
 
+def predict(
+    recipe: str | Recipe,
+    model: str | Parent,
+    data: str = "builtin",
+    *,
+    settings: Sequence[str] = (),
+    budget: str | None = None,
+    dtype: DType = AUTO,
+    device: Device = AUTO,
+    time: str | None = None,
+) -> dict[str, Any]:
+    """What ``moesmith plan`` prints: :class:`moesmith.plan.Plan` with the parent's and the machine's facts.
+
+    Args:
+        recipe, model, data, settings, budget, dtype, device, time: as :func:`convert` takes them; a ``config.json`` is
+            enough of a model.
+
+    Raises:
+        MoesmithError: as :func:`convert`, before any work.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, budget, settings)
+    domains = len(choose_domains(data, chosen))
+    weights = isinstance(model, str) and has_weights(model)
+    parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
+    pace = measure(parent)
+    if time is not None:
+        chosen = fit_time(chosen, parent, domains, parse_time(time), pace)
+    fitted = [] if time is None else [f"{key}={tokens}" for key, tokens in tokens_of(chosen).items()]
+    found = make_plan(chosen, parent, domains, pace).as_dict()
+    computes = str(parent.choice or short(parent.dtype))
+    return found | {"recipe": chosen.name, "domains": domains, "computes": computes, "fitted": fitted}
+
+
 def _kept(out: Path, dtype: DType) -> DType:
     """The dtype that a run began to compute in, for ``auto``; what is asked for where nothing is finished yet.
 
     Raises:
         MoesmithError: the run computes in another dtype than the one asked for.
     """
-    header = out / "run.json"
-    if not header.is_file() or not any((out / "stages").glob("[!.]*")):
+    if (header := _begun(out)) is None:
         return dtype
-    inputs = read_json(header)["inputs"]
-    before = getattr(torch, inputs.get("compute", inputs["dtype"]))
+    before: torch.dtype = getattr(torch, header["inputs"].get("compute", header["inputs"]["dtype"]))
     if parse_dtype(dtype) not in (None, before):
         raise MoesmithError(
             f"{out} holds a run that computes in {short(before)}, not {dtype}",
@@ -137,26 +181,60 @@ def _kept(out: Path, dtype: DType) -> DType:
     return before
 
 
-def _open(source: str, dtype: DType, device: Device, recipe: Recipe, domains: int, room: int | None) -> Parent:
-    """The parent, whole or layer by layer: as its config's plan and the memory there is demand."""
-    half = not stages_to_train(recipe)
-    if parse_dtype(dtype) == torch.float16 and not half:
-        raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16 or fp32, or auto.")
+def _begun(out: Path) -> dict[str, Any] | None:
+    """``run.json`` of a folder in which a stage is finished or under way."""
+    header = out / "run.json"
+    return read_json(header) if header.is_file() and any((out / "stages").iterdir()) else None
+
+
+def _skeleton(model: str | Parent, dtype: DType, device: Device) -> Parent:
+    """The parent itself, or its shapes and where it will compute in what, before its weights are read."""
+    if isinstance(model, Parent):
+        return model
     try:
-        skeleton = load_skeleton(source)
-    except MoesmithError:  # a GGUF file has no config, and what is wrong otherwise the weights say better
-        return load_parent(source, dtype, device=device, half=half)
-    skeleton.choice = choice = choose_compute(skeleton.model, dtype, device)
-    plan = make_plan(recipe, skeleton, domains)
+        skeleton = load_skeleton(model)
+    except MoesmithError:  # what is wrong the weights say better
+        return load_parent(model, dtype, device=device)
+    skeleton.choice = choose_compute(skeleton.model, dtype, device)
+    return skeleton
+
+
+def _timed(recipe: Recipe, time: str | None, out: Path, shapes: Parent, domains: int) -> Recipe:
+    """The recipe with the text that fits into ``time``, or that was found to fit when the run began; says how long.
+
+    Raises:
+        MoesmithError: it is no time, or too short for any text.
+    """
+    header = _begun(out)
+    if time is not None and header is not None:
+        before = Recipe.model_validate(header["recipe"])
+        return with_tokens(recipe, tokens_of(before))
+    pace = measure(shapes)
+    if time is not None:
+        recipe = fit_time(recipe, shapes, domains, parse_time(time), pace)
+        say("text: " + ", ".join(f"{key}={tokens}" for key, tokens in tokens_of(recipe).items()))
+    seconds = make_plan(recipe, shapes, domains, pace).seconds
+    say(f"about {duration(sum(seconds.values()))} on this machine, of which {duration(seconds['training'])} training")
+    return recipe
+
+
+def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: int, room: int | None) -> Parent:
+    """The parent, whole or layer by layer: as its shapes' plan and the memory there is demand."""
+    choice = shapes.choice
+    assert choice is not None
+    if choice.dtype == torch.float16 and stages_to_train(recipe):
+        raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16, fp32 or auto.")
+    plan = make_plan(recipe, shapes, domains)
     free = free_memory(choice.device) if room is None else room
-    if plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory:
-        if plan.memory > free and device == AUTO and choice.device.type != "cpu":
-            say(f"{choice.device} has {free / 1e9:.1f} GB free, and about {plan.memory / 1e9:.1f} GB are needed")
-            return _open(source, dtype, "cpu", recipe, domains, room)
-        return load_parent(source, choice.dtype if choice.dtype != torch.float16 else dtype, device=choice.device)
-    need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
-    say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
-    return load_parent(source, choice.dtype, free, device=choice.device)
+    whole = plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory
+    if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
+        say(f"{choice.device} has {free / 1e9:.1f} GB free, and about {plan.memory / 1e9:.1f} GB are needed")
+        choice = choose_compute(shapes.model, AUTO, "cpu")
+    if not whole:
+        need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
+        say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
+    parent = load_parent(source, choice.dtype, None if whole else free, device=choice.device)
+    return replace(parent, choice=choice)
 
 
 def choose_domains(data: str, recipe: Recipe) -> list[Domain]:

@@ -1,7 +1,7 @@
 """What a conversion will need, worked out before any work: parameters, memory, disk, tokens, wall time.
 
 Shape arithmetic on the parent's config: the weights need not be there. What is not arithmetic are the constants below,
-which are rough, and the speed of a forward pass, which is measured.
+which are rough, and times (``pace.py``).
 """
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from transformers import AutoModelForCausalLM
 
 from moesmith.carving import CarvedLayer, Carving
+from moesmith.compute import Choice, free_memory, long_name
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.gguf import wide_rows
 from moesmith.export.stock import ALIGN
 from moesmith.gates import GateSpec
 from moesmith.layerwise import HELD
-from moesmith.parents import Parent, quiet
+from moesmith.pace import Pace, scaled, seconds_of
+from moesmith.parents import Parent
 from moesmith.proof import NATIVE
-from moesmith.recipe import LoopSection, Recipe, TrainSection
+from moesmith.recipe import Recipe
 from moesmith.scores import kept_channels
 from moesmith.sizes import Sizes
 from moesmith.stages.carve import gram_bytes
@@ -37,7 +36,6 @@ from moesmith.tomoe.warm import pruned_share
 
 BASE = 5 * 10**8  # bytes of Python, torch, transformers and SciPy once they are imported
 COMPANIONS = 10**6  # bytes of tokenizer, configs, manifests and card
-COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written and read
 
 
 @dataclass
@@ -45,6 +43,7 @@ class Plan:
     """Predictions for one conversion; sizes in bytes, times in seconds on this machine.
 
     ``warnings`` are lines about what will come out otherwise than one may think, such as widths that do not quantise.
+    ``device`` and ``dtype`` are what models compute in, ``products`` the FLOPs per second that chose the dtype.
     ``memory`` is the peak with models whole in memory, ``memory_layerwise`` with one layer at a time, mapped weights
     included; ``None`` where a stage trains.
     """
@@ -61,6 +60,9 @@ class Plan:
     affinity_tokens: int
     training_tokens: int
     evaluation_tokens: int
+    device: str
+    dtype: str
+    products: dict[str, int]
     forward_tokens_per_second: float
     seconds: dict[str, float]
     warnings: list[str]
@@ -70,14 +72,14 @@ class Plan:
         return asdict(self) | {"seconds_total": round(sum(self.seconds.values()), 1)}
 
 
-def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = False) -> Plan:
+def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = None) -> Plan:
     """Predict what ``recipe`` costs for ``parent`` and a number of domains.
 
     Args:
         recipe: what would be done.
         parent: the loaded parent, or its shapes (``parents.load_skeleton``).
         domains: how many domains of text.
-        measure: time a forward pass on this machine for the wall-time prediction; otherwise times are empty.
+        pace: what this machine does in a second (``pace.measure``); without it times are empty.
 
     Raises:
         MoesmithError: a budget of learned masks that cannot be met.
@@ -86,10 +88,8 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
     shapes = _Shapes(recipe, parent)
     training = stages_to_train(recipe)
     tokens = _tokens(recipe, domains)
-    rate, seconds = 0.0, {}
-    if measure:
-        rate = forward_rate(parent)
-        seconds = {name: round(value, 1) for name, value in _seconds(recipe, shapes, tokens, rate).items()}
+    seconds = {} if pace is None else _seconds(recipe, shapes, domains, pace)
+    choice = parent.choice or Choice(parent.device, parent.dtype, {})
     return Plan(
         **shapes.counts,
         architecture=NATIVE if shapes.masked_attention else parent.family,
@@ -98,8 +98,11 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, *, measure: bool = F
         memory_layerwise=None if training else _memory_layerwise(recipe, shapes, parent, tokens),
         disk=_disk(recipe, shapes, domains, tokens),
         **{f"{name}_tokens": count for name, count in tokens.items()},
-        forward_tokens_per_second=round(rate, 1),
-        seconds=seconds,
+        device=str(choice.device),
+        dtype=long_name(choice.dtype),
+        products={long_name(dtype): round(rate) for dtype, rate in choice.rates.items()},
+        forward_tokens_per_second=0.0 if pace is None else round(pace.blocks, 1),
+        seconds={name: round(value, 1) for name, value in seconds.items()},
         warnings=_widths(recipe, parent, shapes.kept),
     )
 
@@ -124,7 +127,7 @@ class _Shapes:
         spec, self.sizes = recipe.carve, Sizes.of(parent)
         L, D, F = parent.L, parent.D, parent.F
         self.E, self.K, self.refit = spec.experts, spec.top_k, spec.compensation == "refit"
-        self.itemsize = parent.model.dtype.itemsize
+        self.itemsize, self.stored = parent.dtype.itemsize, parent.stored.itemsize
         self.matrices = self.sizes.matrices
         self.masked_attention = recipe.learned and recipe.masks.attention != "none"
         # learned masks from scratch: as if attention and networks were pruned alike
@@ -144,7 +147,7 @@ class _Shapes:
         self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L
         self.shell = max(0, self.dense - self.sizes.total)
         self.vocabulary = parent.config.vocab_size
-        self.down = L * self.E * D * self.kept * self.itemsize if self.refit else 0
+        self.down = L * self.E * D * self.kept * self.stored if self.refit else 0
 
 
 def _tokens(recipe: Recipe, domains: int) -> dict[str, int]:
@@ -172,7 +175,8 @@ def _memory(recipe: Recipe, s: _Shapes) -> int:
     dense_step = 2 * sizes.L * sizes.D * sizes.F * s.E * s.itemsize if "stage1" in training and s.refit else 0
     # second moments of one layer at least; verification loads the folder's file and an fp32 copy of it
     gram = gram_bytes(sizes.D, sizes.F, s.E + 2, gram=s.refit)
-    verify = (4 + s.itemsize) * s.total
+    again = s.dense * s.stored if s.stored != s.itemsize else 0  # the parent as it is stored, to export from
+    verify = (4 + s.stored) * s.total + again
     work = max(step + _lora(recipe, s), dense_step + step, gram, verify)
     return round(BASE + s.dense * s.itemsize + s.experts * s.itemsize + s.down + work)
 
@@ -190,12 +194,12 @@ def _memory_layerwise(recipe: Recipe, s: _Shapes, parent: Parent, tokens: dict[s
     gram = gram_bytes(sizes.D, sizes.F, s.E + 1, gram=s.refit)
     if parent.memory is not None:
         gram *= min(sizes.L, max(1, parent.memory // 4 // gram))
-    shard = min(SHARD_BYTES, s.total * s.itemsize) + 8 * s.matrices * sizes.D * s.kept
+    shard = min(SHARD_BYTES, s.total * s.stored) + 8 * s.matrices * sizes.D * s.kept
     # a layer sliced and copied, and in fp32 beside the shell
     verify = (4 + 2 * s.itemsize) * s.layer + 4 * s.shell
     held = min(HELD, max(tokens.values()) * sizes.D * s.itemsize)
     evaluate = 2 * s.layer * s.itemsize + s.shell * s.itemsize + held
-    mapped = (s.sizes.total // sizes.L + s.shell) * s.itemsize
+    mapped = (s.sizes.total // sizes.L + s.shell) * s.stored
     return round(BASE + mapped + s.down + max(gram, shard, verify, evaluate))
 
 
@@ -212,54 +216,37 @@ def _disk(recipe: Recipe, s: _Shapes, domains: int, tokens: dict[str, int]) -> i
     text = 4 * (tokens["calibration"] + tokens["training"] + domains * recipe.evaluate.tokens)
     moments = 8 * domains * sizes.L * sizes.F if recipe.carved else 0
     refitted = max(1, carvings - (recipe.learned and recipe.carved)) * s.down
-    beside = max(models * s.itemsize, 8 * trained)
+    beside = max(models * s.stored, 8 * trained)
     return round(beside + 4 * trained + carvings * carving + refitted + text + moments + COMPANIONS)
 
 
-def _seconds(recipe: Recipe, s: _Shapes, tokens: dict[str, int], rate: float) -> dict[str, float]:
-    """By kind of work; the output matrix is not in the measured rate, the parent's blocks are."""
-    head = 1 + s.vocabulary * s.sizes.D / s.sizes.total
-    second = recipe.carved and (s.refit or recipe.router.start == "lda" or recipe.carve.compensation == "bias")
-    training = stages_to_train(recipe)
-    blocks = (s.sizes.total - s.sizes.L * s.sizes.ffn(s.sizes.F - s.K * s.kept)) / s.sizes.total  # active
-    baseline = 1 / (1 + recipe.carved + len(training))
-    evaluated = tokens["evaluation"] * (baseline + (1 - baseline) * blocks + head - 1)
-    return {
-        "calibration": (1 + second) * tokens["calibration"] / rate,
-        "affinity": 0.8 * tokens["affinity"] / rate,
-        "training": sum(t.tokens * _passes(t, s.refit) for t in training.values()) / rate,
-        "export": 6 * s.total * s.itemsize / COPY,
-        "evaluation": evaluated / rate,
-    }
+def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace: Pace) -> Recipe:
+    """The recipe with as much text as is worked through in ``seconds`` at ``pace``.
+
+    Raises:
+        MoesmithError: not even a window of each domain and a step of each stage are.
+    """
+
+    def takes(factor: float) -> float:
+        shapes = _Shapes(changed := scaled(recipe, factor), parent)
+        return sum(_seconds(changed, shapes, domains, pace).values())
+
+    low, high = 0.0, 1.0
+    if takes(low) > seconds:
+        raise MoesmithError(
+            f"{recipe.name} takes at least {takes(low) / 60:.0f} min on this machine, whatever little text it is given",
+            "Give a longer --time, fewer domains (domains.names), or a smaller parent.",
+        )
+    while takes(high) < seconds and high < 2**20:
+        high *= 2
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if takes(middle) <= seconds else (low, middle)
+    return scaled(recipe, low)
 
 
-def _passes(spec: LoopSection, refit: bool) -> float:
-    """Cost of a training step in forward passes: forward, and a backward without the gradients of frozen weights."""
-    if isinstance(spec, TrainSection):  # distillation adds the parent's forward pass
-        return 3.5 + (spec.loss == "distill") + (refit and spec.gate == "dense")
-    return 4.5
-
-
-def forward_rate(parent: Parent) -> float:
-    """Tokens per second of the parent's blocks, measured for a second or two on a layer of its shape."""
-    fields = parent.config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 512, "pad_token_id": None}
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:1]
-    with quiet():
-        config = type(parent.config).from_dict(fields)
-        one: Any = AutoModelForCausalLM.from_config(config, dtype=parent.model.dtype).to(_device(parent)).eval()
-    ids = torch.randint(0, 512, (2, 256), device=one.device)
-    with torch.inference_mode():
-        one.base_model(input_ids=ids, use_cache=False)
-        started, done = time.monotonic(), 0
-        while time.monotonic() - started < 1.0:
-            one.base_model(input_ids=ids, use_cache=False)
-            done += ids.numel()
-    return done / (time.monotonic() - started) / parent.L
-
-
-def _device(parent: Parent) -> torch.device:
-    return torch.device("cpu") if parent.device.type == "meta" else parent.device
+def _seconds(recipe: Recipe, s: _Shapes, domains: int, pace: Pace) -> dict[str, float]:
+    return seconds_of(recipe, s.sizes, s.kept, s.total * s.stored, domains, pace)
 
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -291,8 +278,8 @@ def check_room(plan: Plan, out: Path, parent: Parent, room: int | None = None) -
     Raises:
         MoesmithError: not enough memory or disk for the plan.
     """
-    loaded = 0 if room is not None else plan.parent_parameters * parent.model.dtype.itemsize
-    free = psutil.virtual_memory().available + loaded if room is None else room
+    loaded = 0 if room is not None or parent.layerwise else plan.parent_parameters * parent.dtype.itemsize
+    free = free_memory(parent.device) + loaded if room is None else room
     need = plan.memory if plan.memory_layerwise is None or not parent.layerwise else plan.memory_layerwise
     if need > free:
         training = "micro_batch or window of the training stages, or "
