@@ -88,9 +88,11 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cuda") == torch.device("cuda", 1)
     assert choose_device("cuda:0") == torch.device("cuda", 0)
     assert choose_device("xpu") == torch.device("xpu", 0)
-    with pytest.raises(MoesmithError, match=r"there is no device mps here.* Give one of auto, cpu, cuda:0, cuda:1, xpu:0"):
+    with pytest.raises(
+        MoesmithError, match=r"there is no device mps here.* Give one of auto, cpu, cuda:0, cuda:1, xpu:0"
+    ):
         choose_device("mps")
-    monkeypatch.setattr(compute, "accelerators", lambda: [])
+    monkeypatch.setattr(compute, "accelerators", list)
     assert choose_device("auto") == CPU
     for name in ("cuda", "cuda:3", "banana", ""):
         with pytest.raises(MoesmithError, match=r"there is no device .* Give one of auto, cpu\."):
@@ -129,9 +131,7 @@ def test_what_is_stored_does_not_depend_on_what_computes(stored: torch.dtype, dt
     assert (parent.stored, parent.dtype, parent.digest) == (stored, parse_dtype(dtype), plain.digest)
     again = parent.as_stored()
     assert again.model.dtype == stored
-    for (name, ours), (_, theirs) in zip(
-        again.model.named_parameters(), plain.model.named_parameters(), strict=True
-    ):
+    for (name, ours), (_, theirs) in zip(again.model.named_parameters(), plain.model.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert torch.equal(again.ffns[1].down_DF, plain.ffns[1].down_DF)
     assert parent.model.dtype == parse_dtype(dtype)  # the one that computes is as it was
