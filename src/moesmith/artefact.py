@@ -5,7 +5,7 @@ flushed to the disk and renamed; a folder is filled under a hidden name and rena
 in it. A process killed at any moment therefore leaves either the old state or the new one.
 
 A stage's list is in its manifest; a folder that others read as well (a model, a packed delta) has ``SHA256SUMS``, which
-``sha256sum -c`` understands. Whatever reads a listed file compares it with its hash first. The first line of such a list
+``sha256sum -c`` understands. Whatever reads a listed file compares it with its hash first. The first line of the list
 says that moesmith wrote it: what it names, unchanged, is ours to replace (``outputs.py``), and nothing else is.
 """
 
@@ -33,6 +33,7 @@ from moesmith.errors import MoesmithError
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 SIGNED = "# written by moesmith; sha256 of the lines below: "  # sha256sum passes over lines that begin so
+OLD = ".old"  # what is moved aside
 TEMPORARY = ".moesmith.tmp"  # how every hidden name of unfinished work ends: nobody else's does
 ROOM = "Free disk space and run the same command again."
 CURES = {  # by what the system says
@@ -194,7 +195,7 @@ def check_left(final: Path, drop: Sequence[str] = ()) -> None:
         return
     manifest = read_json(final / MANIFEST) if (final / MANIFEST).is_file() else None
     ours = isinstance(manifest, dict) and {"key", "files"} <= manifest.keys()
-    known = manifest["files"] if ours else {}
+    known = manifest["files"] if manifest is not None and ours else {}
     if odd := strangers(final, {*known, *drop, MANIFEST} if ours else ()) or differing(final, known):
         raise MoesmithError(f"{final / odd[0]} is not as moesmith left it", f"Move {final} away, or delete it.")
 
@@ -206,7 +207,7 @@ def aside(path: Path) -> Iterator[None]:
         yield
         return
     hidden = hidden_beside(path)
-    old = hidden / path.name
+    old = hidden / f"{path.name}{OLD}"
     try:
         os.replace(path, old)
         yield
@@ -225,9 +226,15 @@ def hidden_beside(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written below ``folder``, known by its hidden name."""
+    """Remove what killed processes left half-written below ``folder``, known by its hidden name.
+
+    What had been moved aside for something that never came gets its name back.
+    """
     for left in sorted(folder.rglob(f".*{TEMPORARY}")):
         if left.is_dir() and not left.is_symlink():
+            for old in left.glob(f"*{OLD}"):
+                if not os.path.lexists(name := left.parent / old.name.removesuffix(OLD)):
+                    os.replace(old, name)
             shutil.rmtree(left)
         else:
             left.unlink(missing_ok=True)
@@ -290,7 +297,7 @@ def listed(folder: Path) -> dict[str, str]:
 
 
 def strangers(folder: Path, names: Collection[str]) -> list[str]:
-    """What lies below ``folder`` beside the files of these names: other files, links, folders that hold none of them."""
+    """What lies below ``folder`` beside the files of these names: other files, links, folders that hold none."""
     above = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     found = []
     for path in sorted(folder.rglob("*")):

@@ -11,6 +11,7 @@ import torch
 from moesmith.affinity import published
 from moesmith.console import say
 from moesmith.errors import MoesmithError
+from moesmith.outputs import check_place, existing
 from moesmith.parents import Parent, load_parent, load_skeleton, tokenizer_digest
 from moesmith.pipeline import Run, check_folder
 from moesmith.plan import check_room, make_plan, parse_bytes
@@ -25,7 +26,7 @@ from moesmith.stages.data import (
     moments_stage,
     stages_to_train,
 )
-from moesmith.stages.finish import baseline_stage, evaluate_stage, export_stage
+from moesmith.stages.finish import baseline_stage, check_known, evaluate_stage, export_stage
 from moesmith.stages.masks import masks_stage, refit_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
@@ -71,7 +72,12 @@ def convert(
     out = Path(out)
     domains = choose_domains(data, chosen)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
+    source = model.source if isinstance(model, Parent) else model
+    begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it lies
+    check_place(out, existing(source, data, *reuse), begun, links=False)
     check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
+    for name in ("model", "stock"):
+        check_known(out / name)
     room = parse_bytes(memory)
     parent = model if isinstance(model, Parent) else _open(model, dtype, chosen, len(domains), room)
     check_windows(chosen, parent)

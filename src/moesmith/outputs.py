@@ -1,11 +1,11 @@
 """Where a command may write: never over what it reads, never over what moesmith did not write and list.
 
-A folder of ours holds ``SHA256SUMS``, a file of ours has ``NAME.sha256`` beside it: lists (``artefact.write_list``) that
-``sha256sum -c`` understands. What such a list names and what has not changed since is ours, and is replaced where that is
-asked for. One more file in the folder, one other byte, a list that somebody else made: then it is somebody's, and stays.
+A folder of ours holds ``SHA256SUMS``, a file of ours has ``NAME.sha256`` beside it: lists (``artefact.write_list``)
+that ``sha256sum -c`` understands. What such a list names and what has not changed since is ours, and is replaced where
+that is asked for. One more file in the folder, one other byte, a list that somebody else made: then it stays as it is.
 
-What is replaced is moved aside until the new one is in place, and is back after an error. A process killed between these
-two moves leaves both under a hidden name that ends in ``.moesmith.tmp``.
+What is replaced is moved aside until the new one is in place, and is back after an error. A process killed between
+these two moves leaves both in hidden folders that end in ``.moesmith.tmp``, the old one as ``NAME.old``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from moesmith.artefact import (
 from moesmith.errors import MoesmithError
 
 OTHER = "Give another --out"
+OF_A_RUN = ("run.json", "stages", "model", "stock", "bench", "figures")  # names in its folder that have a meaning
 
 
 def inputs_of(run: Path, *more: str | Path | None) -> list[Path]:
@@ -50,8 +51,8 @@ def inputs_of(run: Path, *more: str | Path | None) -> list[Path]:
 
 def existing(*named: str | Path | None) -> list[Path]:
     """Those of the names that lie on this machine, and the folder into which the hub is downloaded."""
-    paths = [Path(name).expanduser() for name in (*named, HF_HUB_CACHE) if name is not None]
-    return [path for path in paths if path.exists()]
+    names = [os.path.expanduser(name) for name in (*named, HF_HUB_CACHE) if isinstance(name, str | Path)]
+    return [Path(name) for name in names if name and os.path.exists(name)]
 
 
 def real(path: Path) -> Path:
@@ -59,13 +60,14 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def check_place(out: Path, inputs: Iterable[Path], home: Path | None = None) -> None:
+def check_place(out: Path, inputs: Iterable[Path], home: Path | None = None, *, links: bool = True) -> None:
     """Refuse to write at, in or around what a command reads, and at or around the places where a person lives.
 
     Args:
         out: a file or a folder; it need not exist.
         inputs: files and folders.
-        home: a run's folder; what it was made for may lie directly in it.
+        home: a folder of which ``out`` may be a direct part although it is read.
+        links: look for files of ``out`` that are files of the inputs under another name.
 
     Raises:
         MoesmithError: ``out`` is one of these by its real path or as another name of the same file.
@@ -82,7 +84,7 @@ def check_place(out: Path, inputs: Iterable[Path], home: Path | None = None) -> 
             raise MoesmithError(f"{out} holds {path}, which this command reads", f"{OTHER}.")
         if known in there.parents and (home is None or there.parent != real(home)):
             raise MoesmithError(f"{out} lies in {path}, which this command reads", f"{OTHER}.")
-    if linked := {_node(path) for path in _files(there) if path.stat().st_nlink > 1}:
+    if linked := {_node(path) for path in _files(there) if path.stat().st_nlink > 1} if links else ():
         for path in (file for known in inputs for file in _files(real(known))):
             if _node(path) in linked:
                 raise MoesmithError(f"{out} is another name of {path}, which this command reads", f"{OTHER}.")
@@ -202,6 +204,28 @@ def check_file(out: Path, *, overwrite: bool, beside: Iterable[str] = ()) -> Non
             raise MoesmithError(f"{path} exists", cure)
 
 
+def check_result(
+    out: Path, run: Path, *more: str | Path | None, overwrite: bool = False, beside: Iterable[str] = ()
+) -> None:
+    """Refuse a file for something about a run; it may lie directly in the run's folder.
+
+    Args:
+        out: the file.
+        run: the run's folder.
+        more: what else is read.
+        overwrite: replace what moesmith wrote.
+        beside: as in :func:`check_file`.
+
+    Raises:
+        MoesmithError: the folder is no run; as :func:`check_place` and :func:`check_file`.
+    """
+    check_place(out, inputs_of(run, *more), run)
+    there = real(out)
+    if there.parent == real(run) and there.name in OF_A_RUN:
+        raise MoesmithError(f"{out} is a part of the run", f"{OTHER}.")
+    check_file(out, overwrite=overwrite, beside=beside)
+
+
 @contextmanager
 def new_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A hidden path of the same name to write a file to, alone in a folder: at the end all that was written there, in
@@ -224,20 +248,23 @@ def new_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         with ExitStack() as stack:
             for name in old:
                 stack.enter_context(aside(there.parent / name))
-            stack.enter_context(_taken_back(there.parent / name for name in (*made, list_of(there).name)))
+            placed = stack.enter_context(_taken_back())
             for name in made:
                 (there.parent / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(work.parent / name, there.parent / name)
+                placed.append(there.parent / name)
             write_list(list_of(there), made)
+            placed.append(list_of(there))
 
 
 @contextmanager
-def _taken_back(paths: Iterable[Path]) -> Iterator[None]:
-    """Remove files after an error, which were not there before."""
+def _taken_back() -> Iterator[list[Path]]:
+    """A list for files that have just been put in their places; after an error they go."""
+    placed: list[Path] = []
     try:
-        yield
+        yield placed
     except BaseException:
-        for path in paths:
+        for path in placed:
             path.unlink(missing_ok=True)
         raise
 
@@ -253,7 +280,8 @@ def _hidden(out: Path, there: Path) -> Iterator[Path]:
     try:
         yield work
     except MoesmithError as error:
-        raise MoesmithError(str(error).replace(str(work), str(out))) from error
+        said = str(error).replace(str(work), str(out)).replace(str(hidden), str(out.parent))
+        raise MoesmithError(said) from error
     except OSError as error:
         raise MoesmithError(f"cannot write {out}: {error.strerror or error}", write_cure(error)) from error
     finally:
