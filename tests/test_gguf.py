@@ -9,7 +9,7 @@ import pytest
 import torch
 from carvings import random_carving
 from commands import moesmith
-from sources import export, IDS, permuted, tiny_source
+from sources import IDS, export, permuted, tiny_source
 from tiny import LLAMA3_ROPE, STOCK, tiny_parent
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -35,7 +35,8 @@ from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.recipe import Recipe
 
-BEGINNING = ("run.json", "stages")  # all that a run without a finished stage has in its folder
+LISTS = ("card.sha256", "report.html.sha256", "bench.json.sha256")
+OURS = ("run.json", "stages", "bench", "figures", "report.html", "bench.json", *LISTS)  # but for finished models
 WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
 
 
@@ -233,7 +234,7 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
             f"{folder} holds a run with other settings: {'; '.join(changed)}",
             "Give another --out, or the old settings to continue it.",
         )
-    if changed and not all(path.name in BEGINNING or _just_begun(path) for path in folder.iterdir()):
+    if changed and not all(path.name in OURS or _just_begun(path) for path in folder.iterdir()):
         raise MoesmithError(
             f"{folder} holds other files beside a run that was only begun, with other settings", "Give another --out."
         )
