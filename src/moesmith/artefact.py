@@ -197,7 +197,7 @@ def check_left(final: Path, drop: Sequence[str] = ()) -> None:
     ours = isinstance(manifest, dict) and {"key", "files"} <= manifest.keys()
     known = manifest["files"] if manifest is not None and ours else {}
     if odd := strangers(final, {*known, *drop, MANIFEST} if ours else ()) or differing(final, known):
-        raise MoesmithError(f"{final / odd[0]} is not as moesmith left it", f"Move {final} away, or delete it.")
+        raise MoesmithError(f"{final / odd[0]} is not as moesmith left it", f"Delete {final} or move it away.")
 
 
 @contextlib.contextmanager
