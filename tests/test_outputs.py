@@ -196,6 +196,17 @@ def test_what_the_run_itself_holds_is_not_written_over(here: Scene, tmp_path: Pa
         assert tree(run) == before
 
 
+def test_a_folder_of_ours_that_shares_a_file_with_the_parent(here: Scene, tmp_path: Path) -> None:
+    out = written(tmp_path / "out")
+    (out / "a.txt").unlink()
+    os.link(here.m / "config.json", out / "a.txt")
+    write_sums(out)
+    assert foreign(out) is None
+    says = "another name of .*m/config.json, which this command reads"
+    refused(moesmith("export", here.run, "--to", "hf", "--overwrite", "--out", out), says)
+    (out / "a.txt").unlink()  # the parent has one name again
+
+
 def test_a_parent_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesmith.outputs.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "hub" / "models--x").mkdir(parents=True)

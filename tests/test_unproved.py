@@ -1,4 +1,4 @@
-"""Nothing unproved bears a model's name, and a run replaces only what it lists: the rest in its folder is its owner's."""
+"""Nothing unproved bears a model's name, and a run replaces only what it lists: the rest of it is its owner's."""
 
 from __future__ import annotations
 

@@ -74,20 +74,31 @@ def check_place(out: Path, inputs: Iterable[Path], home: Path | None = None, *, 
     """
     there = real(out)
     for name, place in _places():
-        if there == place or there in place.parents:
-            raise MoesmithError(f"{out} {'is' if there == place else 'holds'} {name}", f"{OTHER}.")
+        if _within(place, there):
+            raise MoesmithError(f"{out} {'is' if _within(there, place) else 'holds'} {name}", f"{OTHER}.")
     for path in inputs:
         known = real(path)
-        if there == known:
-            raise MoesmithError(f"{out} is {path}, which this command reads", f"{OTHER}.")
-        if there in known.parents:
-            raise MoesmithError(f"{out} holds {path}, which this command reads", f"{OTHER}.")
-        if known in there.parents and (home is None or there.parent != real(home)):
-            raise MoesmithError(f"{out} lies in {path}, which this command reads", f"{OTHER}.")
-    if linked := {_node(path) for path in _files(there) if path.stat().st_nlink > 1} if links else ():
+        around, inside = _within(known, there), _within(there, known)
+        if around or (inside and (home is None or there.parent != real(home))):
+            relation = "lies in" if not around else "is" if inside else "holds"
+            raise MoesmithError(f"{out} {relation} {path}, which this command reads", f"{OTHER}.")
+    if linked := {_node(path) for path in _ours(there) if path.stat().st_nlink > 1} if links else ():
         for path in (file for known in inputs for file in _files(real(known))):
             if _node(path) in linked:
                 raise MoesmithError(f"{out} is another name of {path}, which this command reads", f"{OTHER}.")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a real path is another one or lies below it, whatever name it goes by (mounted twice, in capitals)."""
+    if folder in (path, *path.parents):
+        return True
+    return folder.is_dir() and any(each.exists() and each.samefile(folder) for each in (path, *path.parents))
+
+
+def _ours(path: Path) -> list[Path]:
+    """A file, or the files that a list of ours names in a folder: no others are ever replaced."""
+    paths = [path / name for name in own_list(path / SUMS) or ()] if path.is_dir() else [path]
+    return [each for each in paths if each.is_file()]
 
 
 def _places() -> Iterator[tuple[str, Path]]:
