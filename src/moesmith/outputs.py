@@ -35,6 +35,7 @@ from moesmith.artefact import (
 from moesmith.errors import MoesmithError
 
 OTHER = "Give another --out"
+ASK = "Give --overwrite (in Python overwrite=True) to replace what moesmith wrote there, or another --out."
 OF_A_RUN = ("run.json", "stages", "model", "stock", "bench", "figures")  # names in its folder that have a meaning
 
 
@@ -153,7 +154,7 @@ def check_folder(out: Path, *, overwrite: bool, apart: Collection[str] = ()) -> 
     if (why := foreign(there, apart, thorough=overwrite)) is not None:
         raise MoesmithError(f"{out} exists and holds something else: {why}", f"{OTHER}, or move it away.")
     if not overwrite:
-        raise MoesmithError(f"{out} exists", "Give --overwrite to replace what moesmith wrote there, or another --out.")
+        raise MoesmithError(f"{out} exists", ASK)
 
 
 @contextmanager
@@ -211,8 +212,7 @@ def check_file(out: Path, *, overwrite: bool, beside: Iterable[str] = ()) -> Non
         if path.is_symlink() or not path.is_file() or file_digest(path) != sums[name]:
             raise MoesmithError(f"{path} has changed since moesmith wrote it", f"{OTHER}, or move it away.")
         if not overwrite:
-            cure = "Give --overwrite to replace what moesmith wrote there, or another --out."
-            raise MoesmithError(f"{path} exists", cure)
+            raise MoesmithError(f"{path} exists", ASK)
 
 
 def check_result(
