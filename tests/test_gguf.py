@@ -9,11 +9,13 @@ import pytest
 import torch
 from carvings import random_carving
 from commands import moesmith
+from refusals import refused
 from sources import IDS, export, permuted, tiny_source
 from tiny import LLAMA3_ROPE, STOCK, tiny_parent
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moesmith.artefact import sums_of
 from moesmith.conversion import convert
 from moesmith.errors import MoesmithError
 from moesmith.export import gguf as target_module
@@ -239,9 +241,15 @@ def test_missing_llamacpp_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_command(finished: Path, tmp_path: Path) -> None:
-    answer = moesmith("export", finished, "--to", "gguf", "--quant", "f32", "--out", tmp_path / "moe.gguf")
+    words = ["export", finished, "--to", "gguf", "--quant", "f32", "--out", tmp_path / "moe.gguf"]
+    answer = moesmith(*words)
     assert answer.status == 0, answer.err
     assert "greedy match" in answer.out
+    first = sums_of(tmp_path)
+    assert (tmp_path / "moe.gguf.sha256").read_text().endswith(f"\n{first['moe.gguf']}  moe.gguf\n")
+    refused(moesmith(*words), r"moe\.gguf exists\. Give --overwrite")
+    assert moesmith(*words, "--overwrite").status == 0
+    assert sums_of(tmp_path) == first
 
 
 @pytest.fixture(scope="module")

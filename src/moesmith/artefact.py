@@ -64,7 +64,7 @@ _UMASK = _umask()
 
 def write_cure(error: OSError) -> str:
     """What to do about an error of the file system: what mends a full disk does not mend a read-only one."""
-    told = re.search(r"(?:os error |\[Errno )(\d+)", str(error))  # the first: as libraries written in Rust say it
+    told = re.search(r"os error (\d+)", str(error))  # as libraries written in Rust say it
     code = int(told[1]) if told else error.errno
     return CURES.get(code or 0, "Mend that and run the same command again.")
 
