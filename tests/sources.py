@@ -10,7 +10,8 @@ import torch
 from carvings import random_carving
 from tiny import tiny_parent
 
-from moesmith.export.target import Source
+from moesmith.export.target import Options, Source, Target
+from moesmith.outputs import new_file, new_folder
 
 IDS = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -28,3 +29,11 @@ def permuted(source: Source) -> Source:
         for index, layer in enumerate(source.carving.layers)
     ]
     return replace(source, carving=replace(source.carving, layers=layers))
+
+
+def export(target: Target, written: Source, source: Source, out: Path, *, overwrite: bool = False) -> None:
+    """Write one source and prove it as another, as ``export_run`` does."""
+    place = new_file if target.suffix else new_folder
+    with place(out, overwrite=overwrite) as work:
+        target.write(written, work, Options(quant="f32" if target.suffix else None))
+        target.verify(source, work, IDS)

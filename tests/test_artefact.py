@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from moesmith import artefact
 from moesmith.artefact import (
     MANIFEST,
+    TEMPORARY,
     commit,
     digest,
     file_digest,
@@ -133,7 +134,7 @@ def test_commit_makes_an_artefact_that_verifies(tmp_path: Path) -> None:
     write_text(work / "a.txt", "a")
     write_json(work / "deep" / "b.json", [1])
     write_text(work / "checkpoint", "state")
-    (work / ".a.txt.1.tmp").write_text("left by a killed process")
+    (work / f".a.txt.1{TEMPORARY}").write_text("left by a killed process")
     commit(work, final, {"key": "k1", "metrics": {"x": 1}}, drop=["checkpoint"])
     assert not work.exists()
     manifest = json.loads((final / MANIFEST).read_text())

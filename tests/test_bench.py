@@ -205,7 +205,8 @@ def test_bench_in_transformers_and_llama_cpp(finished: Path, tmp_path: Path) -> 
     assert sizes["bfloat16", "moe"] == sum(p.stat().st_size for p in (run / "model").glob("*.safetensors"))
     made = snapshot(run / "bench")
     assert {"made.json", "moe-q8_0.gguf", "dense-q8_0.gguf", "dense/config.json"} <= set(made)
-    again = moesmith(*words, "--runtime", "llama.cpp")
+    refused(moesmith(*words, "--runtime", "llama.cpp"), r"bench\.json exists\. Give --overwrite")
+    again = moesmith(*words, "--runtime", "llama.cpp", "--overwrite")
     assert again.status == 0, again.err
     assert snapshot(run / "bench") == made
 

@@ -165,15 +165,15 @@ def test_report_goes_beside_the_run_or_where_told(
 
     asked = []
 
-    def write(run: Path, output: Path | None) -> Path:
-        asked.append((run, output))
+    def write(run: Path, output: Path | None, *, overwrite: bool) -> Path:
+        asked.append((run, output, overwrite))
         return output or run / "report.html"
 
     monkeypatch.setattr(page, "write_report", write)
     answer = moesmith("report", finished)
     assert (answer.status, answer.err.strip()) == (0, f"written: {finished}/report.html")
-    moesmith("report", finished, "--output", tmp_path / "x.html")
-    assert asked == [(finished, None), (finished, tmp_path / "x.html")]
+    moesmith("report", finished, "--output", tmp_path / "x.html", "--overwrite")
+    assert asked == [(finished, None, False), (finished, tmp_path / "x.html", True)]
 
 
 def test_the_same_command_again_says_that_it_is_done(home: Path, finished: Path) -> None:

@@ -79,7 +79,7 @@ def test_what_it_says_about_its_size(runs: dict[str, Path], tmp_path: Path) -> N
         assert found["share"] == pytest.approx(on_disk / found["parent_bytes"])
         assert {part} == found["parts"].keys() & set(names.values())
     assert not [*(tmp_path / "masks" / "stock").glob("tokenizer*")]  # as the first folder's
-    table = moesmith("pack", runs["bias"], "--out", tmp_path / "bias").out  # an older delta is replaced
+    table = moesmith("pack", runs["bias"], "--out", tmp_path / "bias", "--overwrite").out
     for part in ("channels", "router", "bias", "lora", "norms", "files", "of the parent"):
         assert part in table
 
@@ -111,13 +111,17 @@ def test_a_wrong_parent(runs: dict[str, Path], tmp_path: Path) -> None:
 def test_what_lies_there_is_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("ten years of work")
-    refused(moesmith("pack", runs["bias"], "--out", tmp_path / "mine"), "mine exists and holds something else. Give an")
+    refused(
+        moesmith("pack", runs["bias"], "--out", tmp_path / "mine"),
+        "mine exists and holds something else: ",
+    )
     delta, made = tmp_path / "delta", tmp_path / "made"
     pack(runs["bias"], delta)
-    for out in (tmp_path / "mine", runs["bias"], delta):
+    says = {tmp_path / "mine": "exists and holds something else: ", runs["bias"]: "exists and holds something else: "}
+    for out, line in (says | {delta: "is .*delta, which this command reads"}).items():
         before = sums_of(out)
         answer = moesmith("unpack", delta, "--model", parent_of(runs["bias"]), "--out", out)
-        refused(answer, "exists and holds something else. Give another folder")
+        refused(answer, line)
         assert sums_of(out) == before
     refused(
         moesmith("unpack", tmp_path / "mine", "--model", "x", "--out", made), r"delta\.json is missing. Give a whole"

@@ -9,11 +9,13 @@ import pytest
 import torch
 from carvings import random_carving
 from commands import moesmith
-from sources import IDS, permuted, tiny_source
+from refusals import refused
+from sources import IDS, export, permuted, tiny_source
 from tiny import LLAMA3_ROPE, STOCK, tiny_parent
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moesmith.artefact import sums_of
 from moesmith.conversion import convert
 from moesmith.errors import MoesmithError
 from moesmith.export import gguf as target_module
@@ -111,9 +113,9 @@ def test_wrong_files_are_caught_and_gone(tmp_path: Path) -> None:
     source, out = tiny_source("llama"), tmp_path / "moe.gguf"
     other = tiny_parent("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     for wrong in (permuted(source), replace(source, parent=other)):
-        Gguf().write(wrong, out, Options(quant="f32"))
-        with pytest.raises(MoesmithError, match=r"does not answer in llama\.cpp as the carving does: its log-prob"):
-            Gguf().verify(source, out, IDS)
+        says = r"moe\.gguf does not answer in llama\.cpp as the carving does: its log-prob"
+        with pytest.raises(MoesmithError, match=says):
+            export(Gguf(), wrong, source, out)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -130,20 +132,16 @@ def test_a_fault_is_found_before_quantising(tmp_path: Path, monkeypatch: pytest.
 def test_another_template_and_another_tokenizer_are_caught(tmp_path: Path) -> None:
     source, out = tiny_source("llama"), tmp_path / "moe.gguf"
     Gguf().write(source, out, Options(quant="f32"))
-    kept = out.read_bytes()
     tokenizer = source.parent.tokenizer
     tokenizer.chat_template = str(tokenizer.chat_template) + " "
     with pytest.raises(MoesmithError, match="its chat template is not the parent's"):
         Gguf().verify(source, out, IDS)
-    assert not out.exists()
-    out.write_bytes(kept)
     tokenizer.chat_template = str(tokenizer.chat_template)[:-1]
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # splits where llama.cpp was told not to
         [pre_tokenizers.Split("o", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     with pytest.raises(MoesmithError, match="makes other tokens"):
         Gguf().verify(source, out, torch.tensor([tokenizer.encode("The brown fox")]))
-    assert not out.exists()
 
 
 def test_a_truncated_file_is_one_line(tmp_path: Path) -> None:
@@ -243,9 +241,15 @@ def test_missing_llamacpp_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_command(finished: Path, tmp_path: Path) -> None:
-    answer = moesmith("export", finished, "--to", "gguf", "--quant", "f32", "--out", tmp_path / "moe.gguf")
+    words = ["export", finished, "--to", "gguf", "--quant", "f32", "--out", tmp_path / "moe.gguf"]
+    answer = moesmith(*words)
     assert answer.status == 0, answer.err
     assert "greedy match" in answer.out
+    first = sums_of(tmp_path)
+    assert (tmp_path / "moe.gguf.sha256").read_text().endswith(f"\n{first['moe.gguf']}  moe.gguf\n")
+    refused(moesmith(*words), r"moe\.gguf exists\. Give --overwrite")
+    assert moesmith(*words, "--overwrite").status == 0
+    assert sums_of(tmp_path) == first
 
 
 @pytest.fixture(scope="module")

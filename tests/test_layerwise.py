@@ -123,7 +123,6 @@ def test_verified_in_turn(name: str, lost: bool, tmp_path: Path) -> None:
         match="missing tensors|cannot be loaded" if lost else "does not compute what the carving computes",
     ):
         verify_folder(parent, tmp_path / "moe", stock_reference(parent, carving), IDS[2])
-    assert not (tmp_path / "moe").exists()
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,6 @@ def test_the_native_folder_is_judged(compensation: str, tmp_path: Path) -> None:
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(MoesmithError, match="does not compute what the carving computes"):
         verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)
-    assert not (tmp_path / "moe").exists()
 
 
 # --- a whole run ----------------------------------------------------------------------------------------------

@@ -258,9 +258,9 @@ def test_names_are_escaped_too(tmp_path: Path) -> None:
 
 
 def test_missing_parts_are_one_sentence(tmp_path: Path) -> None:
-    write_json(tmp_path / "run.json", {"recipe": {"name": "static", "carve": {"experts": 1, "top_k": 1, "ratio": 0.5}}})
-    target = tmp_path / "elsewhere" / "page.html"
-    assert write_report(tmp_path, target) == target
+    run, target = tmp_path / "run", tmp_path / "elsewhere" / "page.html"
+    write_json(run / "run.json", {"recipe": {"name": "static", "carve": {"experts": 1, "top_k": 1, "ratio": 0.5}}})
+    assert write_report(run, target) == target
     text = target.read_text()
     assert len(re.findall(r'<p class="absent">(?!The colours)', text)) == 6
     assert tuple(Reader(text).sections) == SECTIONS

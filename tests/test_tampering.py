@@ -130,6 +130,7 @@ def test_one_shard_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         damage(shards[1])
         with pytest.raises(MoesmithError, match=rf"{shards[1].name} is missing or damaged\. Delete"):
             verify_files(tmp_path / "moe", folders.REMAKE)
+        shutil.rmtree(tmp_path / "moe")
 
 
 @pytest.mark.parametrize("where", ["model", "parent"])

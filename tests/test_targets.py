@@ -15,15 +15,16 @@ from masked import harvested
 from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sources import IDS, permuted, tiny_source
+from sources import IDS, export, permuted, tiny_source
 from tiny import FAMILIES, LLAMA3_ROPE, tiny_parent
 
-from moesmith.artefact import SUMS
+from moesmith.artefact import SUMS, read_json, sums_of
 from moesmith.errors import MoesmithError
 from moesmith.export.sglang import misread
 from moesmith.export.stock import ALIGN
 from moesmith.export.target import Options, Source, parse_size
-from moesmith.export.targets import TARGETS, check_out, staged
+from moesmith.export.targets import TARGETS, check_out
+from moesmith.outputs import new_folder
 from moesmith.proof import NATIVE
 
 NO_GATE = "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one"
@@ -114,22 +115,20 @@ def test_sglang_config_that_would_be_misread(family: str, change: dict[str, Any]
 
 
 def test_sglang_misread_folder_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = tiny_source("llama"), tmp_path / "out"
-    TARGETS["sglang"].write(source, out, Options())
+    source = tiny_source("llama")
     monkeypatch.setattr("moesmith.export.sglang.misread", lambda _: "of a fault")
-    with pytest.raises(MoesmithError, match=r"misread .*of a fault"):
-        TARGETS["sglang"].verify(source, out, IDS)
-    assert not out.exists()
+    with pytest.raises(MoesmithError, match=r"misread .*out: of a fault"):
+        export(TARGETS["sglang"], source, source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["hf", "sglang", "native"])
 def test_wrong_exports_are_caught_and_gone(name: str, tmp_path: Path) -> None:
-    source, target, out = tiny_source("llama"), TARGETS[name], tmp_path / "out"
+    source, target = tiny_source("llama"), TARGETS[name]
     based = replace(source, parent=tiny_parent("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
     for wrong in (permuted(source), based):
-        target.write(wrong, out, Options())
-        with pytest.raises(MoesmithError, match="does not compute what the carving computes"):
-            target.verify(source, out, IDS)
+        with pytest.raises(MoesmithError, match="out does not compute what the carving computes"):
+            export(target, wrong, source, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
 
 
@@ -140,9 +139,10 @@ def test_a_swapped_tensor_on_disk_is_caught(tmp_path: Path) -> None:
     names = [f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in (0, 1)]
     tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    before = sums_of(out)
     with pytest.raises(MoesmithError, match="does not compute"):
         TARGETS["hf"].verify(source, out, IDS)
-    assert not out.exists()
+    assert sums_of(out) == before  # what is judged is only read: it is no longer what moesmith wrote
 
 
 def test_an_older_export_outlives_a_failed_one(tmp_path: Path) -> None:
@@ -150,18 +150,13 @@ def test_an_older_export_outlives_a_failed_one(tmp_path: Path) -> None:
     TARGETS["hf"].write(source, out, Options())
     before = (out / "model.safetensors").read_bytes()
 
-    def fail() -> None:
-        with staged(out) as work:
-            TARGETS["hf"].write(permuted(source), work, Options())
-            TARGETS["hf"].verify(source, work, IDS)
-
     with pytest.raises(MoesmithError, match="does not compute") as error:
-        fail()
+        export(TARGETS["hf"], permuted(source), source, out, overwrite=True)
     assert str(out) in str(error.value)
     assert ".tmp" not in str(error.value)
     assert (out / "model.safetensors").read_bytes() == before
     assert list(tmp_path.iterdir()) == [out]
-    with staged(out) as work:
+    with new_folder(out, overwrite=True) as work:
         TARGETS["hf"].write(permuted(source), work, Options())
     assert (out / "model.safetensors").read_bytes() != before
     assert list(tmp_path.iterdir()) == [out]
@@ -219,7 +214,13 @@ def test_export_command(finished: Path, tmp_path: Path) -> None:
     assert json.loads(answer.out)["argmax_agreement"] == 1.0
     with safe_open(sorted(out.glob("*.safetensors"))[-1], "pt") as file:
         assert "lm_head.weight" in file.keys()  # noqa: SIM118
-    assert "argmax agreement" in moesmith("export", finished, "--to", "native", "--out", out).out
+    again = ["export", finished, "--to", "native", "--out", out]
+    before = sums_of(out)
+    refused(moesmith(*again), r"moe exists\. Give --overwrite")
+    assert sums_of(out) == before
+    assert "argmax agreement" in moesmith(*again, "--overwrite").out
+    assert read_json(out / "config.json")["model_type"] == "moesmith"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
@@ -244,12 +245,12 @@ def test_bad_words_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_holds_no_model_is_not_written_over(tmp_path: Path) -> None:
+def test_what_holds_no_model_is_not_written_over(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    for out in (tmp_path, tmp_path / "notes"):
-        with pytest.raises(MoesmithError, match="holds no model"):
-            check_out(out, TARGETS["hf"])
+    for out, says in ((tmp_path, "holds something else: it has no SHA256SUMS"), (tmp_path / "notes", "is no folder")):
+        with pytest.raises(MoesmithError, match=says):
+            check_out(out, TARGETS["hf"], finished)
     (tmp_path / "a.gguf").mkdir()
     with pytest.raises(MoesmithError, match="is no name of"):
-        check_out(tmp_path / "a.gguf", TARGETS["gguf"])
+        check_out(tmp_path / "a.gguf", TARGETS["gguf"], finished)
     refused(moesmith("export", tmp_path, "--explain"), "run.json is missing")

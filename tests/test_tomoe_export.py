@@ -230,7 +230,7 @@ SPOILT = ("self_attn.q_proj.weight", "self_attn.head_gate.proj_out_hR", "mlp.exp
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_a_folder_that_disagrees_is_deleted(name: str, tmp_path: Path) -> None:
+def test_a_folder_that_disagrees(name: str, tmp_path: Path) -> None:
     parent = tiny_parent("llama")
     carving, _ = written(parent, tmp_path / "moe", budget=0.5)
     path = tmp_path / "moe" / "model.safetensors"
@@ -239,7 +239,6 @@ def test_a_folder_that_disagrees_is_deleted(name: str, tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(MoesmithError, match="does not compute what the carving computes"):
         verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)
-    assert not (tmp_path / "moe").exists()
 
 
 # --- where moesmith is not installed ----------------------------------------------------------------------------

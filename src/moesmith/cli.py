@@ -30,6 +30,7 @@ Device = Annotated[
     str, typer.Option(help="where: auto (the accelerator with the most free memory), cpu, cuda, mps, xpu")
 ]
 Time = Annotated[str | None, typer.Option(help="scale calibration and training text to what fits in e.g. 15m or 2h")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what moesmith wrote there and nobody changed")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
 
@@ -129,17 +130,22 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this file")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Evaluate the finished model beside its dense parent."""
     from moesmith.compare import compare
+    from moesmith.outputs import check_result, new_file
 
+    if json_file is not None:
+        check_result(json_file, run, data, overwrite=overwrite)
     table = compare(run, data, [task for task in tasks.split(",") if task], limit, tokens, dtype, device)
     rows = [(row["task"], row["metric"], row["parent"], row["moe"]) for row in table["results"]]
     show_table(f"{run}", ["task", "metric", "dense parent", "MoE"], rows)
     if json_file is not None:
         from moesmith.artefact import write_json
 
-        write_json(json_file, table)
+        with new_file(json_file, overwrite=overwrite) as work:
+            write_json(work, table)
 
 
 @app.command()
@@ -173,7 +179,7 @@ def generate(
 @app.command()
 def export(
     run: RunFolder,
-    to: Annotated[str | None, typer.Option(help="hf, sglang, gguf or native")] = None,
+    to: Annotated[str | None, typer.Option(help="hf, sglang, gguf, native or delta")] = None,
     out_path: Annotated[Path | None, typer.Option("--out", help="the folder or file to write")] = None,
     quant: Annotated[str | None, typer.Option(help="of gguf: f32, bf16 (default), q8_0 or q4_k_m")] = None,
     untie: Annotated[bool, typer.Option("--untie", help="write the output head as a tensor of its own")] = False,
@@ -182,6 +188,7 @@ def export(
         bool, typer.Option("--explain", help="say which targets hold this model; write nothing")
     ] = False,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write the finished model for another runtime and compare it there."""
@@ -191,7 +198,8 @@ def export(
     if explain:
         found: Any = explain_run(run, device)
     else:
-        found = export_run(run, to, out_path, Options.parse(quant, untie, shard_size), device)
+        parsed = Options.parse(quant, untie, shard_size)
+        found = export_run(run, to, out_path, parsed, device, overwrite=overwrite)
     if as_json:
         _print_json(found)
     elif explain:
@@ -215,6 +223,7 @@ def bench(
     out_file: Annotated[Path | None, typer.Option("--out", help="JSON file; RUN/bench.json if left out")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Measure speed, memory and size of the finished model beside its dense parent, in turn."""
@@ -224,7 +233,8 @@ def bench(
 
     runtimes = None if runtime is None else words(runtime)
     batches, quants = numbers("--batch", batch), words(quant)
-    found = measure(run, runtimes, batches, prompt, new, quants, rounds, vllm_python, out_file, dtype, device)
+    facts = (prompt, new, quants, rounds, vllm_python, out_file, dtype, device)
+    found = measure(run, runtimes, batches, *facts, overwrite=overwrite)
     if as_json:
         _print_json(found)
     else:
@@ -235,23 +245,25 @@ def bench(
 def report(
     run: RunFolder,
     output: Annotated[Path | None, typer.Option(help="where to write; RUN/report.html if left out")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write one self-contained HTML page about a run."""
     from moesmith.report.page import write_report
 
-    say(f"written: {write_report(run, output)}")
+    say(f"written: {write_report(run, output, overwrite=overwrite)}")
 
 
 @app.command()
 def pack(
     run: RunFolder,
-    out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the delta, or an older delta")],
+    out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the delta")],
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Pack what a run changed of its parent: the finished model without the parent's weights."""
     from moesmith.export.delta import pack as write
 
-    found = write(run, out_folder)
+    found = write(run, out_folder, overwrite=overwrite)
     if as_json:
         _print_json(found)
         return

@@ -14,6 +14,7 @@ from moesmith.artefact import read_json
 from moesmith.compute import AUTO, Device, DType, free_memory, long_name, parse_dtype, short
 from moesmith.console import duration, say
 from moesmith.errors import MoesmithError
+from moesmith.outputs import check_place, existing
 from moesmith.pace import measure, parse_time, tokens_of, with_tokens
 from moesmith.parents import Parent, choose_compute, has_weights, load_parent, load_skeleton, tokenizer_digest
 from moesmith.pipeline import Run, check_folder
@@ -29,7 +30,7 @@ from moesmith.stages.data import (
     moments_stage,
     stages_to_train,
 )
-from moesmith.stages.finish import baseline_stage, evaluate_stage, export_stage
+from moesmith.stages.finish import baseline_stage, check_known, evaluate_stage, export_stage
 from moesmith.stages.masks import masks_stage, refit_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
@@ -82,8 +83,13 @@ def convert(
     out = Path(out)
     domains = choose_domains(data, chosen)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
+    source = model.source if isinstance(model, Parent) else model
+    begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it lies
+    check_place(out, existing(source, data, *reuse), begun, links=False)
     if time is None:
         check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
+    for name in ("model", "stock"):
+        check_known(out / name)
     room = parse_bytes(memory)
     shapes = _skeleton(model, _kept(out, dtype), device)
     say(f"computes in {shapes.choice or short(shapes.dtype)}")

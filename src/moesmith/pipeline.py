@@ -17,11 +17,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moesmith.artefact import MANIFEST, WRITE_CURE, commit, digest, finished, read_json, verify_files, write_json
+from moesmith.artefact import (
+    MANIFEST,
+    aside,
+    check_left,
+    commit,
+    digest,
+    finished,
+    hidden_beside,
+    read_json,
+    sweep,
+    verify_files,
+    write_cure,
+    write_json,
+)
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.recipe import Recipe
 
+LISTS = ("card.sha256", "report.html.sha256", "bench.json.sha256")
+OURS = ("run.json", "stages", "bench", "figures", "report.html", "bench.json", *LISTS)  # but for finished models
 WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
 
 
@@ -57,8 +72,7 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise MoesmithError(f"another process works in {self.folder}", "Wait for it, or stop it.") from error
-            for left in sorted([*self.folder.rglob(".*.tmp"), *self.folder.glob("stages/.*.taken")]):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            sweep(self.folder)
             header = {"recipe": self.recipe.model_dump(mode="json"), "inputs": self.inputs}
             known = self.folder / "run.json"
             before = read_json(known) if known.is_file() else {}
@@ -113,13 +127,15 @@ class Run:
         self.keys[name] = key
         final = self.path(name)
         if finished(final, key):
-            for left in WORKING:  # of a process killed between the rename and this
-                (final / left).unlink(missing_ok=True)
+            if _begun(final) == key:
+                for left in WORKING:  # of a process killed between the rename and this
+                    (final / left).unlink(missing_ok=True)
             verify_files(final)
             say(f"[{name}] done before")
             return final
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
+            check_left(final, WORKING)
             for other in self.reuse if shared else ():
                 if finished(other / "stages" / name, key):
                     verify_files(other / "stages" / name)
@@ -128,15 +144,15 @@ class Run:
                     return final
             self._make(name, key, {"needs": list(needs), "settings": dict(settings)}, body)
         except OSError as error:
-            raise MoesmithError(f"stage {name} stopped: {error}", WRITE_CURE) from error
+            raise MoesmithError(f"stage {name} stopped: {error}", write_cure(error)) from error
         return final
 
     def _make(self, name: str, key: str, facts: dict[str, Any], body: Callable[[Path], Mapping[str, Any]]) -> None:
         final = self.path(name)
         say(f"[{name}]")
         work = final.parent / f".{name}.partial"
-        if not (work / ".key").is_file() or (work / ".key").read_text() != key:
-            shutil.rmtree(work, ignore_errors=True)
+        if _begun(work) != key:
+            _drop_partial(work)
             work.mkdir()
             (work / ".key").write_text(key)
         started = time.monotonic()
@@ -154,18 +170,33 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
+def _begun(work: Path) -> str | None:
+    """The key of the stage that a folder was filled for, while it is working state."""
+    return (work / ".key").read_text() if (work / ".key").is_file() else None
+
+
+def _drop_partial(work: Path) -> None:
+    """Remove an unfinished stage: its key is in it, or nothing is."""
+    if not os.path.lexists(work):
+        return
+    if work.is_symlink() or not work.is_dir() or (_begun(work) is None and any(work.iterdir())):
+        raise MoesmithError(f"{work} is not a stage that moesmith began", "Delete it or move it away.")
+    shutil.rmtree(work)
+
+
 def _take_over(source: Path, final: Path) -> None:
     """Hard-link (or copy) a finished stage of another run."""
-    work = final.with_name(f".{final.name}.taken")
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(final.with_name(f".{final.name}.partial"), ignore_errors=True)
+    _drop_partial(final.with_name(f".{final.name}.partial"))
+    hidden = hidden_beside(final)
+    work = hidden / final.name
     try:
         shutil.copytree(source, work, copy_function=os.link)
     except OSError:  # another file system
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(source, work)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(work, final)
+    with aside(final):
+        os.replace(work, final)
+    hidden.rmdir()
 
 
 def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> None:
@@ -186,6 +217,8 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
             raise MoesmithError(f"{folder} exists and holds no moesmith run", "Give another --out.")
         return
     before = read_json(known)
+    if not isinstance(before, dict) or not {"recipe", "inputs"} <= before.keys():
+        raise MoesmithError(f"{folder} exists and holds no moesmith run", "Give another --out.")
     changed = _changes(before.get("recipe"), recipe.model_dump(mode="json"))
     old = before.get("inputs", {})
     for name in ("model", "data"):
@@ -200,6 +233,10 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
         raise MoesmithError(
             f"{folder} holds a run with other settings: {'; '.join(changed)}",
             "Give another --out, or the old settings to continue it.",
+        )
+    if changed and not all(path.name in OURS or _just_begun(path) for path in folder.iterdir()):
+        raise MoesmithError(
+            f"{folder} holds other files beside a run that was only begun, with other settings", "Give another --out."
         )
 
 

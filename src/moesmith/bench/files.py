@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from moesmith.export.converter import convert
 from moesmith.export.folder import whole_folder, write_companions
 from moesmith.export.gguf import Gguf
 from moesmith.export.target import Options, Source
-from moesmith.export.targets import staged
+from moesmith.outputs import check_file, new_file
 from moesmith.overview import STOCK
 from moesmith.parents import quiet
 
@@ -44,7 +44,7 @@ class Files:
         out = self.cache / "dense"
 
         def write() -> None:
-            with whole_folder(out) as work, quiet():
+            with whole_folder(out, overwrite=True) as work, quiet():
                 model.save_pretrained(work)
                 write_companions(parent, work)
 
@@ -70,11 +70,11 @@ class Files:
         folder = self.folders()[0]
 
         def write_dense() -> None:
-            with staged(dense) as work:
+            with new_file(dense, overwrite=True) as work:
                 convert(folder, work, quant, "dense")
 
         def write_moe() -> None:
-            with staged(moe) as work:
+            with new_file(moe, overwrite=True) as work:
                 target.write(source, work, Options(quant=quant))  # type: ignore[arg-type]
                 target.verify(source, work, source.ids)
 
@@ -83,8 +83,12 @@ class Files:
         return dense, moe
 
     def _once(self, path: Path, made_from: dict[str, Any], write: Callable[[], None]) -> None:
-        """Write ``path`` unless it is there, made from the same."""
+        """Write ``path`` unless it is there, made from the same; what is replaced is ours and unchanged."""
         index = self.cache / KEYS
+        try:
+            check_file(index, overwrite=True)
+        except MoesmithError as error:
+            raise MoesmithError(f"{self.cache} is not as moesmith left it", "Delete it or move it away.") from error
         known: dict[str, str] = read_json(index) if index.is_file() else {}
         key = digest(made_from)
         if path.exists() and known.get(path.name) == key:
@@ -95,9 +99,11 @@ class Files:
             write()
         except MoesmithError:
             if new:
-                shutil.rmtree(self.cache, ignore_errors=True)
+                with contextlib.suppress(OSError):  # something else may be in it by now
+                    self.cache.rmdir()
             raise
-        write_json(index, known | {path.name: key})
+        with new_file(index, overwrite=True) as work:
+            write_json(work, known | {path.name: key})
 
 
 def _export_key(run: Path) -> str:

@@ -32,6 +32,7 @@ from moesmith.export.converter import OUTTYPES
 from moesmith.export.gguf import Gguf
 from moesmith.export.target import Source
 from moesmith.export.targets import source_of
+from moesmith.outputs import check_result, new_file
 from moesmith.parents import choose_compute
 from moesmith.pipeline import versions
 
@@ -52,8 +53,10 @@ def bench(
     out: Path | None = None,
     dtype: DType = AUTO,
     device: Device = AUTO,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Measure a finished run's speed beside its parent's; writes the result as JSON, and the figure ``bench.png``.
+    """Measure a finished run's speed beside its parent's; writes the result as JSON, and a figure in ``figures``.
 
     Args:
         folder: a finished run.
@@ -64,17 +67,22 @@ def bench(
         quants: types of the weights in llama.cpp.
         rounds: how often each model is measured.
         vllm_python: the interpreter of vLLM's environment.
-        out: the JSON file; ``RUN/bench.json`` when ``None``.
+        out: the JSON file; ``RUN/bench.json`` when ``None``. The figure has its name and lies in ``figures`` beside it.
         dtype: what transformers computes in; the fastest here for ``auto``.
         device: where transformers does.
+        overwrite: replace what moesmith wrote there.
 
     Returns:
         what the file holds (docs/speed.md).
 
     Raises:
-        MoesmithError: the run is not finished, a runtime is unknown, not installed, cannot hold the model, or fails.
+        MoesmithError: the run is not finished, ``out`` may not be written, a runtime is unknown, not installed, cannot
+            hold the model, or fails.
     """
     header_of(folder)
+    out = out or folder / "bench.json"
+    figure = f"figures/{out.stem}.png"
+    check_result(out, folder, overwrite=overwrite, beside=[figure])
     _check(runtimes, batches, quants, min(prompt, new, rounds))
     pythons = _installed(runtimes, vllm_python)
     source = source_of(folder, "cpu")
@@ -122,8 +130,11 @@ def bench(
                     measured = _rounds(workers, rows[:batch], new, rounds, bar, f"{runtime} {quant} batch {batch}")
                     limit = bounds(*weights[cell], batch, prompt, new)
                     found["results"].append(result | summary(measured, batch, prompt, new, limit) | _files(pairs[cell]))
-    write_json(out or folder / "bench.json", found)
-    _picture(found, folder)
+    with new_file(out, overwrite=overwrite) as work:
+        write_json(work, found)
+        drawn = _picture(found, work.parent / figure)
+    if drawn:
+        say(f"figure: {out.parent / figure}")
     return found
 
 
@@ -283,11 +294,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _picture(found: dict[str, Any], folder: Path) -> None:
+def _picture(found: dict[str, Any], path: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         say("without a figure: it needs matplotlib (pip install 'moesmith[report]')")
-        return
+        return False
     from moesmith.bench.figure import bench_figure, save
 
-    path = save(bench_figure(found), folder / "figures" / "bench.png")
-    say(f"figure: {path}")
+    save(bench_figure(found), path)
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ def convert(folder: Path, out: Path, outtype: str, name: str) -> None:
 
     Args:
         folder: config, safetensors and tokenizer, in a layout that the converter reads.
-        out: the file; what a failed conversion leaves is removed.
+        out: a new file; what a failed conversion leaves is removed.
         outtype: ``f32``, ``bf16`` or ``q8_0``; norms and routers are f32 in each.
         name: of the model, kept in the file.
 
     Raises:
-        MoesmithError: the converter is not installed, does not know the tokenizer, or fails.
+        MoesmithError: ``out`` exists, or the converter is not installed, does not know the tokenizer, or fails.
     """
+    if os.path.lexists(out):
+        raise MoesmithError(f"{out} exists", "Give another name.")
     try:
         import gguf
         from conversion import ModelBase, get_model_class

@@ -19,6 +19,7 @@ from torch import Tensor
 from moesmith.artefact import (
     MANIFEST,
     SUMS,
+    TEMPORARY,
     differing,
     listed,
     read_json,
@@ -36,6 +37,7 @@ from moesmith.export.folder import whole_folder, write_shards
 from moesmith.export.native import named_tensors
 from moesmith.export.stock import ARCHITECTURES, stock_tensors
 from moesmith.export.target import Options, Source
+from moesmith.outputs import check_folder, check_place, existing, inputs_of
 from moesmith.parents import Parent, load_parent
 from moesmith.pipeline import versions
 from moesmith.proof import NATIVE
@@ -63,7 +65,7 @@ AGAIN = "Fetch the delta again, or pack it again."
 class Delta:
     """``--to delta``: the same as ``moesmith pack``."""
 
-    name, takes, suffix, mark = "delta", frozenset[str](), "", MARK
+    name, takes, suffix = "delta", frozenset[str](), ""
 
     def explain(self, source: Source) -> str | None:
         """A carving always fits on its parent."""
@@ -84,7 +86,7 @@ class Delta:
         return {"verified": "every file, by sha256"}
 
 
-def pack(run: Path, out: Path, parent: Parent | None = None) -> dict[str, Any]:
+def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool = False) -> dict[str, Any]:
     """Write what ``run`` changed of its parent into the folder ``out``, whole or not at all, and prove it.
 
     The proof is the reverse: the finished folders are made again from parent and delta, in a hidden folder beside
@@ -92,8 +94,9 @@ def pack(run: Path, out: Path, parent: Parent | None = None) -> dict[str, Any]:
 
     Args:
         run: a finished run.
-        out: a new or empty folder, or an older delta, which is replaced.
+        out: a new or empty folder, or with ``overwrite`` a folder that moesmith wrote.
         parent: the run's; loaded from where it was if left out.
+        overwrite: replace what moesmith wrote.
 
     Returns:
         ``delta``, ``bytes``, ``parent_bytes``, ``model_bytes`` (of the finished folders), ``share`` of the parent's
@@ -101,17 +104,19 @@ def pack(run: Path, out: Path, parent: Parent | None = None) -> dict[str, Any]:
         kind of content.
 
     Raises:
-        MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` holds something else or
-            cannot be written, or the carving does not give the finished folders.
+        MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` may not
+            (``outputs.py``) or cannot be written, or the carving does not give the finished folders.
     """
     header = header_of(run)
+    check_place(out, inputs_of(run))
+    check_folder(out, overwrite=overwrite)  # before the files of the run are compared with their hashes
     export = read_json(run / "stages" / "export" / MANIFEST)
     stage = run / "stages" / export["needs"][0]
     verify_files(stage)
     folders = {name: run / name for name in FOLDERS if name == "model" or name in export["metrics"]}
     for folder in folders.values():
         check_finished(folder)
-    with whole_folder(out, MARK) as work:  # refuses an occupied folder before the parent is loaded
+    with whole_folder(out, overwrite=overwrite) as work:
         parent = parent or parent_of(run, None, "cpu")
         facts: dict[str, Any] = {
             "format": FORMAT,
@@ -130,7 +135,7 @@ def pack(run: Path, out: Path, parent: Parent | None = None) -> dict[str, Any]:
         for name, folder in folders.items():
             _carry(folder, work / name, work / FOLDERS[0])
         write_json(work / MARK, facts)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp") as scratch:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=TEMPORARY) as scratch:
             for name in _rebuild(parent, work, facts, Path(scratch))[:1]:
                 raise MoesmithError(
                     f"{run / name} is not what this moesmith makes of {stage}",
@@ -163,10 +168,12 @@ def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
 
     Raises:
         MoesmithError: ``delta`` is no delta, damaged, or of a newer moesmith; ``model`` is not its parent; ``out``
-            holds something or cannot be written; a file came out otherwise than it was packed.
+            holds something, is read or cannot be written; a file came out otherwise than it was packed.
     """
+    check_place(out, existing(delta, model))
+    check_folder(out, overwrite=False)
     facts = _facts(delta)
-    with whole_folder(out, None) as work:  # refuses an occupied folder before the parent is loaded
+    with whole_folder(out, sums=False) as work:
         stored = getattr(torch, facts["parent"]["dtype"])
         parent = load_parent(model, stored, stored=stored, device="cpu")
         expected = facts["parent"]["model_digest"]

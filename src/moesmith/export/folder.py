@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +20,7 @@ from moesmith.artefact import read_json, write_json, write_sums, write_tensors
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Layered, layered
 from moesmith.native.modeling import MoesmithConfig
+from moesmith.outputs import new_folder
 from moesmith.parents import Parent, checked, first_line, quiet
 from moesmith.structure import decoder_layers
 
@@ -131,39 +129,24 @@ def _one_layer(config: Any, index: int, shell: bool) -> PreTrainedConfig:
 
 
 @contextmanager
-def whole_folder(folder: Path, mark: str | None = "config.json") -> Iterator[Path]:
+def whole_folder(folder: Path, *, overwrite: bool = False, sums: bool = True) -> Iterator[Path]:
     """A hidden folder to fill, renamed to ``folder`` at the end with the list of its files (``SHA256SUMS``) in it.
 
     An error leaves ``folder`` as it was.
 
     Args:
-        folder: what to make.
-        mark: the file by which an older folder of this kind is known, to be replaced. ``None`` replaces nothing and
-            writes no list: the folder holds models that have their own.
+        folder: a new or empty folder, or with ``overwrite`` one that moesmith wrote and nobody changed.
+        overwrite: replace what moesmith wrote.
+        sums: write the list; not for a folder that holds models which have their own.
 
     Raises:
-        MoesmithError: ``folder`` is a file, holds files of another kind, or cannot be written.
+        MoesmithError: ``folder`` is a file, holds something else, or cannot be written.
     """
-    known = mark is not None and (folder / mark).is_file()
-    if folder.exists() and not known and (folder.is_file() or any(folder.iterdir())):
-        raise MoesmithError(f"{folder} exists and holds something else", "Give another folder, or delete it.")
-    work = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
+    with new_folder(folder, overwrite=overwrite) as work:
         work.mkdir()
         yield work
-        if mark is not None:
+        if sums:
             write_sums(work)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(work, folder)
-    except OSError as error:
-        place = error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EROFS)
-        cure = "Give another folder." if place else "Free disk space and run again."
-        raise MoesmithError(f"cannot write {folder}: {error.strerror or error}", cure) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int | None = None) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesmith.artefact import hidden_beside, write_cure
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.converter import convert
@@ -26,7 +27,7 @@ from moesmith.export.llamacpp import Answers, Questions, ask
 from moesmith.export.quantise import quantise, tensor_type
 from moesmith.export.stock import Layout, stock_reference, stock_refusal, stock_width, write_stock
 from moesmith.export.target import Options, Source, reach_loss, stock_losses
-from moesmith.export.verify import run
+from moesmith.export.verify import judging, run
 from moesmith.parents import Parent
 from moesmith.structure import head_dim
 
@@ -41,7 +42,7 @@ ROPE = {"llama": ("default", "llama3", "linear", "yarn"), "qwen3moe": ("default"
 class Gguf:
     """One GGUF file."""
 
-    name, takes, suffix, mark = "gguf", frozenset({"quant", "untie"}), ".gguf", "config.json"
+    name, takes, suffix = "gguf", frozenset({"quant", "untie"}), ".gguf"
 
     def explain(self, source: Source) -> str | None:
         """What no stock architecture holds, or llama.cpp's graphs do not compute."""
@@ -75,9 +76,9 @@ class Gguf:
             raise MoesmithError(reason, "Write another target, such as native.")
         parent, quant = source.parent, options.quant or "bf16"
         dialect = "mixtral" if parent.family == "qwen2_moe" else parent.family
-        work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        if out.exists():
+            raise MoesmithError(f"{out} exists", "Give another name.")
+        work = hidden_beside(out)
         try:
             folder, plain, made = work / "folder", work / "f32.gguf", work / out.name
             layout = Layout(dialect, options.untie, source.reach)
@@ -88,27 +89,23 @@ class Gguf:
                 plain.rename(made)
             else:
                 say(f"  comparing in f32 before {quant}")
-                compare(source, plain, source.ids)
+                with judging(out):
+                    compare(source, plain, source.ids)
                 if quant == "q4_k_m":
                     facts["tensors"] = quantise(plain, made)
                 else:
                     convert(folder, made, quant, name)
             os.replace(made, out)
         except OSError as error:
-            raise MoesmithError(
-                f"cannot write {out}: {error.strerror or error}", "Free disk space and run again."
-            ) from error
+            raise MoesmithError(f"cannot write {out}: {error.strerror or error}", write_cure(error)) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return facts | {"architecture": graph_of(parent), "quant": quant, "bytes": out.stat().st_size}
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
         """Log-probabilities and greedy tokens in llama.cpp, tokens of the text, and the chat template."""
-        try:
+        with judging(out):
             return compare(source, out, ids)
-        except MoesmithError:
-            out.unlink(missing_ok=True)
-            raise
 
 
 def graph_of(parent: Parent) -> str:

@@ -15,7 +15,7 @@ from moesmith.export.verify import verify_folder
 class HuggingFace:
     """Mixtral, Qwen2-MoE or Qwen3-MoE, whichever holds the parent's attention."""
 
-    name, takes, suffix, mark = "hf", frozenset({"untie", "shard_bytes"}), "", "config.json"
+    name, takes, suffix = "hf", frozenset({"untie", "shard_bytes"}), ""
 
     def explain(self, source: Source) -> str | None:
         """What no stock architecture holds."""

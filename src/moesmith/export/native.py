@@ -30,7 +30,7 @@ CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that
 class Native:
     """``--to native``: moesmith's own format holds every carving as it is."""
 
-    name, takes, suffix, mark = "native", frozenset({"shard_bytes"}), "", "config.json"
+    name, takes, suffix = "native", frozenset({"shard_bytes"}), ""
 
     def explain(self, source: Source) -> str | None:
         """It always fits."""
@@ -49,19 +49,21 @@ class Native:
         return verify_folder(source.parent, out, build(source.parent, source.carving, "sliced"), ids)
 
 
-def write_native(parent: Parent, carving: Carving, folder: Path, shard_bytes: int | None = None) -> dict[str, Any]:
+def write_native(
+    parent: Parent, carving: Carving, folder: Path, shard_bytes: int | None = None, *, overwrite: bool = False
+) -> dict[str, Any]:
     """Write ``folder`` in moesmith's own format, in the parent's dtype, whole or not at all.
 
     ``from_pretrained`` gives back ``moe.build(parent, carving, "sliced")``: to the last bit, attention apart, which is
     narrower here where it is masked there. Weights are made and written one shard at a time, of ``shard_bytes`` at most
-    (:data:`folder.SHARD_BYTES` if not given).
+    (:data:`folder.SHARD_BYTES` if not given). With ``overwrite`` a model that moesmith wrote there is replaced.
 
     Returns:
         ``architecture``, ``expert_width`` (channels of the widest expert), ``zero_channels`` (share of channels on disk
         that is padding) and ``bytes``.
 
     Raises:
-        MoesmithError: ``folder`` holds something that is not a model, or the disk is full.
+        MoesmithError: ``folder`` holds something (:func:`folder.whole_folder`), or cannot be written.
     """
     widths_LE = carving.widths()
     widths_L = widths_LE.amax(1)
@@ -87,7 +89,7 @@ def write_native(parent: Parent, carving: Carving, folder: Path, shard_bytes: in
         "AutoModelForCausalLM": MoesmithForCausalLM,
     }
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
-    with whole_folder(folder) as work:
+    with whole_folder(folder, overwrite=overwrite) as work:
         size = write_shards(work, named_tensors(parent, carving), shard_bytes)
         config.save_pretrained(work)
         for name in CODE:

@@ -9,7 +9,6 @@ SGLang itself, which wants a GPU, is not run here.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from moesmith.structure import head_dim
 class SGLang:
     """Mixtral, Qwen2-MoE or Qwen3-MoE with the head untied."""
 
-    name, takes, suffix, mark = "sglang", frozenset({"untie", "shard_bytes"}), "", "config.json"
+    name, takes, suffix = "sglang", frozenset({"untie", "shard_bytes"}), ""
 
     def explain(self, source: Source) -> str | None:
         """What no stock architecture holds, or SGLang's reading of it ignores."""
@@ -59,8 +58,7 @@ class SGLang:
         reference = stock_reference(source.parent, source.carving)
         found = verify_folder(source.parent, out, reference, ids[:, : source.reach])
         if (odd := misread(out)) is not None:
-            shutil.rmtree(out, ignore_errors=True)
-            raise MoesmithError(f"SGLang would misread {out}: {odd}", "It was deleted. Please report it.")
+            raise MoesmithError(f"SGLang would misread {out}: {odd}", "Delete it if it is still there, and report it.")
         return found
 
 

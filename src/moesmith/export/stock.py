@@ -257,23 +257,25 @@ def write_stock(
     folder: Path,
     dtype: torch.dtype = torch.bfloat16,
     layout: Layout = Layout(),
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
 
-    Weights are made and written one shard at a time, so a model larger than the memory left fits. An earlier model
-    in ``folder`` is replaced. Follow with :func:`verify_folder`.
+    Weights are made and written one shard at a time, so a model larger than the memory left fits. With
+    ``overwrite`` a model that moesmith wrote there is replaced. Follow with :func:`verify_folder`.
 
     Returns:
         ``architecture``, ``expert_width`` (channels on disk), ``zero_channels`` (share of them that is padding) and
         ``bytes``.
 
     Raises:
-        MoesmithError: the parent, the gate or a bias does not fit a stock architecture, ``folder`` holds something that
-            is not a model, or the disk is full.
+        MoesmithError: the parent, the gate or a bias does not fit a stock architecture, ``folder`` holds something
+            (:func:`folder.whole_folder`), or cannot be written.
     """
     config = stock_config(parent, carving, layout)
     config.dtype = dtype
-    with whole_folder(folder) as work:
+    with whole_folder(folder, overwrite=overwrite) as work:
         size = write_shards(work, stock_tensors(parent, carving, dtype, layout), layout.shard_bytes)
         config.save_pretrained(work)
         _add_legacy_fields(work / "config.json")

@@ -100,13 +100,11 @@ class Target(Protocol):
         name: the word after ``--to``.
         takes: the fields of :class:`Options` that it obeys; others are refused.
         suffix: of the file it writes; empty for a folder.
-        mark: the file by which an older folder of this kind is known, to be replaced.
     """
 
     name: str
     takes: frozenset[str]
     suffix: str
-    mark: str
 
     def explain(self, source: Source) -> str | None:
         """The one property that forbids this target, or ``None``: it fits."""
@@ -115,7 +113,7 @@ class Target(Protocol):
         """What the source has and this target has not, with these options or (``None``) with some."""
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """Write ``out``, whole or not at all.
+        """Write ``out``, where nothing lies, whole or not at all.
 
         Returns:
             facts about what was written, JSON-able.
@@ -131,7 +129,7 @@ class Target(Protocol):
             how far apart they are, JSON-able.
 
         Raises:
-            MoesmithError: they answer differently. ``out`` is deleted.
+            MoesmithError: they answer differently, or one does not answer. ``out`` is only read.
         """
 
 

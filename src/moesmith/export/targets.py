@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from moesmith.export.hf import HuggingFace
 from moesmith.export.native import Native
 from moesmith.export.sglang import SGLang
 from moesmith.export.target import Options, Source, Target
+from moesmith.outputs import check_file, check_folder, check_place, inputs_of, new_file, new_folder
 from moesmith.overview import CARVINGS
 
 ROWS, POSITIONS = 2, 128  # of held-out text, compared after writing
@@ -78,23 +75,30 @@ def rows_of(explained: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 
 def export_run(
-    folder: Path, to: str | None, out: Path | None, options: Options, device: Device = AUTO
+    folder: Path,
+    to: str | None,
+    out: Path | None,
+    options: Options,
+    device: Device = AUTO,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a run's model for a target and compare it in its runtime; ``out`` appears whole and proved, or not at all.
 
     Args:
         folder: a finished run.
         to: a name of :data:`TARGETS`.
-        out: the folder or file to write; a model that is there is replaced.
+        out: the folder or file to write, outside of the run.
         options: what is asked of the target.
         device: where a folder is compared with the carving, in fp32.
+        overwrite: replace what moesmith wrote at ``out``, when the new one is proved.
 
     Returns:
         ``target``, ``out``, ``lost``, and what the target's ``write`` and ``verify`` return.
 
     Raises:
-        MoesmithError: an unknown target, an option it does not take, an ``out`` that holds something else, a model that
-            does not fit, or one that answers differently after writing.
+        MoesmithError: an unknown target, an option it does not take, an ``out`` that may not be written
+            (``outputs.py``), a model that does not fit, or one that answers differently after writing.
     """
     if to not in TARGETS:
         what = "no target is given" if to is None else f"there is no target {to}"
@@ -104,47 +108,32 @@ def export_run(
     target = TARGETS[to]
     if odd := [flag for name, flag in options.given().items() if name not in target.takes]:
         raise MoesmithError(f"the target {to} has no {odd[0]}", "Leave it out.")
-    check_out(out, target)
+    check_out(out, target, folder, overwrite=overwrite)
     source = source_of(folder, device)
     if (reason := target.explain(source)) is not None:
         raise MoesmithError(f"{to} cannot hold this model: {reason}", f"See 'moesmith export {folder} --explain'.")
     lost = target.lost(source, options)
     for line in lost:
         say(f"  lost in {to}: {line}")
-    with staged(out) as work:
+    place = new_file if target.suffix else new_folder
+    with place(out, overwrite=overwrite) as work:
         facts = target.write(source, work, options)
         facts |= target.verify(source, work, source.ids)
     return {"target": to, "out": str(out), "lost": lost} | facts
 
 
-def check_out(out: Path, target: Target) -> None:
-    """Refuse to write over what is no model of this kind.
+def check_out(out: Path, target: Target, run: Path, *, overwrite: bool = False) -> None:
+    """Refuse an ``out`` before any work.
 
     Raises:
-        MoesmithError: ``out`` has another suffix, is a folder where a file is to be, or holds other files.
+        MoesmithError: it has another suffix, is read by this command, or holds what may not be replaced.
     """
-    suffix, known = target.suffix, (out / target.mark).is_file()
-    if suffix and (out.suffix != suffix or out.is_dir()):
-        raise MoesmithError(f"{out} is no name of a {suffix} file", f"Give an --out that ends in {suffix}.")
-    if not suffix and out.exists() and (out.is_file() or (any(out.iterdir()) and not known)):
-        raise MoesmithError(f"{out} exists and holds no model", "Give another --out, or delete it.")
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A hidden path of the same name to write to and to verify; renamed to ``out`` at the end, gone after an error."""
-    hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    work = hidden / out.name
-    try:
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
-        yield work
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.replace(work, out)
-    except MoesmithError as error:
-        raise MoesmithError(str(error).replace(str(work), str(out))) from error
-    except OSError as error:
-        raise MoesmithError(f"cannot write {out}: {error.strerror or error}", "Give another --out.") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    if target.suffix and (out.suffix != target.suffix or out.is_dir()):
+        raise MoesmithError(
+            f"{out} is no name of a {target.suffix} file", f"Give an --out that ends in {target.suffix}."
+        )
+    check_place(out, inputs_of(run))
+    if target.suffix:
+        check_file(out, overwrite=overwrite)
+    else:
+        check_folder(out, overwrite=overwrite)

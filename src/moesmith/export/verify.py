@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from moesmith.export.folder import layered_folder, load_folder
 from moesmith.gates import Router
 from moesmith.layerwise import Decoder, Layered, cast, last_hidden
 from moesmith.moe import moe_blocks
-from moesmith.parents import Parent
+from moesmith.parents import Parent, first_line
 
 TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
 
@@ -35,7 +34,8 @@ def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor)
 
     Args:
         parent: its device runs the comparison.
-        folder: what ``stock.write_stock`` or ``native.write_native`` wrote; deleted if it disagrees.
+        folder: what ``stock.write_stock`` or ``native.write_native`` wrote. It is only read: who wrote it for somebody
+            else wrote it under a hidden name, and gives it its own when this has returned.
         reference: ``stock.stock_reference`` of the same parent and carving, or ``moe.decoder``'s model for the native
             format. A model with exact biases cannot agree with constant channels to the last digits: where the folder
             has none, the difference is measured, not judged.
@@ -46,9 +46,9 @@ def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor)
         ``argmax_agreement``, ``compared_tokens`` and ``verified``: ``whole`` or ``layerwise``.
 
     Raises:
-        MoesmithError: the folder does not load, lacks tensors or computes something else. It is deleted.
+        MoesmithError: the folder does not load, lacks tensors, cannot be run or computes something else.
     """
-    try:
+    with judging(folder):
         whole = not isinstance(reference, Layered) and fits(reference)
         expected = run(reference, ids)
         if whole:
@@ -56,9 +56,24 @@ def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor)
         else:
             loaded = layered_folder(folder, torch.float32, parent.device)
         return _judge(folder, expected, run(loaded, ids)) | {"verified": "whole" if whole else "layerwise"}
+
+
+@contextmanager
+def judging(made: Path) -> Iterator[None]:
+    """What goes wrong while ``made`` is compared is one line, whatever it is: a kernel's refusal, memory that is full.
+
+    Raises:
+        MoesmithError: instead of any exception but an interruption.
+    """
+    try:
+        yield
     except MoesmithError:
-        shutil.rmtree(folder, ignore_errors=True)
         raise
+    except MemoryError as error:
+        raise MoesmithError(f"{made} cannot be verified: memory is full", "Free memory and run again.") from error
+    except Exception as error:
+        what = f"{made} cannot be verified: {type(error).__name__}: {first_line(error)}"
+        raise MoesmithError(what, "Give a model or settings that run here.") from error
 
 
 def _judge(folder: Path, expected: Result, found: Result) -> dict[str, Any]:
@@ -77,7 +92,7 @@ def _judge(folder: Path, expected: Result, found: Result) -> dict[str, Any]:
         raise MoesmithError(
             f"{folder} does not compute what the carving computes: the logits differ by up to "
             f"{float(difference_NS.max()):.3g}, {agreement:.0%} of next tokens agree",
-            "It was deleted. This is a fault of moesmith or of the installed transformers: please report it.",
+            "Delete it if it is still there, and report it: a fault of moesmith or of the installed transformers.",
         )
     ours, theirs = expected.logits.log_softmax(-1), found.logits.log_softmax(-1)
     return {

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moesmith.artefact import check_file, write_text
 from moesmith.errors import MoesmithError
+from moesmith.outputs import check_result, new_file, real
 from moesmith.overview import STOCK, finished_of
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
@@ -39,22 +40,32 @@ _MODELS = {
 _TRAINED = {"masks": "Masks", "router": "Stage 1: routers", "experts": "Stage 2: experts"}
 
 
-def write_report(run: str | Path, output: str | Path | None = None) -> Path:
+def write_report(run: str | Path, output: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write the page of a run, and its figures as PNG files in ``figures`` beside it.
 
     Args:
         run: a folder made by ``moesmith convert``, finished or not.
-        output: where to write; ``RUN/report.html`` if left out.
+        output: where to write; ``RUN/report.html`` if left out, and an older one of moesmith's is replaced there.
+        overwrite: replace what moesmith wrote at ``output``.
 
     Returns:
         The file written.
 
     Raises:
-        MoesmithError: the folder holds no run, or matplotlib or jinja2 is not installed.
+        MoesmithError: the folder holds no run, ``output`` may not be written, or matplotlib or jinja2 is not installed.
     """
-    output = Path(output) if output is not None else Path(run) / "report.html"
-    source = Source(Path(run), output.parent / "figures")
+    own = Path(run) / "report.html"
+    output = Path(output) if output is not None else own
+    overwrite = overwrite or real(output) == real(own)
+    check_result(output, Path(run), overwrite=overwrite)
     template = _template()
+    with new_file(output, overwrite=overwrite) as work:
+        write_text(work, _page(Source(Path(run), work.parent / "figures"), template))
+    return output
+
+
+def _page(source: Source, template: Any) -> str:
+    """The page; its figures are left in ``source.pictures``."""
     sections = {
         "perplexity": _section(_perplexity, source, "This run has not been evaluated."),
         "affinity": _section(
@@ -66,15 +77,14 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
         "routing": _section(_routing, source, "No routing was recorded: the run has one expert, or is not evaluated."),
         "text": _section(_text, source, "No text was recorded with its experts."),
     }
-    page = template.render(
+    page: str = template.render(
         summary=_summary(source),
         palette=[{"colour": style.colour(e), "line": _line(e)} for e in range(source.experts)],
         clusters=source.clusters,
         provenance=_provenance(source),
         **sections,
     )
-    write_text(output, page)
-    return output
+    return page
 
 
 def _section(build: Callable[[Source], dict[str, Any]], source: Source, sentence: str) -> dict[str, Any]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from moesmith.artefact import MANIFEST, SUMS, file_digest, read_json, verify_files, write_json, write_text
+from moesmith.artefact import (
+    MANIFEST,
+    SUMS,
+    file_digest,
+    own_list,
+    read_json,
+    verify_files,
+    write_json,
+    write_list,
+    write_text,
+)
 from moesmith.card import model_card
 from moesmith.carving import Carving
 from moesmith.console import say
@@ -19,11 +32,14 @@ from moesmith.export.stock import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
 from moesmith.layerwise import Decoder
 from moesmith.moe import decoder
+from moesmith.outputs import new_folder
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
 from moesmith.proof import NATIVE
 from moesmith.report.routing import record_routing
 from moesmith.stages.data import evaluation_of
+
+CARD = "README.md"
 
 
 def export_stage(run: Run, computing: Parent, before: str) -> Path:
@@ -31,19 +47,24 @@ def export_stage(run: Run, computing: Parent, before: str) -> Path:
 
     In the parent's stock MoE architecture, or in moesmith's own where no stock architecture holds the carving: a parent
     without a gate, attention masked by token. Where the experts alone would fit a stock architecture ``RUN/stock`` is
-    written as well.
+    written as well. Both are written and compared under hidden names, and get their own when the stage's manifest lists
+    them: nothing unproved ever bears the name, and only what a manifest lists is replaced.
     """
     target = run.folder / "model"
     folders = [target]
     if has_stock(computing, Carving.load(run.path(before))):
         folders.append(run.folder / "stock")
-    if not all((folder / "config.json").is_file() for folder in folders):
-        (run.path("export") / MANIFEST).unlink(missing_ok=True)
-    for folder in folders if (run.path("export") / MANIFEST).is_file() else ():
-        check_finished(folder)
+    manifest = run.path("export") / MANIFEST
+    if manifest.is_file() and not all((folder / "config.json").is_file() for folder in folders):
+        write_json(manifest, read_json(manifest) | {"key": None})  # made again; what it knows of the other folder holds
+    elif manifest.is_file():
+        for folder in folders:
+            check_finished(folder)
+    places = ExitStack()
 
     def body(_work: Path) -> dict[str, Any]:
         parent = computing.as_stored()
+        hidden = {folder: places.enter_context(_place(folder)) for folder in folders}
         carving = Carving.load(run.path(before))
         ids = next(iter(evaluation_of(run).values()))[:2, :128]
         sliced = decoder(parent, carving)
@@ -53,23 +74,58 @@ def export_stage(run: Run, computing: Parent, before: str) -> Path:
             return written | verify_folder(parent, folder, stock_reference(parent, carving), ids)
 
         if parent.family != NATIVE and not carving.attention:
-            metrics = stock(target)
+            metrics = stock(hidden[target])
             if carving.compensation == "bias":  # the constant channel stands in for it: say how well
-                measured = verify_folder(parent, target, sliced, ids)
+                measured = verify_folder(parent, hidden[target], sliced, ids)
                 metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
                 say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
-            return metrics | listed_in() | carving.parameters(parent)
-        metrics = write_native(parent, carving, target)
-        metrics |= verify_folder(parent, target, sliced, ids)
+            return metrics | listed_in(hidden) | carving.parameters(parent)
+        metrics = write_native(parent, carving, hidden[target])
+        metrics |= verify_folder(parent, hidden[target], sliced, ids)
         if has_stock(parent, carving):
-            metrics["stock"] = stock(run.folder / "stock")
+            metrics["stock"] = stock(hidden[run.folder / "stock"])
             say("  RUN/stock drops the masks that attention has by token: all of V and O that any token keeps is used")
-        return metrics | listed_in() | carving.parameters(parent)
+        return metrics | listed_in(hidden) | carving.parameters(parent)
 
-    def listed_in() -> dict[str, Any]:
-        return {"sums": {folder.name: file_digest(folder / SUMS) for folder in folders}}
+    def listed_in(hidden: dict[Path, Path]) -> dict[str, Any]:
+        return {"sums": {folder.name: file_digest(work / SUMS) for folder, work in hidden.items()}}
 
-    return run.stage("export", [before, "held-out"], {}, body, shared=False)  # the model itself lies elsewhere
+    with places:
+        return run.stage("export", [before, "held-out"], {}, body, shared=False)  # the model itself lies elsewhere
+
+
+@contextmanager
+def _place(folder: Path) -> Iterator[Path]:
+    """A hidden name for ``RUN/model`` or ``RUN/stock``; what bears the real one is replaced if the run lists it.
+
+    The card beside the model is its owner's to edit, and stays.
+    """
+    check_known(folder)
+    if os.path.lexists(folder / SUMS) and file_digest(folder / SUMS) != _known(folder):
+        raise MoesmithError(f"{folder} is not a model that this run lists", "Delete it or move it away.")
+    with new_folder(folder, overwrite=True, apart=(CARD,)) as work:
+        yield work
+
+
+def check_known(folder: Path) -> None:
+    """Refuse to make a model where something lies that no manifest of the run lists.
+
+    Args:
+        folder: ``RUN/model`` or ``RUN/stock``.
+
+    Raises:
+        MoesmithError: it does.
+    """
+    filled = folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if filled and not (folder.parent / "stages" / "export" / MANIFEST).is_file():
+        raise MoesmithError(f"{folder} is not a model that this run lists", "Delete it or move it away.")
+
+
+def _known(folder: Path) -> str | None:
+    """The hash of the list that ``RUN/model`` or ``RUN/stock`` was finished with."""
+    manifest = read_json(folder.parent / "stages" / "export" / MANIFEST)
+    found: str | None = manifest["metrics"].get("sums", {}).get(folder.name)
+    return found
 
 
 def has_stock(parent: Parent, carving: Carving) -> bool:
@@ -120,10 +176,23 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
         return {name: result["geomean"] for name, result in results.items()}
 
     final = run.stage("evaluate", ["held-out", "baseline", *made, "export"], {"made": made}, body)
-    card, text = folder / "README.md", model_card(run)
-    if not card.is_file() or card.read_text(encoding="utf-8") != text:
-        write_text(card, text)
+    _write_card(run, folder / CARD)
     return final
+
+
+def _write_card(run: Run, card: Path) -> None:
+    """The model card, and in ``RUN/card.sha256`` what it was: one that somebody edited since stays as it is."""
+    text, list_path, name = model_card(run), run.folder / "card.sha256", card.relative_to(run.folder).as_posix()
+    known = own_list(list_path) or {}
+    if os.path.lexists(card) and card.read_text(encoding="utf-8") != text:
+        if card.is_symlink() or file_digest(card) != known.get(name):
+            say(f"  {card} was edited and stays as it is")
+            return
+    elif os.path.lexists(card) and known.get(name) == file_digest(card):
+        return
+    write_text(card, text)
+    if known or not os.path.lexists(list_path):
+        write_list(list_path, {name: file_digest(card)})
 
 
 def _perplexities(model: Decoder, blocks: dict[str, Tensor], label: str) -> dict[str, Any]:
@@ -153,8 +222,7 @@ def check_finished(folder: Path) -> None:
     Raises:
         MoesmithError: a file, or the list itself, is missing or changed.
     """
-    known = read_json(folder.parent / "stages" / "export" / MANIFEST)["metrics"].get("sums", {}).get(folder.name)
-    path = folder / SUMS
+    known, path = _known(folder), folder / SUMS
     if known is not None and (not path.is_file() or file_digest(path) != known):
         raise MoesmithError(f"{path} is missing or damaged", REMAKE)
     verify_files(folder, REMAKE)
