@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -116,11 +117,15 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if architecture not in KINDS:
         known = ", ".join(KINDS)
         raise MoesmithError(f"{path.name} is of llama.cpp's architecture {architecture!r}, not of {known}", CURE)
-    model = _model(path, reader.tensors, keys, dtype)
     depth = f"{architecture}.block_count"
-    layers = min(LAYERS, keys[depth])
-    first = [tensor for tensor in reader.tensors if not beyond(tensor.name, layers)]
+    layers = min(LAYERS, keys.get(depth, 0))
+    try:
+        first = {t.name: _unpacked(t) for t in reader.tensors if not beyond(t.name, layers)}
+    except Exception as error:  # a type that gguf does not unpack
+        raise MoesmithError(f"{path} cannot be loaded: {first_line(error)}", CURE) from error
     twin = _model(path, first, keys | {depth: layers}, torch.float32)
+    rest = {t.name: t for t in reader.tensors if t.name not in first}
+    model = _model(path, first | rest, keys, dtype)
     try:
         with quiet():
             tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -128,7 +133,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         what = f"The tokenizer of {path} cannot be loaded: {first_line(error)}"
         raise MoesmithError(what, CURE) from error
     tokenizer = _without_invented(tokenizer, vocabulary_size(reader))
-    prove_gguf(path, reader, model, twin, tokenizer)
+    prove_gguf(path, reader, first, model, twin, tokenizer)
     return model, tokenizer
 
 
@@ -149,16 +154,17 @@ def _without_invented(tokenizer: Any, size: int) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **special)
 
 
-def _model(path: Path, tensors: list[Any], keys: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The model that keys and tensors of a file describe."""
+def _model(path: Path, tensors: dict[str, Any], keys: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The model that keys and tensors (unpacked, or as the reader has them) of a file describe."""
     architecture = str(keys["general.architecture"])
-    factors = {t.name: _dequantised(t).double().tolist() for t in tensors if t.name in FACTORS}
-    shapes = {t.name: [int(n) for n in reversed(t.shape)] for t in tensors if t.name not in FACTORS}
-    config = config_of(path.name, architecture, keys, shapes, factors)
-    names = tensor_names(path.name, architecture, config, shapes)
+    factors = {name: _unpacked(t).double().tolist() for name, t in tensors.items() if name in FACTORS}
+    own = [name for name in tensors if name not in FACTORS]
+    rows = len(tensors.get("token_embd.weight", ()))
+    config = config_of(path.name, architecture, keys, rows, "output.weight" not in tensors, factors)
+    names = tensor_names(path.name, architecture, config, own)
     try:
         with quiet():
-            weights = {names[t.name]: _weight(t, architecture, config, dtype) for t in tensors if t.name in names}
+            weights = {names[name]: _weight(name, tensors[name], architecture, config, dtype) for name in own}
             loaded = KINDS[architecture][1].from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
             )
@@ -216,7 +222,7 @@ class Keys:
 
 
 def config_of(
-    file: str, architecture: str, keys: dict[str, Any], shapes: dict[str, list[int]], factors: dict[str, list[float]]
+    file: str, architecture: str, keys: dict[str, Any], rows: int, tied: bool, factors: dict[str, list[float]]
 ) -> Any:
     """The transformers config that computes what llama.cpp computes from these keys.
 
@@ -224,7 +230,8 @@ def config_of(
         file: the file's name, for refusals.
         architecture: one of :data:`KINDS`.
         keys: the file's keys, without the vocabulary.
-        shapes: of its tensors, rows first.
+        rows: of the embedding.
+        tied: the embedding stands in for the output matrix.
         factors: the tensors of :data:`FACTORS` that it has.
 
     Raises:
@@ -243,7 +250,7 @@ def config_of(
     if (window := own.take("attention.sliding_window", 0)) and architecture != "phi3":
         raise own.unknown(f"{own.prefix}attention.sliding_window", window)
     fields: dict[str, Any] = {
-        "vocab_size": shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else own.take("vocab_size"),
+        "vocab_size": rows,
         "hidden_size": D,
         "intermediate_size": own.take("feed_forward_length"),
         "num_hidden_layers": own.take("block_count"),
@@ -253,7 +260,7 @@ def config_of(
         "max_position_embeddings": context,
         "rms_norm_eps": own.take("attention.layer_norm_rms_epsilon"),
         "rope_parameters": rope_parameters(own, width, context, factors),
-        "tie_word_embeddings": "output.weight" not in shapes,
+        "tie_word_embeddings": tied,
         "sliding_window": window or None,
     }
     for token, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
@@ -275,7 +282,7 @@ def config_of(
     return KINDS[architecture][0](**fields)
 
 
-def tensor_names(file: str, architecture: str, config: Any, shapes: Iterable[str]) -> dict[str, str]:
+def tensor_names(file: str, architecture: str, config: Any, tensors: Collection[str]) -> dict[str, str]:
     """For each tensor of the file its name in transformers.
 
     Raises:
@@ -286,7 +293,7 @@ def tensor_names(file: str, architecture: str, config: Any, shapes: Iterable[str
         names |= {f"blk.{layer}.{own}": f"model.layers.{layer}.{theirs}" for own, theirs in LAYER[architecture].items()}
     if config.tie_word_embeddings:
         del names["output.weight"]
-    found = set(shapes)
+    found = set(tensors)
     for what, odd in (("has the tensor", found - set(names)), ("lacks the tensor", set(names) - found)):
         for name in sorted(odd)[:1]:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
@@ -294,17 +301,20 @@ def tensor_names(file: str, architecture: str, config: Any, shapes: Iterable[str
     return names
 
 
-def _dequantised(tensor: Any) -> Tensor:
+def _unpacked(tensor: Any) -> Tensor:
+    """A reader's tensor in f32; one that is unpacked already stays as it is."""
     import gguf
 
-    return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+    if isinstance(tensor, Tensor):
+        return tensor
+    return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
 
 
-def _weight(tensor: Any, architecture: str, config: Any, dtype: torch.dtype) -> Tensor:
+def _weight(name: str, tensor: Any, architecture: str, config: Any, dtype: torch.dtype) -> Tensor:
     """One tensor as transformers has it: the rows of a Llama's q and k lie in pairs in the file, in halves here."""
-    weight = _dequantised(tensor)
+    weight = _unpacked(tensor)
     rows = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
-    heads = rows.get(tensor.name.split(".", 2)[-1])
+    heads = rows.get(name.split(".", 2)[-1])
     if architecture == "llama" and heads is not None:
         weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return weight.to(dtype)

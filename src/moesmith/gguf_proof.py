@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.llamacpp import Answers, Questions, ask
+from moesmith.export.tokens import ODD, differing_tokens, marked_texts
 from moesmith.layerwise import Decoder, cast, last_hidden
 
 LAYERS = 2  # of the twin
@@ -36,25 +37,29 @@ LENGTHS = (16, 48, 200)
 # largest root mean square difference of the most likely tokens' log-probabilities, over the logits' standard deviation;
 # measured: 2e-6 for twins, 0.05 for files of every type (docs/exports.md)
 TIGHT, WIDE = 1e-4, 0.25
-MARKS = 16  # special tokens in one text
 CURE = "Give the model as a folder in safetensors, and please report it."
 TEXT = (
     "The old clock in the hall had stopped at 7:45. Nobody wound it any more, and yet, she said, it's right twice."
     "\n\ndef add(a, b):\n    return a + b  # 12 + 30 = 42\n"
 )
-ODD = "It's 1234.5 °C; naïve — 🙂\n\n\tx += 1  "
 
 
 def prove_gguf(
-    path: Path, reader: Any, model: PreTrainedModel, twin: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    path: Path,
+    reader: Any,
+    first: dict[str, Tensor],
+    model: PreTrainedModel,
+    twin: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Compare what was loaded from a file with llama.cpp; where that is not installed, say that it was not compared.
 
     Args:
         path: the file.
         reader: a ``gguf.GGUFReader`` of it.
+        first: its tensors in f32, those of layers after the first :data:`LAYERS` apart.
         model: what was loaded.
-        twin: its first :data:`LAYERS` layers in fp32.
+        twin: the model of ``first``.
         tokenizer: what was loaded.
 
     Raises:
@@ -75,7 +80,7 @@ def prove_gguf(
     questions = Questions(rows=[ids], lengths=lengths, threads=torch.get_num_threads())
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "twin.gguf"
-        write_twin(reader, file, twin.config.num_hidden_layers)
+        write_twin(reader, first, file, twin.config.num_hidden_layers)
         if original is None or original >= 256:  # the least room that llama.cpp gives
             _same_numbers(path, twin, ids, lengths, ask(file, questions), TIGHT)
         if original is not None and longest > original:
@@ -126,59 +131,37 @@ def _row(tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int) -> li
     return (ids * (length // len(ids) + 1))[:length]
 
 
-def marked_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts that hold every special and every added token, with and without space around it."""
-    marks = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-    pieces = [f"One {mark}\n two{mark}three " for mark in marks]
-    return ["".join(pieces[i : i + MARKS]) for i in range(0, len(pieces), MARKS)]
-
-
-def differing_tokens(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], found: list[list[int]], add_special_tokens: bool = False
-) -> str | None:
-    """Where llama.cpp first made other tokens of texts than a tokenizer does, in words; ``None`` if nowhere."""
-    for text, theirs in zip(texts, found, strict=True):
-        ours = tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        if ours != theirs:
-            same = [a == b for a, b in zip(ours, theirs, strict=False)]
-            at = same.index(False) if False in same else len(same)
-            near = tokenizer.decode(ours[max(0, at - 3) : at + 1])
-            return f"tokens {theirs[at : at + 4]} and not {ours[at : at + 4]} at {near!r} in {text[:40]!r}"
-    return None
-
-
-def write_twin(reader: Any, out: Path, layers: int) -> None:
-    """Write a GGUF file with another's keys, byte by byte but for the number of layers, and its first layers in f32.
+def write_twin(reader: Any, tensors: dict[str, Tensor], out: Path, layers: int) -> None:
+    """Write a GGUF file with another's keys, byte by byte but for the number of layers, and tensors in f32.
 
     Args:
         reader: a ``gguf.GGUFReader`` of the other file.
+        tensors: by their names in the file.
         out: the file to write.
-        layers: how many it gets.
+        layers: how many it has.
     """
     import gguf
 
-    kept = [t for t in reader.tensors if not beyond(t.name, layers)]
     keys = bytearray(reader.data[: int(reader.tensors[0].field.offset)])  # the infos of tensors follow on the keys
-    struct.pack_into("<Q", keys, 8, len(kept))
+    struct.pack_into("<Q", keys, 8, len(tensors))
     architecture = reader.fields["general.architecture"].contents()
     count = reader.fields[f"{architecture}.block_count"]
     value = count.parts[count.data[0]]
     place = int(count.offset) + sum(part.nbytes for part in count.parts[: count.data[0]])
     keys[place : place + value.nbytes] = np.array([layers], value.dtype).tobytes()
     infos, offset = bytearray(), 0
-    for tensor in kept:
-        name = tensor.name.encode()
-        shape = [int(n) for n in tensor.shape]
-        infos += struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+    for name, tensor in tensors.items():
+        shape = tuple(reversed(tensor.shape))
+        infos += struct.pack("<Q", len(name.encode())) + name.encode()
+        infos += struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
         infos += struct.pack("<IQ", gguf.GGMLQuantizationType.F32, offset)
-        offset += _padded(4 * int(tensor.n_elements), reader.alignment)
+        offset += _padded(tensor.nbytes, reader.alignment)
     with open(out, "wb") as file:
         file.write(keys + infos)
         file.write(bytes(_padded(file.tell(), reader.alignment) - file.tell()))
-        for tensor in kept:
-            data = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-            file.write(np.ascontiguousarray(data).data)
-            file.write(bytes(_padded(data.nbytes, reader.alignment) - data.nbytes))
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().numpy().data)
+            file.write(bytes(_padded(tensor.nbytes, reader.alignment) - tensor.nbytes))
 
 
 def beyond(name: str, layers: int) -> bool:

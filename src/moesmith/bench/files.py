@@ -71,7 +71,7 @@ class Files:
 
         def write_dense() -> None:
             with staged(dense) as work:
-                convert(folder, work, quant, "dense")
+                convert(folder, work, quant)
 
         def write_moe() -> None:
             with staged(moe) as work:
