@@ -164,7 +164,9 @@ def judged(source: Source, second: bool, token: int | None = None) -> dict[str, 
         for pair in zip(top.indices, top.values, strict=True)
     ]
     greedy = [int(top.indices[0, 9, int(second)]) if token is None else token]
-    return _judge(source, Path("x"), IDS, 10, Answers([], rows, greedy, None), 0.01 if token is not None else 0.5)
+    return _judge(
+        source, Path("x"), IDS, 10, Answers([], [], [], rows, greedy, None), 0.01 if token is not None else 0.5
+    )
 
 
 def test_near_ties_pass_and_bad_tokens_do_not() -> None:

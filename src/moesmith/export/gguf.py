@@ -225,10 +225,10 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
             raise _wrong(file, f"llama.cpp makes other tokens than the parent's tokenizer: {odd}")
     if prompt is not None and answers.chat != prompt:
         raise _wrong(file, f"its chat template makes {str(answers.chat)[:80]!r} of a question and not {prompt[:80]!r}")
-    for kind in ("bos", "eos"):
-        name = f"tokenizer.ggml.{kind}_token_id"
-        if (ours := getattr(tokenizer, f"{kind}_token_id")) is not None and ours != _number(fields.get(name)):
-            raise _wrong(file, f"its {kind} token is {_number(fields.get(name))} and not {ours}")
+    for mark in ("bos", "eos"):
+        theirs = _number(fields.get(f"tokenizer.ggml.{mark}_token_id"))
+        if (ours := getattr(tokenizer, f"{mark}_token_id")) is not None and ours != theirs:
+            raise _wrong(file, f"its {mark} token is {theirs} and not {ours}")
     return _judge(source, file, ids, start, answers, TOLERANCE[kind])
 
 
