@@ -136,7 +136,7 @@ def graph_of(parent: Parent) -> str:
 def layout_of(source: Source, options: Options) -> Layout:
     """How the folder is written that the converter reads."""
     family = source.parent.family
-    return Layout("mixtral" if family == "qwen2_moe" else family, options.untie, source.reach)
+    return Layout("mixtral" if family == "qwen2_moe" else family, options.untie, source.context)
 
 
 def odd_yarn(config: Any) -> str | None:
