@@ -110,6 +110,42 @@ def test_a_key_that_is_not_understood_is_refused(name: str, plain: Path, tmp_pat
     assert "\n" not in str(error.value)
 
 
+LONG = np.array([1.5, 2, 4, 8], np.float32)
+READ: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # keys and tensors; llama.cpp is the judge
+    "yarn with a factor": (
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 2.0,
+            "llama.rope.scaling.original_context_length": 128,
+            "llama.rope.scaling.attn_factor": 1.25,
+        },
+        {},
+    ),
+    "a factor without a type": ({"llama.rope.scaling.factor": 2.0}, {}),
+    "an old factor": ({"llama.rope.scale_linear": 4.0}, {}),
+    "no scaling, whatever its factor": ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 2.0}, {}),
+    "longrope": (
+        {
+            "llama.rope.scaling.type": "longrope",
+            "llama.rope.scaling.original_context_length": 256,
+            "llama.rope.scaling.attn_factor": 1.1,
+        },
+        {"rope_factors_long.weight": LONG, "rope_factors_short.weight": np.sqrt(LONG)},
+    ),
+    "no base": ({"llama.rope.freq_base": None}, {}),
+    "another base and eps": ({"llama.rope.freq_base": 500.0, "llama.attention.layer_norm_rms_epsilon": 0.01}, {}),
+    "divisors of one": ({}, {"rope_freqs.weight": np.ones(4, np.float32)}),
+    "neutral settings": ({"llama.attention.scale": 8**-0.5, "llama.attention.causal": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_key_is_read_as_llamacpp_reads_it(name: str, plain: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    keys, tensors = READ[name]
+    load_gguf(changed(plain, tmp_path / "x.gguf", keys, extra=tensors), torch.float32)
+
+
 def test_a_tensor_that_is_not_understood_or_missing_is_refused(plain: Path, tmp_path: Path) -> None:
     for name in ("blk.1.attn_q.scale", "blk.0.attn_q.bias", "blk.2.ffn_up.weight", "rope_factors_long.weight"):
         file = changed(plain, tmp_path / "x.gguf", extra={name: np.ones(4, np.float32)})
