@@ -35,7 +35,7 @@ from moesmith.export.tokens import ODD, differing_tokens, marked_texts
 LAYERS = 2  # of the twin
 LENGTHS = (16, 48, 200)
 # largest root mean square difference of the most likely tokens' log-probabilities, over the logits' standard deviation;
-# measured: 5e-6 for twins, 0.05 for files of every type (docs/exports.md)
+# measured on tiny models: 5e-6 for twins, 0.05 for files of every type (docs/exports.md)
 TIGHT, WIDE = 1e-4, 0.25
 CURE = "Give the model as a folder in safetensors, and please report it."
 TEXT = (
