@@ -12,7 +12,7 @@ from commands import moesmith
 from refusals import refused
 from sources import IDS, export, permuted, tiny_source
 from tiny import LLAMA3_ROPE, STOCK, tiny_parent
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moesmith.artefact import sums_of
@@ -21,8 +21,8 @@ from moesmith.errors import MoesmithError
 from moesmith.export import gguf as target_module
 from moesmith.export import llamacpp
 from moesmith.export import quantise as quantise_module
-from moesmith.export.converter import structural
-from moesmith.export.gguf import Gguf, _judge, wide_rows
+from moesmith.export.converter import NAME, structural
+from moesmith.export.gguf import Gguf, _judge, mark_losses, wide_rows
 from moesmith.export.llamacpp import TOP, Answers, Questions, ask
 from moesmith.export.quantise import tensor_type
 from moesmith.export.stock import stock_reference
@@ -144,6 +144,73 @@ def test_another_template_and_another_tokenizer_are_caught(tmp_path: Path) -> No
         Gguf().verify(source, out, torch.tensor([tokenizer.encode("The brown fox")]))
 
 
+def marked_source(run: Path, tokens: dict[str, bool]) -> Source:
+    """A source whose tokenizer has further special tokens; the true ones swallow the white space after them."""
+    source = tiny_source("llama", run, vocab_size=320)
+    added = [AddedToken(text, special=True, normalized=False, rstrip=swallows) for text, swallows in tokens.items()]
+    source.parent.tokenizer.add_tokens(added, special_tokens=True)
+    return source
+
+
+PHI3 = {"<unk>": False, "<|endoftext|>": False, "</s>": True, "<|user|>": True, "<|end|>": True}
+
+
+@pytest.mark.parametrize("run", ["my-phi3-notes", "notes"])
+def test_special_tokens_are_the_same_whatever_the_folder_is_called(run: str, tmp_path: Path) -> None:
+    """llama.cpp takes a model called phi3 for a Phi-3, whose special tokens others lack: it did not load."""
+    source, out = marked_source(tmp_path / run, {"<|user|>": False, "<|end|>": False}), tmp_path / "moe.gguf"
+    assert mark_losses(source.parent.tokenizer) == []
+    Gguf().write(source, out, Options(quant="f32"))
+    assert Gguf().verify(source, out, IDS)["within_tolerance"] == 1.0
+    assert gguf.GGUFReader(str(out)).fields["general.name"].contents() == NAME
+
+
+def test_special_tokens_that_swallow_white_space_as_phi3s_do(tmp_path: Path) -> None:
+    source, out = marked_source(tmp_path / "run", PHI3), tmp_path / "moe.gguf"
+    source.parent.tokenizer.chat_template = "{% for m in messages %}<|user|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    assert mark_losses(source.parent.tokenizer) == []
+    Gguf().write(source, out, Options(quant="f32"))
+    Gguf().verify(source, out, IDS)
+    text = "<|user|>\n two <|end|>  three</s>\n"
+    assert ask(out, Questions(marked=[text])).marked == [source.parent.tokenizer.encode(text)]
+
+
+def test_special_tokens_that_no_file_can_describe_are_named(tmp_path: Path) -> None:
+    source, out = marked_source(tmp_path / "run", {"<|user|>": True, "<|end|>": False}), tmp_path / "moe.gguf"
+    said = "<|user|> swallow the white space beside them, which llama.cpp keeps"
+    assert said in Gguf().lost(source, Options(quant="f32"))
+    Gguf().write(source, out, Options(quant="f32"))
+    Gguf().verify(source, out, IDS)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_what_is_put_before_a_text_is_put_before_it_in_llamacpp(adds: bool, tmp_path: Path) -> None:
+    source, out = tiny_source("llama"), tmp_path / "moe.gguf"
+    tokenizer = source.parent.tokenizer
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    Gguf().write(source, out, Options(quant="f32"))
+    Gguf().verify(source, out, IDS)
+    kept = out.read_bytes()
+    expected = tokenizer.encode("x y")
+    assert (expected[0] == 0) is adds
+    assert ask(out, Questions(begun=["x y"])).begun == [expected]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A" if adds else "<s> $A", None, [("<s>", 0)]
+    )
+    out.write_bytes(kept)
+    with pytest.raises(MoesmithError, match="makes other tokens"):
+        Gguf().verify(source, out, IDS)
+
+
+def test_a_special_token_that_became_text_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = marked_source(tmp_path / "run", {"<|user|>": False}), tmp_path / "moe.gguf"
+    plain = marked_source(tmp_path / "run", {"<|other|>": False})
+    Gguf().write(replace(source, parent=plain.parent), out, Options(quant="f32"))
+    with pytest.raises(MoesmithError, match=r"makes other tokens than the parent's tokenizer.*<\|user\|>"):
+        Gguf().verify(source, out, IDS)
+
+
 def test_a_truncated_file_is_one_line(tmp_path: Path) -> None:
     source, out = tiny_source("llama"), tmp_path / "moe.gguf"
     Gguf().write(source, out, Options(quant="f32"))
@@ -162,7 +229,9 @@ def judged(source: Source, second: bool, token: int | None = None) -> dict[str, 
         for pair in zip(top.indices, top.values, strict=True)
     ]
     greedy = [int(top.indices[0, 9, int(second)]) if token is None else token]
-    return _judge(source, Path("x"), IDS, 10, Answers([], rows, greedy, None), 0.01 if token is not None else 0.5)
+    return _judge(
+        source, Path("x"), IDS, 10, Answers([], [], [], rows, greedy, None), 0.01 if token is not None else 0.5
+    )
 
 
 def test_near_ties_pass_and_bad_tokens_do_not() -> None:

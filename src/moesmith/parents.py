@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
-import io
 import json
 import os
 import warnings
@@ -224,7 +222,9 @@ def load_parent(
     where, wanted = choose_device(device), parse_dtype(dtype)
     path = _builtin_file(source) if source in BUILTIN else Path(source)
     if path.suffix == ".gguf":
-        model, tokenizer = _load_gguf(path, stored or torch.bfloat16)
+        from moesmith.gguf_parent import load_gguf  # it stands on this module
+
+        model, tokenizer = load_gguf(path, stored or torch.bfloat16)
     else:
         refuse_remote_code(source)
         model, tokenizer = _load_folder(source, stored or stored_dtype(source), "cpu" if memory is not None else where)
@@ -319,27 +319,6 @@ def _builtin_file(source: str) -> Path:
     if not found or not found[0].is_file():
         raise MoesmithError(f"The package {package} holds no GGUF file", f"{cure} --force-reinstall")
     return found[0]
-
-
-def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not path.is_file():
-        raise MoesmithError(f"There is no file {path}", "Give the path of a GGUF file that exists.")
-    if importlib.util.find_spec("gguf") is None:
-        raise MoesmithError(f"{path.name} is a GGUF file, read with the gguf package", "pip install 'moesmith[gguf]'")
-    options: dict[str, Any] = {"gguf_file": path.name}
-    with contextlib.suppress(ImportError):  # older transformers always dequantise and have no such class
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
-        loaded = _from_pretrained(str(path.parent), dtype, f"{path}", **options)
-        model = checked(loaded, str(path))
-        tokenizer = _tokenizer(str(path.parent), f"{path}", gguf_file=path.name)
-    if hasattr(model.config, "quantization_config"):  # dequantised: the weights are ordinary ones now
-        del model.config.quantization_config
-    for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
-        model.__dict__.pop(mark, None)
-    return model, tokenizer
 
 
 def _load_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -71,7 +71,7 @@ class Files:
 
         def write_dense() -> None:
             with new_file(dense, overwrite=True) as work:
-                convert(folder, work, quant, "dense")
+                convert(folder, work, quant)
 
         def write_moe() -> None:
             with new_file(moe, overwrite=True) as work:

@@ -11,8 +11,11 @@ quantised from it is then held to the tolerance of its type.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,19 @@ from torch import Tensor
 from moesmith.artefact import hidden_beside, write_cure
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.export.converter import convert
+from moesmith.export.converter import NAME, convert, converter_refusal, name_for
+from moesmith.export.folder import write_companions
 from moesmith.export.llamacpp import Answers, Questions, ask
 from moesmith.export.quantise import quantise, tensor_type
-from moesmith.export.stock import Layout, stock_reference, stock_refusal, stock_width, write_stock
+from moesmith.export.stock import Layout, stock_config, stock_reference, stock_refusal, stock_width, write_stock
 from moesmith.export.target import Options, Source, reach_loss, stock_losses
+from moesmith.export.tokens import ODD, differing_tokens, marked_texts
 from moesmith.export.verify import judging, run
 from moesmith.parents import Parent
 from moesmith.structure import head_dim
 
+SHORTEST = 8  # tokens, of a window that leaves something to compare
+CHAT = [{"role": "user", "content": "Who are you?"}]
 POSITIONS = 48  # of each row, asked one by one
 NEW = 24  # greedy tokens
 AGREED = 0.8  # share of positions that must be within the tolerance: a router between two equal experts may tip
@@ -54,11 +61,24 @@ class Gguf:
         rope = parent.config.rope_parameters.get("rope_type", "default")
         if rope not in ROPE[graph_of(parent)]:
             return f"llama.cpp's graph {graph_of(parent)!r} does not scale positions as this model does ({rope})"
-        return None
+        if rope == "yarn" and (odd := odd_yarn(parent.config)) is not None:
+            return f"llama.cpp's graph {graph_of(parent)!r} computes YaRN with its own {odd}"
+        if source.reach is not None and source.reach < SHORTEST:
+            return f"llama.cpp knows no sliding window, and this model's of {source.reach} tokens leaves no text"
+        if importlib.util.find_spec("xllamacpp") is None:
+            return "llama.cpp (package xllamacpp) is not installed, so a GGUF file cannot be verified"
+        vocabulary, rows = max(parent.tokenizer.get_vocab().values()), parent.config.vocab_size
+        if vocabulary >= rows:
+            return f"the tokenizer has a token {vocabulary} and the model has {rows:,} rows of embedding"
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            stock_config(parent, source.carving, layout_of(source, Options())).save_pretrained(folder)
+            write_companions(parent, folder)
+            return converter_refusal(folder)
 
     def lost(self, source: Source, options: Options | None) -> list[str]:
         """Masks by token, exact biases, text beyond a sliding window, and what q4_k_m cannot quantise."""
-        found = [*stock_losses(source), *reach_loss(source)]
+        found = [*stock_losses(source), *reach_loss(source), *mark_losses(source.parent.tokenizer)]
         if options is not None and options.quant != "q4_k_m":
             return found
         config: Any = source.parent.config
@@ -75,16 +95,13 @@ class Gguf:
         if (reason := self.explain(source)) is not None:
             raise MoesmithError(reason, "Write another target, such as native.")
         parent, quant = source.parent, options.quant or "bf16"
-        dialect = "mixtral" if parent.family == "qwen2_moe" else parent.family
         if out.exists():
             raise MoesmithError(f"{out} exists", "Give another name.")
         work = hidden_beside(out)
         try:
             folder, plain, made = work / "folder", work / "f32.gguf", work / out.name
-            layout = Layout(dialect, options.untie, source.reach)
-            facts = write_stock(parent, source.carving, folder, parent.model.dtype, layout)
-            name = source.run.name or "moe"
-            convert(folder, plain, "f32", name)
+            facts = write_stock(parent, source.carving, folder, parent.model.dtype, layout_of(source, options))
+            convert(folder, plain, "f32")
             if quant == "f32":
                 plain.rename(made)
             else:
@@ -94,7 +111,7 @@ class Gguf:
                 if quant == "q4_k_m":
                     facts["tensors"] = quantise(plain, made)
                 else:
-                    convert(folder, made, quant, name)
+                    convert(folder, made, quant)
             os.replace(made, out)
         except OSError as error:
             raise MoesmithError(f"cannot write {out}: {error.strerror or error}", write_cure(error)) from error
@@ -111,6 +128,33 @@ class Gguf:
 def graph_of(parent: Parent) -> str:
     """llama.cpp's name for the graph that the parent's attention goes through."""
     return "qwen3moe" if parent.family == "qwen3_moe" else "llama"
+
+
+def layout_of(source: Source, options: Options) -> Layout:
+    """How the folder is written that the converter reads."""
+    family = source.parent.family
+    return Layout("mixtral" if family == "qwen2_moe" else family, options.untie, source.context)
+
+
+def odd_yarn(config: Any) -> str | None:
+    """The first number of a YaRN scaling that llama.cpp does not read from a file; ``None`` if there is none."""
+    rope = config.rope_parameters
+    level = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+    fixed = {"beta_fast": 32, "beta_slow": 1, "attention_factor": level, "truncate": True, "mscale": 0}
+    for name, value in (fixed | {"mscale_all_dim": 0}).items():
+        if not math.isclose(found := rope.get(name) or value, value, rel_tol=1e-6):
+            return f"{name} of {value:g} where this model has {found:g}"
+    return None
+
+
+def mark_losses(tokenizer: Any) -> list[str]:
+    """Special tokens that swallow white space beside them, which a GGUF file cannot say."""
+    if name_for(tokenizer) != NAME:
+        return []
+    added = tokenizer.added_tokens_decoder.values()
+    odd = sorted(token.content for token in added if token.lstrip or token.rstrip or token.single_word)
+    shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+    return [f"{shown} swallow the white space beside them, which llama.cpp keeps"] if odd else []
 
 
 def wide_rows(D: int, heads: int, width: int) -> list[str]:
@@ -156,13 +200,47 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
     start = ids.shape[1] // 3 + 1
     new = min(NEW, longest - start)
     # without the marks between documents: llama.cpp is asked to read text as text
-    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids] + ["It's 1234.5 °C\n\n  x += 1"]
-    questions = Questions(texts, ids.tolist(), ids[0, :start].tolist(), new, threads=torch.get_num_threads())
+    texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in ids] + [ODD]
+    prompt = chat_prompt(tokenizer)
+    questions = Questions(
+        texts=texts,
+        marked=[*marked_texts(tokenizer, close=bool(mark_losses(tokenizer))), *([] if prompt is None else [prompt])],
+        begun=[ODD],
+        rows=ids.tolist(),
+        prompt=ids[0, :start].tolist(),
+        tokens=new,
+        chat=[] if prompt is None else CHAT,
+        threads=torch.get_num_threads(),
+    )
     answers = ask(file, questions)
-    for text, found in zip(texts, answers.texts, strict=True):
-        if found != tokenizer.encode(text, add_special_tokens=False):
-            raise _wrong(file, f"llama.cpp makes other tokens of {text[:40]!r} than the parent's tokenizer")
+    for asked, found, added in (
+        (texts, answers.texts, False),
+        (questions.marked, answers.marked, False),
+        (questions.begun, answers.begun, True),
+    ):
+        if (odd := differing_tokens(tokenizer, asked, found, add_special_tokens=added)) is not None:
+            raise _wrong(file, f"llama.cpp makes other tokens than the parent's tokenizer: {odd}")
+    if prompt is not None and answers.chat != prompt:
+        raise _wrong(file, f"its chat template makes {str(answers.chat)[:80]!r} of a question and not {prompt[:80]!r}")
+    for mark in ("bos", "eos"):
+        theirs = _number(fields.get(f"tokenizer.ggml.{mark}_token_id"))
+        if (ours := getattr(tokenizer, f"{mark}_token_id")) is not None and ours != theirs:
+            raise _wrong(file, f"its {mark} token is {theirs} and not {ours}")
     return _judge(source, file, ids, start, answers, TOLERANCE[kind])
+
+
+def _number(field: Any) -> int | None:
+    return None if field is None else int(field.contents())
+
+
+def chat_prompt(tokenizer: Any) -> str | None:
+    """A question as the chat template writes it; ``None`` without a template that takes one."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True))
+    except Exception:  # a template may insist on a system message, on tools, on anything
+        return None
 
 
 def _judge(source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float) -> dict[str, Any]:

@@ -26,19 +26,27 @@ class Questions:
     """What to ask one model.
 
     Attributes:
-        texts: to be tokenised, without special tokens.
+        texts: to be tokenised as text: what looks like a special token is none, and none is added.
+        marked: to be tokenised as a prompt: special tokens in them count, and none is added.
+        begun: to be tokenised as a prompt with what the file says is added to one.
         rows: N lists of S token ids; asked for are the log-probabilities after each token.
+        lengths: how many tokens of each row are read before it is asked, one answer each; every number if empty.
         prompt: token ids to be continued greedily.
         tokens: how many new tokens.
         chat: messages to put through the chat template.
+        context: room for a text, at least; what is asked needs no more if 0.
         threads: of the CPU.
     """
 
     texts: list[str] = field(default_factory=list)
+    marked: list[str] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)
     rows: list[list[int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
     tokens: int = 0
     chat: list[dict[str, str]] = field(default_factory=list)
+    context: int = 0
     threads: int = 1
 
 
@@ -48,12 +56,16 @@ class Answers:
 
     Attributes:
         texts: token ids of each text.
-        rows: for each row and position the :data:`TOP` most likely next tokens, as [id, natural log-probability].
+        marked: token ids of each prompt.
+        begun: token ids of each prompt with what is added.
+        rows: for each row and length the :data:`TOP` most likely next tokens, as [id, natural log-probability].
         greedy: the continuation's token ids, to the end of text if that comes first.
         chat: the prompt that the chat template makes, ``None`` if it was not asked for.
     """
 
     texts: list[list[int]]
+    marked: list[list[int]]
+    begun: list[list[int]]
     rows: list[list[list[tuple[int, float]]]]
     greedy: list[int]
     chat: str | None
@@ -88,7 +100,7 @@ def _server(questions: dict[str, Any]) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = questions["model"]
     longest = max(len(questions["prompt"]), *(len(row) for row in questions["rows"]), 0) + questions["tokens"]
-    params.n_ctx = params.n_batch = 256 * (longest // 256 + 1)
+    params.n_ctx = params.n_batch = 256 * (max(longest, questions["context"]) // 256 + 1)
     params.n_parallel, params.n_gpu_layers, params.warmup = 1, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = questions["threads"]
     # cache and flash attention of the default are f16, which would be part of the difference
@@ -105,8 +117,8 @@ def _answer(questions: dict[str, Any]) -> Answers:
         with urllib.request.urlopen(urllib.request.Request(server.listening_address + path, data, header)) as reply:
             return json.load(reply)
 
-    def tokenise(text: str) -> list[int]:
-        found: list[int] = post("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
+    def tokenise(text: str, special: bool = False, added: bool = False) -> list[int]:
+        found: list[int] = post("/tokenize", content=text, add_special=added, parse_special=special)["tokens"]
         return found
 
     greedy = {"temperature": 0.0, "samplers": ["temperature"], "cache_prompt": True, "return_tokens": True}
@@ -115,7 +127,7 @@ def _answer(questions: dict[str, Any]) -> Answers:
     rows = []
     for row in questions["rows"]:
         found = []
-        for end in range(1, len(row) + 1):
+        for end in questions["lengths"] or range(1, len(row) + 1):
             reply = post("/completion", prompt=row[:end], **greedy, **whole)
             top = reply["completion_probabilities"][0]["top_logprobs"]
             found.append([(entry["id"], entry["logprob"]) for entry in top])
@@ -125,7 +137,14 @@ def _answer(questions: dict[str, Any]) -> Answers:
         options = greedy | {"n_predict": questions["tokens"]}
         continued = post("/completion", prompt=questions["prompt"], **options)["tokens"]
     chat = post("/apply-template", messages=questions["chat"])["prompt"] if questions["chat"] else None
-    return Answers([tokenise(text) for text in questions["texts"]], rows, continued, chat)
+    return Answers(
+        texts=[tokenise(text) for text in questions["texts"]],
+        marked=[tokenise(text, special=True) for text in questions["marked"]],
+        begun=[tokenise(text, special=True, added=True) for text in questions["begun"]],
+        rows=rows,
+        greedy=continued,
+        chat=chat,
+    )
 
 
 def main(asked: str, answer: str) -> None:

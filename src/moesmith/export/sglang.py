@@ -50,7 +50,7 @@ class SGLang:
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
         """The folder in the parent's dtype; see :func:`stock.write_stock`."""
-        layout = Layout(dialect_of(source.parent), True, source.reach, options.shard_bytes)
+        layout = Layout(dialect_of(source.parent), True, source.context, options.shard_bytes)
         return write_stock(source.parent, source.carving, out, source.parent.model.dtype, layout)
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:

@@ -116,10 +116,8 @@ def constant_channel(parent: Parent, carving: Carving, layer: int) -> tuple[Tens
     if carved.bias_ED is None:
         return None
     if carved.constant_D is None:
-        raise MoesmithError(
-            f"Layer {layer} has a compensation bias and the carving holds no constant direction for it",
-            "Set CarvedLayer.constant_D (router.constant_direction), or write the native format, which has biases.",
-        )
+        refusal = stock_refusal(parent, carving)
+        raise MoesmithError(*refusal) if refusal else AssertionError("stock_refusal knows it")
     gain = constant_gain(ffn.activation_name)
     v_D = carved.constant_D.float()
     level = ffn.activation(torch.tensor(gain, dtype=torch.float64)).float()  # the same on every machine
@@ -145,6 +143,12 @@ def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
             "The carving's gate does not give weights that sum to 1, as every runtime of the stock architectures does",
             "Use renormalise = true and scale = 1, or write the native format.",
         )
+    for index, layer in enumerate(carving.layers):
+        if layer.bias_ED is not None and layer.constant_D is None:
+            return (
+                f"Layer {index} has a compensation bias and the carving holds no constant direction for it",
+                "Set CarvedLayer.constant_D (router.constant_direction), or write the native format, which has biases.",
+            )
     return None
 
 

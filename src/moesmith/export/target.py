@@ -48,6 +48,12 @@ class Source:
         longest = self.parent.config.max_position_embeddings
         return window if window is not None and window < longest else None
 
+    @property
+    def context(self) -> int | None:
+        """The context to write for a runtime without sliding windows; ``None`` where the parent has none either."""
+        window = attention_window(self.parent.config)
+        return None if window is None else min(window, self.parent.config.max_position_embeddings)
+
 
 @dataclass(frozen=True)
 class Options:
