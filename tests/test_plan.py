@@ -123,8 +123,10 @@ def test_memory_is_foretold(tmp_path: Path) -> None:
     assert found["planned_disk_bytes"] == pytest.approx(found["disk_bytes"], rel=0.3)
 
 
-@pytest.mark.parametrize("source", ["smollm2-135m", "model.gguf"])
-def test_names_that_are_no_hub_ids_are_never_looked_up(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_no_hub_ids_are_never_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesmith.parents.refuse_remote_code", lambda _: pytest.fail("asked"))
-    with pytest.raises(MoesmithError, match="no config of its own"):
-        load_skeleton(source)
+    with pytest.raises(MoesmithError, match=r"no file model\.gguf"):
+        load_skeleton("model.gguf")
+    skeleton = load_skeleton("smollm2-135m")
+    assert (skeleton.L, skeleton.D, skeleton.F, skeleton.stored) == (30, 576, 1536, torch.bfloat16)
+    assert sum(p.numel() for p in skeleton.model.parameters()) == 134_515_008

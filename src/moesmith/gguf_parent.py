@@ -6,7 +6,6 @@ read here as llama.cpp reads them, and the result is then held against llama.cpp
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Collection
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from moesmith.errors import MoesmithError
+from moesmith.gguf_file import dtype_of, handed_over, open_gguf
 from moesmith.gguf_proof import LAYERS, beyond, prove_gguf
 from moesmith.gguf_rope import FACTORS, rope_parameters
 from moesmith.parents import checked, first_line, quiet
@@ -95,28 +95,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 CURE = "Give the model as a folder in safetensors."
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A GGUF file's model, dequantised to ``dtype``, and its tokenizer, both held against llama.cpp where it is there.
+
+    Args:
+        path: the file.
+        dtype: of the weights; the file's own if left out, bf16 where it is quantised.
 
     Raises:
         MoesmithError: there is no such file or it cannot be read; the package gguf is missing; a key or tensor that is
             not understood, or a missing one; or llama.cpp answers otherwise.
     """
-    if not path.is_file():
-        raise MoesmithError(f"There is no file {path}", "Give the path of a GGUF file that exists.")
-    if importlib.util.find_spec("gguf") is None:
-        raise MoesmithError(f"{path.name} is a GGUF file, read with the gguf package", "pip install 'moesmith[gguf]'")
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(str(path))
-        keys = {name: field.contents() for name, field in reader.fields.items() if not _long(name)}
-    except Exception as error:  # numpy's and struct's own error types, by where the file ends
-        raise MoesmithError(f"{path} cannot be loaded: {first_line(error)}", "Fetch the file again.") from error
-    architecture = str(keys.get("general.architecture"))
-    if architecture not in KINDS:
-        known = ", ".join(KINDS)
-        raise MoesmithError(f"{path.name} is of llama.cpp's architecture {architecture!r}, not of {known}", CURE)
+    reader, keys = open_gguf(path)
+    architecture = _known(path, keys)
     depth = f"{architecture}.block_count"
     layers = min(LAYERS, keys.get(depth, 0))
     try:
@@ -125,9 +116,9 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         raise MoesmithError(f"{path} cannot be loaded: {first_line(error)}", CURE) from error
     twin = _model(path, first, keys | {depth: layers}, torch.float32)
     rest = {t.name: t for t in reader.tensors if t.name not in first}
-    model = _model(path, first | rest, keys, dtype)
+    model = _model(path, first | rest, keys, dtype or dtype_of(reader))
     try:
-        with quiet():
+        with quiet(), handed_over(reader):
             tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         what = f"The tokenizer of {path} cannot be loaded: {first_line(error)}"
@@ -135,6 +126,32 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     tokenizer = _without_invented(tokenizer, vocabulary_size(reader))
     prove_gguf(path, reader, first, model, twin, tokenizer)
     return model, tokenizer
+
+
+def gguf_skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The shapes of a GGUF file's model on the meta device: its weights and tokenizer are not read, nothing is proved.
+
+    Raises:
+        MoesmithError: as :func:`load_gguf`, but for what is in tensors.
+    """
+    reader, keys = open_gguf(path)
+    architecture = _known(path, keys)
+    factors = {t.name: _unpacked(t).double().tolist() for t in reader.tensors if t.name in FACTORS}
+    names = [t.name for t in reader.tensors if t.name not in FACTORS]
+    rows = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), 0)
+    config = config_of(path.name, architecture, keys, rows, "output.weight" not in names, factors)
+    tensor_names(path.name, architecture, config, names)
+    with quiet(), torch.device("meta"):
+        made: PreTrainedModel = KINDS[architecture][1]._from_config(config, dtype=dtype or dtype_of(reader))
+    return made
+
+
+def _known(path: Path, keys: dict[str, Any]) -> str:
+    architecture = str(keys.get("general.architecture"))
+    if architecture not in KINDS:
+        known = ", ".join(KINDS)
+        raise MoesmithError(f"{path.name} is of llama.cpp's architecture {architecture!r}, not of {known}", CURE)
+    return architecture
 
 
 def vocabulary_size(reader: Any) -> int:
@@ -171,11 +188,6 @@ def _model(path: Path, tensors: dict[str, Any], keys: dict[str, Any], dtype: tor
     except Exception as error:  # transformers and gguf each have their own error types
         raise MoesmithError(f"{path} cannot be loaded: {first_line(error)}", CURE) from error
     return checked(loaded, str(path)).eval()
-
-
-def _long(name: str) -> bool:
-    """Lists as long as the vocabulary, which only the tokenizer needs."""
-    return name in {f"tokenizer.ggml.{what}" for what in ("tokens", "token_type", "scores", "merges")}
 
 
 class Keys:

@@ -224,7 +224,7 @@ def load_parent(
     if path.suffix == ".gguf":
         from moesmith.gguf_parent import load_gguf  # it stands on this module
 
-        model, tokenizer = load_gguf(path, stored or torch.bfloat16)
+        model, tokenizer = load_gguf(path, stored)
     else:
         refuse_remote_code(source)
         model, tokenizer = _load_folder(source, stored or stored_dtype(source), "cpu" if memory is not None else where)
@@ -280,26 +280,29 @@ def load_skeleton(source: str, dtype: torch.dtype | None = None) -> Parent:
     """A parent's shapes from its config alone, on the meta device: no weights, no tokenizer, nothing proved.
 
     Args:
-        source: a folder with a ``config.json``, such a file, or a hub id.
+        source: a folder with a ``config.json``, such a file, a hub id, or what is a GGUF file.
         dtype: of the weights it would have; what the config says if left out.
 
     Raises:
         MoesmithError: there is no config, or its shapes do not fit.
     """
-    if source in BUILTIN or Path(source).suffix == ".gguf":  # never a hub id, so nobody is asked
-        raise MoesmithError(f"{source} is a GGUF file, which has no config of its own", "Load it whole.")
-    refuse_remote_code(source)
-    stored = dtype or stored_dtype(source)
-    try:
-        with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=stored)
-    except Exception as error:  # transformers checks some configs with errors of its own
-        raise MoesmithError(
-            f"The config of {source} makes no model: {first_line(error)}", "Mend the config."
-        ) from error
+    path = _builtin_file(source) if source in BUILTIN else Path(source)
+    if path.suffix == ".gguf":  # never a hub id, so nobody is asked
+        from moesmith.gguf_parent import gguf_skeleton  # it stands on this module
+
+        model = gguf_skeleton(path, dtype)
+    else:
+        refuse_remote_code(source)
+        try:
+            with quiet(), torch.device("meta"):
+                config = AutoConfig.from_pretrained(source)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored_dtype(source))
+        except Exception as error:  # transformers checks some configs with errors of its own
+            what = f"The config of {source} makes no model: {first_line(error)}"
+            raise MoesmithError(what, "Mend the config.") from error
     ffns = find_ffns(model)
     tokenizer: Any = None
-    return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns), stored=stored)
+    return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns), stored=model.dtype)
 
 
 def has_weights(source: str) -> bool:
