@@ -7,14 +7,17 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.affinity import published
+from moesmith.arguments import parent_or_source, path_of, path_text, refuse_many_processes, several
 from moesmith.console import say
 from moesmith.errors import MoesmithError
+from moesmith.fingerprints import parent_digests
 from moesmith.parents import Parent, load_parent, load_skeleton, tokenizer_digest
-from moesmith.pipeline import Run, check_folder
+from moesmith.pipeline import Run, check_folder, check_reuse
 from moesmith.plan import check_room, make_plan, parse_bytes
-from moesmith.recipe import Recipe, load_recipe
+from moesmith.recipe import Recipe, choose_recipe
 from moesmith.stages.carve import affinity_stage, carve_stage
 from moesmith.stages.data import (
     check_text,
@@ -29,17 +32,20 @@ from moesmith.stages.finish import baseline_stage, evaluate_stage, export_stage
 from moesmith.stages.masks import masks_stage, refit_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
+from moesmith.train import ordinary_mode
 
 
+@ordinary_mode()
 def convert(
-    recipe: str | Recipe,
-    model: str | Parent,
-    data: str,
+    recipe: str | Path | Recipe,
+    model: str | Path | Parent | PreTrainedModel,
+    data: str | Path,
     out: str | Path,
     *,
-    settings: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: str | Sequence[str] | None = (),
     budget: str | None = None,
-    reuse: Sequence[str | Path] = (),
+    reuse: str | Path | Sequence[str | Path] | None = (),
     dtype: torch.dtype = torch.bfloat16,
     memory: str | int | None = None,
 ) -> Run:
@@ -47,9 +53,11 @@ def convert(
 
     Args:
         recipe: a preset's name, a YAML file, or a :class:`Recipe`.
-        model: what :func:`moesmith.load_parent` takes, or a loaded parent.
+        model: what :func:`moesmith.load_parent` takes, a loaded parent, or a model of transformers with its
+            ``tokenizer``; its parameters are frozen.
         data: a folder of JSONL files, a YAML of Hugging Face data sets, or ``builtin``.
         out: the run's folder; the same call on it continues a run that was killed.
+        tokenizer: of a model in memory, and of nothing else.
         settings: ``section.key=value`` on top of the recipe.
         budget: ``demo``, ``small`` or ``paper``.
         reuse: other runs whose finished stages are taken over where nothing that they depend on differs.
@@ -67,8 +75,10 @@ def convert(
         >>> import moesmith
         >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
     """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, budget, settings)
-    out = Path(out)
+    refuse_many_processes()
+    chosen = choose_recipe(recipe, budget, settings)
+    data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
+    others = check_reuse(several("reuse", reuse))
     domains = choose_domains(data, chosen)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
     check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
@@ -77,9 +87,9 @@ def convert(
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
-    inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)}
+    inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)} | parent_digests(parent, domains)
     inputs |= {"dtype": str(parent.model.dtype).removeprefix("torch.")}
-    run = Run(out, chosen, inputs, [Path(path) for path in reuse])
+    run = Run(out, chosen, inputs, others)
     check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
     with run.lock():
         held_out_stage(run, parent, domains)

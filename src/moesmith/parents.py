@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from moesmith.arguments import path_text
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, layered
 from moesmith.mapped import give_back
@@ -80,6 +81,10 @@ class Parent:
         if (quantised := getattr(model.config, "quantization_config", None)) is not None:
             method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
             raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")
+        if model.dtype not in DTYPES:
+            raise MoesmithError(
+                f"The weights of {source} are {model.dtype}", "Give them in float32, bfloat16 or float16."
+            )
         model.eval()
         with contextlib.nullcontext() if memory is None else _giving_back(model):
             mapped = memory is not None
@@ -136,7 +141,7 @@ def _giving_back(model: PreTrainedModel) -> Iterator[None]:
         give_back()
 
 
-def load_parent(source: str, dtype: torch.dtype = torch.bfloat16, memory: int | None = None) -> Parent:
+def load_parent(source: str | Path, dtype: torch.dtype = torch.bfloat16, memory: int | None = None) -> Parent:
     """Load and examine a dense parent.
 
     Weights that lie in safetensors in ``dtype`` stay there: they are mapped, and read when they are needed.
@@ -151,6 +156,7 @@ def load_parent(source: str, dtype: torch.dtype = torch.bfloat16, memory: int | 
         MoesmithError: it cannot be found or read, tensors are missing, it needs code of its own, or it does not
             fit (:meth:`Parent.from_model`).
     """
+    source = path_text("source", source)
     path = _builtin_file(source) if source in BUILTIN else Path(source)
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype)
@@ -337,6 +343,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the products of sparse experts exist for
 PROBE = "The quick brown fox,\n\n\tdef f(x): return 3.14 * x  # na\u00efve \u4f60\u597d \U0001f642 don't  STOP"
 UNHASHED = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 

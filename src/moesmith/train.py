@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,30 @@ class Masters:
         self.write_back()
 
 
+@contextmanager
+def ordinary_mode() -> Iterator[None]:
+    """Compute as a fresh process does inside the ``with``, whatever the caller has switched on.
+
+    No ``no_grad`` or ``inference_mode``, under which nothing trains, and no autocast, which would change every result.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def refuse_inference(model: nn.Module) -> None:
+    """Refuse weights that were made under ``torch.inference_mode``: no gradient goes through them.
+
+    Raises:
+        MoesmithError: a parameter is one of these; it is named.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise MoesmithError(
+                f"{name} was made under torch.inference_mode(), and nothing can be trained through it",
+                "Load or build the model outside of it.",
+            )
+
+
 @dataclass
 class Outcome:
     """What a stage's training did."""
@@ -165,6 +190,7 @@ def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
     return torch.tensor(rows)
 
 
+@ordinary_mode()
 def train(
     objective: Any,
     parameters: dict[str, nn.Parameter],
@@ -198,6 +224,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = objective.model
+    refuse_inference(model)
     accelerator = Accelerator(
         cpu=next(model.parameters()).device.type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
