@@ -5,16 +5,20 @@ The command line checks its words itself; from Python anything can come, and wha
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from moesmith.errors import MoesmithError
 
 if TYPE_CHECKING:
     from moesmith.parents import Parent
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate; MPI
 
 
@@ -65,6 +69,30 @@ def several(what: str, value: Any) -> list[str]:
     if not isinstance(value, Iterable) or isinstance(value, dict | bytes):
         raise MoesmithError(f"{what} is {_kind(value)}", "Give a list of texts.")
     return [path_text(f"{what}[{index}]", each) for index, each in enumerate(value)]
+
+
+def takes_paths(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function whose arguments of these names are paths take text for them as well; ``None`` stays ``None``.
+
+    Raises (when called):
+        MoesmithError: such an argument is neither text nor a path.
+    """
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            for name in names:
+                optional = signature.parameters[name].default is None
+                if name in given.arguments and not (optional and given.arguments[name] is None):
+                    given.arguments[name] = path_of(name, given.arguments[name])
+            return function(*given.args, **given.kwargs)
+
+        return called
+
+    return decorated
 
 
 def parent_or_source(model: Any, tokenizer: Any = None) -> Parent | str:

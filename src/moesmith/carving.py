@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesmith.arguments import path_of
 from moesmith.artefact import read_json, read_tensors, write_json, write_tensors
 from moesmith.attention import CarvedAttention
 from moesmith.errors import MoesmithError
@@ -225,7 +226,7 @@ class Carving:
 
     def save(self, folder: str | Path) -> None:
         """Write ``carving.safetensors`` and ``carving.json`` into ``folder``."""
-        folder = Path(folder)
+        folder = path_of("folder", folder)
         tensors: dict[str, Tensor] = {"widths": self.widths().to(torch.int32)}
         for index, layer in enumerate(self.layers):
             tensors[f"{index}.channels"] = torch.cat(layer.channels).to(torch.int32)
@@ -250,7 +251,7 @@ class Carving:
         Raises:
             MoesmithError: the folder holds no carving, or one of a newer format.
         """
-        folder = Path(folder)
+        folder = path_of("folder", folder)
         header = read_json(folder / "carving.json")
         if header["format"] > FORMAT:
             raise MoesmithError(f"{folder} was written by a newer moesmith", "Upgrade moesmith to read it.")

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from moesmith.arguments import path_text, several, takes_paths
 from moesmith.artefact import read_json
 from moesmith.console import say
 from moesmith.errors import MoesmithError
@@ -19,6 +20,7 @@ from moesmith.stages.finish import load_finished
 from moesmith.text import load_domains, read_jsonl
 
 
+@takes_paths("folder")
 def header_of(folder: Path) -> dict[str, Any]:
     """``run.json`` of a finished run.
 
@@ -31,6 +33,7 @@ def header_of(folder: Path) -> dict[str, Any]:
     return header
 
 
+@takes_paths("folder")
 def parent_of(folder: Path) -> Parent:
     """A finished run's dense parent, in the run's dtype.
 
@@ -54,6 +57,7 @@ def parent_of(folder: Path) -> Parent:
     return parent
 
 
+@takes_paths("folder")
 def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
     """A run's dense parent and its finished model.
 
@@ -64,11 +68,18 @@ def models_of(folder: Path) -> tuple[Parent, PreTrainedModel]:
     return parent, cast(PreTrainedModel, load_finished(folder / "model", parent))  # a parent loaded whole
 
 
-def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | None, tokens: int) -> dict[str, Any]:
+@takes_paths("folder")
+def compare(
+    folder: Path,
+    data: str | Path | None = None,
+    tasks: str | Sequence[str] = ("domains",),
+    limit: int | None = None,
+    tokens: int = 16_384,
+) -> dict[str, Any]:
     """Evaluate parent and MoE on the same text and items.
 
     Args:
-        folder: a finished run.
+        folder: a finished run, as text or a path.
         data: data source; the run's own when ``None``.
         tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.find_tasks``.
         limit: items per task.
@@ -81,6 +92,7 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
         MoesmithError: as :func:`models_of` and, before any model is loaded, an unknown task, or a file that is missing
             or malformed.
     """
+    tasks, data = several("tasks", tasks), None if data is None else path_text("data", data)
     if not tasks:
         raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
     header = header_of(folder)
@@ -122,6 +134,7 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
     return {"run": str(folder), "data": source, "limit": limit, "tokens": tokens, "results": rows}
 
 
+@takes_paths("folder")
 def continuations(folder: Path, prompt: str, tokens: int, chat: bool) -> dict[str, str]:
     """Greedy continuations of a prompt by the dense parent and the MoE."""
     parent, moe = models_of(folder)

@@ -21,8 +21,8 @@ CHATS = ("messages", "conversations")  # fields of records that go through the c
 
 
 def text_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Short sha256 of all that turns text into token ids: vocabulary, merges, normaliser, special tokens."""
-    return digest([_rules(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
+    """Short sha256 of all that turns text into token ids: vocabulary, merges, normaliser, end-of-text token."""
+    return digest([_rules(tokenizer), tokenizer.eos_token_id])
 
 
 def chat_digest(tokenizer: PreTrainedTokenizerBase, records: Iterable[Mapping[str, Any]]) -> str | None:

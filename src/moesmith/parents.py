@@ -78,6 +78,8 @@ class Parent:
             MoesmithError: it does not fit (``structure.find_ffns``, ``proof.find_family``), is quantised, or holds
                 values that are not finite.
         """
+        if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise MoesmithError("a parent is made of a model and a tokenizer of transformers", "Give both.")
         if (quantised := getattr(model.config, "quantization_config", None)) is not None:
             method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
             raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")

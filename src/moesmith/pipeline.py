@@ -34,11 +34,11 @@ from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.fingerprints import folder_companions
 from moesmith.lock import HIDDEN, LOCK, folder_lock
+from moesmith.overview import MATTER
 from moesmith.recipe import Recipe
 
 WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
 TEXT = ("domains", "held-out", "corpus")  # stages that turn text into tokens and compute nothing
-MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
 
 
 class Run:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moesmith.arguments import takes_paths
 from moesmith.artefact import MANIFEST, read_tensors
 from moesmith.carving import Carving
 from moesmith.compare import parent_of
@@ -33,6 +34,7 @@ KNOWN: list[Target] = [
 TARGETS: dict[str, Target] = {target.name: target for target in KNOWN}
 
 
+@takes_paths("folder")
 def source_of(folder: Path) -> Source:
     """The parent, the last carving and some held-out text of a finished run.
 
@@ -47,6 +49,7 @@ def source_of(folder: Path) -> Source:
     return Source(parent, Carving.load(stages / last), folder, ids)
 
 
+@takes_paths("folder")
 def explain_run(folder: Path) -> list[dict[str, Any]]:
     """For each target whether it holds a run's model: ``target``, ``fits``, ``reason`` (``None`` if it fits), ``lost``.
 
@@ -76,6 +79,7 @@ def rows_of(explained: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     ]
 
 
+@takes_paths("folder", "out")
 def export_run(folder: Path, to: str | None, out: Path | None, options: Options) -> dict[str, Any]:
     """Write a run's model for a target and compare it in its runtime; ``out`` appears whole and proved, or not at all.
 

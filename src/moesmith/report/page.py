@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from moesmith.artefact import check_file, write_text
 from moesmith.errors import MoesmithError
-from moesmith.overview import STOCK, finished_of
+from moesmith.overview import STOCK, finished_of, versions_of
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
 from moesmith.report.source import AbsentError, Source, present
@@ -357,7 +357,7 @@ def _provenance(source: Source) -> dict[str, Any]:
     return {
         "seed": recipe.get("seed"),
         "inputs": source.header.get("inputs", {}),
-        "versions": source.header.get("versions", {}),
+        "versions": versions_of(source.manifests) or source.header.get("versions", {}),
         "stages": stages,
         "seconds": sum(row["seconds"] or 0 for row in stages),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),
