@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate; MPI
+# how torchrun and accelerate, then three MPIs, tell a process how many there are and which one it is
+LAUNCHERS = {
+    "WORLD_SIZE": "RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
+
+
+def first_process() -> bool:
+    """Whether this process is the one that speaks, where a launcher started several."""
+    return all(os.environ.get(rank, "0") == "0" for rank in LAUNCHERS.values())
 
 
 def refuse_many_processes() -> None:
@@ -28,7 +39,7 @@ def refuse_many_processes() -> None:
     Raises:
         MoesmithError: it is one of them.
     """
-    for name in PROCESSES:
+    for name in LAUNCHERS:
         count = os.environ.get(name, "")
         if count.isdigit() and int(count) > 1:
             raise MoesmithError(

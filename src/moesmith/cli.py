@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesmith.arguments import refuse_many_processes
+from moesmith.arguments import first_process, refuse_many_processes
 from moesmith.console import out, say, show_table
 from moesmith.errors import MoesmithError
 
@@ -278,7 +278,8 @@ def main() -> None:
         refuse_many_processes()
         app(prog_name="moesmith")
     except MoesmithError as error:
-        print(f"moesmith: {error}", file=sys.stderr)
+        if first_process():
+            print(f"moesmith: {error}", file=sys.stderr)
         sys.exit(2)
 
 
