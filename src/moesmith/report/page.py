@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moesmith.arguments import takes_paths
 from moesmith.artefact import check_file, write_text
 from moesmith.errors import MoesmithError
 from moesmith.overview import STOCK, finished_of, versions_of
@@ -39,6 +40,7 @@ _MODELS = {
 _TRAINED = {"masks": "Masks", "router": "Stage 1: routers", "experts": "Stage 2: experts"}
 
 
+@takes_paths("run", "output")
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of a run, and its figures as PNG files in ``figures`` beside it.
 
