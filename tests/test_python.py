@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,27 @@ def test_reuse_of_no_run_is_refused_before_the_parent_is_loaded(
         again(home, tmp_path / "run", reuse=home / "m")
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=str
-)
-def test_the_callers_mode_changes_nothing(
-    home: Path, plain: Run, tmp_path: Path, mode: Callable[[], AbstractContextManager[Any]]
-) -> None:
-    with mode():
+@contextmanager
+def doubles() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dtype": doubles,
+    "device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_callers_mode_changes_nothing(home: Path, plain: Run, tmp_path: Path, mode: str) -> None:
+    with MODES[mode]():
         run = again(home, tmp_path / "run")
     assert weights(run.folder) == weights(plain.folder)
 

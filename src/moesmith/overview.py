@@ -124,7 +124,8 @@ def show(found: dict[str, Any], *, brief: bool = False) -> None:
         began = " began as" if masks else ""
         rows += [(f"expert {i}{began}", ", ".join(group)) for i, group in enumerate(found["clusters"] or ())]
     if not brief:
-        rows += [(f"made by {name}", found["versions"][name]) for name in MATTER if name in found["versions"]]
+        made = [f"{name} {found['versions'][name]}" for name in MATTER if name in found["versions"]]
+        rows.append(("made by", "; ".join(made)))
     show_table(found["run"], ["", ""], rows)
     if not brief:
         columns = ["layer", "channels per expert", "mean overlap (IoU)", "union"]

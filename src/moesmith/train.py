@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,17 @@ class Masters:
 def ordinary_mode() -> Iterator[None]:
     """Compute as a fresh process does inside the ``with``, whatever the caller has switched on.
 
-    No ``no_grad`` or ``inference_mode``, under which nothing trains, and no autocast, which would change every result.
+    No ``no_grad`` or ``inference_mode``, under which nothing trains; no autocast and no other default dtype or device,
+    which would change results.
     """
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for mode in (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)):
+            stack.enter_context(mode)
+        if torch.get_default_device().type != "cpu":  # a mode that would cost something in every operation
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
         yield
 
 
