@@ -32,6 +32,8 @@ from moesmith.errors import MoesmithError
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
+RUN = "run.json"
+FORMAT = 2  # of a run's files (1: keys without the tokenizer, and no such number)
 SIGNED = "# written by moesmith; sha256 of the lines below: "  # sha256sum passes over lines that begin so
 OLD = ".old"  # what is moved aside
 TEMPORARY = ".moesmith.tmp"  # how every hidden name of unfinished work ends: nobody else's does
@@ -119,15 +121,22 @@ def read_json(path: Path) -> Any:
     """Read JSON; a broken file is named.
 
     Raises:
-        MoesmithError: the file is missing, not JSON, or not the one that its folder lists.
+        MoesmithError: the file is missing, not JSON, or not the one that its folder lists; a run's, in a format that a
+            newer moesmith writes.
     """
     check_file(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MoesmithError(f"{path} is missing", "Is this a folder made by 'moesmith convert'?") from error
     except (OSError, ValueError) as error:
         raise MoesmithError(f"{path} cannot be read as JSON: {error}") from error
+    if path.name in (RUN, MANIFEST) and isinstance(found, dict) and found.get("format", 1) > FORMAT:
+        raise MoesmithError(
+            f"{path} was written by a newer moesmith (format {found['format']}, this one knows {FORMAT})",
+            "Upgrade moesmith to work with it.",
+        )
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -177,7 +186,7 @@ def commit(work: Path, final: Path, manifest: Mapping[str, Any], drop: Sequence[
         MoesmithError: at ``final`` lies what moesmith did not leave there (:func:`check_left`).
     """
     sweep(work)
-    names = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file())
+    names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
     names = [name for name in names if name not in drop and name != MANIFEST]
     write_json(work / MANIFEST, {**manifest, "files": {name: file_digest(work / name) for name in names}})
     check_left(final, drop)

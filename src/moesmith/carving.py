@@ -9,21 +9,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moesmith.arguments import path_of
 from moesmith.artefact import read_json, read_tensors, write_json, write_tensors
 from moesmith.attention import CarvedAttention
 from moesmith.errors import MoesmithError
 from moesmith.gates import GateSpec
-from moesmith.parents import Parent
+from moesmith.parents import Parent, model_digest
 from moesmith.recipe import Compensation
 from moesmith.sizes import Sizes
 from moesmith.structure import attention_weights, decoder_layers
 
 FORMAT = 2  # 2: attention
+
+
+def _as(parent: Parent, dtype: torch.dtype) -> str:
+    """The digest that a parent's weights have in another dtype."""
+    rounded = ((name, tensor.to(dtype)) for name, tensor in parent.model.named_parameters())
+    model: Any = SimpleNamespace(config=parent.config, named_parameters=lambda: rounded)
+    return model_digest(model)
 
 
 @dataclass
@@ -76,6 +85,41 @@ class Carving:
     norms: dict[str, Tensor] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     attention: list[CarvedAttention] = field(default_factory=list)
+
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent that the carving was not made from.
+
+        The digest of the parent's weights is compared where the carving's provenance names one. A parent in a wider
+        dtype is rounded for that; in a narrower one it cannot be told, and its shapes have to do.
+
+        Raises:
+            MoesmithError: its layers or widths are others, or its weights.
+        """
+        cure = "Give the dense model that it was made from."
+        E, D = self.gate.experts, parent.D
+        found = {
+            "layers": (len(self.layers), parent.L),
+            "channels": (self.d_ff, parent.F),
+            "model width": (self.layers[0].router_ED.shape[-1] if self.layers else D, D),
+        }
+        for what, (mine, its) in found.items():
+            if mine != its:
+                raise MoesmithError(f"the carving has {what} {mine}, and {parent.source} has {its}", cure)
+        for index, layer in enumerate(self.layers):
+            if len(layer.channels) != E or len(layer.router_ED) != E:
+                raise MoesmithError(f"layer {index} of the carving does not have the gate's {E} experts")
+            if any(len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < self.d_ff for kept in layer.channels):
+                raise MoesmithError(f"layer {index} of the carving keeps channels that are not there", cure)
+        made = self.provenance.get("parent", {})
+        known, dtype = made.get("model_digest"), getattr(torch, str(made.get("dtype")), None)
+        if not known or not parent.digest or known == parent.digest or dtype is None:
+            return
+        if dtype == parent.model.dtype or (
+            dtype.itemsize < parent.model.dtype.itemsize and known != _as(parent, dtype)
+        ):
+            raise MoesmithError(
+                f"{parent.source} is not the parent of this carving (weights {parent.digest}, not {known})", cure
+            )
 
     def widths(self) -> Tensor:
         """Kept channels per layer and expert, (L, E) int64."""
@@ -182,7 +226,7 @@ class Carving:
 
     def save(self, folder: str | Path) -> None:
         """Write ``carving.safetensors`` and ``carving.json`` into ``folder``."""
-        folder = Path(folder)
+        folder = path_of("folder", folder)
         tensors: dict[str, Tensor] = {"widths": self.widths().to(torch.int32)}
         for index, layer in enumerate(self.layers):
             tensors[f"{index}.channels"] = torch.cat(layer.channels).to(torch.int32)
@@ -207,7 +251,7 @@ class Carving:
         Raises:
             MoesmithError: the folder holds no carving, or one of a newer format.
         """
-        folder = Path(folder)
+        folder = path_of("folder", folder)
         header = read_json(folder / "carving.json")
         if header["format"] > FORMAT:
             raise MoesmithError(f"{folder} was written by a newer moesmith", "Upgrade moesmith to read it.")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moesmith.arguments import first_process, refuse_many_processes
 from moesmith.console import duration, out, say, show_table
 from moesmith.errors import MoesmithError
 
@@ -294,7 +295,13 @@ def unpack(
 def main() -> None:
     """Entry point: a MoesmithError is one line and exit status 2."""
     try:
+        refuse_many_processes()
         app(prog_name="moesmith")
     except MoesmithError as error:
-        print(f"moesmith: {error}", file=sys.stderr)
+        if first_process():
+            print(f"moesmith: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from moesmith.arguments import path_text, several, takes_paths
 from moesmith.artefact import read_json
 from moesmith.compute import AUTO, Device, DType, long_name
 from moesmith.console import say
@@ -20,6 +21,7 @@ from moesmith.stages.finish import load_finished
 from moesmith.text import load_domains, read_jsonl
 
 
+@takes_paths("folder")
 def header_of(folder: Path) -> dict[str, Any]:
     """``run.json`` of a finished run.
 
@@ -32,6 +34,7 @@ def header_of(folder: Path) -> dict[str, Any]:
     return header
 
 
+@takes_paths("folder")
 def parent_of(folder: Path, dtype: DType | None = AUTO, device: Device = AUTO) -> Parent:
     """A finished run's dense parent, stored as in the run.
 
@@ -61,6 +64,7 @@ def parent_of(folder: Path, dtype: DType | None = AUTO, device: Device = AUTO) -
     return parent
 
 
+@takes_paths("folder")
 def models_of(folder: Path, dtype: DType = AUTO, device: Device = AUTO) -> tuple[Parent, PreTrainedModel]:
     """A run's dense parent and its finished model, computing alike.
 
@@ -72,19 +76,20 @@ def models_of(folder: Path, dtype: DType = AUTO, device: Device = AUTO) -> tuple
     return parent, cast(PreTrainedModel, load_finished(folder / "model", parent))  # a parent loaded whole
 
 
+@takes_paths("folder")
 def compare(
     folder: Path,
-    data: str | None,
-    tasks: Sequence[str],
-    limit: int | None,
-    tokens: int,
+    data: str | Path | None = None,
+    tasks: str | Sequence[str] = ("domains",),
+    limit: int | None = None,
+    tokens: int = 16_384,
     dtype: DType = AUTO,
     device: Device = AUTO,
 ) -> dict[str, Any]:
     """Evaluate parent and MoE on the same text and items.
 
     Args:
-        folder: a finished run.
+        folder: a finished run, as text or a path.
         data: data source; the run's own when ``None``.
         tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.find_tasks``.
         limit: items per task.
@@ -99,6 +104,7 @@ def compare(
         MoesmithError: as :func:`models_of` and, before any model is loaded, an unknown task, or a file that is missing
             or malformed.
     """
+    tasks, data = several("tasks", tasks), None if data is None else path_text("data", data)
     if not tasks:
         raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
     header = header_of(folder)
@@ -141,6 +147,7 @@ def compare(
     return {"run": str(folder), "data": source, "limit": limit, "tokens": tokens, **facts, "results": rows}
 
 
+@takes_paths("folder")
 def continuations(
     folder: Path, prompt: str, tokens: int, chat: bool, dtype: DType = AUTO, device: Device = AUTO
 ) -> dict[str, str]:

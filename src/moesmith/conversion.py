@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.affinity import published
+from moesmith.arguments import parent_or_source, path_of, path_text, refuse_many_processes, several
 from moesmith.artefact import read_json
 from moesmith.compute import AUTO, Device, DType, free_memory, long_name, parse_dtype, short
 from moesmith.console import duration, say
 from moesmith.errors import MoesmithError
+from moesmith.fingerprints import parent_digests
 from moesmith.outputs import check_place, existing
 from moesmith.pace import measure, parse_time, tokens_of, with_tokens
 from moesmith.parents import Parent, choose_compute, has_weights, load_parent, load_skeleton, tokenizer_digest
-from moesmith.pipeline import Run, check_folder
+from moesmith.pipeline import Run, check_folder, check_reuse
 from moesmith.plan import check_room, fit_time, make_plan, parse_bytes
-from moesmith.recipe import Recipe, load_recipe
+from moesmith.recipe import Recipe, choose_recipe
 from moesmith.stages.carve import affinity_stage, carve_stage
 from moesmith.stages.data import (
     check_text,
@@ -34,17 +37,20 @@ from moesmith.stages.finish import baseline_stage, check_known, evaluate_stage, 
 from moesmith.stages.masks import masks_stage, refit_stage
 from moesmith.stages.training import experts_stage, router_stage
 from moesmith.text import Domain, load_domains, source_digest
+from moesmith.train import ordinary_mode
 
 
+@ordinary_mode()
 def convert(
-    recipe: str | Recipe,
-    model: str | Parent,
-    data: str,
+    recipe: str | Path | Recipe,
+    model: str | Path | Parent | PreTrainedModel,
+    data: str | Path,
     out: str | Path,
     *,
-    settings: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: str | Sequence[str] | None = (),
     budget: str | None = None,
-    reuse: Sequence[str | Path] = (),
+    reuse: str | Path | Sequence[str | Path] | None = (),
     dtype: DType = AUTO,
     device: Device = AUTO,
     memory: str | int | None = None,
@@ -54,9 +60,11 @@ def convert(
 
     Args:
         recipe: a preset's name, a YAML file, or a :class:`Recipe`.
-        model: what :func:`moesmith.load_parent` takes, or a loaded parent.
+        model: what :func:`moesmith.load_parent` takes, a loaded parent, or a model of transformers with its
+            ``tokenizer``; its parameters are frozen.
         data: a folder of JSONL files, a YAML of Hugging Face data sets, or ``builtin``.
         out: the run's folder; the same call on it continues a run that was killed.
+        tokenizer: of a model in memory, and of nothing else.
         settings: ``section.key=value`` on top of the recipe.
         budget: ``demo``, ``small`` or ``paper``.
         reuse: other runs whose finished stages are taken over where nothing that they depend on differs.
@@ -79,13 +87,15 @@ def convert(
         >>> import moesmith
         >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
     """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, budget, settings)
-    out = Path(out)
+    refuse_many_processes()
+    chosen = choose_recipe(recipe, budget, settings)
+    data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
+    others = check_reuse(several("reuse", reuse))
     domains = choose_domains(data, chosen)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
     source = model.source if isinstance(model, Parent) else model
     begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it lies
-    check_place(out, existing(source, data, *reuse), begun, links=False)
+    check_place(out, existing(source, data, *map(str, others)), begun, links=False)
     if time is None:
         check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
     for name in ("model", "stock"):
@@ -103,9 +113,9 @@ def convert(
     check_windows(chosen, parent)
     check_text(chosen, parent, domains)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
-    inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)}
+    inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)} | parent_digests(parent, domains)
     inputs |= {"dtype": long_name(parent.stored), "compute": long_name(parent.dtype)}
-    run = Run(out, chosen, inputs, [Path(path) for path in reuse])
+    run = Run(out, chosen, inputs, others)
     check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
     with run.lock():
         held_out_stage(run, parent, domains)
@@ -138,11 +148,11 @@ def convert(
 
 
 def predict(
-    recipe: str | Recipe,
-    model: str | Parent,
-    data: str = "builtin",
+    recipe: str | Path | Recipe,
+    model: str | Path | Parent,
+    data: str | Path = "builtin",
     *,
-    settings: Sequence[str] = (),
+    settings: str | Sequence[str] | None = (),
     budget: str | None = None,
     dtype: DType = AUTO,
     device: Device = AUTO,
@@ -157,8 +167,8 @@ def predict(
     Raises:
         MoesmithError: as :func:`convert`, before any work.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, budget, settings)
-    domains = len(choose_domains(data, chosen))
+    chosen, model = choose_recipe(recipe, budget, settings), parent_or_source(model)
+    domains = len(choose_domains(path_text("data", data), chosen))
     weights = isinstance(model, str) and has_weights(model)
     parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
     pace = measure(parent)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from moesmith.attention import install
 from moesmith.carving import Carving
+from moesmith.errors import MoesmithError
 from moesmith.gates import Router
 from moesmith.layerwise import Decoder, layered, share
 from moesmith.native.experts import MoEBlock, SlicedExperts
@@ -101,7 +102,15 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
         carving: what to build.
         form: ``"masked"`` for dense router training, ``"sliced"`` for everything else. The masked form ignores
             LoRA, which changes each expert's own gate and up rows.
+
+    Raises:
+        MoesmithError: there is no such form, or the carving is another parent's (:meth:`Carving.check`).
     """
+    if not isinstance(parent, Parent) or not isinstance(carving, Carving):
+        raise MoesmithError("build takes a Parent and a Carving", "Give load_parent(...) and Carving.load(...).")
+    if form not in get_args(Form):
+        raise MoesmithError(f"there is no form {form!r}", f"Give {' or '.join(get_args(Form))}.")
+    carving.check(parent)
     model = share(parent.model).requires_grad_(False)
     layers = decoder_layers(model)[1]
     for index in range(parent.L):
@@ -114,6 +123,7 @@ def decoder(parent: Parent, carving: Carving) -> Decoder:
     """The sliced model of a carving, made layer by layer where the parent is run so."""
     if not parent.layerwise:
         return build(parent, carving, "sliced")
+    carving.check(parent)
     model = layered(parent.model, lambda index: carved_layer(parent, carving, index))
     _set_norms(model.shell, carving, "")
     return parent.turned(model)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moesmith.arguments import takes_paths
 from moesmith.artefact import read_json
 from moesmith.carving import Carving
 from moesmith.console import show_table
@@ -17,6 +18,7 @@ STAGES = (
     *CARVINGS,
     *("export", "evaluate"),
 )
+MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
 STOCK = "stock"  # the stage's name of RUN/stock in an evaluation
 
 
@@ -32,6 +34,7 @@ def clusters_of(folder: Path) -> list[list[str]]:
     return found
 
 
+@takes_paths("folder")
 def describe(folder: Path) -> dict[str, Any]:
     """Everything ``moesmith inspect`` prints, as one JSON-able value.
 
@@ -59,7 +62,22 @@ def describe(folder: Path) -> dict[str, Any]:
         "masks": _masks(header["recipe"], metrics["masks"], carving) if "masks" in metrics else None,
         "parameters": {name: counted[name] for name in ("parent_parameters", "parameters_total", "parameters_active")},
         "layers": _layers(carving),
+        "versions": versions_of(manifests),
         "stages": metrics,
+    }
+
+
+def versions_of(manifests: Mapping[str, Any]) -> dict[str, str]:
+    """Package → the version that made the run; where stages differ, every version with its stages."""
+    made: dict[str, dict[str, list[str]]] = {}
+    for stage, manifest in manifests.items():
+        for package, version in manifest.get("versions", {}).items():
+            made.setdefault(package, {}).setdefault(version, []).append(stage)
+    return {
+        package: next(iter(found))
+        if len(found) == 1
+        else ", ".join(f"{version} ({', '.join(stages)})" for version, stages in found.items())
+        for package, found in made.items()
     }
 
 
@@ -105,6 +123,9 @@ def show(found: dict[str, Any], *, brief: bool = False) -> None:
     if gate["experts"] > 1:
         began = " began as" if masks else ""
         rows += [(f"expert {i}{began}", ", ".join(group)) for i, group in enumerate(found["clusters"] or ())]
+    if not brief:
+        made = [f"{name} {found['versions'][name]}" for name in MATTER if name in found["versions"]]
+        rows.append(("made by", "; ".join(made)))
     show_table(found["run"], ["", ""], rows)
     if not brief:
         columns = ["layer", "channels per expert", "mean overlap (IoU)", "union"]

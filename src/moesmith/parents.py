@@ -27,6 +27,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from moesmith.arguments import path_text
 from moesmith.compute import (
     AUTO,
     DTYPES,
@@ -102,9 +103,15 @@ class Parent:
             MoesmithError: it does not fit (``structure.find_ffns``, ``proof.find_family``), is quantised, or holds
                 values that are not finite.
         """
+        if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise MoesmithError("a parent is made of a model and a tokenizer of transformers", "Give both.")
         if (quantised := getattr(model.config, "quantization_config", None)) is not None:
             method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
             raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")
+        if model.dtype not in DTYPES.values():
+            raise MoesmithError(
+                f"The weights of {source} are {model.dtype}", "Give them in float32, bfloat16 or float16."
+            )
         model.eval()
         with contextlib.nullcontext() if memory is None else _giving_back(model):
             mapped = memory is not None
@@ -191,7 +198,7 @@ def _giving_back(model: PreTrainedModel) -> Iterator[None]:
 
 
 def load_parent(
-    source: str,
+    source: str | Path,
     dtype: DType = AUTO,
     memory: int | None = None,
     *,
@@ -219,7 +226,7 @@ def load_parent(
         MoesmithError: it cannot be found or read, tensors are missing, it needs code of its own, it does not
             fit (:meth:`Parent.from_model`), there is no such device, or fp16 is asked for and its range is too small.
     """
-    where, wanted = choose_device(device), parse_dtype(dtype)
+    source, where, wanted = path_text("source", source), choose_device(device), parse_dtype(dtype)
     path = _builtin_file(source) if source in BUILTIN else Path(source)
     if path.suffix == ".gguf":
         from moesmith.gguf_parent import load_gguf  # it stands on this module

@@ -252,15 +252,17 @@ def _seconds(recipe: Recipe, s: _Shapes, domains: int, pace: Pace) -> dict[str, 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def parse_bytes(text: str | int | None) -> int | None:
-    """``4GB``, ``3.5 GiB`` or a number of bytes as an int; ``None`` stays ``None``.
+def parse_bytes(text: str | float | None) -> int | None:
+    """``4GB``, ``3.5 GiB`` or a number of bytes; ``None`` stays ``None``.
 
     Raises:
         MoesmithError: it is no size.
     """
-    if text is None or isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if text is None:
+        return None
+    if isinstance(text, int | float) and not isinstance(text, bool) and 0 < text < math.inf:
+        return int(text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper() if isinstance(text, str) else "")
     if found is None or found[2] not in UNITS or not float(found[1]):
         raise MoesmithError(f"{text!r} is no size of memory", "Write it like 4GB or 3.5GiB.")
     return int(float(found[1]) * UNITS[found[2]])

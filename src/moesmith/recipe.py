@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from moesmith.arguments import path_text, several
 from moesmith.errors import MoesmithError
 
 BUDGETS = ("demo", "small", "paper")
@@ -234,13 +235,26 @@ def presets() -> dict[str, str]:
     return found
 
 
-def load_recipe(name: str | Path, budget: str | None = None, settings: Sequence[str] = ()) -> Recipe:
-    """A preset or YAML file, with a budget overlay and ``section.key=value`` settings on top.
+def choose_recipe(recipe: str | Path | Recipe, budget: str | None, settings: str | Sequence[str] | None) -> Recipe:
+    """A recipe as it is, or :func:`load_recipe`.
+
+    Raises:
+        MoesmithError: budget or settings beside a recipe that is made already, or as :func:`load_recipe`.
+    """
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, budget, settings)
+    if budget is not None or several("settings", settings):
+        raise MoesmithError("budget and settings change no Recipe", "Give them to load_recipe, or the recipe's name.")
+    return recipe
+
+
+def load_recipe(name: str | Path, budget: str | None = None, settings: str | Sequence[str] | None = ()) -> Recipe:
+    """A preset or YAML file, with a budget overlay and ``section.key=value`` settings (or one of them) on top.
 
     Raises:
         MoesmithError: unknown preset, budget or key (with the nearest right one), or a value that does not fit.
     """
-    values = _read(str(name))
+    values, settings = _read(path_text("recipe", name)), several("settings", settings)
     if budget is not None:
         if budget not in BUDGETS:
             raise MoesmithError(f"there is no budget '{budget}'", f"Choose one of {', '.join(BUDGETS)}.")

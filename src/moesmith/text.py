@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from moesmith.arguments import path_text, several
 from moesmith.artefact import digest, file_digest
 from moesmith.builtin import builtin_digest, builtin_domains
 from moesmith.errors import MoesmithError
@@ -40,7 +41,7 @@ SHIPPED = {"paper24": Path(__file__).parent / "datasets" / "paper24.yaml"}
 SPLITS = {"train": "calibration", "test": "evaluation"}  # as files are named → what the split is for
 
 
-def load_domains(source: str, names: Sequence[str] | None = None) -> list[Domain]:
+def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -> list[Domain]:
     """Read domains.
 
     Args:
@@ -53,6 +54,7 @@ def load_domains(source: str, names: Sequence[str] | None = None) -> list[Domain
         MoesmithError: nothing of that name, no complete set, an unknown name (the nearest one is given), a set asked
             for that has only one split, or an empty or malformed file (with its line).
     """
+    source, names = path_text("data", source), None if names is None else several("names", names)
     if source == BUILTIN:
         return builtin_domains(names)
     path = _locate(source)
@@ -65,7 +67,7 @@ def load_domains(source: str, names: Sequence[str] | None = None) -> list[Domain
     ]
 
 
-def source_digest(source: str, names: Sequence[str] | None = None) -> str:
+def source_digest(source: str | Path, names: Sequence[str] | None = None) -> str:
     """A short hash of the files ``load_domains`` would read, to notice changed inputs.
 
     For Hugging Face data sets it covers their description, not the data: give a ``revision`` to fix those.
@@ -73,6 +75,7 @@ def source_digest(source: str, names: Sequence[str] | None = None) -> str:
     Raises:
         MoesmithError: as ``load_domains``, except for what is inside the files.
     """
+    source = path_text("data", source)
     if source == BUILTIN:
         return builtin_digest(names)
     path = _locate(source)
@@ -119,6 +122,9 @@ def _files(folder: Path, names: Sequence[str] | None) -> dict[str, tuple[Path, P
 def _groups(folder: Path) -> dict[str, str]:
     """Set → field, from ``index.json``; nothing depends on it, so a file of another shape says nothing."""
     try:
-        return {entry["set"]: str(entry["domain"]) for entry in json.loads((folder / "index.json").read_text())}
+        return {
+            entry["set"]: str(entry["domain"])
+            for entry in json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        }
     except (OSError, ValueError, TypeError, KeyError):
         return {}

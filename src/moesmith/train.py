@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,38 @@ class Masters:
         self.write_back()
 
 
+@contextmanager
+def ordinary_mode() -> Iterator[None]:
+    """Compute as a fresh process does inside the ``with``, whatever the caller has switched on.
+
+    No ``no_grad`` or ``inference_mode``, under which nothing trains; no autocast and no other default dtype or device,
+    which would change results.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for mode in (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)):
+            stack.enter_context(mode)
+        if torch.get_default_device().type != "cpu":  # a mode that would cost something in every operation
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def refuse_inference(model: nn.Module) -> None:
+    """Refuse weights that were made under ``torch.inference_mode``: no gradient goes through them.
+
+    Raises:
+        MoesmithError: a parameter is one of these; it is named.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise MoesmithError(
+                f"{name} was made under torch.inference_mode(), and nothing can be trained through it",
+                "Load or build the model outside of it.",
+            )
+
+
 @dataclass
 class Outcome:
     """What a stage's training did."""
@@ -165,6 +198,7 @@ def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
     return torch.tensor(rows)
 
 
+@ordinary_mode()
 def train(
     objective: Any,
     parameters: dict[str, nn.Parameter],
@@ -198,6 +232,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = objective.model
+    refuse_inference(model)
     accelerator = Accelerator(
         cpu=next(model.parameters()).device.type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

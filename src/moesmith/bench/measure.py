@@ -19,10 +19,11 @@ from typing import Any
 import psutil
 import torch
 
+from moesmith.arguments import takes_paths
 from moesmith.artefact import read_json, read_tensors, write_json
 from moesmith.bench.bounds import Weights, bounds, of_folder, of_gguf
 from moesmith.bench.files import Files, size
-from moesmith.bench.process import RUNTIMES, Worker, interpreter, threads
+from moesmith.bench.process import RUNTIMES, Worker, cores, interpreter, threads
 from moesmith.bench.table import verdict
 from moesmith.compare import header_of
 from moesmith.compute import AUTO, Choice, Device, DType, long_name
@@ -41,6 +42,7 @@ NAMES = {"dense": "the dense parent", "moe": "the MoE"}
 BUSY = 0.05  # processor time per second of an idle worker that is worth a word
 
 
+@takes_paths("folder", "out")
 def bench(
     folder: Path,
     runtimes: Sequence[str] | None,
@@ -80,6 +82,8 @@ def bench(
             hold the model, or fails.
     """
     header_of(folder)
+    if not Path("/proc/self/stat").is_file():
+        raise MoesmithError("bench reads time and memory from /proc, and this system has none", "Run it on Linux.")
     out = out or folder / "bench.json"
     figure = f"figures/{out.stem}.png"
     check_result(out, folder, overwrite=overwrite, beside=[figure])
@@ -288,9 +292,9 @@ def machine() -> dict[str, Any]:
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {
         "processor": model or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory": psutil.virtual_memory().total,
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": round(psutil.getloadavg()[0], 2),
     }
 
 

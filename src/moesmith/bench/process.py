@@ -24,7 +24,12 @@ VLLM_PYTHON = "MOESMITH_VLLM_PYTHON"
 def threads() -> int:
     """Threads that every runtime gets: ``OMP_NUM_THREADS`` if it is set, else all cores of this process."""
     given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
+    return int(given) if given.isdigit() and int(given) > 0 else cores()
+
+
+def cores() -> int:
+    """Cores that this process may use; all of the machine's where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def interpreter(runtime: str, vllm_python: str | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesmith.arguments import takes_paths
 from moesmith.artefact import (
     MANIFEST,
     SUMS,
@@ -86,6 +87,7 @@ class Delta:
         return {"verified": "every file, by sha256"}
 
 
+@takes_paths("run", "out")
 def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool = False) -> dict[str, Any]:
     """Write what ``run`` changed of its parent into the folder ``out``, whole or not at all, and prove it.
 
@@ -155,7 +157,8 @@ def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool 
     }
 
 
-def unpack(delta: Path, model: str, out: Path) -> dict[str, Any]:
+@takes_paths("delta", "out")
+def unpack(delta: Path, model: str | Path, out: Path) -> dict[str, Any]:
     """Make the finished folders of a packed run again: ``out/model`` and, where the run had one, ``out/stock``.
 
     Args:

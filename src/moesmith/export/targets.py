@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from moesmith.arguments import takes_paths
 from moesmith.artefact import MANIFEST, read_tensors
 from moesmith.carving import Carving
 from moesmith.compare import parent_of
@@ -31,6 +32,7 @@ KNOWN: list[Target] = [
 TARGETS: dict[str, Target] = {target.name: target for target in KNOWN}
 
 
+@takes_paths("folder")
 def source_of(folder: Path, device: Device = AUTO) -> Source:
     """The parent as it is stored, the last carving and some held-out text of a finished run.
 
@@ -45,6 +47,7 @@ def source_of(folder: Path, device: Device = AUTO) -> Source:
     return Source(parent, Carving.load(stages / last), folder, ids)
 
 
+@takes_paths("folder")
 def explain_run(folder: Path, device: Device = AUTO) -> list[dict[str, Any]]:
     """For each target whether it holds a run's model: ``target``, ``fits``, ``reason`` (``None`` if it fits), ``lost``.
 
@@ -74,6 +77,7 @@ def rows_of(explained: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     ]
 
 
+@takes_paths("folder", "out")
 def export_run(
     folder: Path,
     to: str | None,

@@ -19,10 +19,11 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from moesmith.arguments import takes_paths
 from moesmith.artefact import check_file, write_text
 from moesmith.errors import MoesmithError
 from moesmith.outputs import check_result, new_file, real
-from moesmith.overview import STOCK, finished_of
+from moesmith.overview import STOCK, finished_of, versions_of
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
 from moesmith.report.source import AbsentError, Source, present
@@ -40,6 +41,7 @@ _MODELS = {
 _TRAINED = {"masks": "Masks", "router": "Stage 1: routers", "experts": "Stage 2: experts"}
 
 
+@takes_paths("run", "output")
 def write_report(run: str | Path, output: str | Path | None = None, *, overwrite: bool = False) -> Path:
     """Write the page of a run, and its figures as PNG files in ``figures`` beside it.
 
@@ -367,7 +369,7 @@ def _provenance(source: Source) -> dict[str, Any]:
     return {
         "seed": recipe.get("seed"),
         "inputs": source.header.get("inputs", {}),
-        "versions": source.header.get("versions", {}),
+        "versions": versions_of(source.manifests) or source.header.get("versions", {}),
         "stages": stages,
         "seconds": sum(row["seconds"] or 0 for row in stages),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),

@@ -1,0 +1,140 @@
+"""What a Python caller may hand over: paths as text or ``Path``, one of something or several, a model in memory.
+
+The command line checks its words itself; from Python anything can come, and what is wrong is said in one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from moesmith.errors import MoesmithError
+
+if TYPE_CHECKING:
+    from moesmith.parents import Parent
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# how torchrun and accelerate, then three MPIs, tell a process how many there are and which one it is
+LAUNCHERS = {
+    "WORLD_SIZE": "RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+}
+
+
+def first_process() -> bool:
+    """Whether this process is the one that speaks, where a launcher started several."""
+    return all(os.environ.get(rank, "0") == "0" for rank in LAUNCHERS.values())
+
+
+def refuse_many_processes() -> None:
+    """Refuse to be one of several processes that a launcher such as ``torchrun`` started.
+
+    Raises:
+        MoesmithError: it is one of them.
+    """
+    for name in LAUNCHERS:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise MoesmithError(
+                f"started as one of {count} processes ({name}={count}), and moesmith works in one",
+                "Run it without torchrun or accelerate launch.",
+            )
+
+
+def path_text(what: str, value: Any) -> str:
+    """A path, or a name that stands in its place, as text.
+
+    Raises:
+        MoesmithError: it is neither text nor a path, or empty.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise MoesmithError(f"{what} is {_kind(value)}", "Give text or a pathlib.Path.")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text:
+        raise MoesmithError(f"{what} is empty" if not text else f"{what} is bytes", "Give text or a pathlib.Path.")
+    return text
+
+
+def path_of(what: str, value: Any) -> Path:
+    """As :func:`path_text`, as a path."""
+    return Path(path_text(what, value))
+
+
+def several(what: str, value: Any) -> list[str]:
+    """Texts or paths, none of them, or one that stands for a list of one.
+
+    Raises:
+        MoesmithError: it is something else.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str | os.PathLike):
+        return [path_text(what, value)]
+    if not isinstance(value, Iterable) or isinstance(value, dict | bytes):
+        raise MoesmithError(f"{what} is {_kind(value)}", "Give a list of texts.")
+    return [path_text(f"{what}[{index}]", each) for index, each in enumerate(value)]
+
+
+def takes_paths(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function whose arguments of these names are paths take text for them as well; ``None`` stays ``None``.
+
+    Raises (when called):
+        MoesmithError: such an argument is neither text nor a path.
+    """
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            for name in names:
+                optional = signature.parameters[name].default is None
+                if name in given.arguments and not (optional and given.arguments[name] is None):
+                    given.arguments[name] = path_of(name, given.arguments[name])
+            return function(*given.args, **given.kwargs)
+
+        return called
+
+    return decorated
+
+
+def parent_or_source(model: Any, tokenizer: Any = None) -> Parent | str:
+    """What ``convert`` is to convert: a parent, made from a model in memory if need be, or where one lies.
+
+    Raises:
+        MoesmithError: it is nothing of the kind, a tokenizer is missing or superfluous, or the model does not fit
+            (:meth:`moesmith.Parent.from_model`).
+    """
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from moesmith.parents import Parent
+    from moesmith.train import refuse_inference
+
+    if isinstance(model, PreTrainedModel | Parent):
+        refuse_inference(model.model if isinstance(model, Parent) else model)
+    if isinstance(model, PreTrainedModel):
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise MoesmithError("a model in memory comes without its tokenizer", "Give it as tokenizer=.")
+        return Parent.from_model(model, tokenizer, model.config._name_or_path or "memory")
+    if tokenizer is not None:
+        raise MoesmithError("a tokenizer is given beside a parent that has its own", "Leave tokenizer out.")
+    if isinstance(model, Parent):
+        return model
+    if not isinstance(model, str | os.PathLike):
+        raise MoesmithError(f"model is {_kind(model)}", "Give a folder, a hub id, a .gguf file, a Parent or a model.")
+    return path_text("model", model)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
