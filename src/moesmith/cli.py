@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moesmith.console import out, say, show_table
+from moesmith.console import say, show_json, show_table, show_text
 from moesmith.errors import MoesmithError
 
 app = typer.Typer(
@@ -29,10 +28,6 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables
 RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
 
 
-def _print_json(value: Any) -> None:
-    out.print(json.dumps(value, indent=2, ensure_ascii=False), markup=False)
-
-
 @app.command()
 def presets(as_json: Json = False) -> None:
     """List the recipes that come with moesmith."""
@@ -40,7 +35,7 @@ def presets(as_json: Json = False) -> None:
 
     found = known()
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         show_table("presets", ["name", "what it does"], list(found.items()))
 
@@ -65,7 +60,7 @@ def plan(
     parent = load_parent(model) if has_weights(model) else load_skeleton(model)
     found = make_plan(chosen, parent, len(domains), measure=True).as_dict()
     if as_json:
-        _print_json(found)
+        show_json(found)
         return
     rows: list[tuple[str, str]] = [
         ("parameters of the parent", f"{found['parent_parameters']:,}"),
@@ -150,7 +145,7 @@ def inspect(run: RunFolder, as_json: Json = False) -> None:
 
     found = describe(run)
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         show(found)
 
@@ -166,7 +161,7 @@ def generate(
     from moesmith.compare import continuations
 
     for name, text in continuations(run, prompt, tokens, chat).items():
-        out.print(f"--- {name} ---\n{text}\n", markup=False)
+        show_text(f"--- {name} ---\n{text}\n")
 
 
 @app.command()
@@ -188,7 +183,7 @@ def export(
 
     found: Any = explain_run(run) if explain else export_run(run, to, out_path, Options.parse(quant, untie, shard_size))
     if as_json:
-        _print_json(found)
+        show_json(found)
     elif explain:
         show_table(f"targets of {run}", ["target", "fits", "why not, or what is lost"], rows_of(found))
     else:
@@ -218,7 +213,7 @@ def bench(
     runtimes = None if runtime is None else words(runtime)
     found = measure(run, runtimes, numbers("--batch", batch), prompt, new, words(quant), rounds, vllm_python, out_file)
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         show(found)
 
@@ -245,7 +240,7 @@ def pack(
 
     found = write(run, out_folder)
     if as_json:
-        _print_json(found)
+        show_json(found)
         return
     rows = [(name, size, size / found["parent_bytes"]) for name, size in found["parts"].items()]
     rows += [("delta", found["bytes"], found["share"]), ("parent", found["parent_bytes"], 1.0)]
@@ -265,7 +260,7 @@ def unpack(
 
     found = write(delta, model, out_folder)
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         rows = [(f"{out_folder / name}", kind) for name, kind in found["folders"].items()]
         show_table(f"{delta}", ["folder", "format"], rows)
@@ -276,5 +271,5 @@ def main() -> None:
     try:
         app(prog_name="moesmith")
     except MoesmithError as error:
-        print(f"moesmith: {error}", file=sys.stderr)
+        say(f"moesmith: {error}")
         sys.exit(2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +45,11 @@ class Overlap:
     def as_dict(self) -> dict[str, Any]:
         """For a manifest."""
         return asdict(self) | {"share": round(self.share, 4)}
+
+
+def found_in(metrics: Mapping[str, Any]) -> dict[str, Overlap]:
+    """The overlaps that stage *held-out* left in its metrics; none in runs from before it did."""
+    return {name: Overlap(**facts) for name, facts in metrics.get("overlap", {}).items()}
 
 
 def overlaps(evaluated: Sequence[Domain], calibrated: Sequence[Domain] | None = None) -> dict[str, Overlap]:
