@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -266,9 +267,22 @@ def unpack(
         show_table(f"{delta}", ["folder", "format"], rows)
 
 
+def refuse_empty(words: list[str]) -> None:
+    """Refuse an option whose value is empty: mostly a variable of a script that was not set; as a path it means here.
+
+    Raises:
+        MoesmithError: there is one.
+    """
+    for before, word in pairwise(["", *words]):
+        name = before if before.startswith("--") and not word.strip() else word.removesuffix("=")
+        if name != word and name.startswith("--"):
+            raise MoesmithError(f"{name} is empty", f"Give {name} a value, or leave it out.")
+
+
 def main() -> None:
     """Entry point: a MoesmithError is one line and exit status 2."""
     try:
+        refuse_empty(sys.argv[1:])
         app(prog_name="moesmith")
     except MoesmithError as error:
         say(f"moesmith: {error}")

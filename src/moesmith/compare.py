@@ -86,6 +86,8 @@ def compare(folder: Path, data: str | None, tasks: Sequence[str], limit: int | N
         raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
     header = header_of(folder)
     source = header["inputs"]["data"] if data is None else data
+    if not source.strip():
+        raise MoesmithError("no data source is named", "Give a folder, or leave it out for the run's own.")
     local = Path(source) if Path(source).is_dir() else None
     for task in sorted({"lambada", "wikitext2"} & set(tasks)):
         if local is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ from moesmith.records import Chat, Domain, Record, as_text, chat
 
 BATCH = 64  # texts per tokenizer call
 MARK = "\ue000{}\ue001"  # stands for a spelled control token while the template is filled in; private use, no letter
+TODAY = datetime(2024, 7, 26)  # for templates that write the date (Llama 3's own fallback): text must not change by day
 
 
 def encoded(
@@ -63,6 +65,17 @@ def chat_ids(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         MoesmithError: as :func:`encoded`.
     """
+    ids: list[int] = []
+    for index, piece in enumerate(_laid_out(messages, tokenizer)):
+        if index % 2:
+            ids += _plain([piece], tokenizer, special=False)[0]
+        elif piece:
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _laid_out(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A chat as its template lays it out, cut at the control tokens that messages spell: every second piece is one."""
     if not getattr(tokenizer, "chat_template", None):
         what = "the data holds chats, and the parent has no chat template to read them with"
         raise MoesmithError(what, "Give a parent with a template, or records with the field text.")
@@ -76,18 +89,13 @@ def chat_ids(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if pattern is not None:
         messages = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime))
     except Exception as error:  # jinja's, the template's own, or a type that it did not expect
         reason = str(error).partition("\n")[0] or type(error).__name__
         what = f"the parent's chat template refuses a chat that begins {messages[0]['content'][:40]!r}: {reason}"
         raise MoesmithError(what, "Mend or leave out records like it.") from error
-    ids: list[int] = []
-    for index, piece in enumerate(re.split(MARK.format(r"(\d+)"), text)):
-        if index % 2:
-            ids += _plain([spelled[int(piece)]], tokenizer, special=False)[0]
-        elif piece:
-            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    pieces = re.split(MARK.format(r"(\d+)"), text)
+    return [spelled[int(piece)] if index % 2 else piece for index, piece in enumerate(pieces)]
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
@@ -117,10 +125,10 @@ def check_chats(domain: Domain, tokenizer: PreTrainedTokenizerBase) -> None:
             if messages is None:
                 continue
             try:
-                ids = chat_ids(messages, tokenizer)
+                laid_out = _laid_out(messages, tokenizer)
             except MoesmithError as error:
                 raise MoesmithError(f"domain {domain.name}, {split} record {number}: {error}") from error
-            if not ids:
+            if not "".join(laid_out).strip():
                 raise MoesmithError(
                     f"domain {domain.name}, {split} record {number}: the chat template makes no text of it",
                     "Mend or leave out records like it.",

@@ -19,7 +19,7 @@ from moesmith.errors import MoesmithError
 from moesmith.formats import FORMATS, read_jsonl, read_records, records_file
 from moesmith.hub import hub_domains, read_sets
 from moesmith.overlap import Overlap, check_splits, overlaps
-from moesmith.records import Domain, Record, as_text, check_names, choose, fields, kind
+from moesmith.records import Domain, Record, as_text, chat, check_names, choose, fields, kind
 from moesmith.sampling import Packed, evaluation_blocks, must_hold, pack, sample_windows, training_blocks
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Packed",
     "Record",
     "as_text",
+    "chat",
     "check_chats",
     "check_splits",
     "evaluation_blocks",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesmith.artefact import read_tensors, write_tensors
+from moesmith.artefact import digest, read_tensors, write_tensors
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.moments import Moments, channel_moments
@@ -19,6 +19,7 @@ from moesmith.recipe import LoopSection, Recipe
 from moesmith.text import (
     Domain,
     Record,
+    chat,
     check_chats,
     evaluation_blocks,
     must_hold,
@@ -44,7 +45,7 @@ def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
 
     names = [domain.name for domain in domains]
     settings = {"names": names, "tokens": spec.tokens, "window": spec.window}
-    settings |= _spelled({domain.name: domain.calibration for domain in domains}, parent)
+    settings |= _reading({domain.name: domain.calibration for domain in domains}, parent)
     return run.stage("domains", [], settings, body)
 
 
@@ -65,7 +66,7 @@ def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
         }
 
     settings = {"names": [domain.name for domain in domains], "evaluate": spec.model_dump()}
-    settings |= _spelled({domain.name: domain.evaluation for domain in domains}, parent)
+    settings |= _reading({domain.name: domain.evaluation for domain in domains}, parent)
     return run.stage("held-out", [], settings, body)
 
 
@@ -85,14 +86,20 @@ def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
         "names": [domain.name for domain in domains],
         "training": {name: [spec.tokens, spec.window] for name, spec in training.items()},
     }
-    settings |= _spelled({domain.name: domain.calibration for domain in domains}, parent)
+    settings |= _reading({domain.name: domain.calibration for domain in domains}, parent)
     return run.stage("corpus", [], settings, body)
 
 
-def _spelled(records: Mapping[str, Sequence[Record]], parent: Parent) -> dict[str, Any]:
-    """A setting for texts that spell control tokens, which moesmith once read as such: those ids are others today."""
+def _reading(records: Mapping[str, Sequence[Record]], parent: Parent) -> dict[str, Any]:
+    """What else token ids depend on: the template of chats, and that spelled control tokens are plain characters.
+
+    Nothing where there are neither: moesmith once read such tokens as control tokens, all other text as it does today.
+    """
     found = {name: spelled(of, parent.tokenizer) for name, of in records.items()}
-    return {"spelled": found} if any(found.values()) else {}
+    settings: dict[str, Any] = {"spelled": found} if any(found.values()) else {}
+    if any(chat(record) for of in records.values() for record in of):
+        settings["chat_template"] = digest(parent.tokenizer.chat_template)
+    return settings
 
 
 def stages_to_train(recipe: Recipe) -> dict[str, LoopSection]:
