@@ -7,6 +7,7 @@ those that a message spells are characters here as well.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -89,13 +90,22 @@ def _laid_out(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if pattern is not None:
         messages = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime))
+        template = _dated(tokenizer.get_chat_template())
+        text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
     except Exception as error:  # jinja's, the template's own, or a type that it did not expect
         reason = str(error).partition("\n")[0] or type(error).__name__
         what = f"the parent's chat template refuses a chat that begins {messages[0]['content'][:40]!r}: {reason}"
         raise MoesmithError(what, "Mend or leave out records like it.") from error
     pieces = re.split(MARK.format(r"(\d+)"), text)
     return [spelled[int(piece)] if index % 2 else piece for index, piece in enumerate(pieces)]
+
+
+def _dated(template: str) -> str:
+    """A template with a clock that stands still, where it asks for the date."""
+    formats = re.findall(r"""strftime_now\(\s*["']([^"']+)["']""", template)
+    dates = json.dumps({form: TODAY.strftime(form) for form in formats})
+    clock = "{% macro strftime_now(format) %}{{ " + dates + "[format] }}{% endmacro %}\n"
+    return clock + template if formats else template
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
