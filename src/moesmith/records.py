@@ -148,7 +148,7 @@ def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
     if "from" in message and "role" not in message:
         speaker = message["from"]
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise ValueError(f"a message of '{name}' is from {speaker!r:.40}, not one of {', '.join(SPEAKERS)}")
         return {"role": SPEAKERS[speaker], "content": _content(message.get("value"), name)}
     if not isinstance(message.get("role"), str):
