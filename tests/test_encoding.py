@@ -138,6 +138,12 @@ def test_what_a_template_cannot_read_is_refused_by_record(template: str, says: s
         check_chats(domain, chatting(template))
 
 
+def test_half_a_character_in_a_role_is_refused() -> None:
+    record = {"messages": [{"role": "\ud800", "content": "Hi"}]}
+    with pytest.raises(MoesmithError, match=r"evaluation record 1: .* surrogates not allowed\. Mend"):
+        check_chats(Domain("talk", (), (record,)), chatting())
+
+
 # Whole runs ---------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ _LOADING = (
 )
 
 
-_MARKS = re.compile(r"[\\`*\[\]<>|&~$#]|(?<!\w)_|_(?!\w)")
+_MARKS = re.compile(r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def inline(text: str) -> str:

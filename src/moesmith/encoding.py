@@ -92,6 +92,7 @@ def _laid_out(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     try:
         template = _dated(tokenizer.get_chat_template())
         text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        text.encode()  # half of a surrogate pair in a role or a tool's name
     except Exception as error:  # jinja's, the template's own, or a type that it did not expect
         reason = str(error).partition("\n")[0] or type(error).__name__
         what = f"the parent's chat template refuses a chat that begins {messages[0]['content'][:40]!r}: {reason}"
