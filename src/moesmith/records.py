@@ -54,7 +54,7 @@ class Domain:
 
     Attributes:
         calibration: records for moments and training.
-        evaluation: records for perplexity; none of them is a calibration record.
+        evaluation: records for perplexity; how many of them calibration has too, ``overlap`` counts.
         group: the field the domain belongs to, such as "mathematics"; may be empty.
         mode: how DIVE's sampler takes windows (``sampling.sample_windows``); empty: from the records' lengths.
     """
