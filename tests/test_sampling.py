@@ -178,7 +178,10 @@ def test_every_token_is_in_a_block_or_counted_as_dropped(
 
 
 def test_an_end_token_that_is_there_is_not_doubled() -> None:
-    assert pack(["a</s>", "b"], PLAIN, 1).blocks.flatten().tolist() == [*ids("a"), EOS, *ids("b"), EOS]
+    tokenizer = tiny_tokenizer()
+    ended = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = ended
+    assert pack(["a", "b"], tokenizer, 1).blocks.flatten().tolist() == [*ids("a"), EOS, *ids("b"), EOS]
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     assert EOS not in pack(["a", "b"], tokenizer, 1).blocks

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moesmith import hub
 from moesmith.errors import MoesmithError
 from moesmith.text import Record, as_text, fields, kind, load_domains, read_jsonl, source_digest
 
@@ -52,6 +53,19 @@ RECORDS: list[tuple[str, Record, str]] = [
     ("question", {"context": "A box.", "question": "What?", "answer": "box"}, "A box.\nWhat?\nbox"),
     ("question", {"question": "2+2?", "solution": "2+2 is 4.", "answer": 4}, "2+2?\n2+2 is 4."),
     ("question", {"question": "2+2?", "equation": "2+2", "answer": "4"}, "2+2?\n2+2\n4"),
+    ("messages", {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}, "Hi\nYo"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+        "a\nb",
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        "a\n",
+    ),
+    ("conversations", {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, "Hi\nYo"),
+    ("text", {"text": "t", "messages": "whatever", "score": float("nan")}, "t"),
 ]
 
 
@@ -65,6 +79,18 @@ def test_two_field_records_have_two_fields_and_others_are_whole() -> None:
     assert fields({"premise": "a", "hypothesis": "b"}) == ["a", "b"]
     assert fields({"question": "Who?", "answer": "Me"}) == ["Who?\nMe"]
     assert fields({"text": "x\ny", "fields": ["x", "y"]}) == ["x", "y"]
+    for other in ([], [1, 2], ["x", float("nan")], "xy"):  # a field of that name that is not ours
+        assert fields({"text": "x", "fields": other}) == ["x"]
+
+
+def test_chats_of_both_shapes_are_the_same_messages() -> None:
+    shared = [("system", "s"), ("human", "h"), ("gpt", "g"), ("function_response", "t")]
+    record = {"conversations": [{"from": who, "value": text} for who, text in shared]}
+    roles = [("system", "s"), ("user", "h"), ("assistant", "g"), ("tool", "t")]
+    chat = [{"role": role, "content": text} for role, text in roles]
+    assert fields(record) == fields({"messages": chat}) == [chat]
+    named = {"conversations": [{"role": role, "content": text} for role, text in roles]}  # both shapes go by this name
+    assert fields(named) == [chat]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +104,27 @@ def test_two_field_records_have_two_fields_and_others_are_whole() -> None:
         (b'{"text": 1.5e3, "x": NaN}\xff', "not UTF-8"),
         (b'{"text": {"a": 1}}', "'text' must be text"),
         (b'{"text": "  "}', "holds no text"),
+        (b'{"text": NaN}', "'text' must be text, not nan"),
+        (b'{"text": -Infinity}', "'text' must be text, not -inf"),
+        (b'{"text": 5}', "'text' must be text, not 5"),
+        (b'{"text": true}', "'text' must be text, not True"),
+        (b'{"text": null}', "holds no text"),
+        (b'{"text": ["a", NaN]}', "'text' must be a list of texts"),
+        (b'{"question": "q", "answer": NaN}', "'answer' must be text, not nan"),
+        (b'{"question": "q", "answer": 1e999}', "'answer' must be text, not inf"),
+        (b'{"question": 3, "answer": "a"}', "'question' must be text, not 3"),
+        (b'{"premise": "p", "hypothesis": NaN}', "'hypothesis' must be text, not nan"),
+        (b'{"messages": []}', "'messages' must be a list of messages"),
+        (b'{"messages": "hi"}', "'messages' must be a list of messages"),
+        (b'{"messages": [{"content": "hi"}]}', "has no 'role'"),
+        (b'{"messages": [{"role": "user"}]}', "has no 'content'"),
+        (b'{"messages": [{"role": "user", "content": NaN}]}', "content of a message of 'messages' must be text"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}', "must be text, not [{'type'"),
+        (b'{"messages": [{"role": "user", "content": " "}]}', "holds no text"),
+        (b'{"messages": [{"role": "user", "content": "\\udc00"}]}', "surrogate"),
+        (b'{"conversations": [{"from": "me", "value": "x"}]}', "is from 'me', not one of user, human, assistant"),
+        (b'{"conversations": [{"from": [], "value": "x"}]}', "is from [], not one of user"),
+        (b'{"conversations": [{"from": "human", "value": 3}]}', "content of a message of 'conversations' must be text"),
         (b'{"text": "\\ud800"}', "surrogate"),
         (b'{"question": "q", "choices": "ab", "answer": 0}', "'choices' must be a list of texts"),
         (b'{"question": "q", "choices": ["a"], "answer": 1}', "index of one of 1 choices, not 1"),
@@ -126,10 +173,13 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
+near_messages = st.lists(
+    st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls"]), json_values | st.just("user"))
+)
 near_records = st.dictionaries(
     st.sampled_from(["text", "question", "choices", "answer", "context", "target", "prompt", "solution", "turns"]),
     json_values,
-)
+) | st.dictionaries(st.sampled_from(["messages", "conversations", "fields"]), near_messages | json_values)
 
 
 @once
@@ -210,6 +260,8 @@ def test_wrong_names_are_refused_with_the_cure(folder: Path, names: list[str], m
         ("bultin", "does not exist. Did you mean 'builtin'?"),
         ("paper42", "Did you mean 'paper24'?"),
         ("nowhere/at/all", "Give a folder, a .yaml file, builtin or paper24."),
+        ("", "no data source is named. Give a folder, a .yaml file, builtin or paper24."),
+        (" ", "no data source is named. Give a folder"),
         (__file__, "is neither a folder nor a .yaml file"),
     ],
 )
@@ -245,6 +297,8 @@ def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     rows = [{"a": f"first {i}", "b": f"second {i}", "c": i} for i in range(30)] + [{"a": "lone", "b": None, "c": 1}]
+    others = {"d": {"x": 1}, "m": [{"role": "user", "content": "Hi"}], "s": [{"from": "gpt", "value": "Yo"}]}
+    rows = [row | others for row in rows]
     for split in ("train", "held"):
         (tmp_path / f"{split}.json").write_text("\n".join(json.dumps({**row, "a": split + row["a"]}) for row in rows))
     files = {split: str(tmp_path / f"{split}.json") for split in ("train", "held")}
@@ -256,6 +310,9 @@ def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "few": {**common, "fields": ["a"], "rows": 5},
         "wrong": {**common, "fields": ["z"]},
         "unsplit": {**common, "fields": ["a"], "eval_split": "validation"},
+        "object": {**common, "fields": ["d"]},
+        "talk": {**common, "fields": ["m"]},
+        "shared": {**common, "fields": ["s"]},
     }
     path.write_text(yaml.safe_dump(content))
     return path
@@ -277,9 +334,24 @@ def test_data_sets_load_as_described(described: Path) -> None:
     assert few.calibration == load_domains(str(described), ["few"])[0].calibration
 
 
+def test_a_column_of_messages_is_read_as_chats(described: Path) -> None:
+    talk, shared = load_domains(str(described), ["talk", "shared"])
+    assert fields(talk.calibration[0]) == [[{"role": "user", "content": "Hi"}]]
+    assert fields(shared.evaluation[0]) == [[{"role": "assistant", "content": "Yo"}]]
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, ""), (float("nan"), ""), (3, "3"), (["a", None, 2.5], "a\n\n2.5")])
+def test_a_cell_that_is_missing_is_no_text(value: Any, text: str) -> None:
+    assert hub._cell(value, "c") == text
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("wrong", "has no column 'z'. Its columns are a, b, c."), ("unsplit", "split validation, cannot be loaded")],
+    [
+        ("wrong", "has no column 'z'. Its columns are a, b, c"),
+        ("unsplit", "split validation, cannot be loaded"),
+        ("object", "column 'd' must hold text, not {'x': 1}. Name columns of text."),
+    ],
 )
 def test_data_sets_unlike_their_description_are_refused(described: Path, name: str, message: str) -> None:
     with pytest.raises(MoesmithError) as refused:
@@ -298,6 +370,7 @@ def test_data_sets_unlike_their_description_are_refused(described: Path, name: s
         ("a: {hub: x, eval_split: y}", "a names neither fields nor a template"),
         ("a: {hub: x, eval_split: y, fields: [t], mode: short}", "a.mode"),
         ("a: 3", "a: Input should be"),
+        ("a/b: {hub: x, eval_split: y, fields: [t]}", "domain called 'a/b', which begins with a dot, holds a slash"),
     ],
 )
 def test_a_wrong_description_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -109,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _fill(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8: JSON reads the escape back
 
 
 def write_json(path: Path, value: Any) -> None:

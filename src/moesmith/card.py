@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,9 @@ import yaml
 
 from moesmith.artefact import read_json
 from moesmith.carving import Carving
+from moesmith.console import plain
 from moesmith.native.modeling import MoesmithForCausalLM
+from moesmith.overlap import found_in, warnings
 from moesmith.overview import STOCK, finished_of
 
 if TYPE_CHECKING:
@@ -20,6 +23,21 @@ _LOADING = (
     " weights and needs torch and transformers only. Where moesmith is installed, `import moesmith.native.modeling`"
     " does instead of the flag",
 )
+
+
+_MARKS = re.compile(r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def inline(text: str) -> str:
+    """A user's text for a line or table cell of Markdown: shown as it is, whatever marks it holds."""
+    return _MARKS.sub(r"\\\g<0>", plain(" ".join(text.split())))
+
+
+def code(text: str) -> str:
+    """A user's text as code in a line of Markdown: fenced by more backticks than it holds."""
+    text = plain(" ".join(text.split()))
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def model_card(run: Run) -> str:
@@ -43,10 +61,10 @@ def model_card(run: Run) -> str:
         yaml.safe_dump(header, sort_keys=False).strip(),
         "---",
         "",
-        f"# {name} as a Mixture-of-Experts",
+        f"# {inline(name)} as a Mixture-of-Experts",
         "",
-        f"Made from the dense model `{name}` (weights `{run.inputs['model_digest']}`)"
-        f" by moesmith {run.manifest('export')['versions']['moesmith']}, recipe `{recipe.name}`.",
+        f"Made from the dense model {code(name)} (weights `{run.inputs['model_digest']}`)"
+        f" by moesmith {run.manifest('export')['versions']['moesmith']}, recipe {code(recipe.name)}.",
         "",
         *(_learned(run) if recipe.learned else _carved(run)),
         f"- trained: {_trained(run)}",
@@ -62,12 +80,15 @@ def model_card(run: Run) -> str:
         "|---|---:|---:|",
     ]
     for domain, value in stages["parent"]["domains"].items():
-        lines.append(f"| {domain} | {value:.2f} | {stages[last]['domains'][domain]:.2f} |")
+        lines.append(f"| {inline(domain)} | {value:.2f} | {stages[last]['domains'][domain]:.2f} |")
     lines.append(f"| **geometric mean** | **{stages['parent']['geomean']:.2f}** | **{stages[last]['geomean']:.2f}** |")
+    for line in warnings(found_in(run.manifest("held-out")["metrics"])):
+        lines += ["", f"{inline(line[:1].upper() + line[1:])}."]
     if STOCK in stages:
         lines += ["", _twin(export[STOCK]["architecture"], stages[last]["geomean"], stages[STOCK]["geomean"])]
-    lines += ["", "The licence and the limits of the dense parent apply. Recipe:", "", "```yaml"]
-    lines += [yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip(), "```", ""]
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip()
+    fence = "`" * max(3, 1 + max((len(marks) for marks in re.findall("`+", text)), default=0))
+    lines += ["", "The licence and the limits of the dense parent apply. Recipe:", "", f"{fence}yaml", text, fence, ""]
     return "\n".join(lines)
 
 

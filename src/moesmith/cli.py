@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from moesmith.arguments import first_process, refuse_many_processes
-from moesmith.console import duration, out, say, show_table
+from moesmith.console import duration, say, show_json, show_table, show_text
 from moesmith.errors import MoesmithError
 
 app = typer.Typer(
@@ -36,10 +36,6 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables
 RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
 
 
-def _print_json(value: Any) -> None:
-    out.print(json.dumps(value, indent=2, ensure_ascii=False), markup=False)
-
-
 @app.command()
 def presets(as_json: Json = False) -> None:
     """List the recipes that come with moesmith."""
@@ -47,7 +43,7 @@ def presets(as_json: Json = False) -> None:
 
     found = known()
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         show_table("presets", ["name", "what it does"], list(found.items()))
 
@@ -69,7 +65,7 @@ def plan(
 
     found = predict(recipe, model, data, settings=settings, budget=budget, dtype=dtype, device=device, time=time)
     if as_json:
-        _print_json(found)
+        show_json(found)
         return
     rows: list[tuple[str, str]] = [
         ("parameters of the parent", f"{found['parent_parameters']:,}"),
@@ -156,7 +152,7 @@ def inspect(run: RunFolder, as_json: Json = False) -> None:
 
     found = describe(run)
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         show(found)
 
@@ -174,7 +170,7 @@ def generate(
     from moesmith.compare import continuations
 
     for name, text in continuations(run, prompt, tokens, chat, dtype, device).items():
-        out.print(f"--- {name} ---\n{text}\n", markup=False)
+        show_text(f"--- {name} ---\n{text}\n")
 
 
 @app.command()
@@ -202,7 +198,7 @@ def export(
         parsed = Options.parse(quant, untie, shard_size)
         found = export_run(run, to, out_path, parsed, device, overwrite=overwrite)
     if as_json:
-        _print_json(found)
+        show_json(found)
     elif explain:
         show_table(f"targets of {run}", ["target", "fits", "why not, or what is lost"], rows_of(found))
     else:
@@ -237,7 +233,7 @@ def bench(
     facts = (prompt, new, quants, rounds, vllm_python, out_file, dtype, device)
     found = measure(run, runtimes, batches, *facts, overwrite=overwrite)
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         show(found)
 
@@ -266,7 +262,7 @@ def pack(
 
     found = write(run, out_folder, overwrite=overwrite)
     if as_json:
-        _print_json(found)
+        show_json(found)
         return
     rows = [(name, size, size / found["parent_bytes"]) for name, size in found["parts"].items()]
     rows += [("delta", found["bytes"], found["share"]), ("parent", found["parent_bytes"], 1.0)]
@@ -286,20 +282,33 @@ def unpack(
 
     found = write(delta, model, out_folder)
     if as_json:
-        _print_json(found)
+        show_json(found)
     else:
         rows = [(f"{out_folder / name}", kind) for name, kind in found["folders"].items()]
         show_table(f"{delta}", ["folder", "format"], rows)
+
+
+def refuse_empty(words: list[str]) -> None:
+    """Refuse an option whose value is empty: mostly a variable of a script that was not set; as a path it means here.
+
+    Raises:
+        MoesmithError: there is one.
+    """
+    for before, word in pairwise(["", *words]):
+        name = before if before.startswith("--") and not word.strip() else word.removesuffix("=")
+        if name != word and name.startswith("--"):
+            raise MoesmithError(f"{name} is empty", f"Give {name} a value, or leave it out.")
 
 
 def main() -> None:
     """Entry point: a MoesmithError is one line and exit status 2."""
     try:
         refuse_many_processes()
+        refuse_empty(sys.argv[1:])
         app(prog_name="moesmith")
     except MoesmithError as error:
         if first_process():
-            print(f"moesmith: {error}", file=sys.stderr)
+            say(f"moesmith: {error}")
         sys.exit(2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,10 @@ from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
 from moesmith.harness import find_tasks, run_tasks
+from moesmith.overlap import warnings
 from moesmith.parents import Parent, load_parent, tokenizer_digest
 from moesmith.stages.finish import load_finished
-from moesmith.text import load_domains, read_jsonl
+from moesmith.text import Domain, load_domains, overlaps, read_records, records_file
 
 
 @takes_paths("folder")
@@ -108,14 +109,17 @@ def compare(
     if not tasks:
         raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
     header = header_of(folder)
-    source = data or header["inputs"]["data"]
+    source = header["inputs"]["data"] if data is None else data
+    if not source.strip():
+        raise MoesmithError("no data source is named", "Give a folder, or leave it out for the run's own.")
     local = Path(source) if Path(source).is_dir() else None
     for task in sorted({"lambada", "wikitext2"} & set(tasks)):
         if local is None:
             raise MoesmithError(f"{task} needs a file of that name", "Give --data a folder that holds it.")
-        read_jsonl(local / f"{task}.test.jsonl")  # a file that will not do is refused now
+        read_records(records_file(local, f"{task}.test"))  # a file that will not do is refused now
     names = header["recipe"]["domains"]["names"] if data is None else None
     domains = load_domains(source, names) if "domains" in tasks else []
+    overlap = _overlap(domains, header, data is None) if domains else {}
     rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada")]
     benchmarks = find_tasks(rest, local) if rest else {}
     parent, moe = models_of(folder, dtype, device)
@@ -143,8 +147,21 @@ def compare(
     say("MoE")
     sparse = measure(moe)
     rows = [{"task": t, "metric": m, "parent": v, "moe": sparse[t, m]} for (t, m), v in dense.items()]
-    facts = {"dtype": long_name(parent.dtype), "device": str(parent.device)}
+    facts = {"dtype": long_name(parent.dtype), "device": str(parent.device), "overlap": overlap}
     return {"run": str(folder), "data": source, "limit": limit, "tokens": tokens, **facts, "results": rows}
+
+
+def _overlap(domains: Sequence[Domain], header: Mapping[str, Any], own: bool) -> dict[str, Any]:
+    """What the domains' evaluation text shares with what the run was calibrated and trained on; some of it is said."""
+    try:
+        calibrated = domains if own else load_domains(header["inputs"]["data"], header["recipe"]["domains"]["names"])
+    except MoesmithError as error:
+        say(f"whether the run was calibrated on this text is not known: {error}")
+        return {}
+    found = overlaps(domains, calibrated)
+    for line in warnings(found):
+        say(line)
+    return {name: overlap.as_dict() for name, overlap in found.items()}
 
 
 @takes_paths("folder")

@@ -36,7 +36,7 @@ from moesmith.stages.data import (
 from moesmith.stages.finish import baseline_stage, check_known, evaluate_stage, export_stage
 from moesmith.stages.masks import masks_stage, refit_stage
 from moesmith.stages.training import experts_stage, router_stage
-from moesmith.text import Domain, load_domains, source_digest
+from moesmith.text import Domain, check_splits, load_domains, source_digest
 from moesmith.train import ordinary_mode
 
 
@@ -257,8 +257,8 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
     """The recipe's domains of a data source.
 
     Raises:
-        MoesmithError: a single domain where experts need several, more experts than domains, or published clusters
-            that do not fit them.
+        MoesmithError: a single domain where experts need several, more experts than domains, published clusters
+            that do not fit them, or evaluation text that is calibration text.
     """
     domains = load_domains(data, recipe.domains.names)
     if recipe.clustered and recipe.carve.experts > 1:
@@ -271,4 +271,5 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
             )
         if recipe.affinity.published is not None:
             published(recipe.affinity.published, [domain.name for domain in domains], recipe.carve.experts)
+    check_splits(domains)
     return domains

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, Layered, last_hidden
-from moesmith.text import Domain, Record, evaluation_blocks, read_jsonl
+from moesmith.text import Domain, Record, evaluation_blocks, read_records, records_file
 
 CHUNK = 64  # tokens whose logits exist at once
 WINDOW = 512  # a batch holds this many tokens per sequence it was asked for
@@ -159,7 +159,7 @@ def wikitext2_text(path: Path) -> str:
     The records of ``path`` joined by nothing are the raw file. The usual loader yields one row per line, with its line
     end unless the line is blank, and every published script joins those rows with ``"\\n\\n"``.
     """
-    raw = "".join(_field(r, "text", path, n) for n, r in enumerate(read_jsonl(path), 1))
+    raw = "".join(_field(r, "text", path, n) for n, r in enumerate(read_records(path), 1))
     lines = raw.split("\n")
     ends = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
     return "\n\n".join(line if line.strip() else "" for line in ends)
@@ -189,7 +189,7 @@ def wikitext2(
     Raises:
         MoesmithError: the file is missing or malformed, or the text is shorter than a window.
     """
-    text = wikitext2_text(data / "wikitext2.test.jsonl")
+    text = wikitext2_text(records_file(data, "wikitext2.test"))
     stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
     longest = context_length(model, tokenizer)
     if beyond := [w for w in windows if w > longest]:
@@ -345,8 +345,8 @@ def lambada(
     Raises:
         MoesmithError: the file is missing or malformed.
     """
-    path = data / "lambada.test.jsonl"
-    records = read_jsonl(path)[:limit]
+    path = records_file(data, "lambada.test")
+    records = read_records(path)[:limit]
     pairs = [(_field(r, "context", path, n), " " + _field(r, "target", path, n)) for n, r in enumerate(records, 1)]
     scores = log_likelihoods(model, tokenizer, pairs, batch, label="lambada")
     mean = statistics.fmean(s.total for s in scores)

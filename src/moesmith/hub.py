@@ -5,13 +5,14 @@ One entry per domain::
     race: {hub: ehovy/race, config: all, split: train, eval_split: validation, fields: [article], mode: long}
 
 ``fields`` are the columns DIVE's sampler draws one of; ``template`` lays a row out as the text that perplexity and
-training see ("{question}\\n{answer}"; without it: the fields, one per line). Loading goes through ``datasets``, which
-reads data files and runs no code of a data set.
+training see ("{question}\\n{answer}"; without it: the fields, one per line). A single field whose cells are lists of
+messages is read as chats. Loading goes through ``datasets``, which reads data files and runs no code of a data set.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moesmith.errors import MoesmithError
-from moesmith.records import Domain, Mode, Record, choose
+from moesmith.records import Domain, Mode, Record, as_text, check_names, choose
 
 
 class HubSet(BaseModel):
@@ -75,6 +76,7 @@ def read_sets(path: Path) -> dict[str, HubSet]:
             raise MoesmithError(f"{path}: {key}: {first['msg']}", _nearest_key(first)) from error
         if not sets[str(name)].fields and not sets[str(name)].template:
             raise MoesmithError(f"{path}: {name} names neither fields nor a template", "Say which columns are text.")
+    check_names(list(sets), str(path))
     return sets
 
 
@@ -116,15 +118,27 @@ def _records(name: str, entry: HubSet, split: str, path: Path) -> tuple[Record, 
     data = data.select_columns(columns)
     if len(data) > entry.rows:
         data = data.shuffle(seed=0).select(range(entry.rows))
-    records = tuple(record for row in data if (record := _record(row, entry)))
+    try:
+        records = tuple(record for row in data if (record := _record(row, entry)))
+    except ValueError as error:
+        raise MoesmithError(
+            f"{path}: {name}: split {split} of {entry.hub}: {error}", "Name columns of text."
+        ) from error
     if not records:
         raise MoesmithError(f"{path}: {name}: split {split} of {entry.hub} holds no text", "Check its fields.")
     return records
 
 
 def _record(row: dict[str, Any], entry: HubSet) -> Record | None:
-    """A row as a record; ``None`` where a field is empty, as in the unanswered rows many sets have."""
-    texts = {column: _cell(value) for column, value in row.items()}
+    """A row as a record; ``None`` where a field is empty, as in the unanswered rows many sets have.
+
+    Raises:
+        ValueError: a cell is no text.
+    """
+    if len(entry.fields) == 1 and not entry.template and _is_chat(messages := row[entry.fields[0]]):
+        record = {"conversations" if "from" in messages[0] else "messages": messages}
+        return record if as_text(record) else None
+    texts = {column: _cell(value, column) for column, value in row.items()}
     parts = [texts[column] for column in entry.fields]
     template = entry.template or "\n".join(f"{{{column}}}" for column in entry.fields)
     whole = re.sub(r"\{(\w+)\}", lambda found: texts[found[1]], template)
@@ -133,7 +147,22 @@ def _record(row: dict[str, Any], entry: HubSet) -> Record | None:
     return {"text": whole, "fields": parts or [whole]}
 
 
-def _cell(value: Any) -> str:
-    if value is None:
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
+    )
+
+
+def _cell(value: Any, column: str) -> str:
+    """A cell as text; a number that is none (NaN) is a missing value.
+
+    Raises:
+        ValueError: it is neither text nor a number nor a list of such.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    return "\n".join(map(_cell, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return "\n".join(_cell(item, column) for item in value)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ValueError(f"column '{column}' must hold text, not {value!r:.40}")

@@ -11,6 +11,7 @@ from moesmith.artefact import read_json
 from moesmith.carving import Carving
 from moesmith.console import show_table
 from moesmith.errors import MoesmithError
+from moesmith.overlap import found_in, warnings
 
 CARVINGS = ("carve", "masks", "refit", "router", "experts")  # stages that end in a carving, in their order
 STAGES = (
@@ -168,6 +169,8 @@ def _headline(name: str, metrics: dict[str, Any]) -> str:
         return text + (
             f", {metrics['active_share']:.1%} active, union {metrics['union']:.3f}" if name == "masks" else ""
         )
+    if name == "held-out":
+        return "; ".join(warnings(found_in(metrics)))
     if name == "evaluate":
         values = {k: v for k, v in metrics.items() if k != "seconds"}
         return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())

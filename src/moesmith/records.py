@@ -7,16 +7,17 @@ of its set. The formats are listed in ``KINDS``; unknown extra fields are ignore
 from __future__ import annotations
 
 import difflib
-import json
+import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from moesmith.errors import MoesmithError
 
 Record = dict[str, Any]
+Chat = list[dict[str, Any]]  # messages, each with at least "role" and "content", both texts
 Mode = Literal["", "long", "concat"]
 
 # kind → the fields that tell it; the first kind whose fields are all there wins.
@@ -31,6 +32,16 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "response"),
     "chat": ("turns",),
     "question": ("question",),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+}
+NUMERIC = ("answer", "target", "solution", "output", "response")  # fields that may hold a number for text
+# who speaks in ShareGPT's "from" → a role that chat templates know
+SPEAKERS = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
 }
 # What leads from a question to its answer, where a record has it.
 REASONING = ("facts", "solution", "equation", "rationale", "long_answer")
@@ -43,7 +54,7 @@ class Domain:
 
     Attributes:
         calibration: records for moments and training.
-        evaluation: records for perplexity; none of them is a calibration record.
+        evaluation: records for perplexity; how many of them calibration has too, ``overlap`` counts.
         group: the field the domain belongs to, such as "mathematics"; may be empty.
         mode: how DIVE's sampler takes windows (``sampling.sample_windows``); empty: from the records' lengths.
     """
@@ -72,7 +83,8 @@ def as_text(record: Record) -> str:
     """The whole record as one natural text: passage, question, reasoning and right answer, code, or instruction.
 
     A multiple-choice record reads with its right choice only; where the answer is unknown (``null``), all choices
-    follow the question. The result is what perplexity is measured on and what the model is trained on.
+    follow the question. The result is what perplexity is measured on and what the model is trained on, but for a
+    chat: that is read through the parent's chat template (``encoding``), and here it is its messages, one per line.
 
     Raises:
         ValueError: the record is of no known kind, a field has the wrong type, or there is no text in it.
@@ -87,7 +99,7 @@ def as_text(record: Record) -> str:
     return text
 
 
-def fields(record: Record) -> list[str]:
+def fields(record: Record) -> list[str | Chat]:
     """The texts of a record of which DIVE's sampler draws one (dive.md §4.3).
 
     A data set's description names them (``fields`` in its YAML); a pair of sentences has two; every other record is
@@ -96,11 +108,65 @@ def fields(record: Record) -> list[str]:
     Raises:
         ValueError: as ``as_text``.
     """
-    if isinstance(record.get("fields"), list):
-        return [str(text) for text in record["fields"]]
+    named = record.get("fields")
+    if isinstance(named, list) and named and all(isinstance(text, str) for text in named):
+        return list(named)
     if kind(record) == "pair":
         return [_string(record, "premise"), _string(record, "hypothesis")]
-    return [as_text(record)]
+    return [whole(record)]
+
+
+def whole(record: Record) -> str | Chat:
+    """What a model reads of a record: its text, or the messages of a chat.
+
+    Raises:
+        ValueError: as ``as_text``.
+    """
+    return chat(record) or as_text(record)
+
+
+def chat(record: Record) -> Chat | None:
+    """The messages of a record that is a chat; ``None`` for every other record.
+
+    ``messages`` as chat APIs have them (``role``, ``content``: text, or a list of parts of type text) and ShareGPT's
+    ``conversations`` (``from``, ``value``) come out alike. Further entries of a message (``tool_calls``, ...) are left
+    as they are, for the template.
+
+    Raises:
+        ValueError: it is no list of such messages.
+    """
+    name = kind(record)
+    if name not in ("messages", "conversations"):
+        return None
+    messages = record[name]
+    if not isinstance(messages, list) or not messages or not all(isinstance(item, dict) for item in messages):
+        raise ValueError(f"'{name}' must be a list of messages, not {messages!r:.40}")
+    return [_message(message, name) for message in messages]
+
+
+def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
+    message = {key: value for key, value in message.items() if value is not None}
+    if "from" in message and "role" not in message:
+        speaker = message["from"]
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise ValueError(f"a message of '{name}' is from {speaker!r:.40}, not one of {', '.join(SPEAKERS)}")
+        return {"role": SPEAKERS[speaker], "content": _content(message.get("value"), name)}
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"a message of '{name}' has no 'role'")
+    if "content" not in message and "tool_calls" not in message:
+        raise ValueError(f"a message of '{name}' has no 'content'")
+    return {**message, "content": _content(message.get("content", ""), name)}
+
+
+def _content(content: Any, name: str) -> str:
+    """A message's text; parts are joined by line breaks, as servers do for templates that take texts only."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
+            return "\n".join(map(str, parts))
+    raise ValueError(f"the content of a message of '{name}' must be text, not {content!r:.40}")
 
 
 def _text(record: Record) -> str:
@@ -126,6 +192,8 @@ def _text(record: Record) -> str:
             return _lines(record, "prompt", "response")
         case "chat":
             return "\n".join(_strings(record, "turns"))
+        case "messages" | "conversations":
+            return "\n".join(message["content"] for message in chat(record) or ())
         case _:
             reasoning, answer_text = _lines(record, *REASONING), _string(record, "answer")
             head = _joined(_lines(record, "context", "question"), reasoning)
@@ -166,7 +234,8 @@ def _string(record: Record, field: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and field in NUMERIC and math.isfinite(value):
         return str(value)
     if isinstance(value, list):
         return "\n".join(_strings(record, field))
@@ -188,40 +257,28 @@ def _joined(*parts: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def read_jsonl(path: str | Path) -> list[Record]:
-    """Read a file of JSON lines, one record per line; blank lines are passed over.
+def check_names(names: Sequence[str], where: str) -> None:
+    """Refuse names of domains that cannot be what they also become: names of files and of tensors, a column's head.
 
     Raises:
-        MoesmithError: the file cannot be read or holds no record, or a line is not a record; file and line are named.
+        MoesmithError: a name is empty or long, begins with a dot, holds a slash or a character that is not printable,
+            or differs from another one in capitals alone.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Put the file there.") from error
-    records = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_record(line))
-        except (ValueError, RecursionError) as error:
-            raise MoesmithError(f"{path}:{number}: {error}", "Mend or remove the line.") from error
-    if not records:
-        raise MoesmithError(f"{path} is empty", "It needs one JSON object per line.")
-    return records
+    seen: dict[str, str] = {}
+    for name in names:
+        what = ""
+        if not name.strip() or name != name.strip() or len(name.encode(errors="replace")) > 120:
+            what = "is empty, begins or ends with white space, or is longer than 120 bytes"
+        elif name.startswith(".") or "/" in name or "\\" in name or not _printable(name) or name == "__metadata__":
+            what = "begins with a dot, holds a slash or a character that cannot be printed, or is taken"
+        elif (other := seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)) != name:
+            what = f"differs from {other!r} in capitals alone, which some file systems take for the same"
+        if what:
+            raise MoesmithError(f"{where} has a domain called {name!r:.80}, which {what}", "Give it another name.")
 
 
-def _record(line: bytes) -> Record:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError("the line is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the line is not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"the line must be a JSON object, not {type(record).__name__}")
-    as_text(record)  # tells what is wrong with it
-    return record
+def _printable(name: str) -> bool:
+    return name.replace("\u200c", "").replace("\u200d", "").isprintable()  # joiners belong to words of some scripts
 
 
 def choose(known: Sequence[str], names: Sequence[str] | None, where: str) -> list[str]:

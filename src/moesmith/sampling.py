@@ -7,16 +7,14 @@ import statistics
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moesmith.encoding import encoded
 from moesmith.errors import MoesmithError
-from moesmith.records import Domain, Record, as_text, fields
-
-BATCH = 64  # texts per tokenizer call
+from moesmith.records import Chat, Domain, Record, fields, whole
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def must_hold(domain: Domain, tokenizer: PreTrainedTokenizerBase, calibration: i
     """
     _Fields(domain, tokenizer).must_hold(calibration)
     total = 0
-    for ids in _encoded((as_text(record) for record in domain.evaluation), tokenizer, eos=True):
+    for ids in encoded(map(whole, domain.evaluation), tokenizer, eos=True):
         total += len(ids)
         if total >= evaluation:
             return
@@ -105,7 +103,7 @@ class _Fields:
         key = (record, which)
         if key not in self.known:
             texts = fields(self.records[record])
-            self.known[key] = _tokenise([texts[min(which, len(texts) - 1)]], self.tokenizer)[0]
+            self.known[key] = next(encoded([texts[min(which, len(texts) - 1)]], self.tokenizer))
         return self.known[key]
 
     def must_hold(self, window: int) -> None:
@@ -146,7 +144,7 @@ def _short_texts(source: _Fields, which: int, window: int, rng: random.Random) -
 
 
 def pack(
-    texts: Iterable[str],
+    texts: Iterable[str | Chat],
     tokenizer: PreTrainedTokenizerBase,
     window: int,
     limit: int | None = None,
@@ -155,7 +153,7 @@ def pack(
     """Join texts into one stream of tokens and cut it into blocks.
 
     Args:
-        texts: each tokenised by itself, with the special tokens its tokenizer adds.
+        texts: texts or chats, each tokenised by itself (``encoding``).
         window: tokens per block.
         limit: stop reading when so many tokens are there; the blocks hold at most this many.
         eos: end each text with the tokenizer's end-of-text token, if it has one.
@@ -163,7 +161,7 @@ def pack(
     Returns:
         The blocks, possibly none of them, and the account of the tokens read.
     """
-    return _cut(_encoded(texts, tokenizer, eos), window, limit)
+    return _cut(encoded(texts, tokenizer, eos), window, limit)
 
 
 def evaluation_blocks(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: int, window: int) -> Packed:
@@ -180,8 +178,8 @@ def evaluation_blocks(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens
     random.Random(domain.name).shuffle(order)
     chosen: dict[int, list[int]] = {}
     total = 0
-    encoded = _encoded((as_text(domain.evaluation[index]) for index in order), tokenizer, eos=True)
-    for index, ids in zip(order, encoded, strict=True):
+    sources = (whole(domain.evaluation[index]) for index in order)
+    for index, ids in zip(order, encoded(sources, tokenizer, eos=True), strict=True):
         chosen[index] = ids
         total += len(ids)
         if total >= limit:
@@ -227,27 +225,11 @@ def _epochs(domain: Domain, tokenizer: PreTrainedTokenizerBase, rng: random.Rand
     while True:
         rng.shuffle(records)
         total = 0
-        for ids in _encoded((as_text(record) for record in records), tokenizer, eos=True):
+        for ids in encoded(map(whole, records), tokenizer, eos=True):
             total += len(ids)
             yield ids
         if total == 0:
             raise _too_few(domain.name, "calibration", 0, 1)
-
-
-def _encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, eos: bool) -> Iterator[list[int]]:
-    source = iter(texts)
-    end: int | None = tokenizer.eos_token_id if eos else None
-    while batch := list(islice(source, BATCH)):
-        for ids in _tokenise(batch, tokenizer):
-            if end is not None and (not ids or ids[-1] != end):
-                ids.append(end)
-            yield ids
-
-
-def _tokenise(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # verbose=False: records longer than the model's context are meant; they are cut into windows afterwards.
-    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _cut(stream: Iterable[list[int]], window: int, limit: int | None) -> Packed:

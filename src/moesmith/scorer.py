@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import log_likelihoods
-from moesmith.text import Record, read_jsonl
+from moesmith.text import Record, read_records, records_file
 
 FEWSHOT_SEED = 1234  # the harness's own default
 TEMPLATES = resources.files("moesmith") / "tasks"
@@ -98,13 +98,13 @@ def load_task(name: str, data: Path | None) -> list[Task]:
     Raises:
         MoesmithError: a record is malformed, no record has an answer, or a few-shot task has no training file.
     """
-    if name not in task_names() or data is None or not (data / f"{name}.test.jsonl").is_file():
+    if name not in task_names() or data is None or not records_file(data, f"{name}.test").is_file():
         return []
     template = yaml.safe_load((TEMPLATES / f"{name}.yaml").read_text(encoding="utf-8"))
-    test = _answered(data / f"{name}.test.jsonl", template)
+    test = _answered(records_file(data, f"{name}.test"), template)
     train: tuple[Record, ...] = ()
     if wanted := template.get("num_fewshot", 0):
-        train = _answered(data / f"{name}.train.jsonl", template)
+        train = _answered(records_file(data, f"{name}.train"), template)
     task = Task(name, template, test, train)
     parts = _parts(task)
     if short := sum(part.shots < wanted for part in parts):
@@ -130,7 +130,7 @@ def _parts(task: Task) -> list[Task]:
 
 def _answered(path: Path, template: dict[str, Any]) -> tuple[Record, ...]:
     """The records of a file that have an answer; each is checked."""
-    records = read_jsonl(path)
+    records = read_records(path)
     cloze = template["output_type"] == "loglikelihood"
     for number, record in enumerate(records, 1):
         if problem := _cloze_problem(record) if cloze else _choice_problem(record):

@@ -1,7 +1,8 @@
 """Domains: named texts with a calibration and an evaluation split, and the way from them to token windows.
 
-This is the module to import from: reading is here, records in ``records``, sampling and packing in ``sampling``, the
-built-in domains in ``builtin``, Hugging Face data sets in ``hub``.
+This is the module to import from: reading is here, records in ``records``, files of them in ``formats``, their tokens
+in ``encoding``, sampling and packing in ``sampling``, what splits share in ``overlap``, the built-in domains in
+``builtin``, Hugging Face data sets in ``hub``.
 """
 
 from __future__ import annotations
@@ -14,25 +15,36 @@ from pathlib import Path
 from moesmith.arguments import path_text, several
 from moesmith.artefact import digest, file_digest
 from moesmith.builtin import builtin_digest, builtin_domains
+from moesmith.encoding import check_chats, spelled
 from moesmith.errors import MoesmithError
+from moesmith.formats import FORMATS, read_jsonl, read_records, records_file
 from moesmith.hub import hub_domains, read_sets
-from moesmith.records import Domain, Record, as_text, choose, fields, kind, read_jsonl
+from moesmith.overlap import Overlap, check_splits, overlaps
+from moesmith.records import Domain, Record, as_text, chat, check_names, choose, fields, kind
 from moesmith.sampling import Packed, evaluation_blocks, must_hold, pack, sample_windows, training_blocks
 
 __all__ = [
     "Domain",
+    "Overlap",
     "Packed",
     "Record",
     "as_text",
+    "chat",
+    "check_chats",
+    "check_splits",
     "evaluation_blocks",
     "fields",
     "kind",
     "load_domains",
     "must_hold",
+    "overlaps",
     "pack",
     "read_jsonl",
+    "read_records",
+    "records_file",
     "sample_windows",
     "source_digest",
+    "spelled",
     "training_blocks",
 ]
 
@@ -45,8 +57,9 @@ def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -
     """Read domains.
 
     Args:
-        source: ``builtin``; a folder of ``<name>.train.jsonl`` (calibration) with ``<name>.test.jsonl`` (evaluation);
-            a ``.yaml`` file describing Hugging Face data sets (see ``hub``); or ``paper24``, DIVE's own 24 sets.
+        source: ``builtin``; a folder of ``<name>.train.jsonl`` (calibration) with ``<name>.test.jsonl`` (evaluation),
+            or of files in another of ``FORMATS``; a ``.yaml`` file describing Hugging Face data sets (see ``hub``); or
+            ``paper24``, DIVE's own 24 sets.
         names: which domains, in this order. By default all, sorted by name; in a folder, sets with only one of the
             two files are then passed over.
 
@@ -62,7 +75,7 @@ def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -
         return hub_domains(path, names)
     groups = _groups(path)
     return [
-        Domain(name, tuple(read_jsonl(train)), tuple(read_jsonl(test)), groups.get(name, ""))
+        Domain(name, tuple(read_records(train)), tuple(read_records(test)), groups.get(name, ""))
         for name, (train, test) in _files(path, names).items()
     ]
 
@@ -86,6 +99,10 @@ def source_digest(source: str | Path, names: Sequence[str] | None = None) -> str
 
 
 def _locate(source: str) -> Path:
+    if not source.strip():
+        raise MoesmithError(
+            "no data source is named", f"Give a folder, a .yaml file, {BUILTIN} or {', '.join(SHIPPED)}."
+        )
     path = Path(source).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix in (".yaml", ".yml")):
         return path
@@ -99,24 +116,31 @@ def _locate(source: str) -> Path:
 
 def _files(folder: Path, names: Sequence[str] | None) -> dict[str, tuple[Path, Path]]:
     """Set → its calibration and evaluation file."""
-    found = {
-        split: {p.name.removesuffix(f".{split}.jsonl") for p in folder.glob(f"*.{split}.jsonl")} for split in SPLITS
-    }
+    found: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for path in folder.iterdir():
+        for split in SPLITS:
+            for ending in FORMATS:
+                if path.name.endswith(f".{split}{ending}"):
+                    found[split].add(path.name.removesuffix(f".{split}{ending}"))
     every, complete = sorted(found["train"] | found["test"]), sorted(found["train"] & found["test"])
     chosen = complete if names is None else choose(every, names, str(folder))
-    for name in chosen:
-        for split, use in SPLITS.items():
-            if name not in found[split]:
-                raise MoesmithError(
-                    f"domain '{name}' has no {use} split: {folder / f'{name}.{split}.jsonl'} is missing",
-                    "Add the file or leave the domain out.",
-                )
+    check_names(chosen, str(folder))
     if not chosen:
         raise MoesmithError(
             f"{folder} holds no domain",
             "A domain is a pair of files, <name>.train.jsonl and <name>.test.jsonl, with one record per line.",
         )
-    return {name: (folder / f"{name}.train.jsonl", folder / f"{name}.test.jsonl") for name in chosen}
+    return {name: (_split(folder, name, "train"), _split(folder, name, "test")) for name in chosen}
+
+
+def _split(folder: Path, name: str, split: str) -> Path:
+    """The one file of a split."""
+    file = records_file(folder, f"{name}.{split}")
+    if not file.is_file():
+        raise MoesmithError(
+            f"domain '{name}' has no {SPLITS[split]} split: {file} is missing", "Add the file or leave the domain out."
+        )
+    return file
 
 
 def _groups(folder: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesmith.console import out, show_table
+from moesmith.console import show_table, show_text
 
 GIB, MIB = 2**30, 2**20
 
@@ -80,4 +80,4 @@ def show(found: dict[str, Any]) -> None:
         "time to first token of the whole batch, peak memory, size of the weights", [*columns, *sizes], size_rows(found)
     )
     for line in sentences(found):
-        out.print(line, markup=False)
+        show_text(line)

@@ -23,6 +23,7 @@ from moesmith.arguments import takes_paths
 from moesmith.artefact import check_file, write_text
 from moesmith.errors import MoesmithError
 from moesmith.outputs import check_result, new_file, real
+from moesmith.overlap import found_in, warnings
 from moesmith.overview import STOCK, finished_of, versions_of
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
@@ -171,6 +172,7 @@ def _perplexity(source: Source) -> dict[str, Any]:
         "twin": finished if STOCK in stages else None,
         "worst": max((row["ratio"] for row in rows if row["ratio"]), default=0.0),
         "home": source.home,
+        "overlap": warnings(found_in(source.manifests.get("held-out", {}).get("metrics", {}))),
         "window": source.evaluation.get("window"),
         "tokens": source.evaluation.get("tokens"),
     }

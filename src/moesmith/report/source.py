@@ -53,7 +53,7 @@ class Source:
 
         write_atomic(
             self.pictures / f"{name}.png",
-            lambda path: figure.savefig(path, format="png", dpi=130, facecolor="white", bbox_inches="tight"),
+            lambda path: style.save(figure, path, format="png", dpi=130, facecolor="white", bbox_inches="tight"),
         )
         return Markup(style.to_svg(figure, name, description))
 

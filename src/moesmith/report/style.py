@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,13 @@ def legend(axes: Any, **options: Any) -> None:
     axes.legend(**{"fontsize": SIZE - 0.5, "frameon": False, "labelcolor": INK, **options})
 
 
+def save(figure: Figure, target: Any, **options: Any) -> None:
+    """Write a figure; what its font lacks is a box in a PNG and text in an SVG, and nothing to tell the user."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
+        figure.savefig(target, **options)
+
+
 def to_svg(figure: Figure, name: str, description: str) -> str:
     """A figure as an ``<svg>`` element for a page: text stays text, theme colours become CSS variables.
 
@@ -122,7 +130,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        save(figure, buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

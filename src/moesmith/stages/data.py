@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesmith.artefact import read_tensors, write_tensors
+from moesmith.artefact import digest, read_tensors, write_tensors
+from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.moments import Moments, channel_moments
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
 from moesmith.recipe import LoopSection, Recipe
-from moesmith.text import Domain, evaluation_blocks, must_hold, sample_windows, training_blocks
+from moesmith.text import (
+    Domain,
+    Record,
+    chat,
+    check_chats,
+    evaluation_blocks,
+    must_hold,
+    overlaps,
+    sample_windows,
+    spelled,
+    training_blocks,
+)
 
 
 def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
@@ -32,7 +44,9 @@ def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
         return {"calibration_tokens": {name: ids.numel() for name, ids in windows.items()}}
 
     names = [domain.name for domain in domains]
-    return run.stage("domains", [], {"names": names, "tokens": spec.tokens, "window": spec.window}, body)
+    settings = {"names": names, "tokens": spec.tokens, "window": spec.window}
+    settings |= _reading({domain.name: domain.calibration for domain in domains}, parent)
+    return run.stage("domains", [], settings, body)
 
 
 def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
@@ -48,9 +62,11 @@ def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
         return {
             "evaluation_tokens": {name: packed.blocks.numel() for name, packed in held_out.items()},
             "evaluation_tokens_left_over": {name: packed.dropped for name, packed in held_out.items()},
+            "overlap": {name: overlap.as_dict() for name, overlap in overlaps(domains).items()},
         }
 
     settings = {"names": [domain.name for domain in domains], "evaluate": spec.model_dump()}
+    settings |= _reading({domain.name: domain.evaluation for domain in domains}, parent)
     return run.stage("held-out", [], settings, body)
 
 
@@ -70,7 +86,20 @@ def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
         "names": [domain.name for domain in domains],
         "training": {name: [spec.tokens, spec.window] for name, spec in training.items()},
     }
+    settings |= _reading({domain.name: domain.calibration for domain in domains}, parent)
     return run.stage("corpus", [], settings, body)
+
+
+def _reading(records: Mapping[str, Sequence[Record]], parent: Parent) -> dict[str, Any]:
+    """What else token ids depend on: the template of chats, and that spelled control tokens are plain characters.
+
+    Nothing where there are neither: moesmith once read such tokens as control tokens, all other text as it does today.
+    """
+    found = {name: spelled(of, parent.tokenizer) for name, of in records.items()}
+    settings: dict[str, Any] = {"spelled": found} if any(found.values()) else {}
+    if any(chat(record) for of in records.values() for record in of):
+        settings["chat_template"] = digest(parent.tokenizer.chat_template)
+    return settings
 
 
 def stages_to_train(recipe: Recipe) -> dict[str, LoopSection]:
@@ -98,11 +127,14 @@ def check_windows(recipe: Recipe, parent: Parent) -> None:
 
 
 def check_text(recipe: Recipe, parent: Parent, domains: Sequence[Domain]) -> None:
-    """Refuse a domain with less text in a split than one window."""
+    """Refuse a domain with less text in a split than one window, or with chats that the parent cannot read."""
     longest = max(_evaluation_windows(recipe).values())
     window = recipe.domains.window if recipe.carved else 1  # masks from a random start take no calibration windows
     for domain in domains:
+        check_chats(domain, parent.tokenizer)
         must_hold(domain, parent.tokenizer, window, longest)
+        if count := spelled(domain.calibration + domain.evaluation, parent.tokenizer):
+            say(f"domain {domain.name}: {count} records spell a control token of the parent; it is read as plain text")
 
 
 def windows_of(run: Run) -> dict[str, Tensor]:
