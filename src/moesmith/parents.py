@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, layered
 from moesmith.mapped import give_back
 from moesmith.proof import find_family
+from moesmith.stored import AGAIN, HARMLESS, UNQUANTISED, refuse_adapter, refuse_files, shown
+from moesmith.stored import refuse_config as refuse_stored_config
 from moesmith.structure import FFN, decoder_layers, find_ffns
+from moesmith.vocabulary import refuse_tokens
 
 __all__ = ["FFN", "Parent", "find_ffns", "load_parent", "quiet"]
 
@@ -79,7 +84,8 @@ class Parent:
         """
         if (quantised := getattr(model.config, "quantization_config", None)) is not None:
             method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
-            raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")
+            raise MoesmithError(f"The weights of {source} are quantised ({method})", UNQUANTISED)
+        refuse_tokens(model, tokenizer, source)
         model.eval()
         with contextlib.nullcontext() if memory is None else _giving_back(model):
             mapped = memory is not None
@@ -226,7 +232,19 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _load_folder(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = checked(_from_pretrained(source, dtype, source, use_safetensors=True), source)
+    if Path(source).is_dir():
+        refuse_files(Path(source), source)
+    loaded = _from_pretrained(source, dtype, source, use_safetensors=True)
+    if not Path(source).is_dir():  # a hub id: its files are there now
+        refuse_files(Path(str(cached_file(source, "config.json"))).parent, source)
+    model = checked(loaded, source)
+    head: Any = model.get_output_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise MoesmithError(
+            f"{source} has an output matrix of its own, and its config says that it is the embedding",
+            "Set tie_word_embeddings to false in config.json if the matrix is meant.",
+        )
     return model, _tokenizer(source, source)
 
 
@@ -236,7 +254,7 @@ def _from_pretrained(where: str, dtype: torch.dtype, shown: str, **options: Any)
             loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # transformers, safetensors and the hub client each have their own error types
         raise MoesmithError(
-            f"{shown} cannot be loaded: {first_line(error)}", "Fetch or save the model again, as safetensors."
+            f"{shown} cannot be loaded: {first_line(error)}", "Fetch or save the model again."
         ) from error
     return loaded
 
@@ -263,6 +281,7 @@ def refuse_remote_code(source: str) -> None:
     Raises:
         MoesmithError: there is no such folder or hub id, or its architecture is not part of transformers.
     """
+    refuse_adapter(Path(source))
     config: dict[str, Any] = {}
     cause: Exception | None = None
     try:
@@ -278,6 +297,7 @@ def refuse_remote_code(source: str) -> None:
         ) from cause
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING:
+        refuse_stored_config(config, source)
         return
     if "auto_map" in config:
         raise MoesmithError(
@@ -291,14 +311,30 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
     """The model of ``from_pretrained(..., output_loading_info=True)``.
 
     Raises:
-        MoesmithError: tensors were missing or of the wrong shape (transformers fills them with random numbers).
+        MoesmithError: tensors were missing or of the wrong shape (transformers fills them with random numbers), or
+            there were some that the model has no place for (it leaves them out).
     """
     model, info = loaded
     for what in ("missing", "mismatched"):
-        if names := sorted(str(name) for name in info.get(f"{what}_keys") or ()):
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise MoesmithError(f"{source} is incomplete: {what} tensors {shown}", "Fetch or save the model again.")
+        if names := [str(name) for name in info.get(f"{what}_keys") or ()]:
+            raise MoesmithError(f"{source} is incomplete: {what} tensors {shown(names)}", AGAIN)
+    if names := [name for name in map(str, info.get("unexpected_keys") or ()) if not HARMLESS.search(name)]:
+        raise MoesmithError(
+            f"{source} holds {len(names)} tensors that {type(model).__name__} has no place for: {shown(names)}",
+            _meant(names),
+        )
     return model
+
+
+def _meant(names: list[str]) -> str:
+    """What tensors without a place usually are, and how to have them counted."""
+    if any("lora" in name.lower() for name in names):
+        return "Merge the adapter into the model (PEFT's merge_and_unload) and save it again."
+    if any(re.search(r"scale|zeros|absmax|quant|g_idx|_packed", name) for name in names):
+        return UNQUANTISED
+    if all(re.search(r"\.\d+\.", name) for name in names) and not all(name.endswith(".bias") for name in names):
+        return "Mend config.json (num_hidden_layers and the fields for biases and norms) or save the model again."
+    return "Mend config.json so that it says what the file holds, or save the model again without them."
 
 
 def _weights(model: PreTrainedModel, mapped: bool) -> Iterator[tuple[str, Tensor]]:

@@ -53,7 +53,7 @@ def _probes(config: Any) -> list[tuple[int, int]]:
     limits = {rope.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None)}
     window = attention_window(config)
     firsts = {n - 3 for n in limits if n} | {n + 1 for n in limits if n} | {longest - sum(CHUNKS)}
-    firsts |= {2**power for power in range(5, 30) if 2**power < longest}
+    firsts |= {2**power for power in range(5, 30, 2) if 2**power < longest}
     if rope.get("rope_type") == "dynamic":  # which goes on beyond the context
         firsts |= {longest - 3, longest + 1, 2 * longest}
     probes = [(0, 0)] + [(CACHED, first) for first in sorted(firsts) if first >= CACHED]
@@ -82,7 +82,7 @@ def _shallow(model: PreTrainedModel, ffns: list[FFN]) -> tuple[Any, list[nn.Modu
         kept.append(copy.deepcopy(layers[index], {id(ffns[index].module): network}).float())
     setattr(owner, name, nn.ModuleList(kept))
     for module in short.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager"):  # others want half precision
             config._attn_implementation = "sdpa"
     return short, kept

@@ -161,7 +161,7 @@ def prove_parallel(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module) -> 
         what = f"The parent's networks have no gate, and its layers or its end have {counts} layer norms instead of one"
         raise MoesmithError(what, KINDS)
     *norms, final = [norm for (norm,) in found]
-    shown = [{"norm": norm} for norm in norms]
+    shown: list[dict[str, nn.Module]] = [{"norm": norm} for norm in norms]
     witness = Witness(model, ffns, shown, final, rope, like := "a parallel decoder's")
     demand, seen, stream = witness.demand, witness.seen, witness.stream
     for i, norm in enumerate(norms):
