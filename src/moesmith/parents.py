@@ -30,10 +30,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, layered
 from moesmith.mapped import give_back
 from moesmith.proof import find_family
+from moesmith.rope import unread
 from moesmith.stored import AGAIN, HARMLESS, UNQUANTISED, refuse_adapter, refuse_files, shown
 from moesmith.stored import refuse_config as refuse_stored_config
 from moesmith.structure import FFN, decoder_layers, find_ffns
@@ -91,7 +93,10 @@ class Parent:
             mapped = memory is not None
             refuse_not_finite(model, source, mapped=mapped)
             ffns, digest = find_ffns(model), model_digest(model, mapped=mapped)
-            return cls(model, tokenizer, source, digest, ffns, find_family(model, ffns), memory)
+            family = find_family(model, ffns)
+        if odd := unread(model.config):
+            say(f"{source}: nothing reads {', '.join(odd)} of its config; what it computes without them is converted")
+        return cls(model, tokenizer, source, digest, ffns, family, memory)
 
     @property
     def config(self) -> Any:

@@ -63,6 +63,21 @@ def _probes(config: Any) -> list[tuple[int, int]]:
     return probes
 
 
+def text_to_compare(config: Any, blocks_NS: Tensor) -> Tensor:
+    """Token ids (rows, length) from held-out blocks to compare two models on, far enough to see every limit.
+
+    Rows are longer than a sliding window and the original context of scaled positions where these are at most 1,024,
+    else 256; never longer than the context or the text. There are as many as make about 512 tokens, at least one.
+    """
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    limits = [attention_window(config), (config.rope_parameters or {}).get("original_max_position_embeddings")]
+    length = max([256, *(limit + 16 for limit in limits if limit and limit <= 1024)])
+    stream = blocks_NS.flatten()
+    length = min(length, longest, len(stream))
+    rows = max(1, min(512, len(stream)) // length)
+    return stream[: rows * length].view(rows, length)
+
+
 def _shallow(model: PreTrainedModel, ffns: list[FFN]) -> tuple[Any, list[nn.Module]]:
     """The model and its layers: the first and the last, in fp32 and without their feed-forward networks.
 

@@ -106,6 +106,13 @@ def refuse_config(config: Any, neutral: dict[str, float | None], needed: dict[st
     for field, what in needed.items():
         if getattr(config, field, None) is None:
             raise MoesmithError(f"The parent's config has no {field}: it has {what} of another kind", KINDS)
+    window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
+    if window and not hasattr(type(config), "sliding_window") and window < (longest or window):
+        raise MoesmithError(
+            f"The parent's config has sliding_window = {window}, which its code does not read and transformers' "
+            "cache does: generation differs from a forward pass",
+            "Remove sliding_window from config.json.",
+        )
     if len(set(getattr(config, "layer_types", None) or [None])) > 1:
         raise MoesmithError("The parent's attention differs between layers (layer_types)", KINDS)
 

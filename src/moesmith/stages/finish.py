@@ -21,6 +21,7 @@ from moesmith.layerwise import Decoder
 from moesmith.moe import decoder
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
+from moesmith.positions import text_to_compare
 from moesmith.proof import NATIVE
 from moesmith.report.routing import record_routing
 from moesmith.stages.data import evaluation_of
@@ -44,7 +45,7 @@ def export_stage(run: Run, parent: Parent, before: str) -> Path:
 
     def body(_work: Path) -> dict[str, Any]:
         carving = Carving.load(run.path(before))
-        ids = next(iter(evaluation_of(run).values()))[:2, :128]
+        ids = text_to_compare(parent.config, next(iter(evaluation_of(run).values())))
         sliced = decoder(parent, carving)
 
         def stock(folder: Path) -> dict[str, Any]:
