@@ -260,7 +260,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     weights = save_tiny("llama3", tmp_path) / "model.safetensors"
     torch.save(load_file(weights), tmp_path / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(MoesmithError, match=r"weights in pytorch_model\.bin, .* save_pretrained\(\) it"):
+    with pytest.raises(MoesmithError, match=r"weights in pytorch_model\.bin, .* Save it as safetensors"):
         load_parent(str(tmp_path))
 
 

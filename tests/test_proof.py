@@ -109,10 +109,9 @@ def test_what_happens_in_the_cache_only_is_seen(layer: int) -> None:
 def test_a_window_off_by_one_is_seen(off: int) -> None:
     model: Any = tiny_model("mistral", sliding_window=100)
     assert Parent.from_model(model, tiny_tokenizer()).family == "mixtral"
-    for module in model.modules():
-        module.__dict__.pop("config", None) if module is model.model else None
+    # the decoder that makes the masks has another config than the model that says what it is
     model.model.config = type(model.config)(**model.config.to_dict() | {"sliding_window": 100 + off})
-    with pytest.raises(MoesmithError, match="attention at position 10[0-9]|attention at position 97"):
+    with pytest.raises(MoesmithError, match=r"attention at position \d+"):
         Parent.from_model(model, tiny_tokenizer())
 
 

@@ -239,7 +239,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 def _load_folder(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if Path(source).is_dir():
         refuse_files(Path(source), source)
-    loaded = _from_pretrained(source, dtype, source, use_safetensors=True)
+    loaded = _from_pretrained(source, dtype, source, use_safetensors=True, ignore_mismatched_sizes=True)
     if not Path(source).is_dir():  # a hub id: its files are there now
         refuse_files(Path(str(cached_file(source, "config.json"))).parent, source)
     model = checked(loaded, source)
@@ -320,9 +320,14 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
             there were some that the model has no place for (it leaves them out).
     """
     model, info = loaded
-    for what in ("missing", "mismatched"):
-        if names := [str(name) for name in info.get(f"{what}_keys") or ()]:
-            raise MoesmithError(f"{source} is incomplete: {what} tensors {shown(names)}", AGAIN)
+    if names := [str(name) for name in info.get("missing_keys") or ()]:
+        raise MoesmithError(f"{source} is incomplete: missing tensors {shown(names)}", AGAIN)
+    if other := info.get("mismatched_keys"):
+        names = [f"{name} is {tuple(there)} and not {tuple(asked)}" for name, there, asked in other]
+        raise MoesmithError(
+            f"{source} holds tensors of other shapes than its config says: {shown(names)}",
+            "Mend config.json (vocab_size and the other sizes), or fetch or save the model again.",
+        )
     if names := [name for name in map(str, info.get("unexpected_keys") or ()) if not HARMLESS.search(name)]:
         raise MoesmithError(
             f"{source} holds {len(names)} tensors that {type(model).__name__} has no place for: {shown(names)}",
@@ -334,7 +339,7 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
 def _meant(names: list[str]) -> str:
     """What tensors without a place usually are, and how to have them counted."""
     if any("lora" in name.lower() for name in names):
-        return "Merge the adapter into the model (PEFT's merge_and_unload) and save it again."
+        return "Give the model with the adapter merged into it (PEFT's merge_and_unload)."
     if any(re.search(r"scale|zeros|absmax|quant|g_idx|_packed", name) for name in names):
         return UNQUANTISED
     if all(re.search(r"\.\d+\.", name) for name in names) and not all(name.endswith(".bias") for name in names):

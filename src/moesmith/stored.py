@@ -101,7 +101,7 @@ def _shards(folder: Path, source: str) -> list[str]:
         if pickled := [path.name for pattern in PICKLED for path in sorted(folder.glob(pattern))]:
             raise MoesmithError(
                 f"{source} has its weights in {shown(pickled)}, a format that can run code, and moesmith reads none",
-                "Load it once with transformers' from_pretrained and save_pretrained() it: that writes safetensors.",
+                "Save it as safetensors: load it with transformers' from_pretrained, then save_pretrained().",
             )
         if gguf := [path.name for path in sorted(folder.glob("*.gguf"))]:
             raise MoesmithError(f"{source} has no safetensors, but {gguf[0]}", f"Give {folder / gguf[0]} itself.")
