@@ -17,6 +17,7 @@ from moesmith.harness import find_tasks, run_tasks
 from moesmith.parents import Parent, load_parent, tokenizer_digest
 from moesmith.stages.finish import load_finished
 from moesmith.text import load_domains, read_jsonl
+from moesmith.vocabulary import refuse_ids, rows_of
 
 
 def header_of(folder: Path) -> dict[str, Any]:
@@ -134,6 +135,7 @@ def continuations(folder: Path, prompt: str, tokens: int, chat: bool) -> dict[st
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
     if inputs["input_ids"].shape[1] == 0:
         raise MoesmithError("the prompt is empty", "Give some text to continue.")
+    refuse_ids(inputs["input_ids"], rows_of(parent.model), "the prompt")
 
     def go_on(model: PreTrainedModel) -> str:
         generate: Any = model.generate

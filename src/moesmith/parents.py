@@ -286,7 +286,7 @@ def refuse_remote_code(source: str) -> None:
     Raises:
         MoesmithError: there is no such folder or hub id, or its architecture is not part of transformers.
     """
-    refuse_adapter(Path(source))
+    refuse_adapter(Path(source), source)
     config: dict[str, Any] = {}
     cause: Exception | None = None
     try:
@@ -295,6 +295,8 @@ def refuse_remote_code(source: str) -> None:
     except Exception as error:  # a broken config.json, or the hub client's own error types
         cause = error
     if not config:
+        with contextlib.suppress(OSError, ValueError):  # not there either
+            refuse_adapter(Path(str(cached_file(source, "adapter_config.json"))).parent, source)
         offline = " (offline)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
         raise MoesmithError(
             f"{source} is neither a folder with a config.json, nor a .gguf file, nor a reachable hub id{offline}",

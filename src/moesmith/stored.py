@@ -30,7 +30,7 @@ def shown(names: Iterable[str]) -> str:
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
-def refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: Path, source: str) -> None:
     """Refuse a folder with an adapter: alone it is no model, and beside one transformers would add it in silence.
 
     Raises:
@@ -44,7 +44,7 @@ def refuse_adapter(folder: Path) -> None:
     except (OSError, ValueError, AttributeError):
         base = None
     raise MoesmithError(
-        f"{folder} holds an adapter{f' of {base}' if base else ''} (adapter_config.json), not a whole model",
+        f"{source} holds an adapter{f' of {base}' if base else ''} (adapter_config.json), not a whole model",
         "Give the folder of the merged model: load it with PEFT, merge_and_unload(), save_pretrained().",
     )
 
