@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from commands import Answer
+from commands import Answer, moesmith
 from conversions import arguments
 from refusals import World, convert_is_refused, refused
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, PreTrainedConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedConfig
+
+from moesmith.parents import load_parent
 
 
 def save_other(folder: Path, config: PreTrainedConfig) -> None:
@@ -46,6 +49,117 @@ def with_nan(world: World) -> None:
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(tensors, path, {"format": "pt"})
+
+
+def change(world: World, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], **config: Any) -> None:
+    """Rewrite the tensors of the parent's file, and fields of its config."""
+    folder = world.own_model()
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+    written = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(written))
+
+
+def scaled(dtype: torch.dtype, most: float) -> Callable[[World], None]:
+    """Weights in eight bits with their scales beside them; the config does not say so."""
+
+    def stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = dict(tensors)
+        for name, weight in tensors.items():
+            if "_proj" in name:
+                scale = weight.abs().max() / most
+                found |= {name: (weight / scale).to(dtype), f"{name}_scale": scale.reshape(1)}
+        return found
+
+    return lambda world: change(world, stored)
+
+
+def with_tensors(suffix: str, shape: tuple[int, ...]) -> Callable[[World], None]:
+    """More tensors beside each q_proj."""
+
+    def more(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = [name.removesuffix("weight") + suffix for name in tensors if "q_proj" in name]
+        return tensors | {name: torch.ones(shape) for name in names}
+
+    return lambda world: change(world, more)
+
+
+def fewer_layers(world: World) -> None:
+    change(world, dict, num_hidden_layers=1)
+
+
+def another_head(world: World) -> None:
+    change(world, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1})
+
+
+def smaller_vocabulary(world: World) -> None:
+    change(world, dict, vocab_size=280)
+
+
+def padding_beyond(world: World) -> None:
+    change(world, dict, pad_token_id=300)
+
+
+def quantised(world: World) -> None:
+    change(world, dict, quantization_config={"quant_method": "awq", "bits": 4})
+
+
+def in_four_bits(world: World) -> None:
+    change(world, dict, quantization_config={"load_in_4bit": True})
+
+
+def adapter(world: World) -> None:
+    world.model = world.out.parent / "adapter"
+    world.model.mkdir()
+    (world.model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    save_file({"lora_A": torch.ones(2, 2)}, world.model / "adapter_model.safetensors")
+
+
+def adapter_beside(world: World) -> None:
+    (world.own_model() / "adapter_config.json").write_text("{}")
+
+
+def pickled(world: World) -> None:
+    path = world.own_model() / "model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+
+
+def sharded(world: World, weight_map: Callable[[str], str], *, keep: bool = False) -> None:
+    path = world.own_model() / "model.safetensors"
+    tensors = load_file(path)
+    index = {name: weight_map(name) for name in tensors}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    save_file(tensors, path.with_name("model-00001-of-00002.safetensors"), {"format": "pt"})
+    if not keep:
+        path.unlink()
+
+
+def missing_shard(world: World) -> None:
+    sharded(world, lambda name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors")
+
+
+def two_sets(world: World) -> None:
+    sharded(world, lambda _: "model-00001-of-00002.safetensors", keep=True)
+
+
+def a_tensor_twice(world: World) -> None:
+    missing_shard(world)
+    tensors = load_file(world.model / "model-00001-of-00002.safetensors")
+    second = {name: tensor for name, tensor in tensors.items() if "layers.1" in name}
+    save_file(second, world.model / "model-00002-of-00002.safetensors", {"format": "pt"})
+
+
+def end_of_text_beyond(world: World) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.own_model())
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    tokenizer.save_pretrained(world.model)
+
+
+def text_beyond(world: World) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.own_model())
+    tokenizer.add_tokens(["fish"])  # a word of the data
+    tokenizer.save_pretrained(world.model)
 
 
 def without_tokenizer(world: World) -> None:
@@ -94,6 +208,33 @@ PARENTS: dict[str, tuple[Callable[[World], None], str]] = {
     "no weights": (without_weights, "own-m cannot be loaded"),
     "truncated": (truncated, "own-m cannot be loaded"),
     "a tensor is missing": (without_a_tensor, r"incomplete: missing tensors \S+up_proj\.weight\. Fetch or save"),
+    "float8 without its scales": (scaled(torch.float8_e4m3fn, 448), r"as F8_E4M3: \S+proj.* Give the unquantised"),
+    "int8 without its scales": (scaled(torch.int8, 127), r"stores weights as I8: \S+proj.* Give the unquantised"),
+    "an adapter in the file": (
+        with_tensors("lora_A.default.weight", (4, 32)),
+        r"2 tensors that LlamaForCausalLM has no place for: \S+lora_A\S+, .*Give the model with the adapter merged",
+    ),
+    "a bias in the file": (with_tensors("bias", (32,)), r"has no place for: \S+q_proj\.bias, .*Mend config\.json"),
+    "scales in the file": (with_tensors("weight_scale", (1,)), r"has no place for: \S+q_proj\.weight_scale.* Give"),
+    "layers beyond the count": (fewer_layers, r"9 tensors .*layers\.1\..*Mend config\.json \(num_hidden_layers"),
+    "a head of its own, tied": (another_head, "output matrix of its own, .*Set tie_word_embeddings to false"),
+    "smaller vocabulary": (
+        smaller_vocabulary,
+        r"other shapes .*: \S+embed_tokens\.weight is \(300, 32\) and not \(280, 32\)\. Mend config\.json \(vocab_size",
+    ),
+    "padding beyond": (padding_beyond, r"pads with token 300, .* 300 rows\. Set pad_token_id"),
+    "AWQ": (quantised, r"quantised \(awq\)\. Give the unquantised model"),
+    "bitsandbytes": (in_four_bits, r"quantised \(bitsandbytes\)\. Give the unquantised model"),
+    "an adapter": (adapter, r"an adapter of some/base .*Give the folder of the merged model"),
+    "an adapter beside a model": (adapter_beside, r"holds an adapter .*Give the folder of the merged model"),
+    "pickled": (pickled, r"weights in pytorch_model\.bin, .*Save it as safetensors"),
+    "a shard is missing": (missing_shard, r"names model-00002-of-00002\.safetensors, which is not there\. Fetch"),
+    "two sets of weights": (two_sets, r"two sets of weights: model\.safetensors, and .*Delete the one"),
+    "a tensor twice": (a_tensor_twice, r"has model\.layers\.1\.\S+ twice, in \S+00001\S+ and in \S+00002\S+\. Fetch"),
+    "end of text beyond": (
+        end_of_text_beyond,
+        r"end-of-text token .*'<\|im_end\|>', is number 300, and the embedding has 300 rows\. Set eos_token to '</s>'",
+    ),
     "not finite": (with_nan, r"not finite \(NaN or infinity\) in model\.layers\.1\.mlp\.up_proj\.weight"),
     "no tokenizer": (
         without_tokenizer,
@@ -109,6 +250,25 @@ def test_a_bad_parent(world: World, case: str) -> None:
     spoil, says = PARENTS[case]
     spoil(world)
     convert_is_refused(world, says, [], "dive-plus")
+
+
+def test_text_with_a_token_beyond_the_embedding(world: World) -> None:
+    text_beyond(world)
+    answer = moesmith(*arguments("dive-plus", world.model, world.data, world.out))
+    assert answer.status == 2
+    assert "contains token 300, " in answer.err
+    assert "Remove it from the text." in answer.err
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.masked_bias"])
+def test_tensors_that_are_known_to_be_harmless(world: World, name: str) -> None:
+    change(world, lambda tensors: tensors | {name: torch.ones(4)})
+    assert load_parent(str(world.model)).family == "mixtral"
+
+
+def test_a_head_that_is_the_embedding_is_harmless(world: World) -> None:
+    change(world, lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert load_parent(str(world.model)).family == "mixtral"
 
 
 @pytest.mark.parametrize("key", ["domains", "evaluate", "stage1", "stage2", "affinity"])

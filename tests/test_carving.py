@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from carvings import random_carving
-from tiny import tiny_parent
+from safetensors.torch import load_file
+from tiny import FAMILIES, tiny_parent
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
+from moesmith.export.native import write_native
+from moesmith.export.stock import write_stock
 from moesmith.gates import GateSpec
 from moesmith.moe import build
 from moesmith.parents import FFN, Parent
+from moesmith.plan import make_plan
+from moesmith.proof import NATIVE
 from moesmith.recipe import load_recipe
 from moesmith.stages.training import prepare
 
@@ -148,7 +154,8 @@ def test_parameters_are_those_of_the_paper(top_k: int, width: int, total: int, l
     """dive.md §2's table at TinyLlama's shapes, for the carving's own count and for what stage 2 really trains."""
     parent = tinyllama()
     carving = published(parent, top_k, width)
-    found = carving.parameters(parent)
+    # as the published code stores it: exact biases, no expert sharing channels with another
+    found = replace(carving, lora={"trained": torch.zeros(0)}).parameters(parent, native=True)
     assert found["parent_parameters"] == 1_100_048_384
     assert found["parameters_total"] == total - NOISE - O_BIAS
     assert round((found["parameters_active"] + O_BIAS) / 1e6, 1) == 719.9
@@ -166,14 +173,50 @@ def test_parameters_are_those_of_the_paper(top_k: int, width: int, total: int, l
     assert sum(p.numel() for p in first.values()) == 720_896
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi"])
-def test_parameters_are_counted_from_the_model(family: str) -> None:
-    parent = tiny_parent(family)
+def weights_in(folder: Path) -> dict[str, int]:
+    """Number of weights by name in a folder's safetensors; index lists, masks and single numbers are no weights."""
+    found = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    return {name: t.numel() for name, t in found.items() if t.is_floating_point() and t.dim()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_in_the_files(family: str, tied: bool, tmp_path: Path) -> None:
+    parent = tiny_parent(family, tie_word_embeddings=tied)
     for compensation in ("none", "bias", "refit"):
-        carving = random_carving(parent, experts=4, top_k=1, kept=20, compensation=compensation)
-        found, model = carving.parameters(parent), build(parent, carving, "sliced")
-        assert found["parameters_total"] == sum(p.numel() for p in model.parameters())
-        idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) * 3 // 4
-        assert found["parameters_active"] == found["parameters_total"] - idle
+        carving = random_carving(parent, experts=4, top_k=1, kept=20, compensation=compensation, ragged=True)
+        for layer in carving.layers:
+            layer.constant_D = torch.randn(parent.D)
+        for native in {True, parent.family == NATIVE}:
+            folder = tmp_path / f"{compensation}{native}"
+            write_native(parent, carving, folder) if native else write_stock(parent, carving, folder, torch.float32)
+            found, there = carving.parameters(parent, native), weights_in(folder)
+            assert found["parameters_total"] == sum(there.values())
+            shared = native and compensation != "refit"
+            bias = (native and compensation == "bias") or family == "phi"
+            experts = sum(n for name, n in there.items() if ".experts." in name)
+            if shared:  # of one network: a token reads its expert's channels, 18.5 in the mean, and its bias
+                channel = parent.ffns[0].matrices * parent.D + (family == "phi")
+                read = 2 * 18.5 * channel + 2 * bias * parent.D
+                assert found["parameters_active"] == sum(there.values()) - experts + read
+            else:  # one in four
+                assert found["parameters_active"] == sum(there.values()) - experts * 3 // 4
+        default = carving.parameters(parent)
+        assert default == carving.parameters(parent, native=parent.family == NATIVE)
     one = random_carving(parent, experts=1, kept=64)
-    assert one.parameters(parent)["parameters_total"] == found["parent_parameters"]  # a single expert needs no router
+    (write_native if parent.family == NATIVE else write_stock)(parent, one, tmp_path / "one")
+    assert one.parameters(parent)["parameters_total"] == sum(weights_in(tmp_path / "one").values())
+    assert one.parameters(parent)["parameters_total"] == one.parameters(parent)["parameters_active"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
+def test_the_plan_counts_as_the_files(family: str) -> None:
+    """Every expert as wide as planned and with as little in common as that allows: the plan is exact."""
+    parent = tiny_parent(family)
+    recipe = load_recipe("dive-1of8", None, ["carve.experts=4", "carve.ratio=0.5", "stage2.tokens=0"])
+    channels = [torch.arange(32), torch.arange(32, 64)] * 2
+    layers = [CarvedLayer(channels, torch.zeros(4, 32)) for _ in range(2)]
+    carving = Carving(layers, GateSpec(experts=4, top_k=1), 64, recipe.carve.compensation)
+    plan = make_plan(recipe, parent, 4)
+    found = carving.parameters(parent)
+    assert (plan.parameters_total, plan.parameters_active) == (found["parameters_total"], found["parameters_active"])

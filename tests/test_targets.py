@@ -19,9 +19,9 @@ from sources import IDS, export, permuted, tiny_source
 from tiny import FAMILIES, LLAMA3_ROPE, tiny_parent
 
 from moesmith.artefact import SUMS, read_json, sums_of
+from moesmith.carving import ALIGN
 from moesmith.errors import MoesmithError
 from moesmith.export.sglang import misread
-from moesmith.export.stock import ALIGN
 from moesmith.export.target import Options, Source, parse_size
 from moesmith.export.targets import TARGETS, check_out
 from moesmith.outputs import new_folder

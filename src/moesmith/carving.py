@@ -21,11 +21,13 @@ from moesmith.attention import CarvedAttention
 from moesmith.errors import MoesmithError
 from moesmith.gates import GateSpec
 from moesmith.parents import Parent, model_digest
+from moesmith.proof import NATIVE
 from moesmith.recipe import Compensation
 from moesmith.sizes import Sizes
 from moesmith.structure import attention_weights, decoder_layers
 
 FORMAT = 2  # 2: attention
+ALIGN = 32  # channels of a stock expert; quantisation blocks and grouped matrix kernels want multiples of it
 
 
 def _as(parent: Parent, dtype: torch.dtype) -> str:
@@ -125,6 +127,11 @@ class Carving:
         """Kept channels per layer and expert, (L, E) int64."""
         return torch.tensor([[len(kept) for kept in layer.channels] for layer in self.layers])
 
+    def stock_width(self) -> int:
+        """Expert width in a stock folder: the widest expert and a bias's channel, rounded up to :data:`ALIGN`."""
+        widest = int(self.widths().max()) + (self.compensation == "bias")
+        return -(-widest // ALIGN) * ALIGN
+
     def mask(self, layer: int) -> Tensor:
         """The layer's channel masks, (E, F) bool."""
         mask_EF = torch.zeros(self.gate.experts, self.d_ff, dtype=torch.bool)
@@ -199,30 +206,51 @@ class Carving:
         widths = [(a.width_qk, a.width_vo) for a in self.attention] or [(sizes.h, sizes.h)] * sizes.L
         return (active + sum(sizes.attention(qk, vo) for qk, vo in widths)) / sizes.total
 
-    def parameters(self, parent: Parent) -> dict[str, int]:
-        """Parameter counts: the parent's, and the MoE's in total and active per token (embeddings included).
+    def is_native(self, parent: Parent) -> bool:
+        """Whether ``RUN/model`` is in moesmith's own format: no stock architecture holds the parent, or attention."""
+        return parent.family == NATIVE or bool(self.attention)
 
-        Where attention is pruned the model lies in moesmith's own format: experts that are subsets of one network share
-        their channels there, and attention has the dimensions that some token keeps; the gates are counted.
+    def parameters(self, parent: Parent, native: bool | None = None) -> dict[str, int]:
+        """Parameter counts: the parent's, and the MoE's in total and active per token.
+
+        The total is the number of weights in the files of ``RUN/model``, embeddings included: in our own format experts
+        that are subsets of one network share their channels, other experts are padded to their layer's widest, and
+        attention has the dimensions that some token keeps; in a stock folder all experts have one width, rounded up, a
+        bias is one more channel, and Qwen2-MoE has a shared expert of zeros. Index lists and a gate's bool and scalar
+        values are no weights. Active is the total without the experts that a token does not visit.
+
+        Args:
+            parent: the dense parent, or its shapes.
+            native: count for our own format, or for a stock folder; ``RUN/model``'s (:meth:`is_native`) if ``None``.
         """
+        native = self.is_native(parent) if native is None else native
         first, dense = parent.ffns[0], sum(p.numel() for p in parent.model.parameters())
-        channel = first.matrices * parent.D + (first.gate_bias_F is not None)
-        rest = dense - parent.L * (channel * parent.F + (0 if first.down_bias_D is None else parent.D))
+        E, K, L, D = self.gate.experts, self.gate.top_k, parent.L, parent.D
+        channel = first.matrices * D + (first.gate_bias_F is not None)
+        rest = dense - L * (channel * parent.F + (0 if first.down_bias_D is None else D)) + L * E * D  # routers
+        counts = {"parent_parameters": dense}
+        if not native:
+            width = self.stock_width()
+            zeros = 3 * ALIGN * D + D if parent.family == "qwen2_moe" else 0
+            total = rest + L * (E * width * channel + zeros)
+            return counts | {"parameters_total": total, "parameters_active": total - L * (E - K) * width * channel}
+        bias = D if self.compensation == "bias" or first.down_bias_D is not None else 0
         widths_LE = self.widths()
-        bias = parent.D if self.compensation == "bias" or first.down_bias_D is not None else 0
-        router = self.gate.experts * parent.D if self.gate.experts > 1 else 0
-        shared = bool(self.attention) and self.subsets
-        stored = sum(int(self.mask(i).any(0).sum()) for i in range(parent.L)) if shared else int(widths_LE.sum())
-        total = rest + stored * channel + parent.L * (router + self.gate.experts * bias)
-        mean_L = widths_LE.double().mean(1)  # a token's expert is not known beforehand: the layer's mean width
-        active = rest + round(float(mean_L.sum()) * channel * self.gate.top_k)
-        active += parent.L * (router + self.gate.top_k * bias)
+        if self.subsets:
+            stored = sum(int(self.mask(i).any(0).sum()) for i in range(L))
+            # a token's expert is not known beforehand: the layer's mean width
+            used = float(widths_LE.double().mean(1).sum()) * K
+        else:
+            widest = int(widths_LE.amax(1).sum())
+            stored, used = E * widest, K * widest
+        total = rest + stored * channel + L * E * bias
+        active = rest + round(used * channel) + L * K * bias
         layers = decoder_layers(parent.model)[1]
         for layer, attention in zip(layers, self.attention, strict=bool(self.attention)):
             weights, gate = attention_weights(layer, parent.config), attention.gate_parameters()
             total += gate - attention.removed(weights, active=False)
             active += gate - attention.removed(weights, active=True)
-        return {"parent_parameters": dense, "parameters_total": total, "parameters_active": active}
+        return counts | {"parameters_total": total, "parameters_active": active}
 
     def save(self, folder: str | Path) -> None:
         """Write ``carving.safetensors`` and ``carving.json`` into ``folder``."""

@@ -20,6 +20,7 @@ from moesmith.overlap import warnings
 from moesmith.parents import Parent, load_parent, tokenizer_digest
 from moesmith.stages.finish import load_finished
 from moesmith.text import Domain, load_domains, overlaps, read_records, records_file
+from moesmith.vocabulary import refuse_ids, rows_of
 
 
 @takes_paths("folder")
@@ -179,6 +180,7 @@ def continuations(
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
     if inputs["input_ids"].shape[1] == 0:
         raise MoesmithError("the prompt is empty", "Give some text to continue.")
+    refuse_ids(inputs["input_ids"], rows_of(parent.model), "the prompt")
 
     def go_on(model: PreTrainedModel) -> str:
         generate: Any = model.generate

@@ -23,6 +23,7 @@ from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, Layered, last_hidden
 from moesmith.text import Domain, Record, evaluation_blocks, read_records, records_file
+from moesmith.vocabulary import refuse_ids, rows_of
 
 CHUNK = 64  # tokens whose logits exist at once
 WINDOW = 512  # a batch holds this many tokens per sequence it was asked for
@@ -83,6 +84,8 @@ def _nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None
     """:func:`token_nll` of several texts; run layer by layer, they go through a layer together."""
     if not all(len(blocks) and blocks.shape[1] > 1 for blocks in texts):
         raise MoesmithError("There is not one whole window of text to predict", "Give more text or a shorter window.")
+    for blocks in texts:
+        refuse_ids(blocks, rows_of(model.shell if isinstance(model, Layered) else model), "the text")
     nlls = [torch.empty(len(blocks), blocks.shape[1] - 1) for blocks in texts]
     batches = [rows for blocks in texts for rows in blocks.split(batch)]
     outs = [rows for nll in nlls for rows in nll.split(batch)]
@@ -270,7 +273,7 @@ def log_likelihoods(
     Raises:
         MoesmithError: a continuation has no token of its own, or more than the model's context.
     """
-    longest = context_length(model, tokenizer)
+    longest, known = context_length(model, tokenizer), rows_of(model)
     cut: list[int] = []
     rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input → pairs it answers, each with its tokens
     for index, (before, after) in enumerate(_encode(tokenizer, pairs)):
@@ -279,6 +282,7 @@ def log_likelihoods(
                 f"A continuation of {len(after)} tokens is longer than the model's context of {longest}",
                 "Remove the record.",
             )
+        refuse_ids(torch.tensor(before + after), known, "a record")
         whole = (before + after)[-(longest + 1) :]
         cut.append(len(before) + len(after) - len(whole))
         rows.setdefault(tuple(whole[:-1]), []).append((index, after))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from moesmith.arguments import path_text
@@ -40,11 +42,16 @@ from moesmith.compute import (
     move,
     parse_dtype,
 )
+from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, Layered, cast, layered, share
 from moesmith.mapped import give_back
 from moesmith.proof import find_family
+from moesmith.rope import unread
+from moesmith.stored import AGAIN, HARMLESS, UNQUANTISED, refuse_adapter, refuse_files, shown
+from moesmith.stored import refuse_config as refuse_stored_config
 from moesmith.structure import FFN, decoder_layers, find_ffns
+from moesmith.vocabulary import refuse_tokens
 
 __all__ = ["FFN", "Parent", "find_ffns", "load_parent", "quiet"]
 
@@ -107,11 +114,12 @@ class Parent:
             raise MoesmithError("a parent is made of a model and a tokenizer of transformers", "Give both.")
         if (quantised := getattr(model.config, "quantization_config", None)) is not None:
             method = getattr(quantised, "quant_method", None) or quantised.get("quant_method")
-            raise MoesmithError(f"The weights of {source} are quantised ({method})", "Give an unquantised model.")
+            raise MoesmithError(f"The weights of {source} are quantised ({method})", UNQUANTISED)
         if model.dtype not in DTYPES.values():
             raise MoesmithError(
                 f"The weights of {source} are {model.dtype}", "Give them in float32, bfloat16 or float16."
             )
+        refuse_tokens(model, tokenizer, source)
         model.eval()
         with contextlib.nullcontext() if memory is None else _giving_back(model):
             mapped = memory is not None
@@ -121,7 +129,10 @@ class Parent:
             if choice is not None and not mapped:
                 move(model, choice.dtype, choice.device)
             ffns = find_ffns(model)
-            return cls(model, tokenizer, source, digest, ffns, find_family(model, ffns), memory, stored, choice)
+            family = find_family(model, ffns)
+        if odd := unread(model.config):
+            say(f"{source}: nothing reads {', '.join(odd)} of its config; what it computes without them is converted")
+        return cls(model, tokenizer, source, digest, ffns, family, memory, stored, choice)
 
     @property
     def config(self) -> Any:
@@ -332,8 +343,21 @@ def _builtin_file(source: str) -> Path:
 
 
 def _load_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    place = {} if str(device) == "cpu" else {"device_map": {"": device}}  # straight to the device
-    model = checked(_from_pretrained(source, dtype, source, use_safetensors=True, **place), source)
+    if Path(source).is_dir():
+        refuse_files(Path(source), source)
+    place: dict[str, Any] = {} if str(device) == "cpu" else {"device_map": {"": device}}  # straight to the device
+    options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True} | place
+    loaded = _from_pretrained(source, dtype, source, **options)
+    if not Path(source).is_dir():  # a hub id: its files are there now
+        refuse_files(Path(str(cached_file(source, "config.json"))).parent, source)
+    model = checked(loaded, source)
+    head: Any = model.get_output_embeddings()
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise MoesmithError(
+            f"{source} has an output matrix of its own, and its config says that it is the embedding",
+            "Set tie_word_embeddings to false in config.json if the matrix is meant.",
+        )
     return model, _tokenizer(source, source)
 
 
@@ -343,7 +367,7 @@ def _from_pretrained(where: str, dtype: torch.dtype, shown: str, **options: Any)
             loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:  # transformers, safetensors and the hub client each have their own error types
         raise MoesmithError(
-            f"{shown} cannot be loaded: {first_line(error)}", "Fetch or save the model again, as safetensors."
+            f"{shown} cannot be loaded: {first_line(error)}", "Fetch or save the model again."
         ) from error
     return loaded
 
@@ -370,6 +394,7 @@ def refuse_remote_code(source: str) -> None:
     Raises:
         MoesmithError: there is no such folder or hub id, or its architecture is not part of transformers.
     """
+    refuse_adapter(Path(source), source)
     config: dict[str, Any] = {}
     cause: Exception | None = None
     try:
@@ -378,6 +403,8 @@ def refuse_remote_code(source: str) -> None:
     except Exception as error:  # a broken config.json, or the hub client's own error types
         cause = error
     if not config:
+        with contextlib.suppress(OSError, ValueError):  # not there either
+            refuse_adapter(Path(str(cached_file(source, "adapter_config.json"))).parent, source)
         offline = " (offline)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
         raise MoesmithError(
             f"{source} is neither a folder with a config.json, nor a .gguf file, nor a reachable hub id{offline}",
@@ -385,6 +412,7 @@ def refuse_remote_code(source: str) -> None:
         ) from cause
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING:
+        refuse_stored_config(config, source)
         return
     if "auto_map" in config:
         raise MoesmithError(
@@ -398,14 +426,35 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
     """The model of ``from_pretrained(..., output_loading_info=True)``.
 
     Raises:
-        MoesmithError: tensors were missing or of the wrong shape (transformers fills them with random numbers).
+        MoesmithError: tensors were missing or of the wrong shape (transformers fills them with random numbers), or
+            there were some that the model has no place for (it leaves them out).
     """
     model, info = loaded
-    for what in ("missing", "mismatched"):
-        if names := sorted(str(name) for name in info.get(f"{what}_keys") or ()):
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise MoesmithError(f"{source} is incomplete: {what} tensors {shown}", "Fetch or save the model again.")
+    if names := [str(name) for name in info.get("missing_keys") or ()]:
+        raise MoesmithError(f"{source} is incomplete: missing tensors {shown(names)}", AGAIN)
+    if other := info.get("mismatched_keys"):
+        names = [f"{name} is {tuple(there)} and not {tuple(asked)}" for name, there, asked in other]
+        raise MoesmithError(
+            f"{source} holds tensors of other shapes than its config says: {shown(names)}",
+            "Mend config.json (vocab_size and the other sizes), or fetch or save the model again.",
+        )
+    if names := [name for name in map(str, info.get("unexpected_keys") or ()) if not HARMLESS.search(name)]:
+        raise MoesmithError(
+            f"{source} holds {len(names)} tensors that {type(model).__name__} has no place for: {shown(names)}",
+            _meant(names),
+        )
     return model
+
+
+def _meant(names: list[str]) -> str:
+    """What tensors without a place usually are, and how to have them counted."""
+    if any("lora" in name.lower() for name in names):
+        return "Give the model with the adapter merged into it (PEFT's merge_and_unload)."
+    if any(re.search(r"scale|zeros|absmax|quant|g_idx|_packed", name) for name in names):
+        return UNQUANTISED
+    if all(re.search(r"\.\d+\.", name) for name in names) and not all(name.endswith(".bias") for name in names):
+        return "Mend config.json (num_hidden_layers and the fields for biases and norms) or save the model again."
+    return "Mend config.json so that it says what the file holds, or save the model again without them."
 
 
 def _weights(model: PreTrainedModel, mapped: bool) -> Iterator[tuple[str, Tensor]]:

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from moesmith.carving import CarvedLayer, Carving
+from moesmith.carving import ALIGN, CarvedLayer, Carving
 from moesmith.compute import Choice, free_memory, long_name
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.gguf import wide_rows
-from moesmith.export.stock import ALIGN
 from moesmith.gates import GateSpec
 from moesmith.layerwise import HELD
 from moesmith.pace import Pace, scaled, seconds_of
@@ -132,16 +131,16 @@ class _Shapes:
         self.masked_attention = recipe.learned and recipe.masks.attention != "none"
         # learned masks from scratch: as if attention and networks were pruned alike
         self.kept = kept_channels(F, pruned_share(recipe, parent) if recipe.carved else 1 - recipe.masks.budget)
-        layers = [CarvedLayer([torch.arange(self.kept)] * self.E, torch.zeros(0)) for _ in range(L)]
+        # our own format stores a channel once: as if experts had as few in common as their widths allow
+        channels = [(torch.arange(self.kept) + e * self.kept).remainder(F).sort().values for e in range(self.E)]
+        layers = [CarvedLayer(channels, torch.zeros(0)) for _ in range(L)]
         carving = Carving(layers, GateSpec(experts=self.E, top_k=self.K), F, spec.compensation)
-        self.counts = carving.parameters(parent)
-        self.dense = self.counts["parent_parameters"]
-        # our own format stores a channel once: there, no more than the parent's
+        if "stage2" in stages_to_train(recipe):  # trained experts are subsets of nothing
+            carving.lora = {"to come": torch.zeros(0)}
         native = parent.family == NATIVE or self.masked_attention
-        self.stock_total = self.counts["parameters_total"]
-        if native and carving.subsets:
-            unshared = max(0, self.E * self.kept - F)
-            self.counts["parameters_total"] -= L * unshared * self.matrices * D
+        self.counts = carving.parameters(parent, native)
+        self.stock_total = carving.parameters(parent, native=False)["parameters_total"]
+        self.dense = self.counts["parent_parameters"]
         self.total = self.counts["parameters_total"]
         self.experts = L * self.E * self.matrices * D * self.kept
         self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L

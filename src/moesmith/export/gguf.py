@@ -29,7 +29,7 @@ from moesmith.export.converter import NAME, convert, converter_refusal, name_for
 from moesmith.export.folder import write_companions
 from moesmith.export.llamacpp import Answers, Questions, ask
 from moesmith.export.quantise import quantise, tensor_type
-from moesmith.export.stock import Layout, stock_config, stock_reference, stock_refusal, stock_width, write_stock
+from moesmith.export.stock import Layout, stock_config, stock_reference, stock_refusal, write_stock
 from moesmith.export.target import Options, Source, reach_loss, stock_losses
 from moesmith.export.tokens import ODD, differing_tokens, marked_texts
 from moesmith.export.verify import judging, run
@@ -83,7 +83,7 @@ class Gguf:
             return found
         config: Any = source.parent.config
         heads = config.num_attention_heads * head_dim(config)
-        return found + wide_rows(source.parent.D, heads, stock_width(source.carving))
+        return found + wide_rows(source.parent.D, heads, source.carving.stock_width())
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
         """Convert, prove in f32, quantise.

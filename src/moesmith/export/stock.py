@@ -13,7 +13,6 @@ Shapes: D model width, W expert width on disk, E experts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,7 +27,7 @@ from transformers.activations import ACT2FN
 
 from moesmith.artefact import read_json, write_json
 from moesmith.attention import zeroed
-from moesmith.carving import Carving
+from moesmith.carving import ALIGN, Carving
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.verify import verify_folder
@@ -36,12 +35,13 @@ from moesmith.layerwise import Decoder, Layered
 from moesmith.mapped import give_back
 from moesmith.moe import SlicedExperts, decoder, moe_blocks
 from moesmith.parents import Parent
-from moesmith.proof import NATIVE
+from moesmith.proof import NATIVE, recomputes
+from moesmith.rope import carried
 from moesmith.structure import STREAM, attention_of, attention_weights, attention_window, decoder_layers, head_dim
 
 __all__ = ["Layout", "stock_config", "stock_reference", "stock_refusal", "verify_folder", "write_stock"]
 
-ALIGN = 32  # channels; quantisation blocks and grouped matrix kernels want multiples of it
+GROUPED = 8  # the width that transformers' grouped matrix kernel wants a multiple of, in every dtype
 ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -124,15 +124,16 @@ def constant_channel(parent: Parent, carving: Carving, layer: int) -> tuple[Tens
     return gain * v_D, v_D, carved.bias_ED.float() / level
 
 
-def stock_width(carving: Carving) -> int:
-    """Expert width on disk: the widest expert, its constant channel included, rounded up to :data:`ALIGN`."""
-    widest = int(carving.widths().max()) + any(layer.bias_ED is not None for layer in carving.layers)
-    return -(-widest // ALIGN) * ALIGN
-
-
 def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
     """The one property that no stock architecture holds, and what to do; ``None`` if one holds the carving."""
     gate = carving.gate
+    if parent.family == NATIVE and recomputes(parent.model):
+        original = parent.config.rope_parameters["original_max_position_embeddings"]
+        return (
+            f"The parent computes its keys again, rotated otherwise, once a text outgrows {original:,} tokens "
+            "(longrope), and no stock Mixture-of-Experts does while it generates",
+            "Write the native format (native.write_native).",
+        )
     if parent.family == NATIVE:
         return (
             "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one",
@@ -162,8 +163,7 @@ def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) ->
     if (refusal := stock_refusal(parent, carving)) is not None:
         raise MoesmithError(*refusal)
     fields: dict[str, Any] = {name: getattr(old, name) for name in CARRIED if hasattr(old, name)}
-    fields["rope_parameters"] = copy.deepcopy(old.rope_parameters)
-    fields["rope_parameters"].pop("partial_rotary_factor", None)  # 1, or the parent would have been refused
+    fields["rope_parameters"] = carried(old)
     fields["head_dim"] = head_dim(old)
     fields["hidden_act"] = parent.ffns[0].activation_name
     fields["tie_word_embeddings"] = _tied(parent.model) and not layout.untied
@@ -171,7 +171,7 @@ def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) ->
     fields["output_router_logits"] = False
     dialect = layout.dialect or parent.family
     fields["architectures"] = [ARCHITECTURES[dialect]]
-    window, width = attention_window(old), stock_width(carving)
+    window, width = attention_window(old), carving.stock_width()
     if layout.context is not None:
         window, fields["max_position_embeddings"] = None, layout.context
     if dialect == "mixtral":
@@ -229,7 +229,7 @@ def stock_tensors(
 
 def _moe_tensors(parent: Parent, carving: Carving, index: int, dialect: str) -> Iterator[tuple[str, Tensor]]:
     """One layer's router and experts in fp32."""
-    width, constant = stock_width(carving), constant_channel(parent, carving, index)
+    width, constant = carving.stock_width(), constant_channel(parent, carving, index)
     yield ("block_sparse_moe" if dialect == "mixtral" else "mlp") + ".gate.weight", carving.layers[index].router_ED
     for expert in range(carving.gate.experts):
         gate_FD, up_FD, down_DF = carving.expert_weights(parent, index, expert)
@@ -282,9 +282,9 @@ def write_stock(
     with whole_folder(folder, overwrite=overwrite) as work:
         size = write_shards(work, stock_tensors(parent, carving, dtype, layout), layout.shard_bytes)
         config.save_pretrained(work)
-        _add_legacy_fields(work / "config.json")
+        _add_fields(work / "config.json")
         write_companions(parent, work)
-    width = stock_width(carving)
+    width = carving.stock_width()
     used = carving.widths().double().mean() + (carving.compensation == "bias")
     return {
         "architecture": ARCHITECTURES[layout.dialect or parent.family],
@@ -294,9 +294,15 @@ def write_stock(
     }
 
 
-def _add_legacy_fields(path: Path) -> None:
-    """Repeat under their names before transformers 5 what older readers would replace by defaults without a word."""
+def _add_fields(path: Path) -> None:
+    """Repeat under their names before transformers 5 what older readers would replace by defaults without a word.
+
+    And where the model's width is one that transformers' grouped kernel refuses, name the kernel that takes it, which
+    ``from_pretrained`` reads from the config but its own writing leaves out.
+    """
     config = read_json(path)
+    if config["hidden_size"] % GROUPED:
+        config["experts_implementation"] = "eager"
     if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config["num_local_experts"]
     rope = dict(config["rope_parameters"])

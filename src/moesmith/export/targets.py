@@ -20,8 +20,8 @@ from moesmith.export.sglang import SGLang
 from moesmith.export.target import Options, Source, Target
 from moesmith.outputs import check_file, check_folder, check_place, inputs_of, new_file, new_folder
 from moesmith.overview import CARVINGS
+from moesmith.positions import text_to_compare
 
-ROWS, POSITIONS = 2, 128  # of held-out text, compared after writing
 KNOWN: list[Target] = [
     HuggingFace(),
     SGLang(),
@@ -43,7 +43,7 @@ def source_of(folder: Path, device: Device = AUTO) -> Source:
     stages = folder / "stages"
     last = [name for name in CARVINGS if (stages / name / MANIFEST).is_file()][-1]
     text = read_tensors(stages / "held-out" / "evaluation.safetensors")
-    ids = next(iter(text.values()))[:ROWS, :POSITIONS].long()
+    ids = text_to_compare(parent.config, next(iter(text.values())).long())
     return Source(parent, Carving.load(stages / last), folder, ids)
 
 

@@ -73,6 +73,8 @@ class MoesmithConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         parent = self.__dict__.get("parent")  # through __dict__: a copy is asked for fields before it has any
         if name in READABLE and parent is not None:
+            if name == "head_dim" and parent.get(name) is None:  # code that rotates asks for it and computes with it
+                return parent["hidden_size"] // parent["num_attention_heads"]
             return parent.get(name)
         raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
 

@@ -28,6 +28,7 @@ from moesmith.text import (
     spelled,
     training_blocks,
 )
+from moesmith.vocabulary import refuse_ids, rows_of
 
 
 def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
@@ -40,6 +41,7 @@ def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
             domain.name: sample_windows(domain, parent.tokenizer, spec.tokens, spec.window, recipe.seed)
             for domain in domains
         }
+        _readable(windows, parent)
         write_tensors(work / "windows.safetensors", {name: ids.to(torch.int32) for name, ids in windows.items()})
         return {"calibration_tokens": {name: ids.numel() for name, ids in windows.items()}}
 
@@ -58,6 +60,7 @@ def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
             domain.name: evaluation_blocks(domain, parent.tokenizer, spec.tokens, spec.window) for domain in domains
         }
         blocks = {name: packed.blocks.to(torch.int32) for name, packed in held_out.items()}
+        _readable(blocks, parent)
         write_tensors(work / "evaluation.safetensors", blocks)
         return {
             "evaluation_tokens": {name: packed.blocks.numel() for name, packed in held_out.items()},
@@ -79,6 +82,7 @@ def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
         for offset, (name, spec) in enumerate(training.items()):
             packed = training_blocks(domains, parent.tokenizer, spec.tokens, spec.window, recipe.seed + offset)
             sequences[name], epochs[name] = packed.blocks.to(torch.int32), packed.epochs
+        _readable(sequences, parent)
         write_tensors(work / "training.safetensors", sequences)
         return {"training_epochs": epochs}
 
@@ -88,6 +92,12 @@ def corpus_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
     }
     settings |= _reading({domain.name: domain.calibration for domain in domains}, parent)
     return run.stage("corpus", [], settings, body)
+
+
+def _readable(texts: dict[str, Tensor], parent: Parent) -> None:
+    """Refuse text with tokens that the parent has no row for."""
+    for name, ids in texts.items():
+        refuse_ids(ids, rows_of(parent.model), f"the text of {name}")
 
 
 def _reading(records: Mapping[str, Sequence[Record]], parent: Parent) -> dict[str, Any]:

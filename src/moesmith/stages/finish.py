@@ -35,6 +35,7 @@ from moesmith.moe import decoder
 from moesmith.outputs import new_folder
 from moesmith.parents import Parent
 from moesmith.pipeline import Run
+from moesmith.positions import text_to_compare
 from moesmith.proof import NATIVE
 from moesmith.report.routing import record_routing
 from moesmith.stages.data import evaluation_of
@@ -66,7 +67,7 @@ def export_stage(run: Run, computing: Parent, before: str) -> Path:
         parent = computing.as_stored()
         hidden = {folder: places.enter_context(_place(folder)) for folder in folders}
         carving = Carving.load(run.path(before))
-        ids = next(iter(evaluation_of(run).values()))[:2, :128]
+        ids = text_to_compare(parent.config, next(iter(evaluation_of(run).values())))
         sliced = decoder(parent, carving)
 
         def stock(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""What a parent's folder holds besides what its model asks for: read from file headers, no weights.
+
+transformers loads what a model has places for, and is silent on the rest: scales of weights that were stored in eight
+bits, an adapter that was never merged, layers beyond the config's count. Whatever of it changes the function makes the
+parent another model than the one its maker published, so it is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moesmith.errors import MoesmithError
+
+# tensors that older versions of transformers and other trainers store although they follow from the config
+HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(masked_bias|position_ids)$|\.attn\.bias$")
+PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes, as safetensors names them, of weights that mean what they say
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+AGAIN = "Fetch or save the model again."
+UNQUANTISED = "Give the unquantised model that it was made from."
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first three names, and how many more there are."""
+    found = sorted(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def refuse_adapter(folder: Path, source: str) -> None:
+    """Refuse a folder with an adapter: alone it is no model, and beside one transformers would add it in silence.
+
+    Raises:
+        MoesmithError: there is an ``adapter_config.json``.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    raise MoesmithError(
+        f"{source} holds an adapter{f' of {base}' if base else ''} (adapter_config.json), not a whole model",
+        "Give the folder of the merged model: load it with PEFT, merge_and_unload(), save_pretrained().",
+    )
+
+
+def refuse_config(config: dict[str, Any], source: str) -> None:
+    """Refuse a config whose weights are quantised, or that has a padding token without a row.
+
+    Raises:
+        MoesmithError: one of these.
+    """
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        method = method or ("bitsandbytes" if "load_in_4bit" in quantised else "unknown method")
+        raise MoesmithError(f"The weights of {source} are quantised ({method})", UNQUANTISED)
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
+        raise MoesmithError(
+            f"{source} pads with token {pad}, and its embedding has {rows:,} rows", "Set pad_token_id in config.json."
+        )
+
+
+def refuse_files(folder: Path, source: str) -> None:
+    """Refuse a folder whose safetensors are missing, ambiguous, or of a dtype that means nothing without scales.
+
+    Args:
+        folder: with ``config.json``.
+        source: what the user named.
+
+    Raises:
+        MoesmithError: one of these; the file or the tensor is named.
+    """
+    shards = _shards(folder, source)
+    odd: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for file in shards:
+        for name, entry in _header(folder / file, source).items():
+            if name in owner:
+                raise MoesmithError(f"{source} has {name} twice, in {owner[name]} and in {file}", AGAIN)
+            owner[name] = file
+            if entry["dtype"] not in PLAIN and not HARMLESS.search(name):
+                odd[name] = entry["dtype"]
+    if odd:
+        kinds = ", ".join(sorted(set(odd.values())))
+        raise MoesmithError(f"{source} stores weights as {kinds}: {shown(odd)}", UNQUANTISED)
+
+
+def _shards(folder: Path, source: str) -> list[str]:
+    """The files that make up the model."""
+    there = sorted(path.name for path in folder.glob("model*.safetensors"))
+    index = folder / INDEX
+    if not index.is_file():
+        if WHOLE in there:
+            return [WHOLE]
+        if pickled := [path.name for pattern in PICKLED for path in sorted(folder.glob(pattern))]:
+            raise MoesmithError(
+                f"{source} has its weights in {shown(pickled)}, a format that can run code, and moesmith reads none",
+                "Save it as safetensors: load it with transformers' from_pretrained, then save_pretrained().",
+            )
+        if gguf := [path.name for path in sorted(folder.glob("*.gguf"))]:
+            raise MoesmithError(f"{source} has no safetensors, but {gguf[0]}", f"Give {folder / gguf[0]} itself.")
+        if there:
+            raise MoesmithError(f"{source} has {shown(there)} and no {INDEX} that says what is in them", AGAIN)
+        raise MoesmithError(f"{source} cannot be loaded: it has a config and no weights (*.safetensors)", AGAIN)
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MoesmithError(f"{source} cannot be loaded: its {INDEX} cannot be read", AGAIN) from error
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise MoesmithError(f"{source} cannot be loaded: {INDEX} names {shown(missing)}, which is not there", AGAIN)
+    if WHOLE in there and WHOLE not in files:
+        raise MoesmithError(
+            f"{source} has two sets of weights: {WHOLE}, and the files that {INDEX} names",
+            "Delete the one that is not meant.",
+        )
+    return files
+
+
+def _header(path: Path, source: str) -> dict[str, dict[str, Any]]:
+    """Name to dtype and shape of every tensor of a safetensors file."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 0 < size < path.stat().st_size:
+                raise ValueError
+            found: dict[str, dict[str, Any]] = json.loads(file.read(size))
+    except (OSError, ValueError) as error:
+        raise MoesmithError(f"{source} cannot be loaded: {path.name} is no whole safetensors file", AGAIN) from error
+    found.pop("__metadata__", None)
+    return found
