@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -228,15 +229,26 @@ def _double(*tensors: Any) -> None:
         raise TypeError("the pretended device has no float64")
 
 
-def _choose(op: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> int:
-    """Which attention kernel: the CPU's fused one stands in for the device's."""
-    mask, *others = rest or (None,)
-    choice = op(_inner(q), _inner(k), _inner(v), None if mask is None else _inner(mask), *others, **options)
-    return 0 if choice == 0 else 4  # SDPBackend: math, or what a backend overrides
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention with the CPU's fused kernel where the CPU would take it, so that it has the CPU's bits."""
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
+    inner = [_inner(x.detach()) for x in (q, k, v)]
+    mask = None if attn_mask is None else _inner(attn_mask.detach())
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    inner = [x.requires_grad_(needed) for x in inner]
+    if aten._fused_sdp_choice(*inner, mask, dropout_p, is_causal, **options) == 0:
+        return aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, **options)[0]  # type: ignore[no-any-return]
+    kernel = aten._scaled_dot_product_fused_attention_overrideable
+    return kernel(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)[0]  # type: ignore[no-any-return]
 
 
 def _attend(
-    _op: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, p: float = 0.0, causal: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, p: float = 0.0, causal: bool = False,
     return_debug_mask: bool = False, *, scale: float | None = None,
 ) -> Any:  # fmt: skip
     mask = None if bias is None else _inner(bias)
@@ -248,7 +260,7 @@ def _attend(
 
 
 def _attend_backward(
-    _op: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, _mask: Any, out: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, _mask: Any, out: Tensor,
     log_sum: Tensor, _q: Any, _k: Any, _mq: int, _mk: int, p: float, causal: bool, _seed: Any, _offset: Any, *,
     scale: float | None = None,
 ) -> Any:  # fmt: skip
@@ -284,12 +296,15 @@ def _gru_backward(_op: Any, grad: Tensor, workspace: Tensor, has_bias: bool) -> 
     return _outer(given), _outer(hidden), _outer(g * z), *biases
 
 
+def _histc(_op: Any, x: Tensor, bins: int = 100, low: float = 0, high: float = 0) -> Tensor:
+    """Of integers, which a CPU does not count."""
+    return _outer(_inner(x).float().histc(bins, low, high).to(x.dtype))
+
+
 REPLACED: dict[str, Callable[..., Any]] = {
+    "aten::histc": _histc,
     "aten::_copy_from": _copy,
     "aten::as_strided": _strided,
-    "aten::_fused_sdp_choice": _choose,
-    "aten::_scaled_dot_product_fused_attention_overrideable": _attend,
-    "aten::_scaled_dot_product_fused_attention_overrideable_backward": _attend_backward,
     "aten::_thnn_fused_gru_cell": _gru,
     "aten::_thnn_fused_gru_cell_backward": _gru_backward,
 }
@@ -371,6 +386,17 @@ class _CpuWatch(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+class _Tensors(TorchFunctionMode):
+    """``torch.tensor`` on the device, which torch cannot make inside a dispatch mode."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func is torch.tensor and device is not None and torch.device(device).type == NAME:
+            return func(*args, **kwargs | {"device": "cpu"}).to(device)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def watching(allowed: dict[str, str] | None = None) -> Iterator[Watch]:
     """Watch a stage that should run on the device.
@@ -381,7 +407,7 @@ def watching(allowed: dict[str, str] | None = None) -> Iterator[Watch]:
     global _watch
     before, _watch = _watch, Watch()
     try:
-        with _CpuWatch(_watch, allowed or {}):
+        with _CpuWatch(_watch, allowed or {}), _Tensors():
             yield _watch
     finally:
         _watch = before
@@ -402,6 +428,11 @@ def without_double() -> Iterator[None]:
 _setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Module())
 _library = torch.library.Library("_", "IMPL")
 _library.fallback(_fallback, "PrivateUse1")
+_aten = torch.library.Library("aten", "IMPL")
+_aten.impl("_scaled_dot_product_fused_attention_overrideable", _attend, "PrivateUse1")
+_aten.impl("_scaled_dot_product_fused_attention_overrideable_backward", _attend_backward, "PrivateUse1")
+for _key in ("PrivateUse1", "AutogradPrivateUse1"):
+    _aten.impl("scaled_dot_product_attention", _attention, _key)
 _deepcopy = Tensor.__deepcopy__
 
 
