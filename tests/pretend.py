@@ -1,12 +1,12 @@
 """A device that exists in Python only: an accelerator's faults are found where there is none.
 
-``torch.device("pretend")`` is torch's PrivateUse1 key. Its tensors are ordinary dense tensors whose memory is the CPU's, so
-every kernel computes the CPU's own bits. What is pretended is everything that fails or is slow on a real one:
+``torch.device("pretend")`` is torch's PrivateUse1 key. Its tensors are ordinary dense tensors whose memory is the CPU's,
+so every kernel computes the CPU's own bits. What is pretended is everything that fails or is slow on a real one:
 
 * an operation that is given tensors of two devices raises, where CUDA raises;
-* inside :func:`watching`, heavy work on plain CPU tensors and large copies to the host are written down, with the place in
-  moesmith that asked for them;
-* with ``without_double`` there is no float64, as on Apple's GPUs; with ``memory`` a step can run out of memory.
+* inside :func:`watching`, heavy work on plain CPU tensors and large copies to the host are written down, with the place
+  in moesmith that asked for them;
+* inside :func:`without_double` there is no float64, as on Apple's GPUs.
 
 Import it before the first tensor of the device is made; it lasts as long as the process.
 """
@@ -445,3 +445,20 @@ def _copied(x: Tensor, memo: dict[int, Any]) -> Tensor:
 
 
 Tensor.__deepcopy__ = _copied  # type: ignore[method-assign, assignment]
+_apply = torch.nn.Module._apply
+
+
+def _applied(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """Tied parameters stay tied on the way to a device, as they do on one that torch knows."""
+    places: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+    for owner in module.modules() if recurse else ():
+        for name, parameter in owner.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((owner, name))
+    _apply(module, fn, recurse)
+    for (first, known), *others in places.values():
+        for owner, name in others:
+            setattr(owner, name, getattr(first, known))
+    return module
+
+
+torch.nn.Module._apply = _applied  # type: ignore[method-assign, assignment]

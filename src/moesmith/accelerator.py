@@ -1,4 +1,4 @@
-"""What the numerics ask of the device that they run on: fp64 or not, free memory, and what to do when it is out of it."""
+"""What the numerics ask of the device that they run on: whether it has fp64, how much memory, and what if too little."""
 
 from __future__ import annotations
 
@@ -36,14 +36,25 @@ def closed_form_device(device: torch.device) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of the device; of a device that shares the system's memory, or does not say, the system's."""
+    """Free bytes of the device; of one that shares the system's memory, or does not say, at most the system's."""
     system = psutil.virtual_memory().available
     if device.type == "cpu":
         return system
-    try:
-        return torch.accelerator.get_memory_info(device)[0]
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return system
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):  # CUDA, XPU
+        return int(module.mem_get_info(device)[0])
+    if hasattr(module, "recommended_max_memory"):  # MPS: the system's memory, of which a part is for the GPU
+        return min(system, int(module.recommended_max_memory()) - int(module.driver_allocated_memory()))
+    return system
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that tensors took on the device so far, or what it holds now, or ``None`` where it does not say."""
+    module = torch.get_device_module(device)
+    for name in ("max_memory_allocated", "driver_allocated_memory"):
+        if device.type != "cpu" and hasattr(module, name):
+            return int(getattr(module, name)())
+    return None
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -53,8 +64,9 @@ def out_of_memory(error: Exception) -> bool:
 
 def release(device: torch.device) -> None:
     """Hand the allocator's reserve back, so that smaller blocks can be made of it."""
-    if device.type != "cpu" and torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    empty = getattr(torch.get_device_module(device), "empty_cache", None)  # torch.accelerator's lacks Apple's
+    if empty is not None:
+        empty()
 
 
 def halving(what: str, device: torch.device, batch: int, run: Callable[[int], T]) -> T:
@@ -91,7 +103,7 @@ class Sum:
     """A running sum of fp32 tensors of one shape, beyond fp32's precision on every device.
 
     In fp64 where the device has it, else as a pair of fp32 numbers: the sum, and what rounding took from it so far
-    (Knuth's two-sum, which is exact for every two numbers; about 2⁻⁴⁷ relative to the sum of absolute values).
+    (Knuth's two-sum, which is exact for every two numbers). An addition then errs by about 2⁻⁴⁷ of the sum.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -106,8 +118,9 @@ class Sum:
             return
         total = self.high + x
         mine = total - self.high
-        self.low += (self.high - (total - mine)) + (x - mine)
-        self.high = total
+        lost = (self.high - (total - mine)) + (x - mine) + self.low
+        self.high = total + lost  # the pair stays apart: low is what fits into no bit of high
+        self.low = lost - (self.high - total)
 
     def value(self) -> Tensor:
         """The sum so far, fp64 on the CPU."""

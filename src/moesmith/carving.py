@@ -111,7 +111,9 @@ class Carving:
         kept = carved.channels[expert].to(ffn.gate_FD.device)
         weights = {
             "gate": ffn.gate_FD[kept].float(),
-            "down": ffn.down_DF[:, kept].float() if carved.down is None else carved.down[expert].to(kept.device).float(),
+            "down": ffn.down_DF[:, kept].float()
+            if carved.down is None
+            else carved.down[expert].to(kept.device).float(),
         }
         if ffn.up_FD is not None:
             weights["up"] = ffn.up_FD[kept].float()

@@ -72,7 +72,9 @@ def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.P
         )
         for layer, block in zip(carving.layers, blocks, strict=True)
     ]
-    norms = {n.removeprefix("norm."): p.detach().to("cpu", copy=True) for n, p in parameters.items() if n.startswith("norm.")}
+    norms = {
+        n.removeprefix("norm."): p.detach().to("cpu", copy=True) for n, p in parameters.items() if n.startswith("norm.")
+    }
     lora = dict(carving.lora)
     for name, new in lora_tensors(blocks).items():
         # pairs that an earlier stage trained stay: side by side their ranks add up

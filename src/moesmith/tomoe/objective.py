@@ -51,7 +51,7 @@ class MaskObjective(nn.Module):
         self._measured: dict[str, Tensor] = {}
 
     @property
-    def measured(self) -> dict[str, float]:  # noqa: D102
+    def measured(self) -> dict[str, float]:
         values = torch.stack([value.detach().float() for value in self._measured.values()]) if self._measured else []
         return dict(zip(self._measured, [round(float(value), 5) for value in values], strict=True))
 
