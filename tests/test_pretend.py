@@ -102,8 +102,8 @@ def test_every_stage_runs_there_as_on_the_cpu(preset: str, family: str, data: Pa
     compare(tmp_path / "device", tmp_path / "cpu", family)
 
 
-# what a Llama has before anything is trained; where a linear layer has a bias, and in backward passes, the CPU has other
-# kernels for a product than the operators that the device makes it of, and results agree to rounding
+# what a Llama has before anything is trained; where a linear layer has a bias, and in backward passes, the CPU has
+# other kernels for a product than the operators that the device makes it of, and results agree to rounding
 BEFORE = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve")
 SAME_BITS = tuple(f"stages/{stage}" for stage in BEFORE)
 
@@ -121,9 +121,12 @@ def compare(device: Path, cpu: Path, family: str) -> None:
             for key, tensor in ours.items():
                 if not tensor.is_floating_point():
                     assert torch.equal(tensor, theirs[key]), key
-                else:  # the constant direction is the solution of a system that is nearly singular
-                    loose = {"rtol": 1e-2, "atol": 1e-2} if "constant_D" in key else {"rtol": 1e-3, "atol": 1e-4}
-                    torch.testing.assert_close(theirs[key], tensor, **loose)
+                elif "constant_D" in key:  # the solution of a system that is nearly singular
+                    torch.testing.assert_close(theirs[key], tensor, rtol=1e-2, atol=1e-2)
+                else:  # AdamW makes up to a step (0.001) of a gradient that is nothing but rounding
+                    difference = (theirs[key].double() - tensor.double()).abs()
+                    assert float(difference.mean()) < 1e-4, key
+                    torch.testing.assert_close(theirs[key], tensor, rtol=1e-3, atol=2e-3)
         else:
             ours, theirs = ((folder / name).read_text() for folder in (cpu, device))
             assert NUMBER.sub("", ours) == NUMBER.sub("", theirs)

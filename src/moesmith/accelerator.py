@@ -1,4 +1,4 @@
-"""What the numerics ask of the device that they run on: whether it has fp64, how much memory, and what if too little."""
+"""What the numerics ask of the device they run on: whether it has fp64, its memory, and what if that is full."""
 
 from __future__ import annotations
 

@@ -103,9 +103,9 @@ class Carving:
         return torch.stack([self.mask(i).any(0).float().mean() for i in range(len(self.layers))])
 
     def expert_weights(self, parent: Parent, layer: int, expert: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One expert's merged weights in fp32 on the parent's device: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).
+        """One expert's merged weights in fp32: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).
 
-        Compensation by refit and LoRA are merged; biases are :meth:`expert_biases`.
+        On the parent's device. Compensation by refit and LoRA are merged; biases are :meth:`expert_biases`.
         """
         carved, ffn = self.layers[layer], parent.ffns[layer]
         kept = carved.channels[expert].to(ffn.gate_FD.device)

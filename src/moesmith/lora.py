@@ -70,8 +70,8 @@ class GroupedLora(nn.Module):
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout as ``F.dropout``'s; on a CPU four mask elements come from one 64-bit draw.
 
-    The probability is a multiple of 2⁻¹⁶ there, within 1e-5 of ``p``. So a CPU and a device draw other masks of the same
-    distribution, as two kinds of device do.
+    The probability is a multiple of 2⁻¹⁶ there, within 1e-5 of ``p``. So a CPU and a device draw other masks of the
+    same distribution, as two kinds of device do.
     """
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
@@ -89,7 +89,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, seed: in
 
 
 def lora_tensors(blocks: list[MoEBlock]) -> dict[str, Tensor]:
-    """The adapters as a carving stores them, on the CPU: ``"{layer}.{gate|up|down}.{A|B}"``, the scale folded into B."""
+    """The adapters as a carving stores them: ``"{layer}.{gate|up|down}.{A|B}"``, the scale folded into B; on the CPU."""
     tensors: dict[str, Tensor] = {}
     for index, block in enumerate(blocks):
         lora = getattr(block.experts, "lora", None)

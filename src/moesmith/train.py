@@ -198,8 +198,8 @@ def train(
         What happened. The model holds the trained weights.
 
     Raises:
-        MoesmithError: the loss is not finite; the step's data lies in ``folder``. Or the device has no room for a single
-            sequence, or the processes cannot share a batch evenly.
+        MoesmithError: the loss is not finite; the step's data lies in ``folder``. Or the device has no room for a
+            single sequence, or the processes cannot share a batch evenly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = objective.model
@@ -300,8 +300,8 @@ def train(
 def _processes(device: torch.device) -> Accelerator | None:
     """What several processes share; ``None`` for one, which needs nothing but its model's device.
 
-    Accelerate decides on a device once per process, so without need it is not asked: conversions on a GPU and on the CPU
-    may follow each other.
+    Accelerate decides on a device once per process, so without need it is not asked: conversions on a GPU and on the
+    CPU may follow each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None

@@ -63,8 +63,8 @@ class SlicedExperts(nn.Module):
     def _run(self, x_PD: Tensor, counts: list[int] | Tensor, owner_P: Tensor | None = None) -> Tensor:
         """Rows sorted by expert through their experts: (P, D) to (P, D).
 
-        ``counts`` are the rows of each expert, or on the device, for :func:`groupable` products, where each expert's rows
-        end (int32), with each row's expert ``owner_P``.
+        ``counts`` are the rows of each expert, or on the device, for :func:`groupable` products, where each expert's
+        rows end (int32), with each row's expert ``owner_P``.
         """
         gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_bias_EF, owner_P)
         if self.lora is not None:

@@ -40,8 +40,7 @@ class MaskObjective(nn.Module):
     """Token ids (B, S) to the scalar loss 2·KL + R_P + R_U + R_L; its parameters are Θ.
 
     Attributes:
-        measured: parts of the last loss and what they are made of, as numbers, for the training log; asking waits for
-            the device.
+        measured: parts of the last loss and what they are made of, as numbers, for the training log.
     """
 
     def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, masks: Masks, spec: MasksSection) -> None:
@@ -52,8 +51,11 @@ class MaskObjective(nn.Module):
 
     @property
     def measured(self) -> dict[str, float]:
-        values = torch.stack([value.detach().float() for value in self._measured.values()]) if self._measured else []
-        return dict(zip(self._measured, [round(float(value), 5) for value in values], strict=True))
+        """Parts of the last loss as numbers; one wait for the device."""
+        if not self._measured:
+            return {}
+        values = torch.stack([value.detach().float() for value in self._measured.values()]).tolist()
+        return {name: round(value, 5) for name, value in zip(self._measured, values, strict=True)}
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """One forward pass of teacher and student."""
