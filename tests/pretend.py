@@ -1,6 +1,6 @@
 """A device that exists in Python only: an accelerator's faults are found where there is none.
 
-``torch.device("pretend")`` is torch's PrivateUse1 key. Its tensors are ordinary dense tensors whose memory is the CPU's,
+``torch.device("pretend")`` is torch's PrivateUse1 key. Its tensors are ordinary dense tensors in the CPU's memory,
 so every kernel computes the CPU's own bits. What is pretended is everything that fails or is slow on a real one:
 
 * an operation that is given tensors of two devices raises, where CUDA raises;

@@ -89,7 +89,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, seed: in
 
 
 def lora_tensors(blocks: list[MoEBlock]) -> dict[str, Tensor]:
-    """The adapters as a carving stores them: ``"{layer}.{gate|up|down}.{A|B}"``, the scale folded into B; on the CPU."""
+    """The adapters as a carving stores them: ``"{layer}.{gate|up|down}.{A|B}"``, the scale in B; on the CPU."""
     tensors: dict[str, Tensor] = {}
     for index, block in enumerate(blocks):
         lora = getattr(block.experts, "lora", None)
