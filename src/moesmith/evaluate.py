@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesmith.accelerator import halving
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Decoder, Layered, last_hidden
 from moesmith.text import Domain, Record, evaluation_blocks, read_records, records_file
 from moesmith.vocabulary import refuse_ids, rows_of
 
-CHUNK = 64  # tokens whose logits exist at once
+CHUNK, DEVICE_CHUNK = 64, 512  # tokens whose logits exist at once: on a CPU, and where starting a kernel costs more
 WINDOW = 512  # a batch holds this many tokens per sequence it was asked for
 WINDOWS = (512, 1024, 2048)  # WikiText-2 lengths of the published test script (dive.md §8.1)
 
@@ -47,8 +48,9 @@ def evaluating(model: Decoder) -> Iterator[None]:
 def _logits(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """fp32 logits (≤ CHUNK, vocabulary) of the next token, chunk by chunk, each with the rows it belongs to."""
     head: Any = model.get_output_embeddings()
-    for start in range(0, len(hidden_TD), CHUNK):
-        part = slice(start, start + CHUNK)
+    chunk = CHUNK if hidden_TD.device.type == "cpu" else DEVICE_CHUNK
+    for start in range(0, len(hidden_TD), chunk):
+        part = slice(start, start + chunk)
         yield part, head(hidden_TD[part]).float()
 
 
@@ -81,6 +83,10 @@ def token_nll(
 
 
 def _nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None) -> list[Tensor]:
+    return halving("perplexity", model.device, batch, lambda rows: _text_nlls(model, texts, rows, bar))
+
+
+def _text_nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None) -> list[Tensor]:
     """:func:`token_nll` of several texts; run layer by layer, they go through a layer together."""
     if not all(len(blocks) and blocks.shape[1] > 1 for blocks in texts):
         raise MoesmithError("There is not one whole window of text to predict", "Give more text or a shorter window.")
@@ -93,9 +99,11 @@ def _nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None
         for rows_BS, out_BS, hidden_BSD in zip(batches, outs, last_hidden(model, batches, bar=bar), strict=True):
             hidden_TD = hidden_BSD[:, :-1].flatten(0, 1)
             targets_T = rows_BS[:, 1:].flatten().to(hidden_TD.device)
-            flat_T = out_BS.view(-1)  # a view: a run of whole rows is contiguous
-            for part, logits_CV in _logits(model, hidden_TD):
-                flat_T[part] = F.cross_entropy(logits_CV, targets_T[part], reduction="none").cpu()
+            found = [
+                F.cross_entropy(logits_CV, targets_T[part], reduction="none")
+                for part, logits_CV in _logits(model, hidden_TD)
+            ]
+            out_BS.copy_(torch.cat(found).view_as(out_BS))  # the batch's one wait for the device
     return nlls
 
 
@@ -273,6 +281,20 @@ def log_likelihoods(
     Raises:
         MoesmithError: a continuation has no token of its own, or more than the model's context.
     """
+
+    def run(rows: int) -> list[Likelihood]:
+        return _likelihoods(model, tokenizer, pairs, rows, label)
+
+    return halving(label or "log-likelihoods", model.device, batch, run)
+
+
+def _likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch: int,
+    label: str | None,
+) -> list[Likelihood]:
     longest, known = context_length(model, tokenizer), rows_of(model)
     cut: list[int] = []
     rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input → pairs it answers, each with its tokens
@@ -302,7 +324,7 @@ def log_likelihoods(
                     for k, token in enumerate(after)
                 ]
             )
-            row_T, position_T, target_T = wanted_T3.T
+            row_T, position_T, target_T = wanted_T3.to(model.device).T
             log_T, greedy_T = _score(model, _hidden(model, ids_BS)[row_T, position_T], target_T)
             sizes = [len(after) for _, _, after in asked]
             for (_, index, _), log, greedy in zip(asked, log_T.split(sizes), greedy_T.split(sizes), strict=True):
@@ -316,10 +338,10 @@ def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple
     """Log-probability of each target (T) and whether it is the most likely token (T), on the CPU."""
     log, greedy = [], []
     for part, logits_CV in _logits(model, hidden_TD):
-        target_C = target_T[part].to(logits_CV.device)
-        log.append(-F.cross_entropy(logits_CV, target_C, reduction="none").cpu())
-        greedy.append((logits_CV.argmax(-1) == target_C).cpu())
-    return torch.cat(log), torch.cat(greedy)
+        target_C = target_T[part]
+        log.append(-F.cross_entropy(logits_CV, target_C, reduction="none"))
+        greedy.append(logits_CV.argmax(-1) == target_C)
+    return torch.cat(log).cpu(), torch.cat(greedy).cpu()
 
 
 def _batches(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:

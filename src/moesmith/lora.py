@@ -70,7 +70,8 @@ class GroupedLora(nn.Module):
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout as ``F.dropout``'s; on a CPU four mask elements come from one 64-bit draw.
 
-    The probability is a multiple of 2⁻¹⁶ there, within 1e-5 of ``p``.
+    The probability is a multiple of 2⁻¹⁶ there, within 1e-5 of ``p``. So a CPU and a device draw other masks of the
+    same distribution, as two kinds of device do.
     """
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
@@ -88,13 +89,13 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, seed: in
 
 
 def lora_tensors(blocks: list[MoEBlock]) -> dict[str, Tensor]:
-    """The adapters as a carving stores them: ``"{layer}.{gate|up|down}.{A|B}"``, the scale folded into B."""
+    """The adapters as a carving stores them: ``"{layer}.{gate|up|down}.{A|B}"``, the scale in B; on the CPU."""
     tensors: dict[str, Tensor] = {}
     for index, block in enumerate(blocks):
         lora = getattr(block.experts, "lora", None)
         if lora is None:
             continue
         for name in ("gate", "up", "down") if block.experts.gated else ("gate", "down"):
-            tensors[f"{index}.{name}.A"] = getattr(lora, f"{name}_A").detach().clone()
-            tensors[f"{index}.{name}.B"] = getattr(lora, f"{name}_B").detach() * lora.scale
+            tensors[f"{index}.{name}.A"] = getattr(lora, f"{name}_A").detach().to("cpu", copy=True)
+            tensors[f"{index}.{name}.B"] = getattr(lora, f"{name}_B").detach().cpu() * lora.scale
     return tensors

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 128  # tokens whose logits exist at once
-PIECE = 8  # of them, those whose probabilities do: what stays in a core's cache
+from moesmith.accelerator import Sum, has_double
+
+CHUNK, DEVICE_CHUNK = 128, 512  # tokens whose logits exist at once: on a CPU, and where starting a kernel costs more
+PIECE = 8  # of them, on a CPU, those whose probabilities do: what stays in a core's cache
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -30,23 +32,24 @@ class _HeadLoss(torch.autograd.Function):
         head_V: Tensor | None,
     ) -> Tensor:
         N = len(hidden_ND)
-        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        total = Sum(torch.zeros((), device=hidden_ND.device))
         grad_ND = torch.zeros_like(hidden_ND)
-        for rows in torch.arange(N).split(CHUNK):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        cpu = hidden_ND.device.type == "cpu"
+        for rows in torch.arange(N).split(CHUNK if cpu else DEVICE_CHUNK):
+            part, size = slice(int(rows[0]), int(rows[-1]) + 1), PIECE if cpu else len(rows)
             logits_CV = F.linear(hidden_ND[part], head_VD, head_V)
             teacher_CV = None if teacher_ND is None or mix == 0 else F.linear(teacher_ND[part], head_VD, head_V)
             grad_CV = torch.empty_like(logits_CV, dtype=hidden_ND.dtype)
-            for start in range(0, len(rows), PIECE):
-                piece = slice(start, start + PIECE)
+            for start in range(0, len(rows), size):
+                piece = slice(start, start + size)
                 wanted_PV = None if teacher_CV is None else teacher_CV[piece]
                 loss, grad_PV = _piece(logits_CV[piece], labels_N[part][piece], wanted_PV, mix, temperature)
-                total += loss
+                total.add(loss)
                 grad_CV[piece] = grad_PV
             grad_ND[part] = grad_CV @ head_VD
         ctx.save_for_backward(grad_ND)
         ctx.scale = 1 / N
-        return (total / N).float()
+        return (total.single() / N).float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
@@ -57,12 +60,16 @@ class _HeadLoss(torch.autograd.Function):
 def _piece(
     logits_PV: Tensor, labels_P: Tensor, teacher_PV: Tensor | None, mix: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a few tokens, summed, fp64, and its gradient by their logits, fp32; may overwrite both logits."""
-    loss, grad_PV = torch.zeros((), dtype=torch.float64, device=logits_PV.device), None
+    """The loss of a few tokens, summed, and its gradient by their logits, fp32; may overwrite both logits.
+
+    The sum is fp64, but fp32 where the device has no other.
+    """
+    wide = torch.float64 if has_double(logits_PV.device) else torch.float32
+    loss, grad_PV = torch.zeros((), dtype=wide, device=logits_PV.device), None
     if mix < 1:
         log_PV = F.log_softmax(logits_PV, -1, dtype=torch.float32)
         labels_P1 = labels_P[:, None]
-        loss = loss - (1 - mix) * log_PV.gather(1, labels_P1).sum().double()
+        loss = loss - (1 - mix) * log_PV.gather(1, labels_P1).sum().to(wide)
         grad_PV = log_PV.exp_().mul_(1 - mix)
         grad_PV.scatter_add_(1, labels_P1, torch.full_like(labels_P1, mix - 1, dtype=torch.float32))
     if teacher_PV is not None:
@@ -71,7 +78,7 @@ def _piece(
         wanted_PV = F.log_softmax(teacher_PV, -1, dtype=torch.float32)
         given_PV = F.log_softmax(logits_PV, -1, dtype=torch.float32)
         p_PV = wanted_PV.exp()
-        loss = loss + mix * temperature**2 * wanted_PV.sub_(given_PV).mul_(p_PV).sum().double()
+        loss = loss + mix * temperature**2 * wanted_PV.sub_(given_PV).mul_(p_PV).sum().to(wide)
         soft_PV = given_PV.exp_().sub_(p_PV)
         if mix * temperature != 1:
             soft_PV.mul_(mix * temperature)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesmith.accelerator import Sum, halving
 from moesmith.console import Meter, meter
 from moesmith.layerwise import last_hidden
 from moesmith.native.experts import ALIGN
@@ -63,24 +64,24 @@ class _Channel:
     def add(self, a_TF: Tensor) -> None:
         if self.shift_F is None:
             self.shift_F = a_TF[:256].float().mean(0)
-            self.sum_F = torch.zeros_like(self.shift_F, dtype=torch.float64)
-            self.square_F = torch.zeros_like(self.sum_F)
-        # blocks small enough to stay in cache between the conversion and the two sums; shifted sums of one batch are
-        # small numbers, so fp32 holds them, and batches are added up in fp64
+            self.sum_F, self.square_F = Sum(self.shift_F), Sum(self.shift_F)
+        # on a CPU in blocks small enough to stay in cache between the conversion and the two sums; shifted sums of one
+        # batch are small numbers, so fp32 holds them, and batches are added up in fp64
         sums, squares = [], []
-        for block in a_TF.split(384):
+        for block in a_TF.split(384 if a_TF.device.type == "cpu" else len(a_TF)):
             x_TF = block.float() - self.shift_F
             sums.append(x_TF.sum(0))
             squares.append(x_TF.square_().sum(0))
-        self.sum_F += torch.stack(sums).sum(0)
-        self.square_F += torch.stack(squares).sum(0)
+        self.sum_F.add(torch.stack(sums).sum(0))
+        self.square_F.add(torch.stack(squares).sum(0))
         self.count += len(a_TF)
 
     def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance, (F,) fp32 on the CPU."""
         assert self.shift_F is not None
-        mean_F = self.sum_F / self.count
-        variance_F = (self.square_F / self.count - mean_F**2).clamp_min(0)
-        return (mean_F + self.shift_F).float(), variance_F.float()
+        mean_F = self.sum_F.value() / self.count
+        variance_F = (self.square_F.value() / self.count - mean_F**2).clamp_min(0)
+        return (mean_F + self.shift_F.cpu()).float(), variance_F.float()
 
 
 @contextmanager
@@ -111,20 +112,27 @@ def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str 
 
     The variance divides by the token count; a constant factor does not change any ranking (dive.md §10.1).
     """
-    sinks = [_Channel() for _ in parent.ffns]
-    with _watch([ffn.down for ffn in parent.ffns], sinks), meter(label, windows.numel()) as bar:
-        _run(parent, windows, batch, bar)
-    return _moments(sinks)
+
+    def run(batch: int) -> Moments:
+        sinks = [_Channel() for _ in parent.ffns]
+        with _watch([ffn.down for ffn in parent.ffns], sinks), meter(label, windows.numel()) as bar:
+            _run(parent, windows, batch, bar)
+        return _moments(sinks)
+
+    return halving(label, parent.device, batch, run)
 
 
 def _moments(sinks: Sequence[_Channel]) -> Moments:
     means, variances = zip(*(sink.result() for sink in sinks), strict=True)
-    return Moments(sinks[0].count, torch.stack(means).cpu(), torch.stack(variances).cpu())
+    return Moments(sinks[0].count, torch.stack(means), torch.stack(variances))
 
 
 @dataclass
 class Second:
-    """First and second moments of one layer's input: ``mean_N`` (N,), ``gram_NN`` = E[x xᵀ] (N, N), both fp32."""
+    """First and second moments of one layer's input: ``mean_N`` (N,), ``gram_NN`` = E[x xᵀ] (N, N), both fp32.
+
+    They stay on the model's device, where closed forms are solved.
+    """
 
     count: int
     mean_N: Tensor
@@ -132,9 +140,9 @@ class Second:
 
 
 class _Second:
-    def __init__(self, width: int = 0) -> None:
+    def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
         self.count = 0
-        self.sum_N, self.gram_NN = torch.zeros(width), torch.zeros(width, width)
+        self.sum_N, self.gram_NN = torch.zeros(width, device=device), torch.zeros(width, width, device=device)
 
     def add(self, x_TN: Tensor, count: int | None = None) -> None:
         """Add rows; ``count`` where some of them are padding."""
@@ -165,18 +173,21 @@ def _blocks(width: int) -> Iterator[slice]:
 
 @contextmanager
 def fast_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let fp32 matrix products multiply in bf16 and add in fp32, when the factors came from a bf16 model anyway.
+    """Let fp32 matrix products multiply in fewer bits and add in fp32, when the factors came from such a model anyway.
 
     A bf16 activation is exact in the product, so this costs no accuracy (relative error 4e-7 measured) and is
-    about five times as fast on a CPU with bf16 units.
+    about five times as fast on a CPU with bf16 units. CUDA's TF32 has the mantissa of fp16 and the range of bf16.
     """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = cpu.fp32_precision, cuda.fp32_precision
+    if dtype == torch.bfloat16:
+        cpu.fp32_precision = "bf16"
+    if dtype in (torch.bfloat16, torch.float16):
+        cuda.fp32_precision = "tf32"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        cpu.fp32_precision, cuda.fp32_precision = before
 
 
 @dataclass
@@ -207,23 +218,27 @@ def group_moments(
         batch: windows per forward pass.
     """
     watched = [parent.ffns[index] for index in layers]
-    results = []
     total = sum(windows.numel() for group in texts for windows in group)
-    with fast_products(parent.dtype), meter("second moments", total) as bar:
-        for group in texts:
-            inputs, channels = [_Second() for _ in watched], [_Second() for _ in watched if gram]
-            domains = []
-            with (
-                _watch([ffn.module for ffn in watched], inputs),
-                _watch([ffn.down for ffn in watched] if gram else [], channels),
-            ):
-                for windows in group:
-                    sinks = [_Channel() for _ in watched if gram]
-                    with _watch([ffn.down for ffn in watched] if gram else [], sinks):
-                        _run(parent, windows, batch, bar)
-                    domains += [_moments(sinks)] if gram else []
-            results.append(Group([s.result() for s in inputs], [s.result() for s in channels], domains))
-    return results
+
+    def run(batch: int) -> list[Group]:
+        results = []
+        with fast_products(parent.dtype), meter("second moments", total) as bar:
+            for group in texts:
+                inputs, channels = [_Second() for _ in watched], [_Second() for _ in watched if gram]
+                domains = []
+                with (
+                    _watch([ffn.module for ffn in watched], inputs),
+                    _watch([ffn.down for ffn in watched] if gram else [], channels),
+                ):
+                    for windows in group:
+                        sinks = [_Channel() for _ in watched if gram]
+                        with _watch([ffn.down for ffn in watched] if gram else [], sinks):
+                            _run(parent, windows, batch, bar)
+                        domains += [_moments(sinks)] if gram else []
+                results.append(Group([s.result() for s in inputs], [s.result() for s in channels], domains))
+        return results
+
+    return halving("second moments", parent.device, batch, run)
 
 
 def routed_moments(
@@ -242,15 +257,19 @@ def routed_moments(
         Per layer a list over experts; an expert that no token reaches has ``count`` 0 and a Gram matrix of zeros.
     """
     watched = [parent.ffns[index] for index in layers]
-    sinks = [_Routed(routers[index].to(parent.device), parent.F) for index in layers]
-    with (
-        fast_products(parent.dtype),
-        meter("routed moments", ids_NS.numel()) as bar,
-        _watch([ffn.module for ffn in watched], [sink.inputs for sink in sinks]),
-        _watch([ffn.down for ffn in watched], sinks),
-    ):
-        _run(parent, ids_NS, batch, bar)
-    return [[expert.result() for expert in sink.experts] for sink in sinks]
+
+    def run(batch: int) -> list[list[Second]]:
+        sinks = [_Routed(routers[index].to(parent.device), parent.F) for index in layers]
+        with (
+            fast_products(parent.dtype),
+            meter("routed moments", ids_NS.numel()) as bar,
+            _watch([ffn.module for ffn in watched], [sink.inputs for sink in sinks]),
+            _watch([ffn.down for ffn in watched], sinks),
+        ):
+            _run(parent, ids_NS, batch, bar)
+        return [[expert.result() for expert in sink.experts] for sink in sinks]
+
+    return halving("routed moments", parent.device, batch, run)
 
 
 class _Routed:
@@ -258,15 +277,19 @@ class _Routed:
 
     def __init__(self, router_ED: Tensor, width: int) -> None:
         self.inputs = _Choice(router_ED)
-        self.experts = [_Second(width) for _ in router_ED]
+        self.experts = [_Second(width, router_ED.device) for _ in router_ED]
 
     def add(self, a_TF: Tensor) -> None:
-        for index, expert in enumerate(self.experts):
-            mine_N = (self.inputs.ids_T == index).nonzero()[:, 0]
-            if count := len(mine_N):
-                # rows of zeros change no sum; kernels are made per shape, so few shapes serve every batch
-                padded_NF = a_TF.new_zeros(-(-count // ALIGN) * ALIGN, a_TF.shape[1])
-                expert.add(padded_NF.index_copy_(0, torch.arange(count, device=a_TF.device), a_TF[mine_N]), count)
+        ids_T = self.inputs.ids_T
+        counts = torch.bincount(ids_T, minlength=len(self.experts)).tolist()  # the one question to the device
+        rows = ids_T.argsort(stable=True).split(counts)
+        for expert, mine_N, count in zip(self.experts, rows, counts, strict=True):
+            if count:
+                # rows of zeros change no sum; a CPU's kernels are made per shape, so few shapes serve every batch
+                align = ALIGN if a_TF.device.type == "cpu" else 1
+                padded_NF = a_TF.new_zeros(-(-count // align) * align, a_TF.shape[1])
+                padded_NF[:count] = a_TF[mine_N]
+                expert.add(padded_NF, count)
 
 
 class _Choice:
@@ -278,7 +301,7 @@ class _Choice:
 
 
 def merge(parts: Sequence[Second], weights: Sequence[float]) -> Second:
-    """A weighted mean of second moments; the weights are normalised."""
+    """A weighted mean of second moments, on their device; the weights are normalised."""
     total = sum(weights)
     mean = sum((w / total * part.mean_N for part, w in zip(parts, weights, strict=True)), torch.zeros(()))
     gram = sum((w / total * part.gram_NN for part, w in zip(parts, weights, strict=True)), torch.zeros(()))

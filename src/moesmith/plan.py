@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from moesmith.accelerator import free_memory
 from moesmith.carving import ALIGN, CarvedLayer, Carving
-from moesmith.compute import Choice, free_memory, long_name
+from moesmith.compute import Choice, long_name
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.gguf import wide_rows

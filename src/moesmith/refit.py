@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def compensation_bias(down_DF: Tensor, mean_F: Tensor, kept: Tensor) -> Tensor:
-    """b = W[:, P] μ_P over the pruned channels P, (D,) fp32. Exact when pruned channels are constant."""
+    """b = W[:, P] μ_P over the pruned channels P, (D,) fp32 on the CPU. Exact when pruned channels are constant."""
     pruned_F = torch.ones(len(mean_F), dtype=torch.bool)
     pruned_F[kept] = False
-    return down_DF.float().cpu()[:, pruned_F] @ mean_F[pruned_F].float()
+    return (down_DF.float()[:, pruned_F.to(down_DF.device)] @ mean_F[pruned_F].float().to(down_DF.device)).cpu()
 
 
 def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.01) -> Tensor:
-    """Ridge least squares of ``down_proj`` on the kept channels S, (D, F_e) fp32.
+    """Ridge least squares of ``down_proj`` on the kept channels S, (D, F_e) fp32 on the device of ``gram_FF``.
 
     W' = argmin E‖W a − W' a_S‖² + λ‖W' − W_S‖² = (W C[:, S] + λ W_S)(C_SS + λ I)⁻¹ with C = E[a aᵀ] and
     λ = ``ridge`` · mean diag C_SS. With all channels kept W' = W.

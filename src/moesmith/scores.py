@@ -22,18 +22,18 @@ def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> T
     rows = []
     for index, ffn in enumerate(parent.ffns):
         variance_F, mean_F = moments.var_LF[index], moments.mean_LF[index]
-        down_DF = ffn.down_DF.float().cpu()
+        down_DF = ffn.down_DF.float()  # reduced where it is: one number per channel comes to the CPU
         if score == "wifv":
-            rows.append(variance_F * down_DF.square().sum(0))
+            rows.append(variance_F * down_DF.square().sum(0).cpu())
         elif score == "ifv":
             rows.append(variance_F)
         elif score == "wifn":
-            rows.append(down_DF.abs().mean(0) * (variance_F + mean_F**2).sqrt())
+            rows.append(down_DF.abs().mean(0).cpu() * (variance_F + mean_F**2).sqrt())
         else:
             size_F = ffn.gate_FD.float().norm(dim=1)
             if ffn.up_FD is not None:
                 size_F = size_F * ffn.up_FD.float().norm(dim=1)
-            rows.append((size_F * ffn.down_DF.float().norm(dim=0)).cpu())
+            rows.append((size_F * down_DF.norm(dim=0)).cpu())
     return torch.stack(rows)
 
 

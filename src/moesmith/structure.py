@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from moesmith.accelerator import closed_form_device
 from moesmith.errors import MoesmithError
 
 Activation = Callable[[Tensor], Tensor]
@@ -81,7 +82,8 @@ def close(a: Tensor, b: Tensor) -> bool:
     if a.is_meta:
         return True
     tolerance = 1e-4 if a.dtype == torch.float32 else 4e-2
-    a, b = a.detach().double(), b.detach().double()
+    place = closed_form_device(a.device)  # some devices have no fp64
+    a, b = a.detach().to(place).double(), b.detach().to(place).double()
     return bool((a - b).norm() <= tolerance * b.norm())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesmith.accelerator import full, out_of_memory, release
 from moesmith.artefact import read_metadata, read_tensors, write_tensors, write_text
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
@@ -132,9 +134,8 @@ class Masters:
             for name, master in self.fp32.items():
                 master.copy_(tensors[f"master.{name}"])
                 state = {key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-                self.optimizer.state[master] = {
-                    key: value.to(master.device) if key != "step" else value for key, value in state.items()
-                }
+                # a fused optimiser counts its steps where the parameters are
+                self.optimizer.state[master] = {key: value.to(master.device) for key, value in state.items()}
         self.write_back()
 
 
@@ -212,6 +213,10 @@ def train(
 ) -> Outcome:
     """Train ``parameters`` of ``objective`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
 
+    When the device is out of memory the step is done again with half of the micro-batch, which stays. Without random
+    numbers its gradients are the same to rounding. Dropout and noise are drawn per step, one micro-batch after the
+    other: another micro-batch draws other numbers of the same distribution.
+
     Args:
         objective: a module such as :class:`Student`: token ids (B, S) to the scalar loss of its ``model``, in which
             everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
@@ -227,17 +232,15 @@ def train(
         What happened. The model holds the trained weights.
 
     Raises:
-        MoesmithError: the loss is not finite; the step's data lies in ``folder``. Or the processes cannot share a
-            batch evenly.
+        MoesmithError: the loss is not finite; the step's data lies in ``folder``. Or the device has no room for a
+            single sequence, or the processes cannot share a batch evenly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = objective.model
     refuse_inference(model)
-    accelerator = Accelerator(
-        cpu=next(model.parameters()).device.type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    rank, world = accelerator.process_index, accelerator.num_processes
+    device = model.device
+    accelerator = _processes(device)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if spec.batch % world:
         raise MoesmithError(f"{label}: a batch of {spec.batch} sequences cannot be shared by {world} processes",
                             f"Give a batch that is a multiple of {world}.")  # fmt: skip
@@ -247,7 +250,7 @@ def train(
         parameter.requires_grad_(True)
     trainable = sum(p.numel() for p in parameters.values())
     masters = Masters(parameters, spec)
-    student = accelerator.prepare_model(objective) if world > 1 else objective
+    student = accelerator.prepare_model(objective) if accelerator else objective
     if spec.checkpointing:
         model.gradient_checkpointing_enable()
     first, last, done, before = math.nan, math.nan, 0, 0.0
@@ -257,10 +260,20 @@ def train(
         masters.load(read_tensors(checkpoint))
         done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
         say(f"{label}: continuing at step {done} of {steps}")
-    log = _Log(folder / "log.jsonl", done) if accelerator.is_main_process else None
+    log = _Log(folder / "log.jsonl", done) if rank == 0 else None
     share = spec.batch // world
     micro = min(spec.micro_batch, share)
     started = saved = time.monotonic()
+
+    def gradients(rows: Tensor, step: int, micro: int) -> float:
+        """Leave the gradients of a step's rows on the parameters; the mean loss."""
+        torch.manual_seed(seed * 1_000_003 + step * world + rank)
+        losses = []
+        for part in rows.split(micro):
+            loss = student(blocks[part].to(device, torch.int64)) * (len(part) / len(rows))
+            loss.backward()
+            losses.append(loss.detach())
+        return sum(float(loss) for loss in losses)  # asked once the device has all of the step's work
 
     def save(step: int) -> None:
         state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
@@ -269,16 +282,24 @@ def train(
     model.train()
     with meter(label, (steps - done) * spec.batch * spec.window) as bar:
         for step in range(done, steps):
-            torch.manual_seed(seed * 1_000_003 + step * world + rank)
             everyones = batch_rows(len(blocks), step, spec.batch, seed)
             rows = everyones[rank::world]
-            loss = 0.0
             begun = time.monotonic()
-            for part in rows.split(micro):
-                part_loss = student(blocks[part].to(model.device, torch.int64)) * (len(part) / len(rows))
-                accelerator.backward(part_loss)
-                loss += float(part_loss.detach())
-            if world > 1:
+            while True:
+                try:
+                    loss = gradients(rows, step, micro)
+                    break
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    if micro == 1 or world > 1:  # the other processes wait for this one's gradients
+                        raise full(label, device) from None
+                for parameter in parameters.values():  # behind the except, whose traceback holds the step's tensors
+                    parameter.grad = None
+                micro //= 2
+                release(device)
+                say(f"{label}: out of memory on {device}, going on with a micro-batch of {micro} from step {step}")
+            if accelerator:
                 loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean"))
             lr = learning_rate(step, steps, spec)
             norm = masters.step(lr, spec.clip) if math.isfinite(loss) else math.nan
@@ -299,15 +320,28 @@ def train(
             bar.advance(spec.batch * spec.window, f"loss {loss:.3f}")
             if on_step is not None:
                 on_step(step + 1)
-    if accelerator.is_main_process:
+    if rank == 0:
         save(steps)
-    accelerator.wait_for_everyone()
+    if accelerator:
+        accelerator.wait_for_everyone()
     model.eval()
     if spec.checkpointing:
         model.gradient_checkpointing_disable()
     model.requires_grad_(False)
     seconds = before + time.monotonic() - started
     return Outcome(steps, steps * spec.batch * spec.window, trainable, first, last, round(seconds, 1))
+
+
+def _processes(device: torch.device) -> Accelerator | None:
+    """What several processes share; ``None`` for one, which needs nothing but its model's device.
+
+    Accelerate decides on a device once per process, so without need it is not asked: conversions on a GPU and on the
+    CPU may follow each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
 
 
 class _Log:

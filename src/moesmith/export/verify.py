@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesmith.accelerator import free_memory
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import layered_folder, load_folder
 from moesmith.gates import Router
@@ -106,8 +106,7 @@ def _judge(folder: Path, expected: Result, found: Result) -> dict[str, Any]:
 def fits(model: PreTrainedModel) -> bool:
     """Whether an fp32 copy fits in the free memory of the model's device."""
     need = 1.2 * 4 * sum(p.numel() for p in model.parameters())
-    cuda = model.device.type == "cuda"
-    return need < (torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available)
+    return need < free_memory(model.device)
 
 
 @dataclass

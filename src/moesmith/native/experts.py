@@ -17,6 +17,16 @@ Activation = Callable[[Tensor], Tensor]
 ALIGN, ALIGN_TRAINING = 16, 64  # rows
 
 
+def groupable(x: Tensor, *widths: int) -> bool:
+    """Whether one kernel does all experts' products, so that the host need not know how many rows each has.
+
+    On a CPU a product per expert is faster. CUDA has the kernel in bf16, for rows of whole 16 bytes.
+    """
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+        return False
+    return all(width % 8 == 0 for width in widths) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 class SlicedExperts(nn.Module):
     """Experts as stacked slices; each token visits its K experts only.
 
@@ -50,23 +60,36 @@ class SlicedExperts(nn.Module):
         """One expert on its own tokens: (N, D) to (N, D)."""
         return self._run(x_ND, [len(x_ND) if e == index else 0 for e in range(len(self.gate_up_proj))])
 
-    def _run(self, x_PD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, ``counts`` of each, through their experts: (P, D) to (P, D)."""
-        owner_P = None
-        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_bias_EF)
+    def _run(self, x_PD: Tensor, counts: list[int] | Tensor, owner_P: Tensor | None = None) -> Tensor:
+        """Rows sorted by expert through their experts: (P, D) to (P, D).
+
+        ``counts`` are the rows of each expert, or on the device, for :func:`groupable` products, where each expert's
+        rows end (int32), with each row's expert ``owner_P``.
+        """
+        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_bias_EF, owner_P)
         if self.lora is not None:
-            owner_P = torch.repeat_interleave(torch.tensor(counts, device=x_PD.device))
+            if owner_P is None:
+                owner_P = torch.repeat_interleave(torch.tensor(counts, device=x_PD.device))
             gate_up_PG = gate_up_PG + self.lora.gate_up(x_PD, owner_P)
         if self.gated:
             gate_PF, up_PF = gate_up_PG.chunk(2, -1)
             a_PF = self.activation(gate_PF) * up_PF
         else:
             a_PF = self.activation(gate_up_PG)
-        y_PD = self._products(a_PF, self.down_proj, counts, self.bias_ED)
+        y_PD = self._products(a_PF, self.down_proj, counts, self.bias_ED, owner_P)
         return y_PD if self.lora is None else y_PD + self.lora.down(a_PF, owner_P)
 
     @staticmethod
-    def _products(x_PI: Tensor, weight_EOI: Tensor, counts: list[int], bias_EO: Tensor | None = None) -> Tensor:
+    def _products(
+        x_PI: Tensor,
+        weight_EOI: Tensor,
+        counts: list[int] | Tensor,
+        bias_EO: Tensor | None = None,
+        owner_P: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(counts, Tensor):
+            y_PO = F.grouped_mm(x_PI, weight_EOI.mT, offs=counts)
+            return y_PO if bias_EO is None else y_PO + bias_EO[owner_P]
         parts = [
             F.linear(x_NI, weight_EOI[e], None if bias_EO is None else bias_EO[e])
             for e, x_NI in enumerate(x_PI.split(counts))
@@ -76,8 +99,14 @@ class SlicedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the selected experts' outputs, (T, D): sort by expert, one product per expert, pick back."""
-        experts, (T, K) = len(self.gate_up_proj), ids_TK.shape
+        (experts, rows, D), K = self.gate_up_proj.shape, ids_TK.shape[1]
         ids_S = ids_TK.flatten()
+        rows_SD = x_TD if K == 1 else x_TD.repeat_interleave(K, 0)
+        if groupable(x_TD, D, rows // (1 + self.gated)):  # the host waits for nothing
+            owner_S, order_S = ids_S.sort(stable=True)
+            back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+            ends_E = torch.searchsorted(owner_S, torch.arange(experts, device=ids_S.device), right=True, out_int32=True)
+            return self._mix(self._run(rows_SD[order_S], ends_E, owner_S)[back_S], weights_TK)
         counts_E = torch.bincount(ids_S, minlength=experts)
         # a CPU's matrix kernels are made per shape: rounding rows up lets few of them serve every batch. Training makes
         # three products of each shape, and every step brings new ones; inference loses more by empty rows
@@ -88,10 +117,14 @@ class SlicedExperts(nn.Module):
         slot_S = torch.empty_like(ids_S)
         slot_S[order_S] = torch.arange(len(ids_S), device=ids_S.device) + shift_E[ids_S[order_S]]
         counts = padded_E.tolist()
-        rows_SD = x_TD if K == 1 else x_TD.repeat_interleave(K, 0)
         x_PD = x_TD.new_zeros(sum(counts), x_TD.shape[1]).index_copy(0, slot_S, rows_SD)
-        y_SD = self._run(x_PD, counts).index_select(0, slot_S) * weights_TK.reshape(-1, 1).to(x_TD.dtype)
-        return y_SD if K == 1 else y_SD.view(T, K, -1).sum(1)
+        return self._mix(self._run(x_PD, counts).index_select(0, slot_S), weights_TK)
+
+    @staticmethod
+    def _mix(y_SD: Tensor, weights_TK: Tensor) -> Tensor:
+        """Each token's K outputs, weighted and added: (T·K, D) to (T, D)."""
+        y_SD = y_SD * weights_TK.reshape(-1, 1).to(y_SD.dtype)
+        return y_SD if weights_TK.shape[1] == 1 else y_SD.view(*weights_TK.shape, -1).sum(1)
 
 
 class UnionExperts(SlicedExperts):

@@ -262,7 +262,7 @@ def _record(model: Decoder, batches: Sequence[Tensor], reductions: Sequence[Redu
 
 
 def _statistics(logits_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-    return _counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE).cpu()
+    return _counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE)
 
 
 def _ids(_logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
@@ -275,9 +275,9 @@ def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
 
 
 def _entropy(logits_TE: Tensor) -> Tensor:
-    """Sum over tokens of the entropy of softmax(logits), in nats, float64."""
+    """Sum over tokens of the entropy of softmax(logits), in nats, float64 on the CPU."""
     log_TE = logits_TE.float().log_softmax(-1)
-    return -(log_TE.exp() * log_TE).sum(-1).double().sum()
+    return -(log_TE.exp() * log_TE).sum(-1).cpu().double().sum()  # in this order: some devices have no fp64
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

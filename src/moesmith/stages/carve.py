@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from moesmith import affinity as mining
+from moesmith.accelerator import closed_form_device, free_memory
 from moesmith.artefact import read_json, write_json, write_text
 from moesmith.carving import CarvedLayer, Carving
 from moesmith.console import meter, say
@@ -232,14 +232,16 @@ def refit_layer(
 ) -> list[Tensor]:
     """Every expert's ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of everybody's mixed in.
 
-    In the parent's stored dtype, whatever it was computed in: a carving is the same kind of file on every machine.
+    In the parent's stored dtype on the CPU, whatever it was computed in and where: carvings are the same everywhere.
     """
     spec, down_DF = recipe.carve, parent.ffns[index].down_DF
+    place = closed_form_device(down_DF.device)
+    grams = [Second(gram.count, gram.mean_N.to(place), gram.gram_NN.to(place)) for gram in grams]
     pooled_FF = merge(grams, weights).gram_NN
     refitted = []
     for kept, gram in zip(channels, grams, strict=True):
         mixed_FF = torch.lerp(gram.gram_NN, pooled_FF, spec.pool)
-        refitted.append(refit_down(down_DF, mixed_FF, kept, spec.ridge).to(parent.stored))
+        refitted.append(refit_down(down_DF, mixed_FF, kept, spec.ridge).to("cpu", parent.stored))
     return refitted
 
 
@@ -249,13 +251,14 @@ def gram_bytes(D: int, F: int, groups: int, *, gram: bool) -> int:
 
 
 def layer_groups(parent: Parent, groups: int, *, gram: bool) -> list[list[int]]:
-    """Layers whose second moments fit in half of the free memory together, or a quarter of what may be used.
+    """Layers whose second moments fit in half of the device's free memory together, or a quarter of what may be used.
 
     Raises:
         MoesmithError: not even one layer fits.
     """
     per_layer = gram_bytes(parent.D, parent.F, groups, gram=gram)
-    room = psutil.virtual_memory().available // 2 if parent.memory is None else parent.memory // 4
+    shared = parent.memory is not None and parent.device.type == "cpu"  # --memory is the host's
+    room = parent.memory // 4 if shared else free_memory(parent.device) // 2  # type: ignore[operator]
     at_once = room // per_layer
     if at_once < 1:
         raise MoesmithError(

@@ -62,7 +62,7 @@ def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, 
 
 
 def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.Parameter]) -> Carving:
-    """The carving with what training changed."""
+    """The carving with what training changed, on the CPU."""
     blocks = moe_blocks(model)
     layers = [
         replace(
@@ -72,11 +72,13 @@ def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.P
         )
         for layer, block in zip(carving.layers, blocks, strict=True)
     ]
-    norms = {n.removeprefix("norm."): p.detach().clone() for n, p in parameters.items() if n.startswith("norm.")}
+    norms = {
+        n.removeprefix("norm."): p.detach().to("cpu", copy=True) for n, p in parameters.items() if n.startswith("norm.")
+    }
     lora = dict(carving.lora)
     for name, new in lora_tensors(blocks).items():
         # pairs that an earlier stage trained stay: side by side their ranks add up
-        old = [lora[name].to(new.device)] if name in lora else []
+        old = [lora[name]] if name in lora else []
         lora[name] = torch.cat([*old, new], 1 if name.endswith("A") else 2)
     return replace(carving, layers=layers, lora=lora, norms=norms or carving.norms)
 

@@ -60,7 +60,7 @@ class _Curve:
         self.costs: list[Tensor] = []
 
     def add(self, values_W: Tensor, cost: Tensor | float) -> None:
-        values_W = values_W.double().cpu().clone()
+        values_W = values_W.cpu().double().clone()  # in this order: some devices have no fp64
         values_W[0] = torch.inf  # nothing is ever pruned away whole
         self.values.append(values_W)
         self.costs.append(torch.as_tensor(cost, dtype=torch.float64).expand(len(values_W)))

@@ -47,17 +47,25 @@ class MaskObjective(nn.Module):
         super().__init__()
         self.model, self.masks, self.spec = model, masks, spec
         self._teacher = [teacher]
-        self.measured: dict[str, float] = {}
+        self._measured: dict[str, Tensor] = {}
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Parts of the last loss as numbers; one wait for the device."""
+        if not self._measured:
+            return {}
+        values = torch.stack([value.detach().float() for value in self._measured.values()]).tolist()
+        return {name: round(value, 5) for name, value in zip(self._measured, values, strict=True)}
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """One forward pass of teacher and student."""
         self.masks.draw()
         kl = token_loss(self.model, ids_BS, self._teacher[0], mix=1.0)
-        penalty, self.measured = self.penalties()
-        self.measured["kl"] = round(float(kl.detach()), 5)
+        penalty, self._measured = self.penalties()
+        self._measured["kl"] = kl
         return self.spec.kl_weight * kl + penalty
 
-    def penalties(self) -> tuple[Tensor, dict[str, float]]:
+    def penalties(self) -> tuple[Tensor, dict[str, Tensor]]:
         """R_P + R_U + R_L of the last forward pass, and its budget, union, load and routing entropy."""
         spec, layers = self.spec, self.masks.layers()
         widths, unions, loads, entropies = [], [], [], []
@@ -68,16 +76,12 @@ class MaskObjective(nn.Module):
             share_N = ffn.one_hot_TN.mean(0)  # value: the load; gradient: the softmax's
             load_N = share_N.detach()
             loads.append((load_N * share_N).sum())
-            entropies.append(float(torch.special.entr(load_N).sum()))
+            entropies.append(torch.special.entr(load_N).sum())
         share = active_share(self.masks, widths)
         union, load = torch.stack(unions), torch.stack(loads).mean()
         budget_loss = log_ratio(share, spec.budget)
         union_loss = log_ratio(union, 1.0).sum() / (2 * len(layers))  # attention positions count, with 0
         penalty = spec.budget_weight * budget_loss + spec.union_weight * union_loss + spec.balance_weight * load
-        measured = {
-            "active": round(float(share.detach()), 5),
-            "union": round(float(union.detach().mean()), 5),
-            "load": round(float(load.detach()), 5),
-            "entropy": round(sum(entropies) / len(entropies), 5),
-        }
+        entropy = torch.stack(entropies).mean()
+        measured = {"active": share.detach(), "union": union.detach().mean(), "load": load.detach(), "entropy": entropy}
         return penalty, measured

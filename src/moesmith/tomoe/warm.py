@@ -49,7 +49,8 @@ def start_from(masks: Masks, carving: Carving) -> None:
         experts: torch.nn.Module = ffn
         kept_NF = carving.mask(index)
         target_NF = torch.where(kept_NF, KEPT, DROPPED).double() - masks.spec.bias
-        inner_NR = experts.hidden(experts.embedding_NR).double()  # type: ignore[operator]
-        decoder_RF = torch.linalg.pinv(inner_NR) @ target_NF.to(inner_NR.device)
+        # on the CPU: N rows of R numbers in fp64 are no work, and not every device has it
+        inner_NR = experts.hidden(experts.embedding_NR).cpu().double()  # type: ignore[operator]
+        decoder_RF = torch.linalg.pinv(inner_NR) @ target_NF
         experts.decoder_FR.copy_(decoder_RF.T)  # type: ignore[operator, union-attr]
         experts.router_ND.copy_(layer.router_ED)  # type: ignore[operator, union-attr]

@@ -1,0 +1,132 @@
+"""What the numerics ask of the device they run on: whether it has fp64, its memory, and what if that is full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
+
+import psutil
+import torch
+from torch import Tensor
+
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+
+T = TypeVar("T")
+CURE = "Lower its window, give --memory, or take another device; 'moesmith plan' says what each needs."
+
+
+@cache
+def has_double(device: torch.device) -> bool:
+    """Whether the device computes in fp64; Apple's and some of Intel's do not."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).add_(1)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def closed_form_device(device: torch.device) -> torch.device:
+    """Where linear systems are solved: on the device, or on the CPU where the device has no fp64.
+
+    Such devices lack half of the decompositions as well, and a system is one matrix per layer.
+    """
+    return device if has_double(device) else torch.device("cpu")
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of the device; of one that shares the system's memory, or does not say, at most the system's."""
+    system = psutil.virtual_memory().available
+    if device.type == "cpu":
+        return system
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):  # CUDA, XPU
+        return int(module.mem_get_info(device)[0])
+    if hasattr(module, "recommended_max_memory"):  # MPS: the system's memory, of which a part is for the GPU
+        return min(system, int(module.recommended_max_memory()) - int(module.driver_allocated_memory()))
+    return system
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that tensors took on the device so far, or what it holds now, or ``None`` where it does not say."""
+    module = torch.get_device_module(device)
+    for name in ("max_memory_allocated", "driver_allocated_memory"):
+        if device.type != "cpu" and hasattr(module, name):
+            return int(getattr(module, name)())
+    return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device's memory is full; some back ends have no exception of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    """Hand the allocator's reserve back, so that smaller blocks can be made of it."""
+    empty = getattr(torch.get_device_module(device), "empty_cache", None)  # torch.accelerator's lacks Apple's
+    if empty is not None:
+        empty()
+
+
+def halving(what: str, device: torch.device, batch: int, run: Callable[[int], T]) -> T:
+    """``run(batch)``, again from its start with half of the batch whenever the device is out of memory.
+
+    Args:
+        what: names the work in messages.
+        device: where it runs.
+        batch: windows per forward pass to begin with.
+        run: the work; it must leave nothing behind when it raises.
+
+    Raises:
+        MoesmithError: a batch of one window does not fit either.
+    """
+    while True:
+        try:
+            return run(batch)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if batch == 1:
+                raise full(what, device) from None
+        batch //= 2  # behind the except: the error's traceback holds the tensors of the attempt
+        release(device)
+        say(f"{what}: out of memory on {device}, once more with {batch} windows at a time")
+
+
+def full(what: str, device: torch.device) -> MoesmithError:
+    """What to raise when the smallest batch does not fit."""
+    return MoesmithError(f"{what}: {device} is out of memory with a single sequence at a time", CURE)
+
+
+class Sum:
+    """A running sum of fp32 tensors of one shape, beyond fp32's precision on every device.
+
+    In fp64 where the device has it, else as a pair of fp32 numbers: the sum, and what rounding took from it so far
+    (Knuth's two-sum, which is exact for every two numbers). An addition then errs by about 2⁻⁴⁷ of the sum.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        double = has_double(like.device)
+        self.high = torch.zeros_like(like, dtype=torch.float64 if double else torch.float32)
+        self.low = None if double else torch.zeros_like(self.high)
+
+    def add(self, x: Tensor) -> None:
+        """Add a tensor."""
+        if self.low is None:
+            self.high += x
+            return
+        total = self.high + x
+        mine = total - self.high
+        lost = (self.high - (total - mine)) + (x - mine) + self.low
+        self.high = total + lost  # the pair stays apart: low is what fits into no bit of high
+        self.low = lost - (self.high - total)
+
+    def value(self) -> Tensor:
+        """The sum so far, fp64 on the CPU."""
+        high = self.high.cpu().double()
+        return high if self.low is None else high + self.low.cpu().double()
+
+    def single(self) -> Tensor:
+        """The sum so far, on its device: fp64, or rounded to fp32."""
+        return self.high if self.low is None else self.high + self.low

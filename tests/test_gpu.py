@@ -1,0 +1,112 @@
+"""The same on a real accelerator; every test is skipped where there is none. 'make gpu' runs them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import tiny_settings
+from tiny import tiny_model
+from tiny_data import save_data
+from tiny_tokenizer import tiny_tokenizer
+
+import moesmith
+from moesmith.accelerator import free_memory, has_double, release
+from moesmith.artefact import read_json
+from moesmith.moe import build
+from moesmith.parents import Parent
+from moesmith.pipeline import Run
+
+FOUND = torch.accelerator.current_accelerator(check_available=True)
+DEVICE = "cpu" if FOUND is None or FOUND.type == "pretend" else FOUND.type
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="there is no accelerator")]
+PRESETS = ["dive-1of8", "dive-plus", "flap-static", "flap-static-refit", "llama-moe-1of8", "tomoe-50", "tomoe-plus"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_data(tmp_path_factory.mktemp("gpu") / "d")
+
+
+def convert(preset: str, family: str, device: str, data: Path, out: Path, dtype: torch.dtype = torch.float32) -> Run:
+    model = tiny_model(family, dtype=dtype).to(device)
+    parent = Parent.from_model(model, tiny_tokenizer(), f"tiny-{family}")
+    return moesmith.convert(preset, parent, str(data), out, settings=tiny_settings(preset))
+
+
+def perplexities(run: Run) -> dict[str, float]:
+    found = read_json(run.path("evaluate") / "evaluation.json")["stages"]
+    return {stage: row["geomean"] for stage, row in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_conversion_is_the_cpus(preset: str, family: str, data: Path, tmp_path: Path) -> None:
+    """The export is verified on the way. Masks learn from other random numbers, so of them only the budget agrees."""
+    there = convert(preset, family, DEVICE, data, tmp_path / "device")
+    here = convert(preset, family, "cpu", data, tmp_path / "cpu")
+    found, wanted = perplexities(there), perplexities(here)
+    assert found["parent"] == pytest.approx(wanted["parent"], rel=0.01)
+    if preset != "tomoe-50":
+        ours, theirs = (moesmith.Carving.load(run.path("carve")) for run in (there, here))
+        for mine, its in zip(ours.layers, theirs.layers, strict=True):
+            for a, b in zip(mine.channels, its.channels, strict=True):
+                both = len(set(a.tolist()) & set(b.tolist()))
+                assert both >= len(b) - 1  # but for ties
+        assert found["carve"] == pytest.approx(wanted["carve"], rel=0.01)
+    assert all(math.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, data: Path, tmp_path: Path) -> None:
+    found = perplexities(convert("dive-plus", "llama", DEVICE, data, tmp_path / "half", dtype))
+    wanted = perplexities(convert("dive-plus", "llama", DEVICE, data, tmp_path / "whole"))
+    assert found["parent"] == pytest.approx(wanted["parent"], rel=0.05)
+    assert math.isfinite(found["experts"])
+
+
+def test_a_killed_run_is_continued(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesmith import train
+
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1.0)
+    whole = perplexities(convert("dive-plus", "llama", DEVICE, data, tmp_path / "whole"))
+    write, count = train._Log.write, []
+
+    def killed(self: train._Log, record: dict) -> None:
+        write(self, record)
+        count.append(record)
+        if len(count) == 11:  # in the second training stage
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train._Log, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert("dive-plus", "llama", DEVICE, data, tmp_path / "killed")
+    monkeypatch.setattr(train._Log, "write", write)
+    again = perplexities(convert("dive-plus", "llama", DEVICE, data, tmp_path / "killed"))
+    assert again == pytest.approx(whole, rel=0.01)
+
+
+def test_grouped_products_in_bf16() -> None:
+    from carvings import random_carving
+
+    from moesmith.native import experts
+
+    model = tiny_model("llama", dtype=torch.bfloat16).to(DEVICE)
+    parent = Parent.from_model(model, tiny_tokenizer(), "tiny")
+    block = build(parent, random_carving(parent)).model.layers[0].mlp
+    if not experts.groupable(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16), 32, 32):
+        pytest.skip("this device has no grouped product")
+    x_TD = torch.randn(200, parent.D, device=DEVICE, dtype=torch.bfloat16)
+    fast_TD = block(x_TD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "groupable", lambda *_: False)
+        torch.testing.assert_close(fast_TD, block(x_TD), rtol=2e-2, atol=2e-2)
+
+
+def test_what_the_device_says_of_itself() -> None:
+    device = torch.device(DEVICE)
+    assert free_memory(device) > 2**20
+    assert has_double(device) == (DEVICE != "mps") or DEVICE == "xpu"
+    release(device)
