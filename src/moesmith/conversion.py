@@ -219,13 +219,14 @@ def _skeleton(model: str | Parent, dtype: DType, device: Device) -> Parent:
 def _timed(recipe: Recipe, time: str | None, out: Path, shapes: Parent, domains: int) -> Recipe:
     """The recipe with the text that fits into ``time``, or that was found to fit when the run began; says how long.
 
+    What is left of a run that goes on is not known here, so nothing is said of it.
+
     Raises:
         MoesmithError: it is no time, or too short for any text.
     """
     header = _begun(out)
-    if time is not None and header is not None:
-        before = Recipe.model_validate(header["recipe"])
-        return with_tokens(recipe, tokens_of(before))
+    if header is not None:
+        return recipe if time is None else with_tokens(recipe, tokens_of(Recipe.model_validate(header["recipe"])))
     pace = measure(shapes)
     if time is not None:
         recipe = fit_time(recipe, shapes, domains, parse_time(time), pace)

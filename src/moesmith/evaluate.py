@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.accelerator import halving
@@ -82,11 +82,25 @@ def token_nll(
         return _nlls(model, [blocks], batch, progress)[0]
 
 
-def _nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None) -> list[Tensor]:
-    return halving("perplexity", model.device, batch, lambda rows: _text_nlls(model, texts, rows, bar))
+class Listener(Protocol):
+    """What watches the layers while text is read, such as ``report.routing.Recorder``."""
+
+    def begin(self, texts: Sequence[Tensor], batch: int) -> None:
+        """The texts begin, from their first, ``batch`` windows at a time; called anew when they do so once more."""
+
+    def visit(self, index: int, layer: nn.Module) -> AbstractContextManager[Any]:
+        """Entered around a layer's work (``layerwise.Visit``)."""
 
 
-def _text_nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None) -> list[Tensor]:
+def _nlls(
+    model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None, listener: Listener | None = None
+) -> list[Tensor]:
+    return halving("perplexity", model.device, batch, lambda rows: _text_nlls(model, texts, rows, bar, listener))
+
+
+def _text_nlls(
+    model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None, listener: Listener | None
+) -> list[Tensor]:
     """:func:`token_nll` of several texts; run layer by layer, they go through a layer together."""
     if not all(len(blocks) and blocks.shape[1] > 1 for blocks in texts):
         raise MoesmithError("There is not one whole window of text to predict", "Give more text or a shorter window.")
@@ -95,8 +109,13 @@ def _text_nlls(model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter |
     nlls = [torch.empty(len(blocks), blocks.shape[1] - 1) for blocks in texts]
     batches = [rows for blocks in texts for rows in blocks.split(batch)]
     outs = [rows for nll in nlls for rows in nll.split(batch)]
+    visit = None
+    if listener is not None:
+        listener.begin(texts, batch)
+        visit = listener.visit
     with evaluating(model):
-        for rows_BS, out_BS, hidden_BSD in zip(batches, outs, last_hidden(model, batches, bar=bar), strict=True):
+        hidden = last_hidden(model, batches, visit=visit, bar=bar)
+        for rows_BS, out_BS, hidden_BSD in zip(batches, outs, hidden, strict=True):
             hidden_TD = hidden_BSD[:, :-1].flatten(0, 1)
             targets_T = rows_BS[:, 1:].flatten().to(hidden_TD.device)
             found = [
@@ -127,11 +146,15 @@ def perplexities(
     *,
     label: str = "perplexity",
     bar: Meter | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, float]:
-    """:func:`perplexity` of several named texts under one progress bar: a new one, or ``bar``."""
+    """:func:`perplexity` of several named texts under one progress bar: a new one, or ``bar``.
+
+    A ``listener`` watches the layers in the same pass.
+    """
     shown = nullcontext(bar) if bar is not None else meter(label, sum(ids.numel() for ids in blocks.values()))
     with shown as progress:
-        nlls = _nlls(model, list(blocks.values()), batch, progress)
+        nlls = _nlls(model, list(blocks.values()), batch, progress, listener)
     return {name: _exp_mean(nll) for name, nll in zip(blocks, nlls, strict=True)}
 
 

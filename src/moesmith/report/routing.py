@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -164,15 +164,26 @@ def _routers(model: nn.Module) -> list[nn.Module]:
     return routers
 
 
-Reduce = Callable[[Tensor, Tensor], Any]
+class Recorder:
+    """What every layer's router chooses while a model reads text; whoever runs the model calls :meth:`visit`.
 
+    Evaluation and recording so share one pass (``evaluate.perplexities``).
+    """
 
-class _Recorder:
-    """What each layer's router says: ``seen[layer][batch]`` is that batch's reduction of logits and ids."""
+    def __init__(self) -> None:
+        self.texts: list[Tensor] = []
+        self.samples: list[int] = []  # by batch, how many of its first tokens are a text's sample
+        self.seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    def __init__(self, reductions: Sequence[Reduce]) -> None:
-        self.reductions = reductions
-        self.seen: dict[int, list[Any]] = {}
+    def begin(self, texts: Sequence[Tensor], batch: int) -> None:
+        """Get ready for texts (N, window), read one after the other, ``batch`` windows at a time.
+
+        What was recorded before is forgotten.
+        """
+        self.texts, self.samples, self.seen = list(texts), [], {}
+        for blocks in texts:
+            rest = len(blocks.split(batch)) - 1
+            self.samples += [min(SAMPLE_TOKENS, blocks.shape[1]), *[0] * rest]
 
     @contextmanager
     def visit(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -191,9 +202,36 @@ class _Recorder:
                 f"{type(module).__name__} does not return (logits, weights, ids)",
                 "Its routing cannot be recorded; use a model with the Hugging Face router contract.",
             )
-        logits, _, ids = output
-        reduce = self.reductions[len(seen)]
-        seen.append(reduce(logits.detach().flatten(0, -2), ids.detach().flatten(0, -2)))
+        logits_TE, ids_TK = (output[i].detach().flatten(0, -2) for i in (0, 2))
+        sample_TK = ids_TK[: self.samples[len(seen)]]
+        seen.append((_counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE), sample_TK.cpu()))
+
+    def result(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> Routing:
+        """What was recorded, texts named in their order.
+
+        Raises:
+            MoesmithError: the model has no router.
+        """
+        seen = [self.seen[index] for index in sorted(self.seen) if self.seen[index]]
+        if not seen:
+            raise MoesmithError(*NO_ROUTER)
+        counts, entropies, samples = [], [], []
+        starts = [place for place, sample in enumerate(self.samples) if sample]
+        for name, blocks, start, end in zip(names, self.texts, starts, [*starts[1:], None], strict=True):
+            layers = [layer[start:end] for layer in seen]
+            counts.append(torch.stack([torch.stack([part[0] for part in layer]).sum(0) for layer in layers]))
+            entropies.append(torch.stack([torch.stack([part[1] for part in layer]).sum(0) for layer in layers]))
+            ids_LTK = torch.stack([layer[0][2] for layer in layers]).numpy().astype(np.int64)
+            text = pieces(tokenizer, blocks[0, : self.samples[start]].tolist())
+            samples.append(Sample(name, text, ids_LTK))
+        tokens_D = np.array([blocks.numel() for blocks in self.texts])
+        return Routing(
+            domains=tuple(names),
+            counts_DLE=torch.stack(counts).numpy(),
+            entropy_DL=torch.stack(entropies).numpy() / tokens_D[:, None],
+            tokens_D=tokens_D,
+            samples=samples,
+        )
 
 
 @torch.no_grad()
@@ -217,56 +255,17 @@ def record_routing(
     Raises:
         MoesmithError: the model has no router, or one without the (logits, weights, ids) contract.
     """
-    batches: list[Tensor] = []
-    reductions: list[Reduce] = []
-    counted: list[slice] = []  # each domain's batches; the one behind them is its sample
-    for blocks in texts_by_domain.values():
-        parts = blocks.split(batch)
-        counted.append(slice(len(batches), len(batches) + len(parts)))
-        batches += [*parts, blocks[:1, :SAMPLE_TOKENS]]
-        reductions += [_statistics] * len(parts) + [_ids]
-    seen = _record(model, batches, reductions)
-    counts, entropies, samples = [], [], []
-    for name, blocks, part in zip(texts_by_domain, texts_by_domain.values(), counted, strict=True):
-        count_LPE, entropy_LP = ([[both[i] for both in layer[part]] for layer in seen] for i in (0, 1))  # P parts
-        counts.append(torch.stack([torch.stack(layer).sum(0) for layer in count_LPE]))
-        entropies.append(torch.stack([torch.stack(layer).sum(0) for layer in entropy_LP]) / blocks.numel())
-        ids_LTK = torch.stack([layer[part.stop] for layer in seen]).numpy().astype(np.int64)
-        samples.append(Sample(name, pieces(tokenizer, blocks[0, :SAMPLE_TOKENS].tolist()), ids_LTK))
-    return Routing(
-        domains=tuple(texts_by_domain),
-        counts_DLE=torch.stack(counts).numpy(),
-        entropy_DL=torch.stack(entropies).numpy(),
-        tokens_D=np.array([blocks.numel() for blocks in texts_by_domain.values()]),
-        samples=samples,
-    )
-
-
-def _record(model: Decoder, batches: Sequence[Tensor], reductions: Sequence[Reduce]) -> list[list[Any]]:
-    """Every layer's reductions, one per batch; the language-model head has no part in routing.
-
-    Groups of batches that go through the layers one after the other follow each other in a layer's list.
-    """
+    recorder, texts = Recorder(), list(texts_by_domain.values())
+    recorder.begin(texts, batch)
     whole = model.shell if isinstance(model, Layered) else model
     training = whole.training
     whole.eval()
-    recorder = _Recorder(reductions)
-    try:
-        for _ in last_hidden(model, batches, visit=recorder.visit):
+    try:  # the language-model head has no part in routing
+        for _ in last_hidden(model, [rows for blocks in texts for rows in blocks.split(batch)], visit=recorder.visit):
             pass
     finally:
         whole.train(training)
-    if not (seen := [recorder.seen[index] for index in sorted(recorder.seen) if recorder.seen[index]]):
-        raise MoesmithError(*NO_ROUTER)
-    return seen
-
-
-def _statistics(logits_TE: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-    return _counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE)
-
-
-def _ids(_logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-    return ids_TK.cpu()
+    return recorder.result(tokenizer, list(texts_by_domain))
 
 
 def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:

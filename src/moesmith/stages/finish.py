@@ -37,7 +37,7 @@ from moesmith.parents import Parent
 from moesmith.pipeline import Run
 from moesmith.positions import text_to_compare
 from moesmith.proof import NATIVE
-from moesmith.report.routing import record_routing
+from moesmith.report.routing import Recorder
 from moesmith.stages.data import evaluation_of
 
 CARD = "README.md"
@@ -155,14 +155,20 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
     def body(work: Path) -> dict[str, Any]:
         blocks = evaluation_of(run)
         results = {"parent": read_json(run.path("baseline") / "parent.json")}
-        finished = load_finished(folder, parent)
-        for name in made:
+        for name in made[:-1]:
             path = work / f"{name}.json"
             if not path.is_file():
-                last = name == made[-1]
-                model = finished if last else decoder(parent, Carving.load(run.path(name)))
-                write_json(path, _perplexities(model, blocks, name))
+                write_json(path, _perplexities(decoder(parent, Carving.load(run.path(name))), blocks, name))
             results[name] = read_json(path)
+        name, routing = made[-1], work / "routing.npz"
+        path, routed = work / f"{name}.json", run.recipe.carve.experts > 1
+        if not path.is_file() or (routed and not routing.is_file()):
+            recorder = Recorder() if routed else None
+            found = _perplexities(load_finished(folder, parent), blocks, name, recorder)
+            if recorder is not None:
+                recorder.result(parent.tokenizer, list(blocks)).save(routing)
+            write_json(path, found)
+        results[name] = read_json(path)
         if has_stock(parent, Carving.load(run.path(made[-1]))):
             path = work / "stock.json"
             if not path.is_file():
@@ -171,9 +177,6 @@ def evaluate_stage(run: Run, parent: Parent, made: list[str]) -> Path:
         spec = run.recipe.evaluate
         summary = {"stages": results, "window": spec.window, "tokens": sum(b.numel() for b in blocks.values())}
         write_json(work / "evaluation.json", summary)
-        if run.recipe.carve.experts > 1:
-            few = {name: block[: max(1, 2048 // block.shape[1])] for name, block in blocks.items()}
-            record_routing(finished, parent.tokenizer, few, 4).save(work / "routing.npz")
         return {name: result["geomean"] for name, result in results.items()}
 
     final = run.stage("evaluate", ["held-out", "baseline", *made, "export"], {"made": made}, body)
@@ -196,8 +199,10 @@ def _write_card(run: Run, card: Path) -> None:
         write_list(list_path, {name: file_digest(card)})
 
 
-def _perplexities(model: Decoder, blocks: dict[str, Tensor], label: str) -> dict[str, Any]:
-    domains = perplexities(model, blocks, label=f"perplexity of {label}")
+def _perplexities(
+    model: Decoder, blocks: dict[str, Tensor], label: str, listener: Recorder | None = None
+) -> dict[str, Any]:
+    domains = perplexities(model, blocks, label=f"perplexity of {label}", listener=listener)
     worst = max(domains, key=lambda name: domains[name])
     return {"domains": domains, "geomean": geometric_mean(domains.values()), "worst": worst}
 
