@@ -52,7 +52,11 @@ class _Module:
 
     @staticmethod
     def is_available() -> bool:
-        return True
+        return False  # nobody takes it by itself: the other tests in this process are about the CPU
+
+    @staticmethod
+    def get_amp_supported_dtype() -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
 
     @staticmethod
     def current_device() -> int:
@@ -69,6 +73,19 @@ class _Module:
     @staticmethod
     def manual_seed_all(seed: int) -> None:
         """Its numbers come from the CPU's generator, which ``torch.manual_seed`` seeds as well."""
+
+
+class _Hook(torch._C._acc.PrivateUse1Hooks):
+    """``torch.accelerator``'s questions."""
+
+    def is_available(self) -> bool:
+        return False
+
+    def has_primary_context(self, _index: int) -> bool:
+        return True
+
+    def is_built(self) -> bool:
+        return True
 
 
 # ---- one memory, two devices ----
@@ -425,7 +442,7 @@ def without_double() -> Iterator[None]:
 
 # ---- registration ----
 
-_setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Module())
+_setup_privateuseone_for_python_backend(rename=NAME, backend_module=_Module(), hook=_Hook())
 _library = torch.library.Library("_", "IMPL")
 _library.fallback(_fallback, "PrivateUse1")
 _aten = torch.library.Library("aten", "IMPL")

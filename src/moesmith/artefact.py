@@ -109,7 +109,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _fill(path: Path, text: str) -> None:
-    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path that is no UTF-8: JSON reads the escape back
+    # a path that is no UTF-8 is written as an escape, which JSON reads back
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
