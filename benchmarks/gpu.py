@@ -20,7 +20,6 @@ import torch
 import moesmith
 from moesmith.accelerator import peak_memory, release
 from moesmith.artefact import read_json
-from moesmith.parents import Parent
 from moesmith.pipeline import versions
 
 
@@ -39,9 +38,8 @@ def tokens_of(manifest: dict[str, Any]) -> int | None:
 
 def measure(preset: str, device: torch.device, args: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
     """One conversion; a row per stage."""
-    parent = moesmith.load_parent(args.model, getattr(torch, args.dtype))
+    parent = moesmith.load_parent(args.model, args.dtype, device=device)
     if device.type != "cpu":
-        parent = Parent.from_model(parent.model.to(device), parent.tokenizer, parent.source)
         reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
         if reset is not None:
             reset()
@@ -77,7 +75,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--budget", default="demo")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="auto", help="what models compute in")
     parser.add_argument("--device", help="the accelerator if left out")
     parser.add_argument("--presets", nargs="+", default=["dive-plus", "tomoe-50"])
     parser.add_argument("--no-cpu", action="store_true", help="leave the CPU's side out")

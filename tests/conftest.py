@@ -35,7 +35,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama in ``m`` and data in ``d``; tests change copies of them."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("home")
-    save_tiny("llama", folder / "m", dtype=torch.bfloat16)
+    save_tiny("llama", folder / "m")
     save_data(folder / "d")
     return folder
 

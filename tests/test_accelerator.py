@@ -100,14 +100,14 @@ class Small:
 def test_statistics_go_on_with_smaller_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     parent = tiny_parent("llama")
     routers = [torch.randn(2, parent.D) for _ in range(2)]
-    whole = channel_moments(parent, IDS), group_moments(parent, [IDS], [0], gram=True), token_nll(parent.model, IDS)
+    whole = channel_moments(parent, IDS), group_moments(parent, [[IDS]], [0], gram=True), token_nll(parent.model, IDS)
     routed = routed_moments(parent, routers, IDS, [0])
     small = Small(parent.model, 2, monkeypatch)
-    again = channel_moments(parent, IDS), group_moments(parent, [IDS], [0], gram=True), token_nll(parent.model, IDS)
+    again = channel_moments(parent, IDS), group_moments(parent, [[IDS]], [0], gram=True), token_nll(parent.model, IDS)
     assert small.sizes[:3] == [8, 4, 2]
     assert again[0].count == whole[0].count == IDS.numel()  # what the failed passes saw is not counted
     torch.testing.assert_close(again[0].var_LF, whole[0].var_LF)
-    torch.testing.assert_close(again[1][0][1][0].gram_NN, whole[1][0][1][0].gram_NN)
+    torch.testing.assert_close(again[1][0].channels[0].gram_NN, whole[1][0].channels[0].gram_NN)
     torch.testing.assert_close(again[2], whole[2])
     torch.testing.assert_close(routed_moments(parent, routers, IDS, [0])[0][1].gram_NN, routed[0][1].gram_NN)
     assert "out of memory on cpu, once more with 4 windows at a time" in capsys.readouterr().err

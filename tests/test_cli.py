@@ -93,7 +93,7 @@ def test_plan_as_table_and_json(home: Path) -> None:
     assert found["memory"] > 0
     assert found["disk"] > 0
     assert found["forward_tokens_per_second"] > 0
-    assert set(found["seconds"]) == {"calibration", "affinity", "training", "export", "evaluation"}
+    assert set(found["seconds"]) == {"start", "calibration", "affinity", "training", "export", "evaluation"}
     assert found["seconds_total"] == pytest.approx(sum(found["seconds"].values()), abs=0.05)
     table = moesmith(*words).out
     for part in (f"{found['parameters_total']:,}", f"{found['parameters_active']:,}", "GiB", "4,096 tokens, about"):

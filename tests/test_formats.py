@@ -82,7 +82,7 @@ def test_what_is_no_text_in_parquet_is_refused_by_row(tmp_path: Path, value: Any
     [
         ("x.jsonl.gz", b"not packed", "is not a whole gzip file"),
         ("x.jsonl.gz", gzip.compress(jsonl(ROWS * 50))[:-9], "is not a whole gzip file"),
-        ("x.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("x.json", b'{"text": "a"}', "must hold a list of JSON objects, not dict"),
         ("x.json", b'[{"text": "a"}', "is not JSON"),
         ("x.json", b"[]", "is empty"),
@@ -159,9 +159,10 @@ def test_a_task_is_found_in_any_format(finished: Path, tmp_path: Path) -> None:
         folder = tmp_path / ending[1:]
         folder.mkdir()
         WRITE[ending](folder / f"lambada.test{ending}", rows)
-        answer = moesmith("eval", finished, "--data", folder, "--tasks", "lambada", "--json", folder / "found.json")
+        answer = moesmith("eval", finished, "--data", folder, "--tasks", "lambada", "--json", tmp_path / "found.json")
         assert answer.status == 0, answer.err
-        results = json.loads((folder / "found.json").read_text())["results"]
+        results = json.loads((tmp_path / "found.json").read_text())["results"]
+        (tmp_path / "found.json").unlink()
         assert {row["task"] for row in results} == {"lambada"}
 
 

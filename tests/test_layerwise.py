@@ -139,7 +139,13 @@ def test_a_conversion_in_little_memory_has_the_same_bits(
     save_tiny(family, tmp_path / "m", dtype=torch.bfloat16)
     options: Any = {"settings": [*UNTRAINED, *settings], "dtype": torch.bfloat16}
     whole = convert(preset, tmp_path / "m", home / "d", tmp_path / "whole", **options)
-    turns = convert(preset, load_parent(str(tmp_path / "m"), memory=2**30), home / "d", tmp_path / "turns", **options)
+    turns = convert(
+        preset,
+        load_parent(str(tmp_path / "m"), torch.bfloat16, memory=2**30),
+        home / "d",
+        tmp_path / "turns",
+        **options,
+    )
     assert weights(turns.folder) == weights(whole.folder)
     said = [run.manifest("export")["metrics"] for run in (whole, turns)]
     assert [metrics["verified"] for metrics in said] == ["whole", "layerwise"]

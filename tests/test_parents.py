@@ -114,7 +114,8 @@ def test_load_from_folder(family: str, tmp_path: Path, capfd: pytest.CaptureFixt
     ids = torch.randint(300, (2, 12))
     assert torch.equal(loaded.model(ids).logits, memory.model(ids).logits)
     assert loaded.tokenizer("The fox").input_ids == memory.tokenizer("The fox").input_ids
-    assert load_parent(str(tmp_path)).model.dtype == torch.bfloat16
+    assert load_parent(str(tmp_path)).stored == torch.float32
+    assert load_parent(str(tmp_path), stored=torch.bfloat16).stored == torch.bfloat16
 
 
 def test_digest_depends_on_weights_and_config() -> None:

@@ -13,7 +13,7 @@ import torch
 from conversions import tiny_settings, weights
 from pretend import watching, without_double
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import save_tiny, tiny_model
 from tiny_data import save_data
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 import moesmith
 from moesmith import accelerator, evaluate, losses, moments, refit
 from moesmith.native import experts
-from moesmith.parents import Parent
+from moesmith.parents import Parent, load_parent
 from moesmith.pipeline import Run
 from moesmith.tomoe import estimators, hypernetwork
 
@@ -100,6 +100,34 @@ def test_every_stage_runs_there_as_on_the_cpu(preset: str, family: str, data: Pa
     assert set(watch.copies) <= set(COPIES), watch.copies
     convert(preset, parent_on("cpu", family), data, tmp_path / "cpu")
     compare(tmp_path / "device", tmp_path / "cpu", family)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_parent_is_loaded_straight_to_it(dtype: str, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    there, here = (load_parent(tmp_path, dtype, device=device) for device in ("pretend", "cpu"))
+    assert {p.device.type for p in there.model.parameters()} == {"pretend"}
+    assert (there.digest, there.stored, there.dtype) == (here.digest, here.stored, here.dtype)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(there.model(ids.to("pretend")).logits.cpu(), here.model(ids).logits)
+    stored = there.as_stored()
+    assert {(p.device.type, p.dtype) for p in stored.model.parameters()} == {("pretend", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("preset", ["dive-1of8", "dive-plus"])
+@pytest.mark.usefixtures("same_path")
+def test_a_parent_larger_than_it_streams_through_it(preset: str, data: Path, tmp_path: Path) -> None:
+    """Layer by layer: weights stay with the host, every layer computes on the device, the files are the same."""
+    save_tiny("llama", tmp_path / "m", dtype=torch.bfloat16)
+    untrained = ["stage1.tokens=0", "stage2.tokens=0"]
+    parent = load_parent(tmp_path / "m", "fp32", 2**30, device="pretend")
+    assert ({p.device.type for p in parent.model.parameters()}, parent.device.type) == ({"cpu"}, "pretend")
+    with watching(ON_PURPOSE) as watch:
+        convert(preset, parent, data, tmp_path / "device", untrained)
+    assert watch.operations > 1000
+    assert watch.fallbacks == []
+    convert(preset, load_parent(tmp_path / "m", "fp32", device="cpu"), data, tmp_path / "cpu", untrained)
+    compare(tmp_path / "device", tmp_path / "cpu", "llama")
 
 
 # what a Llama has before anything is trained; where a linear layer has a bias, and in backward passes, the CPU has
@@ -315,4 +343,4 @@ def test_the_benchmark_runs_there(data: Path, tmp_path: Path, monkeypatch: pytes
     assert list(written["devices"]) == ["pretend", "cpu"]
     rows = {(row["stage"], row["device"]): row for row in written["rows"]}
     assert {stage for stage, _ in rows} >= {"baseline", "moments", "carve", "experts", "export", "evaluate"}
-    assert rows["moments", "pretend"]["tokens"] == rows["moments", "cpu"]["tokens"] == 128
+    assert rows["experts", "pretend"]["tokens"] == rows["experts", "cpu"]["tokens"] == 512

@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "reuse number": ({"reuse": 3}, r"reuse is an int\. Give a list"),
     "reuse missing": ({"reuse": ["nope"]}, r"--reuse nope does not exist\. Give a folder"),
     "memory": ({"memory": [1]}, r"\[1\] is no size of memory\. Write"),
-    "fp64": ({"dtype": torch.float64}, r"are torch\.float64\. Give them in float32"),
+    "fp64": ({"dtype": torch.float64}, r"do not compute in torch\.float64\. Give one of"),
 }
 
 

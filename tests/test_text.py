@@ -260,7 +260,7 @@ def test_wrong_names_are_refused_with_the_cure(folder: Path, names: list[str], m
         ("bultin", "does not exist. Did you mean 'builtin'?"),
         ("paper42", "Did you mean 'paper24'?"),
         ("nowhere/at/all", "Give a folder, a .yaml file, builtin or paper24."),
-        ("", "no data source is named. Give a folder, a .yaml file, builtin or paper24."),
+        ("", "data is empty. Give text"),
         (" ", "no data source is named. Give a folder"),
         (__file__, "is neither a folder nor a .yaml file"),
     ],

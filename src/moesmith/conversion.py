@@ -201,7 +201,7 @@ def _kept(out: Path, dtype: DType) -> DType:
 def _begun(out: Path) -> dict[str, Any] | None:
     """``run.json`` of a folder in which a stage is finished or under way."""
     header = out / "run.json"
-    return read_json(header) if header.is_file() and any((out / "stages").iterdir()) else None
+    return read_json(header) if header.is_file() and any((out / "stages").glob("*")) else None
 
 
 def _skeleton(model: str | Parent, dtype: DType, device: Device) -> Parent:

@@ -153,28 +153,28 @@ def _set_norms(module: nn.Module, carving: Carving, prefix: str) -> None:
 
 
 def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> MoEBlock:
-    """One layer's MoE block."""
+    """One layer's MoE block, where and in what the parent computes; its weights may lie elsewhere."""
     carved, ffn = carving.layers[index], parent.ffns[index]
-    dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
+    dtype, device = parent.dtype, parent.device
     noise = None if carved.noise_ED is None else carved.noise_ED.to(device, dtype)
     router = Router(carving.gate, carved.router_ED.to(device, dtype, copy=True), noise)
     gate_biases, biases = zip(
         *(carving.expert_biases(parent, index, e) for e in range(carving.gate.experts)), strict=True
     )
-    bias_ED = None if biases[0] is None else torch.stack(biases).to(dtype)
+    bias_ED = None if biases[0] is None else torch.stack(biases).to(device, dtype)
     experts: nn.Module
     if form == "masked":
         experts = MaskedExperts(ffn, carving.mask(index), bias_ED, carved.down)
     else:
         weights = (carving.expert_weights(parent, index, e) for e in range(carving.gate.experts))
-        rounded = ([side if side is None else side.to(dtype) for side in expert] for expert in weights)
+        rounded = ([side if side is None else side.to(device, dtype) for side in expert] for expert in weights)
         gate, up, down = zip(*rounded, strict=True)
         experts = SlicedExperts(
             torch.cat([_padded(side) for side in (gate, up) if side[0] is not None], 1),
             _padded([down_DF.T for down_DF in down]).mT.contiguous(),
             ffn.activation,
             bias_ED,
-            None if gate_biases[0] is None else _padded(gate_biases).to(dtype),
+            None if gate_biases[0] is None else _padded(gate_biases).to(device, dtype),
         )
     return MoEBlock(router, experts).train(parent.model.training)
 

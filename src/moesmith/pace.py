@@ -23,7 +23,7 @@ from moesmith.recipe import LoopSection, Recipe, TrainSection
 from moesmith.sizes import Sizes
 from moesmith.stages.data import moments_tokens, stages_to_train
 
-MEASURE = 0.8  # seconds that each speed is measured for
+MEASURE = 0.5  # seconds that each speed is measured for
 COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written and read
 START = 8.0  # seconds to start Python, import torch and transformers and read a small parent
 # measured costs beside counted ones

@@ -33,6 +33,7 @@ from moesmith.artefact import (
     verify_files,
     write_cure,
     write_json,
+    write_text,
 )
 from moesmith.console import say
 from moesmith.errors import MoesmithError
@@ -107,6 +108,7 @@ class Run:
         body: Callable[[Path], Mapping[str, Any]],
         *,
         shared: bool = True,
+        was: Mapping[str, Any] | None = None,
     ) -> Path:
         """Make a stage unless it is there.
 
@@ -117,6 +119,7 @@ class Run:
             body: fills the working folder it is given, finding there what an earlier, killed try left; returns
                 metrics for the manifest.
             shared: whether another run's stage may be taken over: its folder holds all that it made.
+            was: the settings under which moesmith 0.1 made a stage that will do as well, if they were others.
 
         Returns:
             The finished folder.
@@ -130,6 +133,7 @@ class Run:
         key = self.keys[name] = digest(
             {**facts, "needs": {need: self.keys[need] for need in needs}, "inputs": inputs | self._reads(name)}
         )
+        facts |= {} if was is None else {"settings": dict(was)}
         self.old_keys[name] = digest({**facts, "needs": {n: self.old_keys[n] for n in needs}, "inputs": inputs})
         final = self.path(name)
         if self._fits(name, final, own=True):
@@ -195,7 +199,7 @@ class Run:
         if begun is None or begun[0] not in self._known_keys(name):
             _drop_partial(work)
             work.mkdir()
-            (work / ".key").write_text(f"{key}\n{json.dumps(now)}", encoding="utf-8")
+            write_text(work / ".key", f"{key}\n{json.dumps(now)}")
             begun = key, now
         if changed := _version_changes(begun[1], now):
             say(f"[{name}] was begun by other versions and goes on ({changed})")
@@ -228,7 +232,11 @@ def _drop_partial(work: Path) -> None:
     """Remove an unfinished stage: its key is in it, or nothing is."""
     if not os.path.lexists(work):
         return
-    if work.is_symlink() or not work.is_dir() or (_begun(work) is None and any(work.iterdir())):
+    if (
+        work.is_symlink()
+        or not work.is_dir()
+        or (_begun(work) is None and any(p.name != ".key" for p in work.iterdir()))
+    ):
         raise MoesmithError(f"{work} is not a stage that moesmith began", "Delete it or move it away.")
     shutil.rmtree(work)
 

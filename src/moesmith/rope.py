@@ -22,7 +22,8 @@ INERT = frozenset(
     "_name_or_path architectures auto_map dtype torch_dtype model_type transformers_version rope_scaling rope_theta "
     "partial_rotary_factor unsloth_version unsloth_fixed output_attentions output_hidden_states return_dict id2label "
     "label2id problem_type is_encoder_decoder chunk_size_feed_forward use_cache finetuning_task max_length "
-    "task_specific_params transformers.js_config pretraining_tp quantization_config".split()
+    "task_specific_params transformers.js_config pretraining_tp quantization_config unk_token_id sep_token_id "
+    "cls_token_id mask_token_id tokenizer_class".split()
 )
 # the keys of ``rope_parameters`` that the stock architectures' code reads
 KEYS = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moesmith.arguments import takes_paths
+from moesmith.arguments import path_of, takes_paths
 from moesmith.artefact import MANIFEST, read_tensors
 from moesmith.carving import Carving
 from moesmith.compare import parent_of
@@ -77,7 +77,7 @@ def rows_of(explained: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     ]
 
 
-@takes_paths("folder", "out")
+@takes_paths("folder")
 def export_run(
     folder: Path,
     to: str | None,
@@ -109,6 +109,7 @@ def export_run(
         raise MoesmithError(what, f"Give --to one of {', '.join(TARGETS)}.")
     if out is None:
         raise MoesmithError("it is not said where to write", "Give --out.")
+    out = path_of("out", out)
     target = TARGETS[to]
     if odd := [flag for name, flag in options.given().items() if name not in target.takes]:
         raise MoesmithError(f"the target {to} has no {odd[0]}", "Leave it out.")

@@ -105,7 +105,7 @@ def _carving(
     for index, kept_E in enumerate(channels):
         layer = CarvedLayer(kept_E, torch.zeros(gate.experts, parent.D))
         if compensation == "bias":
-            down_DF = parent.ffns[index].down_DF
+            down_DF = parent.ffns[index].down_DF.to(parent.device)
             bias = [compensation_bias(down_DF, g.mean_LF[index], k) for g, k in zip(groups, kept_E, strict=True)]
             layer.bias_ED = torch.stack(bias)
         layers.append(layer)
@@ -235,7 +235,7 @@ def refit_layer(
     In the parent's stored dtype on the CPU, whatever it was computed in and where: carvings are the same everywhere.
     """
     spec, down_DF = recipe.carve, parent.ffns[index].down_DF
-    place = closed_form_device(down_DF.device)
+    place = closed_form_device(parent.device)
     grams = [Second(gram.count, gram.mean_N.to(place), gram.gram_NN.to(place)) for gram in grams]
     pooled_FF = merge(grams, weights).gram_NN
     refitted = []

@@ -182,7 +182,8 @@ def moments_stage(run: Run, parent: Parent, names: Sequence[str]) -> Path:
                 write_tensors(path, channel_moments(parent, windows[name], label=label).tensors())
         return {"tokens": sum(w.numel() for w in windows.values())}
 
-    return run.stage("moments", ["domains"], {} if tokens is None else {"tokens": tokens}, body)
+    # 0.1 took them over all text: more than is needed
+    return run.stage("moments", ["domains"], {} if tokens is None else {"tokens": tokens}, body, was={})
 
 
 def moments_of(run: Run, name: str) -> Moments:
