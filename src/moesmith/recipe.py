@@ -81,7 +81,7 @@ class AffinitySection(Section):
     published: str | None = Field(None, description="name of published clusters, for method published")
     profile: Profile = "rows"
     linkage: Linkage = "average"
-    tokens: int = Field(32_768, ge=1, description="evaluation tokens per domain for the perplexity matrix")
+    tokens: int = Field(32_768, ge=1, description="tokens per domain that domains are grouped by")
     window: int = Field(256, ge=8)
 
     @model_validator(mode="after")
