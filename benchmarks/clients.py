@@ -39,7 +39,7 @@ from moesmith.builtin import builtin_domains
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import log_likelihoods
 from moesmith.export.folder import load_folder
-from moesmith.parents import first_line
+from moesmith.loading import first_line
 from moesmith.records import as_text
 
 HERE = Path(__file__).parent

@@ -22,11 +22,12 @@ from moesmith.export.native import write_native
 from moesmith.export.stock import write_stock
 from moesmith.gates import GateSpec
 from moesmith.moe import build
-from moesmith.parents import FFN, Parent
+from moesmith.parents import Parent
 from moesmith.plan import make_plan
 from moesmith.proof import NATIVE
 from moesmith.recipe import load_recipe
 from moesmith.stages.training import prepare
+from moesmith.structure import FFN
 
 
 def same(a: Any, b: Any) -> bool:

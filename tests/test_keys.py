@@ -18,9 +18,9 @@ from tiny import save_tiny
 from transformers import AutoTokenizer, GenerationConfig
 
 from moesmith.artefact import MANIFEST, digest, read_json, write_json
+from moesmith.digests import tokenizer_digest
 from moesmith.errors import MoesmithError
 from moesmith.fingerprints import companions_digest, folder_companions, text_digest
-from moesmith.parents import tokenizer_digest
 from moesmith.pipeline import TEXT, Run, versions
 from moesmith.recipe import keys, load_recipe
 

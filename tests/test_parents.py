@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent, find_ffns, load_parent
-from moesmith.structure import attention_weights
+from moesmith.parents import Parent, load_parent
+from moesmith.structure import attention_weights, find_ffns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from moesmith.attention import zeroed
 from moesmith.carving import Carving
+from moesmith.digests import model_digest
 from moesmith.errors import MoesmithError
 from moesmith.moe import build
-from moesmith.parents import Parent, model_digest
+from moesmith.parents import Parent
 from moesmith.sizes import Sizes
 from moesmith.structure import attention_weights, decoder_layers
 from moesmith.tomoe import hypernetwork

@@ -18,9 +18,10 @@ from torch import Tensor
 from moesmith.arguments import path_of
 from moesmith.artefact import read_json, read_tensors, write_json, write_tensors
 from moesmith.attention import CarvedAttention
+from moesmith.digests import model_digest
 from moesmith.errors import MoesmithError
 from moesmith.gates import GateSpec
-from moesmith.parents import Parent, model_digest
+from moesmith.parents import Parent
 from moesmith.proof import NATIVE
 from moesmith.recipe import Compensation
 from moesmith.sizes import Sizes

@@ -13,11 +13,12 @@ from moesmith.arguments import path_text, several, takes_paths
 from moesmith.artefact import read_json
 from moesmith.compute import AUTO, Device, DType, long_name
 from moesmith.console import say
+from moesmith.digests import tokenizer_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import domain_perplexities, geometric_mean, lambada, wikitext2
 from moesmith.harness import find_tasks, run_tasks
 from moesmith.overlap import warnings
-from moesmith.parents import Parent, load_parent, tokenizer_digest
+from moesmith.parents import Parent, load_parent
 from moesmith.stages.finish import load_finished
 from moesmith.text import Domain, load_domains, overlaps, read_records, records_file
 from moesmith.vocabulary import refuse_ids, rows_of

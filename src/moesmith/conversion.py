@@ -16,11 +16,13 @@ from moesmith.arguments import parent_or_source, path_of, path_text, refuse_many
 from moesmith.artefact import read_json
 from moesmith.compute import AUTO, Device, DType, long_name, parse_dtype, short
 from moesmith.console import duration, say
+from moesmith.digests import tokenizer_digest
 from moesmith.errors import MoesmithError
 from moesmith.fingerprints import parent_digests
+from moesmith.loading import has_weights
 from moesmith.outputs import check_place, existing
 from moesmith.pace import measure, parse_time, tokens_of, with_tokens
-from moesmith.parents import Parent, choose_compute, has_weights, load_parent, load_skeleton, tokenizer_digest
+from moesmith.parents import Parent, choose_compute, load_parent, load_skeleton
 from moesmith.pipeline import Run, check_folder, check_reuse
 from moesmith.plan import check_room, fit_time, make_plan, parse_bytes
 from moesmith.recipe import Recipe, choose_recipe

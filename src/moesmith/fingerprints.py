@@ -14,7 +14,9 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from moesmith.artefact import digest
-from moesmith.parents import PROBE, Parent, quiet
+from moesmith.digests import PROBE
+from moesmith.loading import quiet
+from moesmith.parents import Parent
 
 STATE = ("version", "truncation", "padding")  # of a tokenizer's file: what the last call left, no property of it
 CHATS = ("messages", "conversations")  # fields of records that go through the chat template

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from moesmith.errors import MoesmithError
-from moesmith.parents import first_line
+from moesmith.loading import first_line
 
 # lists as long as the vocabulary, which only the tokenizer needs
 LONG = frozenset(f"tokenizer.ggml.{what}" for what in ("tokens", "token_type", "scores", "merges"))

@@ -35,7 +35,7 @@ from moesmith.errors import MoesmithError
 from moesmith.gguf_file import dtype_of, handed_over, open_gguf
 from moesmith.gguf_proof import LAYERS, beyond, prove_gguf
 from moesmith.gguf_rope import FACTORS, rope_parameters
-from moesmith.parents import checked, first_line, quiet
+from moesmith.loading import checked, first_line, quiet
 
 KINDS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import WINDOW
-from moesmith.parents import quiet
+from moesmith.loading import quiet
 from moesmith.scorer import FEWSHOT_SEED, Task, load_task, share, task_names
 
 # a local task's parts, or a registered one as the harness loads it

@@ -27,8 +27,8 @@ from moesmith.gates import Router
 from moesmith.layerwise import Decoder, layered, share
 from moesmith.native.experts import MoEBlock, SlicedExperts
 from moesmith.native.heads import HeadGate
-from moesmith.parents import FFN, Parent
-from moesmith.structure import decoder_layers
+from moesmith.parents import Parent
+from moesmith.structure import FFN, decoder_layers
 
 Activation = Callable[[Tensor], Tensor]
 Form = Literal["masked", "sliced"]

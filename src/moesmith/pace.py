@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from moesmith.errors import MoesmithError
 from moesmith.evaluate import CHUNK
-from moesmith.parents import Parent, quiet
+from moesmith.loading import quiet
+from moesmith.parents import Parent
 from moesmith.recipe import LoopSection, Recipe, TrainSection
 from moesmith.sizes import Sizes
 from moesmith.stages.data import moments_tokens, stages_to_train

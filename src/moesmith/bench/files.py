@@ -17,9 +17,9 @@ from moesmith.export.converter import convert
 from moesmith.export.folder import whole_folder, write_companions
 from moesmith.export.gguf import Gguf
 from moesmith.export.target import Options, Source
+from moesmith.loading import quiet
 from moesmith.outputs import check_file, new_file
 from moesmith.overview import STOCK
-from moesmith.parents import quiet
 
 KEYS = "made.json"  # file → key of what it was made from
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from moesmith.errors import MoesmithError
-from moesmith.parents import first_line, quiet
+from moesmith.loading import first_line, quiet
 
 NAME, PHI3 = "model", "phi-3"
 OUTTYPES = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}

@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from moesmith.artefact import read_json, write_json, write_sums, write_tensors
 from moesmith.errors import MoesmithError
 from moesmith.layerwise import Layered, layered
+from moesmith.loading import checked, first_line, quiet
 from moesmith.native.modeling import MoesmithConfig
 from moesmith.outputs import new_folder
-from moesmith.parents import Parent, checked, first_line, quiet
+from moesmith.parents import Parent
 from moesmith.structure import decoder_layers
 
 SHARD_BYTES = 2**30  # a shard is in memory while it is written

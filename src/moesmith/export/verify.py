@@ -18,8 +18,9 @@ from moesmith.errors import MoesmithError
 from moesmith.export.folder import layered_folder, load_folder
 from moesmith.gates import Router
 from moesmith.layerwise import Decoder, Layered, cast, last_hidden
+from moesmith.loading import first_line
 from moesmith.moe import moe_blocks
-from moesmith.parents import Parent, first_line
+from moesmith.parents import Parent
 
 TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from moesmith.attention import install
 from moesmith.moe import share
-from moesmith.parents import FFN, Parent
-from moesmith.structure import decoder_layers
+from moesmith.parents import Parent
+from moesmith.structure import FFN, decoder_layers
 from moesmith.tomoe.hypernetwork import ExpertMasks, Masks
 
 
