@@ -26,7 +26,7 @@ from moesmith.stages.data import moments_tokens, stages_to_train
 
 MEASURE = 0.5  # seconds that each speed is measured for
 COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written and read
-START = 8.0  # seconds to start Python, import torch and transformers and read a small parent
+START = 12.0  # seconds to start Python, import torch and transformers, choose, measure, and read a small parent
 # measured costs beside counted ones
 SPARSE = 1.15  # of sorting tokens and of many small products
 BACKWARD = 1.35  # backward pass through frozen matrices, with its low-rank ones, over the forward pass
