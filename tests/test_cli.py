@@ -115,7 +115,7 @@ def test_convert_ends_with_a_summary(finished: Path) -> None:
     said = (finished.parent / "said").read_text()
     for part in ("dive-plus", "4 experts, top-1", "parameters total", *STAGES, "perplexity parent"):
         assert part in said
-    assert read_json(finished / "run.json")["inputs"]["dtype"] == "bfloat16"
+    assert read_json(finished / "run.json")["inputs"]["dtype"] == "float32"
 
 
 def test_inspect_as_table_and_json(finished: Path) -> None:

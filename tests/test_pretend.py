@@ -38,7 +38,7 @@ ON_PURPOSE = {
 }
 # who may copy more than results to the host, and why: bytes of the tiny models
 COPIES = {
-    "parents.py:_bytes": "the parent's digest is taken over every weight, once",
+    "digests.py:_bytes": "the parent's digest is taken over every weight, once",
     "artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
     "export/stock.py:stock_tensors.<locals>.out": "the export writes every weight",
     "export/verify.py:run": "logits of two models, compared once",
