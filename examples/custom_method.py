@@ -64,11 +64,14 @@ def main() -> None:
     """Convert with the new method and with independent random halves, and compare before any training."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("runs/example"))
-    out = options.parse_args().out
+    options.add_argument("--dtype", default="fp32", help="what models compute in: auto, bf16, fp32")
+    options.add_argument("--device", default="auto", help="where: auto, cpu, cuda, mps, xpu")
+    given = options.parse_args()
+    out = given.out
     if not (out / "parent" / "config.json").is_file():
         write_domains(out / "text")
         make_parent(out / "parent", out / "text")
-    parent = moesmith.load_parent(str(out / "parent"), torch.float32)
+    parent = moesmith.load_parent(out / "parent", given.dtype, device=given.device)
 
     METHODS["common-core"] = common_core
     untrained = ["stage1.tokens=0", "stage2.tokens=0", "evaluate.window=256", "carve.compensation=refit"]

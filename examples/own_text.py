@@ -105,7 +105,11 @@ def main() -> None:
     """Write text and model, convert, and print what came out."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path("runs/example"))
-    out = options.parse_args().out
+    # a model this small gains nothing from bf16
+    options.add_argument("--dtype", default="fp32", help="what models compute in: auto, bf16, fp32")
+    options.add_argument("--device", default="auto", help="where: auto, cpu, cuda, mps, xpu")
+    given = options.parse_args()
+    out = given.out
     parent, data = out / "parent", out / "text"
     if not (parent / "config.json").is_file():  # kept from an earlier call: the run below is then continued
         write_domains(data)
@@ -118,7 +122,8 @@ def main() -> None:
         out / "run",
         budget="demo",
         settings=SETTINGS,
-        dtype=torch.float32,  # a model this small gains nothing from bf16
+        dtype=given.dtype,
+        device=given.device,
     )
 
     stages = read_json(run.path("evaluate") / "evaluation.json")["stages"]

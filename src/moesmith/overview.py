@@ -115,6 +115,7 @@ def show(found: dict[str, Any], *, brief: bool = False) -> None:
     rows: list[tuple[str, str]] = [
         ("recipe", found["recipe"]),
         ("parent", f"{found['inputs']['model']} ({found['inputs']['model_digest']})"),
+        ("weights", _dtypes(found["inputs"])),
         ("gate", f"{gate['experts']} experts, top-{gate['top_k']}, {gate['order']}, renormalise {gate['renormalise']}"),
         ("compensation", found["compensation"]),
     ]
@@ -140,6 +141,11 @@ def show(found: dict[str, Any], *, brief: bool = False) -> None:
         show_table("layers", columns, layers)
     stages = [(name, m["seconds"], _headline(name, m)) for name, m in found["stages"].items()]
     show_table("stages", ["stage", "seconds", "result"], stages)
+
+
+def _dtypes(inputs: dict[str, Any]) -> str:
+    """What the weights are stored in, and what computed; runs of 0.1 computed in what they stored."""
+    return f"stored in {inputs['dtype']}, computed in {inputs.get('compute', inputs['dtype'])}"
 
 
 def _learned(masks: dict[str, Any]) -> list[tuple[str, str]]:
