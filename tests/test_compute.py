@@ -200,6 +200,18 @@ def test_a_run_keeps_the_dtype_that_it_began_in(home: Path, tmp_path: Path, monk
     assert parent.stored == torch.bfloat16
 
 
+def test_a_run_keeps_the_dtype_that_its_parent_was_stored_in(home: Path, tmp_path: Path) -> None:
+    """moesmith 0.1 took an fp32 folder in bf16: such a run is continued as it was begun."""
+    save_tiny("llama", tmp_path / "m")
+    old = load_parent(tmp_path / "m", "bf16", stored=torch.bfloat16)
+    words = arguments("dive-plus", tmp_path / "m", home / "d", tmp_path / "run", UNTRAINED)
+    run = convert("dive-plus", old, home / "d", tmp_path / "run", UNTRAINED)
+    assert (run.inputs["dtype"], run.inputs["compute"]) == ("bfloat16", "bfloat16")
+    answer = moesmith(*words)
+    assert (answer.status, answer.err.count("done before")) == (0, 9), answer.err
+    assert parent_of(tmp_path / "run").stored == torch.bfloat16
+
+
 def test_half_precision_does_not_train(home: Path, tmp_path: Path) -> None:
     answer = moesmith(*arguments("dive-plus", home / "m", home / "d", tmp_path / "run"), "--dtype", "fp16")
     assert answer.status == 2

@@ -104,7 +104,7 @@ def convert(
     for name in ("model", "stock"):
         check_known(out / name)
     room = parse_bytes(memory)
-    shapes = _skeleton(model, _kept(out, dtype), device)
+    shapes = _skeleton(model, _kept(out, dtype), device, _stored(out))
     say(f"computes in {shapes.choice or short(shapes.dtype)}")
     chosen = _timed(chosen, time, out, shapes, len(domains))
     if isinstance(model, Parent):
@@ -206,14 +206,20 @@ def _begun(out: Path) -> dict[str, Any] | None:
     return read_json(header) if header.is_file() and any((out / "stages").glob("*")) else None
 
 
-def _skeleton(model: str | Parent, dtype: DType, device: Device) -> Parent:
+def _stored(out: Path) -> torch.dtype | None:
+    """The dtype that a run's parent is stored in; 0.1 took every parent in bf16, whatever its files had."""
+    header = _begun(out)
+    return None if header is None else getattr(torch, header["inputs"]["dtype"])
+
+
+def _skeleton(model: str | Parent, dtype: DType, device: Device, stored: torch.dtype | None = None) -> Parent:
     """The parent itself, or its shapes and where it will compute in what, before its weights are read."""
     if isinstance(model, Parent):
         return model
     try:
-        skeleton = load_skeleton(model)
+        skeleton = load_skeleton(model, stored)
     except MoesmithError:  # what is wrong the weights say better
-        return load_parent(model, dtype, device=device)
+        return load_parent(model, dtype, device=device, stored=stored)
     skeleton.choice = choose_compute(skeleton.model, dtype, device)
     return skeleton
 
@@ -253,7 +259,7 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     if not whole:
         need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
         say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
-    parent = load_parent(source, choice.dtype, None if whole else free, device=choice.device)
+    parent = load_parent(source, choice.dtype, None if whole else free, device=choice.device, stored=shapes.stored)
     return replace(parent, choice=choice)
 
 
