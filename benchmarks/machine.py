@@ -1,6 +1,6 @@
 """Does a machine get what it has? Plain forward passes in each dtype beside moesmith's work in the one it chooses.
 
-    python benchmarks/machine.py --label "bf16 units" --out benchmarks/results/machine.json      # about four minutes
+    python benchmarks/machine.py --label "bf16 units" --out benchmarks/results/machine.json      # three minutes
 
 oneDNN, ATen and MKL can be kept from what a processor has, to see one without bf16 units:
 
