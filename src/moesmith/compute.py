@@ -1,8 +1,8 @@
 """Where and in what models compute: a device, and a dtype that may be another one than the weights are stored in.
 
 A parent's weights are *stored* in the dtype of its files: digests, carvings and exports are made of those. What a model
-*computes* in is chosen per machine: a CPU without bf16 units emulates bf16 at a tenth of its fp32 speed, one with them
-runs it several times faster. So the products of the parent's own shapes are timed, and the fastest sound dtype wins.
+*computes* in is chosen per machine: a CPU without bf16 units emulates bf16 at a fraction of its fp32 speed, one
+with them runs it faster. So the products of the parent's own shapes are timed, and the fastest sound dtype wins.
 """
 
 from __future__ import annotations
