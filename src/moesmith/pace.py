@@ -7,6 +7,7 @@ every stage costs is counted in those (:func:`seconds_of`); constants beside the
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def measure(parent: Parent) -> Pace:
 
 
 def _rate(work: Any, tokens: int) -> float:
-    """Tokens per second: the fastest third of the rounds, so that a machine busy for a moment does not decide it."""
+    """Tokens per second of the median round, so that a machine busy for a moment does not decide it."""
     float(work())  # makes kernels
     started = time.perf_counter()
     rounds: list[float] = []
@@ -76,8 +77,7 @@ def _rate(work: Any, tokens: int) -> float:
         begun = time.perf_counter()
         float(work())
         rounds.append(time.perf_counter() - begun)
-    best = sorted(rounds)[: max(1, len(rounds) // 3)]
-    return tokens * len(best) / sum(best)
+    return tokens / statistics.median(rounds)
 
 
 def seconds_of(recipe: Recipe, sizes: Sizes, kept: int, model_bytes: int, domains: int, pace: Pace) -> dict[str, float]:
