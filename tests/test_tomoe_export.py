@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -272,10 +273,15 @@ except ModuleNotFoundError:
 """
 
 
+INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+
+
 def alone(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """Load a folder in an isolated process that cannot import moesmith; its results go to ``out``."""
     home = str(out.parent / "home")
     environment = {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "", "HOME": home}
+    # bits are equal where both processes may use the same instructions
+    environment |= {name: os.environ[name] for name in INSTRUCTIONS if name in os.environ}
     words = [sys.executable, "-I", "-c", ALONE, folder, json.dumps(IDS.tolist()), out, out.parent / "again"]
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, timeout=300)
 
