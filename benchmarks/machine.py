@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import Step, blocks, grouped_lora, peft_lora
+from speed import Step, blocks, grouped_lora, peft_lora, void
 
 from moesmith.artefact import read_json, write_json
 from moesmith.bench.measure import machine
@@ -59,10 +59,6 @@ def steps(parent: Parent, tokens: int) -> dict[str, Step]:
         "perplexity": lambda: void(perplexity(parent.model, sequences)),
         "stage-2 step": grouped_lora(parent, sequences),
     }
-
-
-def void(_value: object) -> None:
-    """Throw a result away."""
 
 
 def measure(model: str, tokens: int, rounds: int) -> dict[str, Any]:

@@ -230,8 +230,9 @@ def bench(
 
     runtimes = None if runtime is None else words(runtime)
     batches, quants = numbers("--batch", batch), words(quant)
-    facts = (prompt, new, quants, rounds, vllm_python, out_file, dtype, device)
-    found = measure(run, runtimes, batches, *facts, overwrite=overwrite)
+    found = measure(
+        run, runtimes, batches, prompt, new, quants, rounds, vllm_python, out_file, dtype, device, overwrite=overwrite
+    )
     if as_json:
         show_json(found)
     else:

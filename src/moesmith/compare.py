@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel
 
 from moesmith.arguments import path_text, several, takes_paths
 from moesmith.artefact import read_json
-from moesmith.compute import AUTO, Device, DType, long_name
+from moesmith.compute import AUTO, Device, DType, long_name, named
 from moesmith.console import say
 from moesmith.digests import tokenizer_digest
 from moesmith.errors import MoesmithError
@@ -50,7 +49,7 @@ def parent_of(folder: Path, dtype: DType | None = AUTO, device: Device = AUTO) -
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
     inputs = header_of(folder)["inputs"]
-    stored = getattr(torch, inputs["dtype"])
+    stored = named(inputs["dtype"])
     parent = load_parent(inputs["model"], stored if dtype is None else dtype, device=device, stored=stored)
     if parent.digest != inputs["model_digest"]:
         raise MoesmithError(

@@ -55,6 +55,12 @@ def long_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def named(long: str) -> torch.dtype:
+    """The reverse of :func:`long_name`, for what a run's header says."""
+    found: torch.dtype = getattr(torch, long)
+    return found
+
+
 # --- devices
 
 

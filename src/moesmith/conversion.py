@@ -14,7 +14,7 @@ from moesmith.accelerator import free_memory
 from moesmith.affinity import published
 from moesmith.arguments import parent_or_source, path_of, path_text, refuse_many_processes, several
 from moesmith.artefact import read_json
-from moesmith.compute import AUTO, Device, DType, long_name, parse_dtype, short
+from moesmith.compute import AUTO, Device, DType, long_name, named, parse_dtype, short
 from moesmith.console import duration, say
 from moesmith.digests import tokenizer_digest
 from moesmith.errors import MoesmithError
@@ -104,9 +104,11 @@ def convert(
     for name in ("model", "stock"):
         check_known(out / name)
     room = parse_bytes(memory)
-    shapes = _skeleton(model, _kept(out, dtype), device, _stored(out))
+    header = _begun(out)
+    stored = None if header is None else named(header["inputs"]["dtype"])  # 0.1 took every parent in bf16
+    shapes = _skeleton(model, _kept(out, header, dtype), device, stored)
     say(f"computes in {shapes.choice or short(shapes.dtype)}")
-    chosen = _timed(chosen, time, out, shapes, len(domains))
+    chosen = _timed(chosen, time, header, shapes, len(domains))
     if isinstance(model, Parent):
         parent = model
     elif shapes.tokenizer is not None:  # it had to be read whole
@@ -183,15 +185,15 @@ def predict(
     return found | {"recipe": chosen.name, "domains": domains, "computes": computes, "fitted": fitted}
 
 
-def _kept(out: Path, dtype: DType) -> DType:
-    """The dtype that a run began to compute in, for ``auto``; what is asked for where nothing is finished yet.
+def _kept(out: Path, header: dict[str, Any] | None, dtype: DType) -> DType:
+    """The dtype that a run began to compute in, for ``auto``; what is asked for where none has begun.
 
     Raises:
         MoesmithError: the run computes in another dtype than the one asked for.
     """
-    if (header := _begun(out)) is None:
+    if header is None:
         return dtype
-    before: torch.dtype = getattr(torch, header["inputs"].get("compute", header["inputs"]["dtype"]))
+    before = named(header["inputs"].get("compute", header["inputs"]["dtype"]))
     if parse_dtype(dtype) not in (None, before):
         raise MoesmithError(
             f"{out} holds a run that computes in {short(before)}, not {dtype}",
@@ -206,12 +208,6 @@ def _begun(out: Path) -> dict[str, Any] | None:
     return read_json(header) if header.is_file() and any((out / "stages").glob("*")) else None
 
 
-def _stored(out: Path) -> torch.dtype | None:
-    """The dtype that a run's parent is stored in; 0.1 took every parent in bf16, whatever its files had."""
-    header = _begun(out)
-    return None if header is None else getattr(torch, header["inputs"]["dtype"])
-
-
 def _skeleton(model: str | Parent, dtype: DType, device: Device, stored: torch.dtype | None = None) -> Parent:
     """The parent itself, or its shapes and where it will compute in what, before its weights are read."""
     if isinstance(model, Parent):
@@ -224,7 +220,7 @@ def _skeleton(model: str | Parent, dtype: DType, device: Device, stored: torch.d
     return skeleton
 
 
-def _timed(recipe: Recipe, time: str | None, out: Path, shapes: Parent, domains: int) -> Recipe:
+def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shapes: Parent, domains: int) -> Recipe:
     """The recipe with the text that fits into ``time``, or that was found to fit when the run began; says how long.
 
     What is left of a run that goes on is not known here, so nothing is said of it.
@@ -232,7 +228,6 @@ def _timed(recipe: Recipe, time: str | None, out: Path, shapes: Parent, domains:
     Raises:
         MoesmithError: it is no time, or too short for any text.
     """
-    header = _begun(out)
     if header is not None:
         return recipe if time is None else with_tokens(recipe, tokens_of(Recipe.model_validate(header["recipe"])))
     pace = measure(shapes)

@@ -123,10 +123,8 @@ def seconds_of(recipe: Recipe, sizes: Sizes, kept: int, model_bytes: int, domain
 def _step(spec: LoopSection, sizes: Sizes, kept: int, experts: int, active: float, refit: bool, pace: Pace) -> float:
     """Seconds of a training step, per token."""
     distilled = not isinstance(spec, TrainSection) or spec.loss == "distill"
-    if not isinstance(
-        spec, TrainSection
-    ):  # masks: the whole parent, twice as much for sampling and the masks' gradient
-        student = 2.0
+    if not isinstance(spec, TrainSection):
+        student = 2.0  # masks: the whole parent, as much again for sampling and the masks' gradient
     elif spec.gate == "dense":  # all of gate and up, and every expert's own down where they are refitted
         dense = sizes.L * sizes.D * (experts * kept - sizes.F) / sizes.total if refit else 0.0
         student = (1 + dense) * (1 + BACKWARD)
@@ -141,11 +139,10 @@ def parse_time(text: str) -> float:
     Raises:
         MoesmithError: it is no time.
     """
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip().lower())
-    if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*([smhd])|\s", "", text.strip().lower()):
+    units, words = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}, text.lower()
+    if not re.fullmatch(r"(\s*\d+(\.\d+)?\s*[smhd])+\s*", words):
         raise MoesmithError(f"{text!r} is no time", "Write it like 15m, 1h30m or 90s.")
-    return sum(float(number) * units[unit] for number, unit in parts)
+    return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)\s*([smhd])", words))
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
@@ -153,18 +150,13 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
     Whole windows of every domain, whole steps of every training stage, at least one of each.
     """
-
-    def whole(tokens: int, unit: int, scale: float) -> int:
-        return max(1, round(tokens * scale / unit)) * unit
-
-    changed: dict[str, Any] = {}
-    for name in ("domains", "affinity", "evaluate"):
-        section: Any = getattr(recipe, name)
+    training, counts = stages_to_train(recipe), {}
+    for key, tokens in tokens_of(recipe).items():
+        name = key.partition(".")[0]
+        unit = training[name].batch * training[name].window if name in training else getattr(recipe, name).window
         scale = min(1.0, factor) if name == "evaluate" else factor
-        changed[name] = section.model_copy(update={"tokens": whole(section.tokens, section.window, scale)})
-    for name, loop in stages_to_train(recipe).items():
-        changed[name] = loop.model_copy(update={"tokens": whole(loop.tokens, loop.batch * loop.window, factor)})
-    return recipe.model_copy(update=changed)
+        counts[key] = max(1, round(tokens * scale / unit)) * unit
+    return with_tokens(recipe, counts)
 
 
 def tokens_of(recipe: Recipe) -> dict[str, int]:

@@ -146,7 +146,6 @@ class _Shapes:
         self.experts = L * self.E * self.matrices * D * self.kept
         self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L
         self.shell = max(0, self.dense - self.sizes.total)
-        self.vocabulary = parent.config.vocab_size
         self.down = L * self.E * D * self.kept * self.stored if self.refit else 0
 
 
@@ -227,9 +226,10 @@ def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace:
         MoesmithError: not even a window of each domain and a step of each stage are.
     """
 
+    shapes = _Shapes(recipe, parent)  # how much text there is changes none of them
+
     def takes(factor: float) -> float:
-        shapes = _Shapes(changed := scaled(recipe, factor), parent)
-        return sum(_seconds(changed, shapes, domains, pace).values())
+        return sum(_seconds(scaled(recipe, factor), shapes, domains, pace).values())
 
     low, high = 0.0, 1.0
     if takes(low) > seconds:

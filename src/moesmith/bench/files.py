@@ -11,6 +11,7 @@ from typing import Any
 
 from moesmith.artefact import MANIFEST, digest, read_json, write_json
 from moesmith.bench.bounds import weight_files
+from moesmith.compute import long_name
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.converter import convert
@@ -39,7 +40,7 @@ class Files:
         """Hugging Face folders of the parent, in the run's dtype, and of the MoE."""
         parent, model = self.source.parent, self.source.parent.model
         folder = Path(parent.source)
-        if folder.is_dir() and read_json(folder / "config.json").get("dtype") == str(model.dtype)[len("torch.") :]:
+        if folder.is_dir() and read_json(folder / "config.json").get("dtype") == long_name(model.dtype):
             return folder, self.source.run / "model"
         out = self.cache / "dense"
 

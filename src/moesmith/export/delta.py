@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moesmith.arguments import takes_paths
@@ -32,6 +31,7 @@ from moesmith.artefact import (
 )
 from moesmith.carving import Carving
 from moesmith.compare import header_of, parent_of
+from moesmith.compute import named
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_shards
@@ -177,7 +177,7 @@ def unpack(delta: Path, model: str | Path, out: Path) -> dict[str, Any]:
     check_folder(out, overwrite=False)
     facts = _facts(delta)
     with whole_folder(out, sums=False) as work:
-        stored = getattr(torch, facts["parent"]["dtype"])
+        stored = named(facts["parent"]["dtype"])
         parent = load_parent(model, stored, stored=stored, device="cpu")
         expected = facts["parent"]["model_digest"]
         if parent.digest != expected:

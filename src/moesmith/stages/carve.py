@@ -132,8 +132,7 @@ def carve_stage(run: Run, parent: Parent) -> Path:
         if second.whole:
             groups = [pool(group.domains) for group in second.whole]
         elif drawn or moments_tokens(recipe) is not None:
-            label = "moments"
-            groups = [pool([channel_moments(parent, ids, label=label) for ids in text]) for text in texts]
+            groups = [pool([channel_moments(parent, ids) for ids in text]) for text in texts]
         else:
             groups = [pool([moments_of(run, name) for name in names]) for names in clusters]
         channels = METHODS[spec.method](parent, groups, spec, recipe.seed)

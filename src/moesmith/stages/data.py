@@ -163,7 +163,7 @@ def moments_tokens(recipe: Recipe) -> int | None:
     A refit passes over the whole text anyway and takes them again (``moments.group_moments``): what is needed before it
     is only what groups the domains.
     """
-    if recipe.carve.compensation != "refit" or recipe.learned or (recipe.clustered and recipe.mined):
+    if recipe.carve.compensation != "refit" or recipe.learned or recipe.mined:
         return None
     return min(recipe.affinity.tokens, recipe.domains.tokens) if recipe.clustered else 0
 
