@@ -95,6 +95,7 @@ def convert(
     data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
     others = check_reuse(several("reuse", reuse))
     domains = choose_domains(data, chosen)
+    overlap = check_splits(domains)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
     source = model.source if isinstance(model, Parent) else model
     begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it lies
@@ -123,7 +124,7 @@ def convert(
     run = Run(out, chosen, inputs, others)
     check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
     with run.lock():
-        held_out_stage(run, parent, domains)
+        held_out_stage(run, parent, domains, overlap)
         corpus_stage(run, parent, domains)
         baseline_stage(run, parent)
         made: list[str] = []
@@ -173,8 +174,9 @@ def predict(
         MoesmithError: as :func:`convert`, before any work.
     """
     chosen, model = choose_recipe(recipe, budget, settings), parent_or_source(model)
-    domains = len(choose_domains(path_text("data", data), chosen))
-    weights = isinstance(model, str) and has_weights(model)
+    texts = choose_domains(path_text("data", data), chosen)
+    check_splits(texts)
+    domains, weights = len(texts), isinstance(model, str) and has_weights(model)
     parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
     pace = measure(parent)
     if time is not None:
@@ -262,8 +264,8 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
     """The recipe's domains of a data source.
 
     Raises:
-        MoesmithError: a single domain where experts need several, more experts than domains, published clusters
-            that do not fit them, or evaluation text that is calibration text.
+        MoesmithError: a single domain where experts need several, more experts than domains, or published clusters
+            that do not fit them.
     """
     domains = load_domains(data, recipe.domains.names)
     if recipe.clustered and recipe.carve.experts > 1:
@@ -276,5 +278,4 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
             )
         if recipe.affinity.published is not None:
             published(recipe.affinity.published, [domain.name for domain in domains], recipe.carve.experts)
-    check_splits(domains)
     return domains

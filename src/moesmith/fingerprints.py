@@ -1,13 +1,13 @@
 """What of a parent, besides its weights, a run's results depend on: fingerprints of text, chats and companion files.
 
-``parents.tokenizer_digest`` is older: runs of moesmith 0.1 hold it, and it is compared still. It reads one probe text,
+``digests.tokenizer_digest`` is older: runs of moesmith 0.1 hold it, and it is compared still. It reads one probe text,
 so it cannot see every change of a tokenizer, and no change of what is written beside the weights.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from moesmith.artefact import digest
 from moesmith.digests import PROBE
 from moesmith.loading import quiet
 from moesmith.parents import Parent
+from moesmith.records import Record, chat
 
 STATE = ("version", "truncation", "padding")  # of a tokenizer's file: what the last call left, no property of it
-CHATS = ("messages", "conversations")  # fields of records that go through the chat template
 
 
 def text_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -27,9 +27,9 @@ def text_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([_rules(tokenizer), tokenizer.eos_token_id])
 
 
-def chat_digest(tokenizer: PreTrainedTokenizerBase, records: Iterable[Mapping[str, Any]]) -> str | None:
+def chat_digest(tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]) -> str | None:
     """Short sha256 of the chat template if any of the records is a conversation, else ``None``."""
-    if any(field in record for record in records for field in CHATS):
+    if any(chat(record) for record in records):
         return digest(tokenizer.chat_template)
     return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +136,9 @@ def gguf_skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """
     reader, keys = open_gguf(path)
     architecture = _known(path, keys)
-    factors = {t.name: _unpacked(t).double().tolist() for t in reader.tensors if t.name in FACTORS}
-    names = [t.name for t in reader.tensors if t.name not in FACTORS]
-    rows = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), 0)
-    config = config_of(path.name, architecture, keys, rows, "output.weight" not in names, factors)
-    tensor_names(path.name, architecture, config, names)
+    tensors = {t.name: t for t in reader.tensors}
+    rows = int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else 0
+    config, _ = _described(path, keys, tensors, rows)
     with quiet(), torch.device("meta"):
         made: PreTrainedModel = KINDS[architecture][1]._from_config(config, dtype=dtype or dtype_of(reader))
     return made
@@ -171,17 +169,24 @@ def _without_invented(tokenizer: Any, size: int) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template, **special)
 
 
-def _model(path: Path, tensors: dict[str, Any], keys: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The model that keys and tensors (unpacked, or as the reader has them) of a file describe."""
+def _described(path: Path, keys: dict[str, Any], tensors: Mapping[str, Any], rows: int) -> tuple[Any, dict[str, str]]:
+    """The config that keys and tensors of a file make (``rows`` of embedding), and the tensors' names in transformers."""
     architecture = str(keys["general.architecture"])
     factors = {name: _unpacked(t).double().tolist() for name, t in tensors.items() if name in FACTORS}
     own = [name for name in tensors if name not in FACTORS]
-    rows = len(tensors.get("token_embd.weight", ()))
     config = config_of(path.name, architecture, keys, rows, "output.weight" not in tensors, factors)
-    names = tensor_names(path.name, architecture, config, own)
+    return config, tensor_names(path.name, architecture, config, own)
+
+
+def _model(path: Path, tensors: dict[str, Any], keys: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The model that keys and tensors (unpacked, or as the reader has them) of a file describe."""
+    config, names = _described(path, keys, tensors, len(tensors.get("token_embd.weight", ())))
+    architecture = str(keys["general.architecture"])
     try:
         with quiet():
-            weights = {names[name]: _weight(name, tensors[name], architecture, config, dtype) for name in own}
+            weights = {
+                theirs: _weight(name, tensors[name], architecture, config, dtype) for name, theirs in names.items()
+            }
             loaded = KINDS[architecture][1].from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
             )

@@ -104,8 +104,11 @@ def _long(line: str) -> bool:
     return line.count(" ") >= WORDS - 1
 
 
-def check_splits(domains: Sequence[Domain]) -> None:
+def check_splits(domains: Sequence[Domain]) -> dict[str, Overlap]:
     """Refuse domains whose evaluation text is calibration text for the most part, and say where some of it is.
+
+    Returns:
+        what :func:`overlaps` found.
 
     Raises:
         MoesmithError: ``LIMIT`` of a domain's evaluation text, by characters, or more is in the calibration splits.
@@ -121,6 +124,7 @@ def check_splits(domains: Sequence[Domain]) -> None:
         )
     for line in warnings(found):
         say(line)
+    return found
 
 
 def warnings(found: dict[str, Overlap]) -> list[str]:

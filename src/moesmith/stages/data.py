@@ -18,12 +18,12 @@ from moesmith.pipeline import Run
 from moesmith.recipe import LoopSection, Recipe
 from moesmith.text import (
     Domain,
+    Overlap,
     Record,
     chat,
     check_chats,
     evaluation_blocks,
     must_hold,
-    overlaps,
     sample_windows,
     spelled,
     training_blocks,
@@ -51,8 +51,8 @@ def domains_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
     return run.stage("domains", [], settings, body)
 
 
-def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
-    """Evaluation blocks of every domain; no training stage reads them."""
+def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain], overlap: Mapping[str, Overlap]) -> Path:
+    """Evaluation blocks of every domain, and how much of it is not held out; no training stage reads them."""
     spec = run.recipe.evaluate
 
     def body(work: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def held_out_stage(run: Run, parent: Parent, domains: Sequence[Domain]) -> Path:
         return {
             "evaluation_tokens": {name: packed.blocks.numel() for name, packed in held_out.items()},
             "evaluation_tokens_left_over": {name: packed.dropped for name, packed in held_out.items()},
-            "overlap": {name: overlap.as_dict() for name, overlap in overlaps(domains).items()},
+            "overlap": {name: shared.as_dict() for name, shared in overlap.items()},
         }
 
     settings = {"names": [domain.name for domain in domains], "evaluate": spec.model_dump()}
