@@ -170,7 +170,7 @@ def _without_invented(tokenizer: Any, size: int) -> PreTrainedTokenizerBase:
 
 
 def _described(path: Path, keys: dict[str, Any], tensors: Mapping[str, Any], rows: int) -> tuple[Any, dict[str, str]]:
-    """The config that keys and tensors of a file make (``rows`` of embedding), and the tensors' names in transformers."""
+    """The config that a file makes (``rows`` of embedding), and its tensors' names in transformers."""
     architecture = str(keys["general.architecture"])
     factors = {name: _unpacked(t).double().tolist() for name, t in tensors.items() if name in FACTORS}
     own = [name for name in tensors if name not in FACTORS]
