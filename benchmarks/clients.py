@@ -34,13 +34,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from moesmith.artefact import read_json
-from moesmith.builtin import builtin_domains
+from moesmith.data.builtin import builtin_domains
+from moesmith.data.records import as_text
 from moesmith.errors import MoesmithError
-from moesmith.evaluate import log_likelihoods
+from moesmith.evaluation.perplexity import log_likelihoods
 from moesmith.export.folder import load_folder
-from moesmith.loading import first_line
-from moesmith.records import as_text
+from moesmith.files.artefact import read_json
+from moesmith.parent.checkpoint import first_line
 
 HERE = Path(__file__).parent
 SCRIPTS = {"transformers": "with_transformers", "vllm": "with_vllm", "llama.cpp": "with_llamacpp"}

@@ -13,14 +13,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from moesmith.artefact import read_json, write_json, write_text
-from moesmith.carving import Carving
-from moesmith.conversion import convert
-from moesmith.evaluate import geometric_mean, perplexities, perplexity
-from moesmith.moe import build, forced
-from moesmith.parents import load_parent
-from moesmith.pipeline import Run
-from moesmith.stages.data import evaluation_of
+from moesmith.conversion.convert import convert
+from moesmith.conversion.stages.data import evaluation_of
+from moesmith.evaluation.perplexity import geometric_mean, perplexities, perplexity
+from moesmith.files.artefact import read_json, write_json, write_text
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.moe import build, forced
+from moesmith.parent.load import load_parent
+from moesmith.run.pipeline import Run
 
 DOMAINS = (
     "wikipedia c4 gsm8k mathqa mbpp code_alpaca pubmedqa medmcqa race hellaswag squad boolq alpaca consumer_contracts"

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import moesmith
-from moesmith.accelerator import peak_memory, release
-from moesmith.artefact import read_json
-from moesmith.pipeline import versions
+from moesmith.files.artefact import read_json
+from moesmith.parent.accelerator import peak_memory, release
+from moesmith.run.pipeline import versions
 
 
 def name_of(device: torch.device) -> str:

@@ -29,13 +29,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from moesmith.artefact import read_json, write_json
-from moesmith.conversion import convert
+from moesmith.conversion.convert import convert
+from moesmith.conversion.plan import make_plan
 from moesmith.export.folder import write_shards
-from moesmith.parents import load_skeleton
-from moesmith.pipeline import versions
-from moesmith.plan import make_plan
-from moesmith.recipe import load_recipe
+from moesmith.files.artefact import read_json, write_json
+from moesmith.parent.load import load_skeleton
+from moesmith.run.pipeline import versions
+from moesmith.run.recipe import load_recipe
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
 SHARE = 0.6  # of the finished model's bytes: what the conversion may use

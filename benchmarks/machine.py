@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from speed import Step, blocks, grouped_lora, peft_lora, void
 
-from moesmith.artefact import read_json, write_json
 from moesmith.bench.measure import machine
-from moesmith.compute import short
-from moesmith.evaluate import perplexity
-from moesmith.moments import channel_moments
-from moesmith.parents import Parent, load_parent
-from moesmith.pipeline import versions
+from moesmith.evaluation.perplexity import perplexity
+from moesmith.files.artefact import read_json, write_json
+from moesmith.methods.moments import channel_moments
+from moesmith.parent.compute import short
+from moesmith.parent.load import Parent, load_parent
+from moesmith.run.pipeline import versions
 
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 DTYPES = (torch.bfloat16, torch.float32)

@@ -3,7 +3,7 @@
     python benchmarks/matrix.py --out docs/matrix.md --json benchmarks/results/matrix.json \\
         --transformers clean/bin/python --vllm vllm/bin/python --llama-cpp .venv/bin/python
 
-Parents are random and small, one per family of ``tests/tiny.py``, with heads as wide as vLLM's kernels ask. Every cell
+Parents are random and small, one per family of ``moesmith.testing.parents``, with heads as wide as vLLM asks. A cell
 is one run of ``clients.py``'s question in the runtime's own interpreter, against the source in memory; a runtime whose
 interpreter is not given is left out of the table. Cells already in the JSON file are kept, so a matrix that was stopped
 continues; ``--again`` measures them anew. The exit status is 1 where a cell failed.
@@ -21,23 +21,21 @@ from typing import Any
 import torch
 from clients import Question, check
 
-from moesmith.artefact import read_json, write_json, write_text
-from moesmith.carving import Carving
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.export.stock import stock_reference
+from moesmith.export.stock.write import stock_reference
 from moesmith.export.target import Options, Source
 from moesmith.export.targets import TARGETS
-from moesmith.moe import build
-from moesmith.parents import Parent
-from moesmith.proof import NATIVE
+from moesmith.files.artefact import read_json, write_json, write_text
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.moe import build
+from moesmith.parent.load import Parent
+from moesmith.parent.proof.family import NATIVE
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.masks import harvested
+from moesmith.testing.parents import FAMILIES, tiny_parent
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tests"))
-
-from carvings import random_carving  # noqa: E402
-from masked import harvested  # noqa: E402
-from tiny import FAMILIES, tiny_parent  # noqa: E402
 
 # what each target's files are read by here; SGLang has no build for a CPU without its kernels, so its folder is
 # checked by config and weights, and its numbers in transformers

@@ -21,18 +21,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from moesmith.artefact import write_json
-from moesmith.carving import CarvedLayer, Carving
-from moesmith.evaluate import perplexity
-from moesmith.gates import GateSpec
-from moesmith.lora import dropout
-from moesmith.moe import build, share
-from moesmith.moments import channel_moments, fast_products
-from moesmith.parents import Parent, load_parent
-from moesmith.pipeline import versions
-from moesmith.recipe import TrainSection
-from moesmith.stages.training import prepare
-from moesmith.train import Masters, Student
+from moesmith.conversion.stages.training import prepare
+from moesmith.evaluation.perplexity import perplexity
+from moesmith.files.artefact import write_json
+from moesmith.methods.moments import channel_moments, fast_products
+from moesmith.mixture.lora import dropout
+from moesmith.mixture.moe import build, share
+from moesmith.parent.load import Parent, load_parent
+from moesmith.run.pipeline import versions
+from moesmith.run.recipe import TrainSection
+from moesmith.testing.carvings import random_carving
+from moesmith.training.loop import Masters, Student
 
 Step = Callable[[], None]
 
@@ -58,21 +57,6 @@ def ratio(a: Step, b: Step, rounds: int) -> dict[str, float]:
     }
 
 
-def random_carving(parent: Parent, experts: int, compensation: str, kept: int) -> Carving:
-    """Random channels and routers: speed does not depend on which."""
-    generator = torch.Generator().manual_seed(0)
-    layers = []
-    for ffn in parent.ffns:
-        channels = [torch.randperm(parent.F, generator=generator)[:kept].sort().values for _ in range(experts)]
-        layer = CarvedLayer(channels, torch.randn(experts, parent.D, generator=generator) / parent.D**0.5)
-        if compensation == "bias":
-            layer.bias_ED = torch.zeros(experts, parent.D)
-        if compensation == "refit":
-            layer.down = [ffn.down_DF[:, c].clone() for c in channels]
-        layers.append(layer)
-    return Carving(layers, GateSpec(experts=experts, top_k=1), parent.F, compensation)  # type: ignore[arg-type]
-
-
 def blocks(parent: Parent, tokens: int, window: int) -> torch.Tensor:
     """Random token ids: the work does not depend on them."""
     generator = torch.Generator().manual_seed(1)
@@ -92,7 +76,7 @@ def train_step(student: Student, masters: Masters, ids: torch.Tensor) -> Step:
 def routed(parent: Parent, compensation: str, form: str, ids: torch.Tensor) -> Step:
     """A stage-1 step: dense gate over eight experts, routers trained."""
     spec = TrainSection(gate="dense", gate_temperature=0.05, tokens=1024)
-    model = build(parent, random_carving(parent, 8, compensation, parent.F // 2), form).train()  # type: ignore[arg-type]
+    model = build(parent, random_carving(parent, 8, compensation=compensation), form).train()  # type: ignore[arg-type]
     parameters = prepare(model, spec, 0)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -111,7 +95,7 @@ def frozen_dense(parent: Parent, ids: torch.Tensor) -> Step:
 def grouped_lora(parent: Parent, ids: torch.Tensor) -> Step:
     """A stage-2 step: LoRA on the experts and norms, top-1 of eight."""
     spec = TrainSection(tokens=1024, lora_rank=8, norms=True)
-    model = build(parent, random_carving(parent, 8, "refit", parent.F // 2), "sliced").train()
+    model = build(parent, random_carving(parent, 8, compensation="refit"), "sliced").train()
     parameters = prepare(model, spec, 0)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -145,7 +129,7 @@ def measure(parent: Parent, tokens: int, rounds: int, only: list[str] | None) ->
     """Every ratio, by name, with the bound it is held against."""
     window = blocks(parent, tokens, 256)
     sequences = blocks(parent, tokens, 512)
-    pruned = build(parent, random_carving(parent, 1, "bias", parent.F // 2))
+    pruned = build(parent, random_carving(parent, 1, compensation="bias"))
 
     def plain() -> None:
         with torch.no_grad():

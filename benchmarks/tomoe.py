@@ -24,16 +24,17 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from tomoe_figures import save, stability_figure, union_figure
 
-from moesmith.artefact import read_json, write_json, write_text
-from moesmith.carving import Carving
-from moesmith.conversion import convert
-from moesmith.evaluate import geometric_mean, perplexities, wikitext2
-from moesmith.moe import build, moe_blocks, shuffled
-from moesmith.parents import Parent, load_parent
-from moesmith.pipeline import Run
-from moesmith.sizes import Sizes
-from moesmith.stages.data import evaluation_of
-from moesmith.tomoe.warm import expert_ratio
+from moesmith.conversion.convert import convert
+from moesmith.conversion.stages.data import evaluation_of
+from moesmith.evaluation.perplexity import geometric_mean, perplexities, wikitext2
+from moesmith.files.artefact import read_json, write_json, write_text
+from moesmith.methods.tomoe.warm import expert_ratio
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import active_share
+from moesmith.mixture.moe import build, moe_blocks, shuffled
+from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.sizes import Sizes
+from moesmith.run.pipeline import Run
 
 DOMAINS = "wikipedia c4 gsm8k code_alpaca pubmedqa alpaca race arxiv".split()
 WIKITEXT = "wikitext2 (512)"
@@ -51,8 +52,8 @@ def randomised(carving: Carving, seed: int = 0) -> Carving:
     """Experts of the same widths with random channels; routers and attention stay."""
     generator, other = torch.Generator().manual_seed(seed), copy.deepcopy(carving)
     for layer in other.layers:
-        drawn = [torch.randperm(carving.d_ff, generator=generator)[: len(kept)] for kept in layer.channels]
-        layer.channels = [channels.sort().values for channels in drawn]
+        for expert in layer.routed:
+            expert.channels = torch.randperm(carving.d_ff, generator=generator)[: expert.width].sort().values
     return other
 
 
@@ -136,7 +137,7 @@ def table(bench: Bench) -> None:
         measure("dense parent", blocks, lambda: (bench.parent.model, nullcontext()), {"active": 1.0})
         last = "refit" if "refit" in run.keys else "masks"
         carving = Carving.load(run.path(last))
-        facts = {"active": carving.active_share(bench.parent)} | run.manifest("masks")["metrics"]
+        facts = {"active": active_share(bench.parent, carving)} | run.manifest("masks")["metrics"]
         measure(title, blocks, lambda c=carving: (build(bench.parent, c), nullcontext()), facts)
         if folder in ("published", "plus"):
 
@@ -163,7 +164,7 @@ def table(bench: Bench) -> None:
             continue
         run = bench.run(folder, preset, ["stage1.tokens=0", "stage2.tokens=0", f"carve.ratio={ratio}"])
         carving = Carving.load(run.path("carve"))
-        facts = {"active": carving.active_share(bench.parent)}
+        facts = {"active": active_share(bench.parent, carving)}
         measure(title, evaluation_of(run), lambda c=carving: (build(bench.parent, c), nullcontext()), facts)
     print((bench.out / "tomoe.md").read_text())
 

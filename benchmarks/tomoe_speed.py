@@ -20,20 +20,20 @@ import torch.nn.functional as F
 from speed import Step, blocks, peak_memory, ratio
 from torch import Tensor
 
-from moesmith.artefact import write_json
 from moesmith.export.folder import load_folder
 from moesmith.export.native import write_native
-from moesmith.parents import Parent, load_parent
-from moesmith.pipeline import versions
-from moesmith.recipe import MasksSection
-from moesmith.sizes import Sizes
-from moesmith.tomoe import hypernetwork
-from moesmith.tomoe.estimators import exponential, masked_reference
-from moesmith.tomoe.harvest import harvest
-from moesmith.tomoe.hypernetwork import Masks
-from moesmith.tomoe.objective import MaskObjective
-from moesmith.tomoe.student import masked_model
-from moesmith.train import Masters
+from moesmith.files.artefact import write_json
+from moesmith.methods.tomoe import hypernetwork
+from moesmith.methods.tomoe.estimators import exponential, masked_reference
+from moesmith.methods.tomoe.harvest import harvest
+from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.methods.tomoe.objective import MaskObjective
+from moesmith.methods.tomoe.student import masked_model
+from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.sizes import Sizes
+from moesmith.run.pipeline import versions
+from moesmith.run.recipe import MasksSection
+from moesmith.training.loop import Masters
 
 PEAKS = ("ours", "transcribed")
 

@@ -20,11 +20,11 @@ from own_text import make_parent, write_domains
 from torch import Tensor
 
 import moesmith
-from moesmith.artefact import read_json
+from moesmith.files.artefact import read_json
 from moesmith.methods import METHODS
-from moesmith.moments import Moments
-from moesmith.recipe import CarveSection, Recipe
-from moesmith.scores import channel_scores, kept_channels
+from moesmith.methods.moments import Moments
+from moesmith.methods.scores import channel_scores, kept_channels
+from moesmith.run.recipe import CarveSection, Recipe
 
 COMMON = 0.5  # share of an expert's channels that all experts have in common
 
@@ -82,7 +82,7 @@ def main() -> None:
     for recipe in (random_halves, core):
         run = moesmith.convert(recipe, parent, str(out / "text"), out / recipe.name)
         carving = moesmith.Carving.load(run.path("carve"))
-        apart = ~torch.eye(carving.gate.experts, dtype=torch.bool)
+        apart = ~torch.eye(carving.experts, dtype=torch.bool)
         stages = read_json(run.path("evaluate") / "evaluation.json")["stages"]
         print(
             f"{recipe.name}: overlap {carving.overlap()[:, apart].mean():.2f}, union {carving.union().mean():.2f},"

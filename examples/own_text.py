@@ -26,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 import moesmith
-from moesmith.artefact import read_json
-from moesmith.text import load_domains, training_blocks
+from moesmith.data.text import load_domains, training_blocks
+from moesmith.files.artefact import read_json
 
 SETTINGS = ["carve.experts=4", "carve.ratio=0.75", "stage1.tokens=16384", "stage2.tokens=65536", "evaluate.window=256"]
 

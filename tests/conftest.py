@@ -12,10 +12,11 @@ import torch
 from commands import moesmith
 from conversions import arguments
 from refusals import World
-from tiny import save_tiny
-from tiny_data import save_data
 
-from moesmith import compute, pace
+from moesmith.conversion import pace
+from moesmith.parent import compute
+from moesmith.testing.parents import save_tiny
+from moesmith.testing.text import save_data
 
 measured_rates = compute.product_rates
 # which dtype is the fastest depends on the machine and on what else it does: tests choose fp32 everywhere

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import moesmith
-from moesmith.pipeline import Run
+from moesmith.run.pipeline import Run
 
 # four domains, four experts, eight steps per stage at a rate that moves weights
 TRAINING = ("tokens=2048", "window=32", "batch=8", "micro_batch=4", "lr=0.01")

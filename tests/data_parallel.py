@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
-from carvings import random_carving
-from tiny import tiny_parent
 
-from moesmith.artefact import write_tensors
-from moesmith.moe import build
-from moesmith.recipe import TrainSection
-from moesmith.stages.training import prepare
-from moesmith.train import Student, train
+from moesmith.conversion.stages.training import prepare
+from moesmith.files.artefact import write_tensors
+from moesmith.mixture.moe import build
+from moesmith.run.recipe import TrainSection
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_parent
+from moesmith.training.loop import Student, train
 
 SPEC = TrainSection(
     tokens=6 * 8 * 16, window=16, batch=8, micro_batch=3, lr=3e-3, lora_rank=2, lora_dropout=0, norms=True,

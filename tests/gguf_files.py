@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import save_tiny
 
-from moesmith.artefact import read_json, write_json
-from moesmith.export import converter
-from moesmith.export.quantise import _quantiser
+from moesmith.export.gguf import converter
+from moesmith.export.gguf.quantise import _quantiser
+from moesmith.files.artefact import read_json, write_json
+from moesmith.testing.parents import save_tiny
 
 BASE = {"rope_theta": 10000.0}
 

@@ -80,8 +80,9 @@ def install(events: Events) -> None:
     import torch
     from transformers import PreTrainedModel
 
-    from moesmith import artefact, train
-    from moesmith.pipeline import Run
+    from moesmith.files import artefact
+    from moesmith.run.pipeline import Run
+    from moesmith.training import loop as train
 
     os.replace = events.around(os.replace)
     shutil.rmtree = events.around(shutil.rmtree)  # type: ignore[assignment]
@@ -151,11 +152,11 @@ def main() -> None:
     """Read jobs from standard input, print an outcome for each."""
     home = Path(sys.argv[1])
     import conversions  # noqa: F401
-    import tiny  # noqa: F401
     import torch
 
-    import moesmith.conversion  # noqa: F401
-    from moesmith import pace
+    import moesmith.conversion.convert
+    import moesmith.testing.parents  # noqa: F401
+    from moesmith.conversion import pace
 
     pace.MEASURE = 0.0  # the same number of batches, and so of events, every time
 

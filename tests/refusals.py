@@ -11,7 +11,8 @@ import pytest
 from commands import Answer, moesmith
 from conversions import arguments, snapshot
 
-from moesmith import compare, conversion
+from moesmith.conversion import convert as conversion
+from moesmith.evaluation import compare
 
 
 @dataclass

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from carvings import random_carving
-from tiny import tiny_parent
 
 from moesmith.export.target import Options, Source, Target
-from moesmith.outputs import new_file, new_folder
+from moesmith.files.outputs import new_file, new_folder
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_parent
 
 IDS = torch.randint(2, 300, (2, 20), generator=torch.Generator().manual_seed(1))
 
@@ -25,7 +25,7 @@ def tiny_source(family: str, run: Path = Path("run"), top_k: int = 2, dtype: Any
 def permuted(source: Source) -> Source:
     """The same with the experts of one layer in another order, and the router as it was."""
     layers = [
-        replace(layer, channels=layer.channels[1:] + layer.channels[:1]) if index == 0 else layer
+        replace(layer, routed=layer.routed[1:] + layer.routed[:1]) if index == 0 else layer
         for index, layer in enumerate(source.carving.layers)
     ]
     return replace(source, carving=replace(source.carving, layers=layers))

@@ -9,21 +9,21 @@ from typing import Any
 import pretend
 import pytest
 import torch
-from carvings import random_carving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model, tiny_parent
 from torch import Tensor
 
-from moesmith import accelerator
-from moesmith.accelerator import CURE, Sum, halving
+from moesmith.conversion.stages.training import prepare
 from moesmith.errors import MoesmithError
-from moesmith.evaluate import log_likelihoods, token_nll
-from moesmith.moe import build
-from moesmith.moments import channel_moments, group_moments, routed_moments
-from moesmith.recipe import TrainSection
-from moesmith.stages.training import prepare
-from moesmith.train import Outcome, Student, train
+from moesmith.evaluation.perplexity import log_likelihoods, token_nll
+from moesmith.methods.moments import channel_moments, group_moments, routed_moments
+from moesmith.mixture.moe import build
+from moesmith.parent import accelerator
+from moesmith.parent.accelerator import CURE, Sum, halving
+from moesmith.run.recipe import TrainSection
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_model, tiny_parent
+from moesmith.training.loop import Outcome, Student, train
 
 IDS = torch.randint(2, 250, (8, 32), generator=torch.Generator().manual_seed(3))
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesmith import affinity
 from moesmith.errors import MoesmithError
+from moesmith.methods import affinity
 
 
 def test_normalise_and_pearson_by_hand() -> None:

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from moesmith import artefact
-from moesmith.artefact import (
+from moesmith.errors import MoesmithError
+from moesmith.files import artefact
+from moesmith.files.artefact import (
     MANIFEST,
     TEMPORARY,
     commit,
@@ -31,7 +32,6 @@ from moesmith.artefact import (
     write_tensors,
     write_text,
 )
-from moesmith.errors import MoesmithError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

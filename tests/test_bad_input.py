@@ -17,9 +17,9 @@ import pytest
 from commands import Answer, moesmith
 from conversions import arguments
 from refusals import World, convert_is_refused, not_loaded, refused
-from tiny import save_tiny
 
-from moesmith import builtin
+from moesmith.data import builtin
+from moesmith.testing.parents import save_tiny
 
 # Recipes and settings -----------------------------------------------------------------------------------------------
 

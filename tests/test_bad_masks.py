@@ -11,8 +11,8 @@ from commands import Answer, moesmith
 from conversions import arguments, snapshot, weights
 from refusals import World, convert_is_refused, not_loaded, refused
 
-from moesmith import train
-from moesmith.train import Masters
+from moesmith.training import loop as train
+from moesmith.training.loop import Masters
 
 RECIPES: dict[str, tuple[list[str], str]] = {
     "budget of nothing": (["masks.budget=0"], r"masks\.budget: Input should be greater than 0"),

@@ -16,11 +16,11 @@ from commands import Answer, moesmith
 from conversions import arguments
 from refusals import World, convert_is_refused, refused
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedConfig
 
-from moesmith.parents import load_parent
+from moesmith.parent.load import load_parent
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 
 def save_other(folder: Path, config: PreTrainedConfig) -> None:

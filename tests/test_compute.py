@@ -10,19 +10,19 @@ import torch
 from commands import moesmith
 from conftest import measured_rates
 from conversions import UNTRAINED, arguments, convert, weights
-from tiny import save_tiny, tiny_model
-from tiny_tokenizer import tiny_tokenizer
 
-from moesmith import compute
-from moesmith.artefact import read_json, read_tensors
-from moesmith.carving import Carving
-from moesmith.compare import parent_of
-from moesmith.compute import choose_device, choose_dtype, fits_half, move, parse_dtype, short
+from moesmith.conversion.stages.data import moments_of
 from moesmith.errors import MoesmithError
-from moesmith.moments import pool
-from moesmith.parents import Parent, load_parent
-from moesmith.scores import channel_scores
-from moesmith.stages.data import moments_of
+from moesmith.evaluation.compare import parent_of
+from moesmith.files.artefact import read_json, read_tensors
+from moesmith.methods.moments import pool
+from moesmith.methods.scores import channel_scores
+from moesmith.mixture.carving import Carving
+from moesmith.parent import compute
+from moesmith.parent.compute import choose_device, choose_dtype, fits_half, move, parse_dtype, short
+from moesmith.parent.load import Parent, load_parent
+from moesmith.testing.parents import save_tiny, tiny_model
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.randint(2, 250, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def test_results_agree_between_dtypes(preset: str, home: Path, tmp_path: Path) -
         for expert, names in enumerate(clusters):
             scores_LF = channel_scores(parent, pool([moments_of(runs[0], name) for name in names]))
             for index, score_F in enumerate(scores_LF):
-                least = score_F[fine.layers[index].channels[expert]].min()
+                least = score_F[fine.layers[index].routed[expert].channels].min()
                 differ_F = fine.mask(index)[expert] != coarse.mask(index)[expert]
                 assert bool(((score_F[differ_F] - least).abs() < 0.02 * least).all())  # the same but for ties
     if preset == "llama-moe-1of8":  # nothing is measured: the same model to the last bit

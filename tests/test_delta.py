@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from commands import moesmith
 from conversions import TINY, convert
 from refusals import refused
-from tiny import save_tiny, tiny_parent
-from tiny_data import DIALECTS, save_data
 
-from moesmith.artefact import read_json, sums_of, write_json, write_sums
-from moesmith.carving import Carving
 from moesmith.export.delta import pack, unpack
+from moesmith.files.artefact import read_json, sums_of, write_json, write_sums
+from moesmith.mixture.carving import Carving
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import save_tiny, tiny_parent
+from moesmith.testing.text import DIALECTS, save_data
 
 # name → preset, family of the parent, the finished folders and their format
 RUNS = {
@@ -184,6 +184,6 @@ def test_of_the_real_parent(preset: str, share: float, tmp_path: Path) -> None:
     found = pack(run, tmp_path / "delta")
     print(json.dumps(found, indent=2))
     assert found["share"] < share
-    assert Carving.load(tmp_path / "delta").gate.experts == len(DIALECTS)
+    assert Carving.load(tmp_path / "delta").experts == len(DIALECTS)
     unpack(tmp_path / "delta", "smollm2-135m", tmp_path / "made")
     assert sums_of(tmp_path / "made" / "model") == sums_of(run / "model")

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from tiny import save_tiny
-from tiny_data import save_data
 
-from moesmith import recipe
-from moesmith.builtin import SOURCES
 from moesmith.cli import app
-from moesmith.hub import HubSet
-from moesmith.scorer import task_names
+from moesmith.data.builtin import SOURCES
+from moesmith.data.hf_datasets import HubSet
+from moesmith.evaluation.scorer import task_names
+from moesmith.run import recipe
+from moesmith.testing.parents import save_tiny
+from moesmith.testing.text import save_data
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

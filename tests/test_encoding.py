@@ -10,16 +10,16 @@ import pytest
 from commands import moesmith
 from conversions import arguments, convert
 from refusals import refused
-from tiny import save_tiny
-from tiny_tokenizer import TEXT, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from moesmith.artefact import read_json
-from moesmith.encoding import chat_ids, check_chats, encoded, spelled
+from moesmith.data.encoding import chat_ids, check_chats, encoded, spelled
+from moesmith.data.records import Domain, Record
+from moesmith.data.text import evaluation_blocks, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
-from moesmith.records import Domain, Record
-from moesmith.text import evaluation_blocks, sample_windows, training_blocks
+from moesmith.files.artefact import read_json
+from moesmith.testing.parents import save_tiny
+from moesmith.testing.tokenizer import TEXT, tiny_tokenizer
 
 BOS, EOS = 0, 1
 TURNS = "{% for m in messages %}{{ '<s>' + m['role'] + '\n' + m['content'] + '</s>\n' }}{% endfor %}"

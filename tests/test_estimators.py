@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesmith.tomoe.estimators import (
+from moesmith.methods.tomoe.estimators import (
     CHUNK,
     exponential,
     gumbel_sigmoid,

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
-from tiny_tokenizer import tiny_tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moesmith import evaluate
+from moesmith.data.text import Domain
 from moesmith.errors import MoesmithError
-from moesmith.text import Domain
+from moesmith.evaluation import perplexity as evaluate
+from moesmith.testing.parents import tiny_model
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 torch.set_num_threads(1)
 TOKENIZER = tiny_tokenizer()

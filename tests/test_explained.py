@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from carvings import random_carving
+import torch
 from commands import moesmith
 from refusals import refused
 from sources import IDS
-from tiny import FAMILIES, LLAMA3_ROPE, tiny_parent
 
-from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
-from moesmith.export.converter import NAME
+from moesmith.export.gguf.converter import NAME
 from moesmith.export.target import Options, Source
 from moesmith.export.targets import TARGETS
-from moesmith.parents import Parent
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Analytic
+from moesmith.parent.load import Parent
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import FAMILIES, LLAMA3_ROPE, tiny_parent
 
 pytest.importorskip("xllamacpp")
 pytest.importorskip("conversion")
@@ -46,11 +48,9 @@ PARENTS: dict[str, tuple[str, dict[str, Any]]] = {family: (family, {}) for famil
 
 
 def raw(parent: Parent) -> Carving:
-    """A gate whose weights do not sum to 1."""
+    """A gate that is not linear."""
     carving = random_carving(parent, top_k=2)
-    return replace(
-        carving, gate=carving.gate.model_copy(update={"order": "softmax-topk", "renormalise": False, "scale": 2.0})
-    )
+    return replace(carving, layers=[replace(x, router=Analytic(torch.arange(4))) for x in carving.layers])
 
 
 CARVINGS: dict[str, Callable[[Parent], Carving]] = {

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, LLAMA3_ROPE, STOCK, save_tiny, tiny_model, tiny_parent
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.activations import ACT2FN
 
-from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export import folder as folders
 from moesmith.export.native import write_native
-from moesmith.export.stock import constant_gain, stock_reference, verify_folder, write_stock
-from moesmith.gates import GateSpec
-from moesmith.moe import build
-from moesmith.parents import Parent, load_parent
+from moesmith.export.stock.constant import constant_gain
+from moesmith.export.stock.write import stock_reference, verify_folder, write_stock
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Analytic
+from moesmith.mixture.moe import build
+from moesmith.parent.load import Parent, load_parent
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import FAMILIES, LLAMA3_ROPE, STOCK, save_tiny, tiny_model, tiny_parent
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 IDS = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -45,7 +47,7 @@ def names_in(folder: Path) -> list[str]:
 
 def trained(parent: Parent, carving: Carving) -> Carving:
     """Give a carving LoRA updates and norms, as after training."""
-    E, width, rank = carving.gate.experts, int(carving.widths().max()), 3
+    E, width, rank = carving.experts, int(carving.widths().max()), 3
     sizes = {"gate": (parent.D, width), "up": (parent.D, width), "down": (width, parent.D)}
     for layer in range(parent.L):
         for name, (inner, outer) in sizes.items():
@@ -85,7 +87,7 @@ def test_bf16_parent_keeps_its_bits(family: str, tmp_path: Path) -> None:
     write_stock(parent, carving, tmp_path / "moe")
     model = load(tmp_path / "moe", torch.bfloat16)
     experts = model.model.layers[1].mlp.experts
-    kept = carving.layers[1].channels[2]
+    kept = carving.layers[1].routed[2].channels
     assert torch.equal(experts.gate_up_proj[2, :32], parent.ffns[1].gate_FD[kept])
     assert torch.equal(experts.gate_up_proj[2, 32:], parent.ffns[1].up_FD[kept])
     assert torch.equal(experts.down_proj[2], parent.ffns[1].down_DF[:, kept])
@@ -218,7 +220,7 @@ def test_one_tensor_per_expert_padded_with_zeros(family: str, tmp_path: Path) ->
     tensors = load_file(tmp_path / "moe" / "model.safetensors")
     assert metrics["bytes"] == sum(t.nbytes for t in tensors.values())
     for layer in range(parent.L):
-        for expert, kept in enumerate(carving.layers[layer].channels):
+        for expert, kept in enumerate(e.channels for e in carving.layers[layer].routed):
             parts = [tensors[f"model.layers.{layer}.{n.format(expert)}.weight"] for n in EXPERT_TENSORS[family]]
             parts[2], ffn = parts[2].T, parent.ffns[layer]
             for part, dense in zip(parts, (ffn.gate_FD, ffn.up_FD, ffn.down_DF.T), strict=True):
@@ -297,7 +299,8 @@ def test_channel_replaces_the_bias_where_the_direction_is_constant(tmp_path: Pat
     channel = verify_folder(parent, tmp_path / "moe", build(parent, carving), IDS)["logits_kl"]
     exact, without = logits_of(build(parent, carving)), random_carving(parent, compensation="bias")
     for layer in without.layers:
-        layer.bias_ED = None
+        for expert in layer.routed:
+            expert.bias_D = None
     dropped = logits_of(build(parent, without))
     kl = (exact.softmax(-1) * (exact.log_softmax(-1) - dropped.log_softmax(-1))).sum(-1).mean()
     assert channel < 0.01 * kl
@@ -316,13 +319,12 @@ def test_bias_without_a_direction_is_refused(tmp_path: Path) -> None:
 def test_gate_of_another_kind_is_refused(tmp_path: Path) -> None:
     parent = tiny_parent("llama")
     carving = random_carving(parent, top_k=2)
-    for gate in (
-        GateSpec(experts=4, top_k=2, order="softmax-topk", renormalise=False),
-        GateSpec(experts=4, top_k=2, scale=2.0),
-    ):
-        carving.gate = gate
-        with pytest.raises(MoesmithError, match="weights that sum to 1"):
-            write_stock(parent, carving, tmp_path / "moe")
+    carving.layers[1].top_k = 1
+    with pytest.raises(MoesmithError, match=r"4 \(top-1\) and 4 \(top-2\) experts"):
+        write_stock(parent, carving, tmp_path / "moe")
+    carving.layers[1] = replace(carving.layers[0], router=Analytic(torch.tensor([1, 2, 3, 4])))
+    with pytest.raises(MoesmithError, match="Layer 1 routes by what its channels compute"):
+        write_stock(parent, carving, tmp_path / "moe")
 
 
 def test_failed_write_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +421,8 @@ def test_one_near_tie_of_a_router_is_not_a_disagreement(tmp_path: Path) -> None:
 def test_native_format_is_exact(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     parent = tiny_parent(family, dtype=dtype)
     carving = random_carving(parent, top_k=2, compensation="bias", ragged=True, noise=True)
-    carving.layers[1].channels = [kept[:20] for kept in carving.layers[1].channels]  # layers of different width
+    for expert in carving.layers[1].routed:  # layers of different width
+        expert.channels = expert.channels[:20]
     write_native(parent, carving, tmp_path / "moe")
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"]
@@ -455,7 +458,7 @@ def test_real_parent_round_trip(tmp_path: Path) -> None:
     parent = load_parent("smollm2-135m")
     carving = random_carving(parent, experts=8, compensation="none")
     for layer in carving.layers:
-        layer.router_ED /= 4
+        layer.router.weight_ED /= 4
     write_stock(parent, carving, tmp_path / "moe")
     metrics = verify_folder(parent, tmp_path / "moe", build(parent, carving), torch.randint(40000, (2, 64)))
     assert metrics["verified"] == "whole"

@@ -14,9 +14,9 @@ from commands import moesmith
 from conversions import convert
 from refusals import refused
 
+from moesmith.data.formats import FORMATS, read_records
+from moesmith.data.text import load_domains, source_digest
 from moesmith.errors import MoesmithError
-from moesmith.formats import FORMATS, read_records
-from moesmith.text import load_domains, source_digest
 
 ROWS: list[dict[str, Any]] = [
     {"text": "one\u2028two"},

@@ -5,23 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesmith.gates import GateSpec, Router, select, straight_through
+from moesmith.errors import MoesmithError
+from moesmith.mixture.gates import GateSpec
+from moesmith.native.gate import Router, select, straight_through
 
 
 def test_both_orders_agree_when_renormalised() -> None:
     logits = torch.randn(50, 8)
     by_logits, ids = select(logits, GateSpec(experts=8, top_k=3))
-    by_mass, same_ids = select(logits, GateSpec(experts=8, top_k=3, order="softmax-topk"))
-    kept = logits.softmax(-1).gather(1, ids)
+    kept, same_ids = logits.softmax(-1).topk(3)
     assert torch.equal(ids, same_ids)
-    assert torch.allclose(by_logits, by_mass)
     assert torch.allclose(by_logits, kept / kept.sum(-1, keepdim=True), atol=1e-6)
 
 
-def test_without_renormalisation_the_raw_mass_stays() -> None:
+def test_added_experts_count_in_full() -> None:
     logits = torch.randn(50, 8)
-    weights, ids = select(logits, GateSpec(experts=8, top_k=2, order="softmax-topk", renormalise=False, scale=2.5))
-    assert torch.allclose(weights, 2.5 * logits.softmax(-1).gather(1, ids))
+    weights, ids = select(logits, GateSpec(experts=8, top_k=2, mix="sum"))
+    assert torch.equal(weights, torch.ones(50, 2))
+    assert torch.equal(ids, logits.topk(2).indices)
+
+
+def test_a_gate_of_version_0_1() -> None:
+    old = {"experts": 8, "top_k": 2, "order": "topk-softmax", "renormalise": True, "scale": 1.0, "noise": 0.5}
+    assert GateSpec.read(old) == GateSpec(experts=8, top_k=2, noise=0.5)
+    assert GateSpec.read(old | {"order": "softmax-topk"}) == GateSpec(experts=8, top_k=2, noise=0.5)  # as they divide
+    for other in ({"scale": 2.0}, {"order": "softmax-topk", "renormalise": False}):
+        with pytest.raises(MoesmithError, match="do not sum to 1"):
+            GateSpec.read(old | other)
 
 
 def test_top_1_weight_is_exactly_one_and_gives_no_gradient() -> None:

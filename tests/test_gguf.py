@@ -7,30 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from carvings import random_carving
 from commands import moesmith
 from refusals import refused
 from sources import IDS, export, permuted, tiny_source
-from tiny import LLAMA3_ROPE, STOCK, tiny_parent
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from moesmith.artefact import sums_of
-from moesmith.conversion import convert
+from moesmith.conversion.convert import convert
+from moesmith.conversion.plan import make_plan
 from moesmith.errors import MoesmithError
-from moesmith.export import gguf as target_module
-from moesmith.export import llamacpp
-from moesmith.export import quantise as quantise_module
-from moesmith.export.converter import NAME, structural
-from moesmith.export.gguf import Gguf, _judge, mark_losses, wide_rows
-from moesmith.export.llamacpp import TOP, Answers, Questions, ask
-from moesmith.export.quantise import tensor_type
-from moesmith.export.stock import stock_reference
+from moesmith.export.gguf import llamacpp
+from moesmith.export.gguf import quantise as quantise_module
+from moesmith.export.gguf import target as target_module
+from moesmith.export.gguf.converter import NAME, structural
+from moesmith.export.gguf.llamacpp import TOP, Answers, Questions, ask
+from moesmith.export.gguf.quantise import tensor_type
+from moesmith.export.gguf.target import Gguf, _judge, mark_losses, wide_rows
+from moesmith.export.stock.write import stock_reference
 from moesmith.export.target import Options, Source
 from moesmith.export.targets import source_of
-from moesmith.parents import load_parent
-from moesmith.plan import make_plan
-from moesmith.recipe import load_recipe
+from moesmith.files.artefact import sums_of
+from moesmith.mixture.layer import Layer, Linear
+from moesmith.parent.load import load_parent
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import LLAMA3_ROPE, STOCK, tiny_parent
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -79,9 +80,8 @@ def test_quantised_files(quant: str, tmp_path: Path) -> None:
 def test_one_expert_and_scaled_positions(tmp_path: Path) -> None:
     source, out = tiny_source("llama", rope_parameters=LLAMA3_ROPE), tmp_path / "moe.gguf"
     carving = source.carving
-    gate = carving.gate.model_copy(update={"experts": 1, "top_k": 1})
-    layers = [replace(x, channels=x.channels[:1], router_ED=x.router_ED[:1]) for x in carving.layers]
-    one = replace(source, carving=replace(carving, gate=gate, layers=layers))
+    layers = [Layer(x.routed[:1], Linear(x.router.weight_ED[:1])) for x in carving.layers]
+    one = replace(source, carving=replace(carving, layers=layers))
     Gguf().write(one, out, Options(quant="f32"))
     assert Gguf().verify(one, out, IDS)["logprob_difference_max"] < 1e-3
     assert "rope_freqs.weight" in types_of(out)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from gguf_files import BASE, changed, tiny_gguf
-from tiny import LLAMA3_ROPE
 
-import moesmith.gguf_parent as parent_module
-import moesmith.gguf_proof as proof_module
+import moesmith.parent.gguf.load as parent_module
+import moesmith.parent.gguf.proof as proof_module
 from moesmith.errors import MoesmithError
-from moesmith.export.converter import NAME
-from moesmith.gguf_parent import load_gguf
-from moesmith.gguf_rope import _divisor, llama3
-from moesmith.parents import load_parent
+from moesmith.export.gguf.converter import NAME
+from moesmith.parent.gguf.load import load_gguf
+from moesmith.parent.gguf.rope import _divisor, llama3
+from moesmith.parent.load import load_parent
+from moesmith.testing.parents import LLAMA3_ROPE
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("conversion")

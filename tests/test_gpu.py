@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import tiny_settings
-from tiny import tiny_model
-from tiny_data import save_data
-from tiny_tokenizer import tiny_tokenizer
 
 import moesmith
-from moesmith.accelerator import free_memory, has_double, release
-from moesmith.artefact import read_json
-from moesmith.moe import build
-from moesmith.parents import Parent
-from moesmith.pipeline import Run
+from moesmith.files.artefact import read_json
+from moesmith.mixture.moe import build
+from moesmith.parent.accelerator import free_memory, has_double, release
+from moesmith.parent.load import Parent
+from moesmith.run.pipeline import Run
+from moesmith.testing.parents import tiny_model
+from moesmith.testing.text import save_data
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 FOUND = torch.accelerator.current_accelerator(check_available=True)
 DEVICE = "cpu" if FOUND is None or FOUND.type == "pretend" else FOUND.type
@@ -68,7 +68,7 @@ def test_half_precision(dtype: torch.dtype, data: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_is_continued(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesmith import train
+    from moesmith.training import loop as train
 
     monkeypatch.setattr(train, "SAVE_SECONDS", -1.0)
     whole = perplexities(convert("dive-plus", "llama", DEVICE, data, tmp_path / "whole"))
@@ -89,9 +89,8 @@ def test_a_killed_run_is_continued(data: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_grouped_products_in_bf16() -> None:
-    from carvings import random_carving
-
     from moesmith.native import experts
+    from moesmith.testing.carvings import random_carving
 
     model = tiny_model("llama", dtype=torch.bfloat16).to(DEVICE)
     parent = Parent.from_model(model, tiny_tokenizer(), "tiny")

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
-from tiny import tiny_parent
 
-from moesmith.lora import add_lora
-from moesmith.moe import block, experts_reference
+from moesmith.mixture.lora import add_lora
+from moesmith.mixture.moe import block, experts_reference
 from moesmith.native import experts as native
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_parent
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from masked import harvested, tiny_masks
-from tiny import FAMILIES, tiny_model, tiny_parent
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from moesmith.attention import CarvedAttention, GatedLinear, install, narrowed, rotary_width, zeroed
 from moesmith.export.native import write_native
-from moesmith.moe import share
+from moesmith.mixture.attention import CarvedAttention, GatedLinear, install, narrowed, rotary_width, zeroed
+from moesmith.mixture.moe import share
 from moesmith.native.heads import HeadGate, PrunedAttention, expand_pairs, keep
-from moesmith.sizes import Sizes
-from moesmith.structure import attention_of, attention_weights, decoder_layers, head_dim
+from moesmith.parent.sizes import Sizes
+from moesmith.parent.structure import attention_of, attention_weights, decoder_layers, head_dim
+from moesmith.testing.masks import harvested, tiny_masks
+from moesmith.testing.parents import FAMILIES, tiny_model, tiny_parent
 
 S, H = 12, 16
 

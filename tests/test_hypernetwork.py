@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from masked import ATTENTION, harvested, spec_of, tiny_masks
-from tiny import FAMILIES, tiny_parent
 
-from moesmith.sizes import Sizes
-from moesmith.tomoe.hypernetwork import Hypernetwork, Masks
+from moesmith.methods.tomoe.hypernetwork import Hypernetwork, Masks
+from moesmith.parent.sizes import Sizes
+from moesmith.testing.masks import ATTENTION, harvested, spec_of, tiny_masks
+from moesmith.testing.parents import FAMILIES, tiny_parent
 
 
 @dataclass
@@ -83,7 +83,7 @@ def test_a_finished_model_carries_as_much_as_predicted(family: str) -> None:
     carving = harvested(parent)
     gate = ("proj_in_RD", "norm_weight_R", "norm_bias_R", "base_R", "proj_out_hR")
     carried = sum(attention.tensors()[name].numel() for attention in carving.attention for name in gate)
-    carried += sum(layer.router_ED.numel() for layer in carving.layers)
+    carried += sum(layer.router.weight_ED.numel() for layer in carving.layers)
     assert carried == Sizes.of(parent).shipped(4)
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 from conversions import convert, snapshot, weights
-from tiny import save_tiny
 from transformers import AutoTokenizer, GenerationConfig
 
-from moesmith.artefact import MANIFEST, digest, read_json, write_json
-from moesmith.digests import tokenizer_digest
 from moesmith.errors import MoesmithError
-from moesmith.fingerprints import companions_digest, folder_companions, text_digest
-from moesmith.pipeline import TEXT, Run, versions
-from moesmith.recipe import keys, load_recipe
+from moesmith.files.artefact import MANIFEST, digest, read_json, write_json
+from moesmith.parent.digests import tokenizer_digest
+from moesmith.run.fingerprints import companions_digest, folder_companions, text_digest
+from moesmith.run.pipeline import TEXT, Run, versions
+from moesmith.run.recipe import keys, load_recipe
+from moesmith.testing.parents import save_tiny
 
 FEW = ["stage1.tokens=512", "stage2.tokens=512"]
 ALL = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve", "router", "experts", "export")
@@ -298,7 +298,7 @@ def test_a_run_of_the_first_version_gives_nothing_to_another_tokenizer(
 def test_a_half_trained_stage_of_the_first_version_goes_on(
     home: Path, base: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from moesmith import train
+    from moesmith.training import loop as train
 
     monkeypatch.setattr(train, "SAVE_SECONDS", -1.0)
     step = train.Masters.step
@@ -384,7 +384,7 @@ def aged(run: Run, tmp_path: Path, stages: dict[str, dict[str, str]]) -> Path:
 def test_other_versions_are_said_and_shown(
     home: Path, base: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from moesmith.overview import describe, show
+    from moesmith.report.overview import describe, show
 
     now = versions()
     folder = aged(base, tmp_path, {"moments": {"torch": "2.0"}, "carve": {"torch": "2.0"}, "router": {"moesmith": "0"}})
@@ -425,8 +425,8 @@ def test_a_stage_begun_by_other_versions_says_so(tmp_path: Path, capfd: pytest.C
 
 
 def test_a_newer_run_is_refused(home: Path, base: Run, tmp_path: Path) -> None:
-    from moesmith.compare import header_of
-    from moesmith.overview import describe
+    from moesmith.evaluation.compare import header_of
+    from moesmith.report.overview import describe
 
     folder = Path(shutil.copytree(base.folder, tmp_path / "run"))
     write_json(folder / "run.json", read_json(folder / "run.json") | {"format": 3})

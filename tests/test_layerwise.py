@@ -8,23 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from conversions import convert, weights
 from safetensors.torch import load_file, save_file
 from test_tomoe_export import harvested
-from tiny import FAMILIES, STOCK, save_tiny, tiny_parent
 
-from moesmith import layerwise
 from moesmith.errors import MoesmithError
-from moesmith.evaluate import perplexities
+from moesmith.evaluation.perplexity import perplexities
+from moesmith.evaluation.routing import record_routing
 from moesmith.export.folder import layered_folder, load_folder
 from moesmith.export.native import write_native
-from moesmith.export.stock import stock_reference, write_stock
+from moesmith.export.stock.write import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
-from moesmith.layerwise import cast, last_hidden, layered
-from moesmith.moe import build, decoder
-from moesmith.parents import Parent, load_parent
-from moesmith.report.routing import record_routing
+from moesmith.mixture.moe import build, decoder
+from moesmith.parent import layerwise
+from moesmith.parent.layerwise import cast, last_hidden, layered
+from moesmith.parent.load import Parent, load_parent
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import FAMILIES, STOCK, save_tiny, tiny_parent
 
 IDS = [torch.randint(300, shape, generator=torch.Generator().manual_seed(0)) for shape in ((3, 40), (1, 7), (2, 64))]
 UNTRAINED = ["stage1.tokens=0", "stage2.tokens=0", "router.start=lda"]

@@ -18,15 +18,16 @@ from conversions import convert
 from safetensors.torch import load_file
 from test_report import SECTIONS, Reader, text_of
 
-from moesmith.artefact import read_json, write_json
-from moesmith.carving import Carving
 from moesmith.export.folder import load_folder
-from moesmith.overview import describe, finished_of, show
-from moesmith.parents import load_parent
-from moesmith.pipeline import Run
+from moesmith.files.artefact import read_json, write_json
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import active_share, parameters
+from moesmith.parent.load import load_parent
 from moesmith.report import masks
 from moesmith.report.numbers import number, percent
+from moesmith.report.overview import describe, finished_of, show
 from moesmith.report.page import write_report
+from moesmith.run.pipeline import Run
 
 QUICK = ["stage1.tokens=0", "stage2.tokens=0", "masks.tokens=2048", "masks.window=32", "masks.lr=0.003"]
 
@@ -64,15 +65,15 @@ def test_parameters_are_those_in_the_file(learned: Run) -> None:
     count = sum(t.numel() for t in tensors.values() if t.is_floating_point() and t.dim())
     assert describe(learned.folder)["parameters"]["parameters_total"] == count
     parent, carving = load_parent(learned.inputs["model"]), Carving.load(learned.path("masks"))
-    found = carving.parameters(parent)
+    found = parameters(parent, carving)
     assert found["parameters_active"] < found["parameters_total"]
     # experts of equal width, the widest token: what is left of the blocks is the active share
-    carving.layers = [type(x)([x.channels[0]] * carving.gate.experts, x.router_ED) for x in carving.layers]
+    carving.layers = [type(x)([x.routed[0]] * carving.experts, x.router) for x in carving.layers]
     gates = sum(attention.gate_parameters() for attention in carving.attention)
-    routers = sum(layer.router_ED.numel() for layer in carving.layers)
-    gone = found["parent_parameters"] - carving.parameters(parent)["parameters_active"] + gates + routers
+    routers = sum(layer.router.weight_ED.numel() for layer in carving.layers)
+    gone = found["parent_parameters"] - parameters(parent, carving)["parameters_active"] + gates + routers
     blocks = sum(p.numel() for name, p in parent.model.named_parameters() if "proj" in name)
-    assert 1 - gone / blocks == pytest.approx(carving.active_share(parent), abs=1e-6)
+    assert 1 - gone / blocks == pytest.approx(active_share(parent, carving), abs=1e-6)
 
 
 def test_the_card_says_what_was_learned_and_how_to_load_it(learned: Run) -> None:

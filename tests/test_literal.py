@@ -17,8 +17,9 @@ import yaml
 from commands import Answer, moesmith
 from conversions import arguments
 
-from moesmith import compare, console
-from moesmith.card import code, inline
+from moesmith import console
+from moesmith.evaluation import compare
+from moesmith.report.card import code, inline
 
 NAMES = ["[bold red]", "a [b] c", "[link=x]y", "|pipe", "<script>alert(1)<", "Über 中", "$x_1$ :smile:", "`*_&lt;_*`"]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from carvings import random_carving
-from tiny import tiny_parent
 
-from moesmith.lora import add_lora, dropout
-from moesmith.moe import build, moe_blocks
+from moesmith.mixture.lora import add_lora, dropout
+from moesmith.mixture.moe import build, moe_blocks
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_parent
 
 
 def test_dropout_keeps_the_mean_and_its_share() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesmith import losses
+from moesmith.training import losses
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from carvings import random_carving
-from tiny import FAMILIES, tiny_parent
 
-from moesmith.carving import CarvedLayer, Carving
-from moesmith.gates import GateSpec
-from moesmith.lora import add_lora, lora_tensors
-from moesmith.moe import SlicedExperts, build, experts_reference, forced, moe_blocks
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Layer, Linear
+from moesmith.mixture.lora import add_lora, lora_tensors
+from moesmith.mixture.moe import SlicedExperts, build, experts_reference, forced, moe_blocks
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import FAMILIES, tiny_parent
 
 IDS = torch.arange(2, 50).view(2, 24)
 
@@ -63,11 +63,8 @@ def test_sliced_is_the_token_by_token_reference(family: str) -> None:
 def test_equal_experts_are_that_expert_for_any_router(family: str, mode: str, form: str) -> None:
     parent = tiny_parent(family)
     one = random_carving(parent, experts=1, compensation="bias")
-    layers = [
-        CarvedLayer(layer.channels * 8, torch.randn(8, parent.D), bias_ED=layer.bias_ED.expand(8, -1))
-        for layer in one.layers
-    ]
-    eight = build(parent, Carving(layers, GateSpec(experts=8, top_k=2), parent.F, "bias"), form)
+    layers = [Layer(layer.routed * 8, Linear(torch.randn(8, parent.D)), top_k=2) for layer in one.layers]
+    eight = build(parent, Carving(layers, parent.F), form)
     if mode == "dense":
         eight.train()
         for block in moe_blocks(eight):
@@ -89,12 +86,7 @@ def test_dense_gate_at_low_temperature_tends_to_top_1() -> None:
 def test_forced_expert_is_that_experts_own_model() -> None:
     parent = tiny_parent("llama")
     carving = random_carving(parent, compensation="refit")
-    alone = Carving(
-        [CarvedLayer([x.channels[2]], torch.zeros(1, parent.D), down=[x.down[2]]) for x in carving.layers],
-        GateSpec(experts=1, top_k=1),
-        parent.F,
-        "refit",
-    )
+    alone = Carving([Layer([x.routed[2]], Linear(torch.zeros(1, parent.D))) for x in carving.layers], parent.F)
     model = build(parent, carving)
     with forced(model, 2):
         inside = logits(model)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from flap import published_fluctuation
-from tiny import FAMILIES, tiny_parent
 
-from moesmith.moments import _Channel, _Second, channel_moments, group_moments, merge, pool
-from moesmith.parents import Parent
-from moesmith.scores import channel_scores, choose
+from moesmith.methods.moments import _Channel, _Second, channel_moments, group_moments, merge, pool
+from moesmith.methods.scores import channel_scores, choose
+from moesmith.parent.load import Parent
+from moesmith.testing.parents import FAMILIES, tiny_parent
 
 WINDOWS = torch.randint(2, 250, (12, 32), generator=torch.Generator().manual_seed(3))
 

@@ -16,12 +16,13 @@ from commands import moesmith
 from conversions import arguments
 from refusals import refused
 
-from moesmith import compare, conversion
-from moesmith.artefact import MANIFEST, SUMS, read_json, sums_of, write_json, write_list, write_sums
+from moesmith.conversion import convert as conversion
 from moesmith.errors import MoesmithError
+from moesmith.evaluation import compare
 from moesmith.export import delta as delta_module
 from moesmith.export.delta import pack
-from moesmith.outputs import check_file, check_folder, check_place, foreign, list_of, new_file, new_folder
+from moesmith.files.artefact import MANIFEST, SUMS, read_json, sums_of, write_json, write_list, write_sums
+from moesmith.files.outputs import check_file, check_folder, check_place, foreign, list_of, new_file, new_folder
 
 Tree = dict[str, tuple[object, ...]]
 
@@ -208,9 +209,9 @@ def test_a_folder_of_ours_that_shares_a_file_with_the_parent(here: Scene, tmp_pa
 
 
 def test_a_parent_in_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesmith.outputs.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("moesmith.files.outputs.HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "hub" / "models--x").mkdir(parents=True)
-    from moesmith.outputs import existing
+    from moesmith.files.outputs import existing
 
     for out in (tmp_path / "hub" / "models--x", tmp_path / "hub" / "new", tmp_path):
         with pytest.raises(MoesmithError, match="which this command reads"):

@@ -11,11 +11,11 @@ from commands import moesmith
 from conversions import arguments
 from refusals import World, convert_is_refused, not_loaded, refused
 
-from moesmith import overlap
-from moesmith.artefact import read_json
+from moesmith.data import overlap
+from moesmith.data.overlap import Overlap, check_splits, overlaps, warnings
+from moesmith.data.text import Domain
 from moesmith.errors import MoesmithError
-from moesmith.overlap import Overlap, check_splits, overlaps, warnings
-from moesmith.text import Domain
+from moesmith.files.artefact import read_json
 
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"  # 13 words
 HELD = "evaluation text is held out:"

@@ -10,15 +10,15 @@ from commands import moesmith
 from conversions import arguments, tiny_settings
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_parent
 
-from moesmith import conversion
-from moesmith.artefact import read_json
+from moesmith.conversion import convert as conversion
+from moesmith.conversion.pace import Pace, measure, parse_time, scaled, tokens_of, with_tokens
+from moesmith.conversion.plan import fit_time, make_plan
+from moesmith.conversion.stages.data import stages_to_train
 from moesmith.errors import MoesmithError
-from moesmith.pace import Pace, measure, parse_time, scaled, tokens_of, with_tokens
-from moesmith.plan import fit_time, make_plan
-from moesmith.recipe import load_recipe
-from moesmith.stages.data import stages_to_train
+from moesmith.files.artefact import read_json
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.parents import tiny_parent
 
 PRESETS = ["dive-1of8", "dive-plus", "flap-static", "llama-moe-1of8", "tomoe-50", "tomoe-plus"]
 PACE = Pace(2e5, 5e5)

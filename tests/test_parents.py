@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, save_tiny, tiny_model, tiny_parent
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -28,8 +26,10 @@ from transformers import (
 )
 
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent, load_parent
-from moesmith.structure import attention_weights, find_ffns
+from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.structure import attention_weights, find_ffns
+from moesmith.testing.parents import FAMILIES, save_tiny, tiny_model, tiny_parent
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,23 +13,24 @@ import pytest
 import torch
 import yaml
 from conversions import SHARED, STAGES, convert, snapshot, weights
-from tiny import FAMILIES, save_tiny, tiny_parent
-from tiny_data import DIALECTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesmith.affinity import mine, perplexity_similarity
-from moesmith.artefact import read_json, verify_files
-from moesmith.carving import Carving
+from moesmith.conversion.stages.data import evaluation_of
 from moesmith.errors import MoesmithError
-from moesmith.evaluate import perplexity
-from moesmith.export.stock import stock_reference
-from moesmith.moe import build
-from moesmith.overview import describe, show
-from moesmith.parents import load_parent
-from moesmith.pipeline import Run
-from moesmith.proof import NATIVE
-from moesmith.recipe import load_recipe
-from moesmith.stages.data import evaluation_of
+from moesmith.evaluation.perplexity import perplexity
+from moesmith.export.stock.write import stock_reference
+from moesmith.files.artefact import read_json, verify_files
+from moesmith.methods.affinity import mine, perplexity_similarity
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import parameters
+from moesmith.mixture.moe import build
+from moesmith.parent.load import load_parent
+from moesmith.parent.proof.family import NATIVE
+from moesmith.report.overview import describe, show
+from moesmith.run.pipeline import Run
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.parents import FAMILIES, save_tiny, tiny_parent
+from moesmith.testing.text import DIALECTS
 
 PRESETS = ("dive-1of8", "dive-2of8", "dive-plus", "flap-static", "flap-static-refit", "llama-moe-1of8")
 
@@ -65,7 +66,7 @@ def check(run: Run) -> Any:
     parent = load_parent(run.inputs["model"], torch.float32)
     carving = Carving.load(run.path("experts"))
     # stock files have no bias: a channel stands in for it, in the reference too
-    channel = carving.compensation == "bias" and parent.family != NATIVE
+    channel = carving.biased and parent.family != NATIVE
     reference = stock_reference(parent, carving) if channel else build(parent, carving, "sliced")
     with torch.no_grad():
         torch.testing.assert_close(
@@ -96,7 +97,8 @@ def test_every_preset_ends_in_a_model(made: Callable[[str], Run], preset: str) -
     before, after = (Carving.load(run.path(name)) for name in ("carve", "experts"))
     assert after.lora
     assert after.norms
-    routed = any(not torch.equal(a.router_ED, b.router_ED) for a, b in zip(before.layers, after.layers, strict=True))
+    pairs = zip(before.layers, after.layers, strict=True)
+    routed = any(not torch.equal(a.router.weight_ED, b.router.weight_ED) for a, b in pairs)
     assert routed == (run.recipe.carve.experts > 1)
     assert evaluation["stages"]["experts"]["geomean"] < evaluation["stages"]["carve"]["geomean"]
 
@@ -327,10 +329,10 @@ def test_inspect_tells_it_all(made: Callable[[str], Run], capsys: pytest.Capture
     found = json.loads(json.dumps(describe(run.folder)))
     carving = Carving.load(run.path("experts"))
     assert found["recipe"] == "dive-plus"
-    assert found["gate"] == carving.gate.model_dump()
+    assert found["gate"] == carving.layers[0].gate().model_dump() | {"shared_channels": 0}
     assert (found["gate"]["experts"], found["gate"]["top_k"], found["compensation"]) == (4, 1, "refit")
     assert sorted(name for group in found["clusters"] for name in group) == sorted(DIALECTS)
-    assert found["parameters"] == carving.parameters(tiny_parent("llama"))
+    assert found["parameters"] == parameters(tiny_parent("llama"), carving)
     assert [layer["channels"] for layer in found["layers"]] == [[32] * 4] * 2
     pairs = carving.overlap()[:, ~torch.eye(4, dtype=torch.bool)].mean(1)
     assert [layer["overlap"] for layer in found["layers"]] == pytest.approx(pairs.tolist())

@@ -11,13 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from commands import moesmith
 from conversions import convert
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model, tiny_parent
-from tiny_data import save_data
-from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,18 +23,22 @@ from transformers import (
     Starcoder2Config,
 )
 
-from moesmith.artefact import read_json
-from moesmith.carving import Carving
+from moesmith.conversion.stages.training import prepare
 from moesmith.errors import MoesmithError
 from moesmith.export.native import write_native
-from moesmith.export.stock import write_stock
+from moesmith.export.stock.write import write_stock
 from moesmith.export.verify import verify_folder
-from moesmith.moe import build
-from moesmith.parents import Parent
-from moesmith.pipeline import Run
-from moesmith.recipe import load_recipe
-from moesmith.stages.training import prepare
-from moesmith.train import Student
+from moesmith.files.artefact import read_json
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.moe import build
+from moesmith.parent.load import Parent
+from moesmith.run.pipeline import Run
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import save_tiny, tiny_model, tiny_parent
+from moesmith.testing.text import save_data
+from moesmith.testing.tokenizer import tiny_tokenizer
+from moesmith.training.loop import Student
 
 IDS = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(1))
 

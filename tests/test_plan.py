@@ -12,13 +12,13 @@ import pytest
 import torch
 from commands import moesmith
 from conversions import convert, tiny_settings
-from tiny import FAMILIES, save_tiny, tiny_parent
 
-import moesmith.conversion as conversion
+import moesmith.conversion.convert as conversion
+from moesmith.conversion.plan import check_room, make_plan, parse_bytes
 from moesmith.errors import MoesmithError
-from moesmith.parents import load_skeleton
-from moesmith.plan import check_room, make_plan, parse_bytes
-from moesmith.recipe import load_recipe
+from moesmith.parent.load import load_skeleton
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.parents import FAMILIES, save_tiny, tiny_parent
 
 ROOT = Path(__file__).parents[1]
 UNTRAINED = ["stage1.tokens=0", "stage2.tokens=0", "affinity.method=scores"]
@@ -124,7 +124,7 @@ def test_memory_is_foretold(tmp_path: Path) -> None:
 
 
 def test_names_that_are_no_hub_ids_are_never_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesmith.parents.refuse_remote_code", lambda _: pytest.fail("asked"))
+    monkeypatch.setattr("moesmith.parent.load.refuse_remote_code", lambda _: pytest.fail("asked"))
     with pytest.raises(MoesmithError, match=r"no file model\.gguf"):
         load_skeleton("model.gguf")
     skeleton = load_skeleton("smollm2-135m")

@@ -13,17 +13,20 @@ import torch
 from conversions import tiny_settings, weights
 from pretend import watching, without_double
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_model
-from tiny_data import save_data
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
 import moesmith
-from moesmith import accelerator, evaluate, losses, moments, refit
+from moesmith.evaluation import perplexity as evaluate
+from moesmith.methods import moments, refit
+from moesmith.methods.tomoe import estimators, hypernetwork
 from moesmith.native import experts
-from moesmith.parents import Parent, load_parent
-from moesmith.pipeline import Run
-from moesmith.tomoe import estimators, hypernetwork
+from moesmith.parent import accelerator
+from moesmith.parent.load import Parent, load_parent
+from moesmith.run.pipeline import Run
+from moesmith.testing.parents import save_tiny, tiny_model
+from moesmith.testing.text import save_data
+from moesmith.testing.tokenizer import tiny_tokenizer
+from moesmith.training import losses
 
 PRESETS = ["dive-1of8", "dive-plus", "flap-static", "flap-static-refit", "llama-moe-1of8", "tomoe-50", "tomoe-plus"]
 # two domains, two experts, a step or two of each training: AdamW makes a whole step of a gradient that is all rounding,
@@ -33,21 +36,21 @@ SMALL = [
     *("stage1.tokens=256", "stage2.tokens=512", "stage2.lora_dropout=0", "stage2.lr=0.001", "masks.lr=0.001"),
 ]
 ON_PURPOSE = {
-    "carving.py:Carving.expert_weights": "LoRA is merged in double precision on the CPU: the same model everywhere",
-    "tomoe/warm.py:start_from": "a start of masks: a few rows in fp64, once per layer",
+    "mixture/carving.py:Carving.expert_weights": "LoRA is merged in fp64 on the CPU: the same model everywhere",
+    "methods/tomoe/warm.py:start_from": "a start of masks: a few rows in fp64, once per layer",
 }
 # who may copy more than results to the host, and why: bytes of the tiny models
 COPIES = {
-    "digests.py:_bytes": "the parent's digest is taken over every weight, once",
-    "artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
-    "export/stock.py:stock_tensors.<locals>.out": "the export writes every weight",
+    "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
+    "files/artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
+    "export/stock/write.py:stock_tensors.<locals>.out": "the export writes every weight",
     "export/verify.py:run": "logits of two models, compared once",
-    "stages/carve.py:refit_layer": "a refitted matrix belongs to the carving",
-    "lora.py:lora_tensors": "trained pairs belong to the carving",
-    "tomoe/harvest.py:_attention": "the gate of attention belongs to the carving",
-    "tomoe/harvest.py:_carving": "mask logits, sorted into a carving",
-    "stages/training.py:harvest": "trained routers belong to the carving",
-    "stages/training.py:harvest.<locals>.<dictcomp>": "trained norms belong to the carving",
+    "conversion/stages/carve.py:refit_layer": "a refitted matrix belongs to the carving",
+    "mixture/lora.py:lora_tensors": "trained pairs belong to the carving",
+    "methods/tomoe/harvest.py:_attention": "the gate of attention belongs to the carving",
+    "methods/tomoe/harvest.py:_carving": "mask logits, sorted into a carving",
+    "conversion/stages/training.py:harvest": "trained routers belong to the carving",
+    "conversion/stages/training.py:harvest.<locals>.<dictcomp>": "trained norms belong to the carving",
 }
 
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
@@ -133,7 +136,7 @@ def test_a_parent_larger_than_it_streams_through_it(preset: str, data: Path, tmp
 # what a Llama has before anything is trained; where a linear layer has a bias, and in backward passes, the CPU has
 # other kernels for a product than the operators that the device makes it of, and results agree to rounding
 BEFORE = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve")
-SAME_BITS = tuple(f"stages/{stage}" for stage in BEFORE)
+SAME_BITS = tuple(f"conversion/stages/{stage}" for stage in BEFORE)
 
 
 def compare(device: Path, cpu: Path, family: str) -> None:
@@ -170,12 +173,15 @@ def test_planted_work_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(moments._Second, "add", lambda self, x, count=None: add(self, x.cpu(), count))
     with watching(ON_PURPOSE) as watch:
         convert("flap-static-refit", parent_on("pretend", "llama"), data, tmp_path / "run")
-    assert {fault.place for fault in watch.fallbacks} == {"moments.py:_Second.add", "router.py:constant_direction"}
-    assert watch.copies["moments.py:_watch.<locals>.hook.<locals>.<lambda>"] > 4 * pretend.BYTES
+    assert {fault.place for fault in watch.fallbacks} == {
+        "methods/moments.py:_Second.add",
+        "methods/router.py:constant_direction",
+    }
+    assert watch.copies["methods/moments.py:_watch.<locals>.hook.<locals>.<lambda>"] > 4 * pretend.BYTES
 
 
 def test_a_planted_loss_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesmith import train
+    from moesmith.training import loop as train
 
     def slow(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *rest: Any) -> Tensor:
         moved = [x.cpu() if isinstance(x, Tensor) else x for x in rest]
@@ -184,12 +190,12 @@ def test_a_planted_loss_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(train, "head_loss", slow)
     with watching(ON_PURPOSE) as watch:
         convert("flap-static-refit", parent_on("pretend", "llama"), data, tmp_path / "run")
-    assert {fault.place for fault in watch.fallbacks} == {"losses.py:_HeadLoss.forward"}
-    assert "train.py:token_loss" in watch.copies
+    assert {fault.place for fault in watch.fallbacks} == {"training/losses.py:_HeadLoss.forward"}
+    assert "training/loop.py:token_loss" in watch.copies
 
 
 def test_a_planted_tensor_of_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesmith.stages import carve
+    from moesmith.conversion.stages import carve
 
     monkeypatch.setattr(
         carve,
@@ -218,23 +224,24 @@ def test_a_device_without_fp64(preset: str, data: Path, tmp_path: Path) -> None:
     for stage in ("carve", *(("masks",) if "tomoe" in preset else ("router", "experts"))):
         there, here = (moesmith.Carving.load(r.path(stage)) for r in (run, other))
         for mine, theirs in zip(there.layers, here.layers, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(mine.channels, theirs.channels, strict=True))
-            torch.testing.assert_close(mine.router_ED, theirs.router_ED, rtol=1e-4, atol=1e-5)
+            for expert, same in zip(mine.routed, theirs.routed, strict=True):
+                assert torch.equal(expert.channels, same.channels)
+            torch.testing.assert_close(mine.router.weight_ED, theirs.router.weight_ED, rtol=1e-4, atol=1e-5)
 
 
 def test_training_continues_there(tmp_path: Path) -> None:
     """A checkpoint is the CPU's; the step count of a fused optimiser lies where the parameters are."""
-    from moesmith.moe import build
-    from moesmith.recipe import TrainSection
-    from moesmith.stages.training import prepare
-    from moesmith.train import Student, train
+    from moesmith.conversion.stages.training import prepare
+    from moesmith.mixture.moe import build
+    from moesmith.run.recipe import TrainSection
+    from moesmith.training.loop import Student, train
 
     blocks = torch.randint(2, 250, (16, 32), generator=torch.Generator().manual_seed(1))
     spec = TrainSection(tokens=1024, window=32, batch=8, micro_batch=4, lr=0.01, lora_rank=2, norms=True, gate="sparse",
                         checkpointing=False, router_gradient="straight-through")  # fmt: skip
 
     def student() -> tuple[Student, dict[str, Any]]:
-        from carvings import random_carving
+        from moesmith.testing.carvings import random_carving
 
         parent = parent_on("pretend", "llama")
         model = build(parent, random_carving(parent))
@@ -248,7 +255,7 @@ def test_training_continues_there(tmp_path: Path) -> None:
         if step == 2:
             raise KeyboardInterrupt
 
-    from moesmith import train as module
+    from moesmith.training import loop as module
 
     before, module.SAVE_SECONDS = module.SAVE_SECONDS, -1.0
     try:
@@ -264,11 +271,10 @@ def test_training_continues_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_measuring_and_writing_there(family: str) -> None:
     """Likelihoods, routing and generation, in bf16 as well."""
-    from carvings import random_carving
-
-    from moesmith.evaluate import log_likelihoods
-    from moesmith.moe import build
-    from moesmith.report.routing import record_routing
+    from moesmith.evaluation.perplexity import log_likelihoods
+    from moesmith.evaluation.routing import record_routing
+    from moesmith.mixture.moe import build
+    from moesmith.testing.carvings import random_carving
 
     found = []
     for device in ("pretend", "cpu"):
@@ -318,7 +324,7 @@ def test_the_benchmark_runs_there(data: Path, tmp_path: Path, monkeypatch: pytes
     import runpy
     import sys
 
-    from tiny import save_tiny
+    from moesmith.testing.parents import save_tiny
 
     program = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
     model, out = save_tiny("llama", tmp_path / "m"), tmp_path / "gpu.json"

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from conversions import convert
-from tiny import FAMILIES, STOCK, save_tiny, tiny_model, tiny_parent
-from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM, GraniteConfig, Ministral3Config
 
-from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
 from moesmith.export.native import write_native
-from moesmith.export.stock import write_stock
-from moesmith.gates import GateSpec
-from moesmith.parents import Parent
-from moesmith.positions import text_to_compare
+from moesmith.export.stock.write import write_stock
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Layer
+from moesmith.parent.load import Parent
+from moesmith.parent.proof.positions import text_to_compare
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import FAMILIES, STOCK, save_tiny, tiny_model, tiny_parent
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": len(tiny_tokenizer()),
@@ -62,8 +62,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_experts_that_keep_everything_are_the_parent_at_any_length(name: str, tmp_path: Path) -> None:
     family, overrides = KINDS[name]
     parent = tiny_parent(family, **overrides)
-    layers = [CarvedLayer([torch.arange(parent.F)] * 2, torch.zeros(2, parent.D)) for _ in range(parent.L)]
-    carving = Carving(layers, GateSpec(experts=2, top_k=1), parent.F)
+    layers = [Layer.of([torch.arange(parent.F)] * 2, torch.zeros(2, parent.D)) for _ in range(parent.L)]
+    carving = Carving(layers, parent.F)
     if parent.family == "native":
         write_native(parent, carving, tmp_path / "moe")
     else:

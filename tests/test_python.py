@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from conversions import TINY, convert, weights
-from tiny import tiny_model, tiny_parent
-from tiny_tokenizer import tiny_tokenizer
 
 import moesmith
 from moesmith import MoesmithError
-from moesmith.compare import compare, continuations, header_of
+from moesmith.conversion.stages.training import prepare
+from moesmith.data.text import load_domains, source_digest
+from moesmith.evaluation.compare import compare, continuations, header_of
 from moesmith.export.delta import pack, unpack
 from moesmith.export.targets import explain_run, export_run
-from moesmith.overview import describe
-from moesmith.pipeline import Run
+from moesmith.report.overview import describe
 from moesmith.report.page import write_report
-from moesmith.stages.training import prepare
-from moesmith.text import load_domains, source_digest
-from moesmith.train import Student, train
+from moesmith.run.pipeline import Run
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_model, tiny_parent
+from moesmith.testing.tokenizer import tiny_tokenizer
+from moesmith.training.loop import Student, train
 
 FEW = ["stage1.tokens=256", "stage2.tokens=256"]
 
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_one_line(home: Path, tmp_path: Path, name: str) -> Non
 def test_reuse_of_no_run_is_refused_before_the_parent_is_loaded(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesmith import conversion
+    from moesmith.conversion import convert as conversion
 
     monkeypatch.setattr(conversion, "load_parent", None)
     with pytest.raises(MoesmithError, match=r"--reuse \S+ holds no moesmith run\. Give a folder made by"):
@@ -186,7 +186,7 @@ def test_a_run_may_be_named_by_text(plain: Run, tmp_path: Path) -> None:
     unpack(str(tmp_path / "delta"), plain.inputs["model"], str(tmp_path / "back"))
     assert (tmp_path / "back" / "model" / "config.json").is_file()
     assert write_report(name, str(tmp_path / "page.html")).is_file()
-    assert moesmith.Carving.load(str(plain.path("carve"))).gate.experts == 4
+    assert moesmith.Carving.load(str(plain.path("carve"))).experts == 4
 
 
 PATHS: dict[str, Callable[[Any], Any]] = {
@@ -251,6 +251,6 @@ def test_a_parent_in_a_wider_dtype_is_known_by_rounding(home: Path, tmp_path: Pa
 def test_channels_that_are_not_there() -> None:
     parent = tiny_parent("llama")
     carving = random_carving(parent)
-    carving.layers[1].channels[0] = carving.layers[1].channels[0] + parent.F
+    carving.layers[1].routed[0].channels = carving.layers[1].routed[0].channels + parent.F
     with pytest.raises(MoesmithError, match="layer 1 of the carving keeps channels that are not there"):
         moesmith.build(parent, carving)

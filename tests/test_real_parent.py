@@ -6,12 +6,12 @@ import pytest
 import torch
 from flap import published_fluctuation
 
-from moesmith.builtin import builtin_domains
-from moesmith.moe import build
-from moesmith.moments import channel_moments
-from moesmith.parents import Parent, load_parent
-from moesmith.scores import channel_scores, choose
-from moesmith.text import sample_windows
+from moesmith.data.builtin import builtin_domains
+from moesmith.data.text import sample_windows
+from moesmith.methods.moments import channel_moments
+from moesmith.methods.scores import channel_scores, choose
+from moesmith.mixture.moe import build
+from moesmith.parent.load import Parent, load_parent
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_flap_parity(parent: Parent, windows: torch.Tensor) -> None:
 
 
 def test_one_whole_expert_is_the_parent(parent: Parent, windows: torch.Tensor) -> None:
-    from carvings import random_carving
+    from moesmith.testing.carvings import random_carving
 
     whole = random_carving(parent, experts=1, kept=parent.F)
     ids = windows[:2]

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesmith.errors import MoesmithError
-from moesmith.recipe import BUDGETS, Recipe, TrainSection, keys, load_recipe, presets
-from moesmith.train import steps_of
+from moesmith.run.recipe import BUDGETS, Recipe, TrainSection, keys, load_recipe, presets
+from moesmith.training.loop import steps_of
 
 # what --set, recipe files and run.json can name; renaming one breaks people's files
 KEYS = {

@@ -14,14 +14,14 @@ import pytest
 import torch
 from scipy.cluster import hierarchy
 
-from moesmith.artefact import write_json, write_text
-from moesmith.carving import CarvedLayer, Carving
 from moesmith.errors import MoesmithError
-from moesmith.gates import GateSpec
+from moesmith.evaluation.routing import Routing, Sample
+from moesmith.files.artefact import write_json, write_text
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Layer
 from moesmith.report import figures
 from moesmith.report.numbers import number, percent
 from moesmith.report.page import write_report
-from moesmith.report.routing import Routing, Sample
 from moesmith.report.style import to_svg
 
 SECTIONS = ("perplexity", "affinity", "overlap", "training", "routing", "text", "provenance")
@@ -138,8 +138,8 @@ def fake_run(folder: Path) -> Path:
     write_csv(stages / "affinity" / "linkage.csv", tree.tolist())
     write_json(stages / "affinity" / "clusters.json", {"clusters": CLUSTERS})
     channels = [torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4, 5]), torch.tensor([4, 5, 6, 7])]
-    layers = [CarvedLayer(channels, torch.zeros(3, 4)) for _ in range(2)]
-    Carving(layers, GateSpec(experts=3, top_k=1), 8).save(stages / "carve")
+    layers = [Layer.of(channels, torch.zeros(3, 4)) for _ in range(2)]
+    Carving(layers, 8).save(stages / "carve")
     for name in ("router", "experts"):
         steps = [{"step": i, "tokens": 64 * i, "loss": 5 - 0.1 * i, "tokens_per_second": 100.0} for i in range(1, 21)]
         write_text(stages / name / "log.jsonl", "".join(json.dumps(s) + "\n" for s in steps) + '{"step": 21, "tok')

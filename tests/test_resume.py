@@ -16,8 +16,8 @@ import torch
 from conversions import LEARNED, SHARED, STAGES, convert, weights
 from transformers import AutoModelForCausalLM
 
-from moesmith.artefact import MANIFEST, read_tensors, verify_files
 from moesmith.errors import MoesmithError
+from moesmith.files.artefact import MANIFEST, read_tensors, verify_files
 
 Outcome = dict[str, Any]
 Job = Callable[..., Outcome]

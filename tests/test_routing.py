@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from carvings import random_carving
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_parent
-from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
 from moesmith.errors import MoesmithError
-from moesmith.moe import build, moe_blocks
-from moesmith.report.routing import SAMPLE_TOKENS, Routing, Sample, find_routers, pieces, record_routing
+from moesmith.evaluation.routing import SAMPLE_TOKENS, Routing, Sample, find_routers, pieces, record_routing
+from moesmith.mixture.moe import build, moe_blocks
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_parent
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 
 def stock(kind: str) -> PreTrainedModel:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from moesmith.data.text import Domain, as_text, evaluation_blocks, pack, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
-from moesmith.text import Domain, as_text, evaluation_blocks, pack, sample_windows, training_blocks
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 BOS, EOS = 0, 1
 PLAIN = tiny_tokenizer()

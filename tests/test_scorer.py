@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import tiny_model
-from tiny_tokenizer import tiny_tokenizer
 
-from moesmith import evaluate, harness, scorer
 from moesmith.errors import MoesmithError
+from moesmith.evaluation import harness, scorer
+from moesmith.evaluation import perplexity as evaluate
+from moesmith.testing.parents import tiny_model
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 pytest.importorskip("lm_eval")
 torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from commands import moesmith
 
 from moesmith.arguments import LAUNCHERS
 from moesmith.errors import MoesmithError
-from moesmith.lock import HOLDER, LOCK, MARK, folder_lock
+from moesmith.files.lock import HOLDER, LOCK, MARK, folder_lock
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,8 +141,8 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from commands import moesmith as command
 from conversions import arguments
-from tiny import save_tiny
-from tiny_data import save_data
+from moesmith.testing.parents import save_tiny
+from moesmith.testing.text import save_data
 home = Path(sys.argv[2])
 save_tiny("llama", home / "m")
 save_data(home / "d")

@@ -17,19 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from carvings import random_carving
 from commands import Answer, moesmith
 from conversions import arguments, convert, snapshot, weights
 from refusals import refused
 from test_delta import flip
-from tiny import save_tiny, tiny_parent
 
-from moesmith.artefact import MANIFEST, read_json, verify_files
 from moesmith.errors import MoesmithError
 from moesmith.export import folder as folders
 from moesmith.export.delta import pack
-from moesmith.export.stock import write_stock
-from moesmith.parents import Parent, load_parent
+from moesmith.export.stock.write import write_stock
+from moesmith.files.artefact import MANIFEST, read_json, verify_files
+from moesmith.parent.load import Parent, load_parent
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import save_tiny, tiny_parent
 
 
 def cut(path: Path) -> None:

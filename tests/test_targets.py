@@ -9,23 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from commands import moesmith
-from masked import harvested
 from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sources import IDS, export, permuted, tiny_source
-from tiny import FAMILIES, LLAMA3_ROPE, tiny_parent
 
-from moesmith.artefact import SUMS, read_json, sums_of
-from moesmith.carving import ALIGN
 from moesmith.errors import MoesmithError
 from moesmith.export.sglang import misread
 from moesmith.export.target import Options, Source, parse_size
 from moesmith.export.targets import TARGETS, check_out
-from moesmith.outputs import new_folder
-from moesmith.proof import NATIVE
+from moesmith.files.artefact import SUMS, read_json, sums_of
+from moesmith.files.outputs import new_folder
+from moesmith.mixture.home import ALIGN
+from moesmith.mixture.layer import Analytic
+from moesmith.parent.proof.family import NATIVE
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.masks import harvested
+from moesmith.testing.parents import FAMILIES, LLAMA3_ROPE, tiny_parent
 
 NO_GATE = "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one"
 HEADS = "SGLang's Qwen2MoeForCausalLM takes hidden_size / heads = 8 for the width of a head, and this model's is 16"
@@ -166,14 +167,17 @@ def test_what_is_lost_is_said_with_its_cost(tmp_path: Path) -> None:
     parent = tiny_parent("llama")
     source = Source(parent, harvested(parent), tmp_path, IDS)
     assert TARGETS["native"].lost(source, None) == []
-    assert TARGETS["hf"].lost(source, None) == ["attention's masks by token (V and O are whole)"]
+    assert TARGETS["hf"].lost(source, None)[0] == "attention's masks by token (V and O are whole)"
     manifest = tmp_path / "stages" / "evaluate" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps({"metrics": {"parent": 10.0, "masks": 12.5, "stock": 13.25}}))
     said = TARGETS["sglang"].lost(source, None)
-    assert said == ["attention's masks by token (V and O are whole): perplexity 12.50 -> 13.25 on held-out text"]
+    assert said[0] == "attention's masks by token (V and O are whole): perplexity 12.50 -> 13.25 on held-out text"
+    assert [line.split(":")[0] for line in said[1:]] == ["room"]  # experts of different width
     biased = Source(parent, random_carving(parent, compensation="bias"), tmp_path / "none", IDS)
-    assert TARGETS["hf"].lost(biased, None) == ["exact biases (a constant channel stands in)"]
+    lost = TARGETS["hf"].lost(biased, None)
+    assert lost[0] == "exact biases (a constant channel stands in)"
+    assert lost[1:] == ["room: 48% of the experts' channels on disk are zeros, for all must be 64 wide"]
     window = TARGETS["sglang"].lost(tiny_source("mistral"), None)
     assert window == ["text beyond 8 tokens: it knows no sliding window"]
 
@@ -183,8 +187,8 @@ def test_other_refusals() -> None:
     assert "silu" in str(TARGETS["gguf"].explain(tiny_source("llama", hidden_act="gelu")))
     assert TARGETS["hf"].explain(tiny_source("llama", hidden_act="gelu")) is None
     source = tiny_source("llama")
-    raw = source.carving.gate.model_copy(update={"order": "softmax-topk", "renormalise": False})
-    odd = replace(source, carving=replace(source.carving, gate=raw))
+    layers = [replace(x, router=Analytic(torch.arange(4))) for x in source.carving.layers]
+    odd = replace(source, carving=replace(source.carving, layers=layers))
     assert [name for name, target in TARGETS.items() if target.explain(odd) is None] == [NATIVE, "delta"]
 
 

@@ -11,11 +11,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moesmith import hub
+from moesmith.data import hf_datasets as hub
+from moesmith.data.text import Record, as_text, fields, kind, load_domains, read_jsonl, source_digest
 from moesmith.errors import MoesmithError
-from moesmith.text import Record, as_text, fields, kind, load_domains, read_jsonl, source_digest
 
-DATASETS = Path(__file__).parent.parent / "src" / "moesmith" / "datasets"
+DATASETS = Path(__file__).parent.parent / "src" / "moesmith" / "data" / "sets"
 
 RECORDS: list[tuple[str, Record, str]] = [
     ("text", {"id": "1", "text": " as it is \n", "summary": "s"}, " as it is \n"),

@@ -9,24 +9,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from masked import ATTENTION, IDS, SEEN, WIDE, harvested, spec_of, tiny_masks
-from tiny import FAMILIES, tiny_parent
 from torch import Tensor
 
-from moesmith.attention import zeroed
-from moesmith.carving import Carving
-from moesmith.digests import model_digest
 from moesmith.errors import MoesmithError
-from moesmith.moe import build
-from moesmith.parents import Parent
-from moesmith.sizes import Sizes
-from moesmith.structure import attention_weights, decoder_layers
-from moesmith.tomoe import hypernetwork
-from moesmith.tomoe.harvest import _Curve, check_budget, floor_of, harvest
-from moesmith.tomoe.hypernetwork import Masks
-from moesmith.tomoe.objective import MaskObjective, active_share, log_ratio
-from moesmith.tomoe.student import MaskedFFN, masked_model, switch
-from moesmith.train import Masters, train
+from moesmith.methods.tomoe import hypernetwork
+from moesmith.methods.tomoe.harvest import _Curve, check_budget, floor_of, harvest
+from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.methods.tomoe.objective import MaskObjective, active_share, log_ratio
+from moesmith.methods.tomoe.student import MaskedFFN, masked_model, switch
+from moesmith.mixture.attention import zeroed
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import active_share as share_of
+from moesmith.mixture.moe import build
+from moesmith.parent.digests import model_digest
+from moesmith.parent.load import Parent
+from moesmith.parent.sizes import Sizes
+from moesmith.parent.structure import attention_weights, decoder_layers
+from moesmith.testing.masks import ATTENTION, IDS, SEEN, WIDE, harvested, spec_of, tiny_masks
+from moesmith.testing.parents import FAMILIES, tiny_parent
+from moesmith.training.loop import Masters, train
 
 
 def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -268,7 +269,7 @@ def test_the_active_share_is_what_the_tensors_hold(family: str) -> None:
             if name.endswith("_proj.weight"):
                 active += filled(zeroed(name, tensor, carved))
                 total += tensor.numel()
-    assert carving.active_share(parent) == pytest.approx(active / total, abs=1e-12)
+    assert share_of(parent, carving) == pytest.approx(active / total, abs=1e-12)
     assert 0.4 < active / total <= 0.5
 
 
@@ -279,12 +280,12 @@ def test_the_harvest_meets_its_budget(family: str, attention: str, budget: float
     parent = tiny_parent(family, **WIDE)
     masks = tiny_masks(parent, attention=attention, budget=budget)
     carving, facts = harvest(masks, parent, SEEN, {"method": "tomoe"})
-    assert budget - 0.001 <= carving.active_share(parent) <= budget
-    assert facts["active_share"] == carving.active_share(parent)
+    assert budget - 0.001 <= share_of(parent, carving) <= budget
+    assert facts["active_share"] == share_of(parent, carving)
     assert facts["union"] == pytest.approx(float(carving.union().mean()))
     assert facts["width_ffn"] == carving.widths().amax(1).double().mean()
     assert len(carving.attention) == (0 if attention == "none" else 4)
-    assert all(len(kept) >= 1 for layer in carving.layers for kept in layer.channels)
+    assert all(width >= 1 for layer in carving.layers for width in layer.widths)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -293,7 +294,7 @@ def test_a_small_parents_harvest_never_exceeds_its_budget(family: str, budget: f
     parent = tiny_parent(family)
     for attention in ATTENTION:
         if floor_of(Sizes.of(parent), attention) < budget:
-            assert harvested(parent, budget, attention=attention).active_share(parent) <= budget
+            assert share_of(parent, harvested(parent, budget, attention=attention)) <= budget
 
 
 def test_one_threshold_decides_everything() -> None:
@@ -303,7 +304,7 @@ def test_one_threshold_decides_everything() -> None:
     threshold = facts["threshold"]
     for index, (ffn, gate) in enumerate(masks.layers()):
         assert torch.equal(carving.mask(index), ffn.logits() >= threshold)
-        assert torch.equal(carving.layers[index].router_ED, ffn.router_ND)
+        assert torch.equal(carving.layers[index].router.weight_ED, ffn.router_ND)
         free = gate.static_logits() >= threshold
         assert torch.equal(carving.attention[index].qk_h, torch.cat([free, free]))
         assert carving.attention[index].threshold == pytest.approx(threshold)
@@ -324,7 +325,7 @@ def test_equal_widths_fill_up_for_free() -> None:
     ragged, equal = (harvested(parent, widths=widths) for widths in ("threshold", "equal"))
     assert (ragged.widths() != ragged.widths()[:, :1]).any()
     assert torch.equal(equal.widths(), ragged.widths().amax(1, keepdim=True).expand(-1, 4))
-    assert equal.active_share(parent) == ragged.active_share(parent)
+    assert share_of(parent, equal) == share_of(parent, ragged)
     assert all((equal.mask(i) >= ragged.mask(i)).all() for i in range(parent.L))
 
 
@@ -345,7 +346,7 @@ def test_a_harvest_survives_the_disk(attention: str, tmp_path: Path) -> None:
     carving.save(tmp_path)
     again = Carving.load(tmp_path)
     assert torch.equal(again.widths(), carving.widths())
-    assert again.active_share(parent) == carving.active_share(parent)
+    assert share_of(parent, again) == share_of(parent, carving)
     assert len(again.attention) == len(carving.attention)
     for one, other in zip(again.attention, carving.attention, strict=True):
         assert one.tensors().keys() == other.tensors().keys()

@@ -12,23 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from masked import ATTENTION, IDS, harvested
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, STOCK, tiny_parent
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moesmith.attention import CarvedAttention
-from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
 from moesmith.export import folder as folders
 from moesmith.export.native import CODE, write_native
-from moesmith.export.stock import stock_reference, verify_folder, write_stock
-from moesmith.moe import build
+from moesmith.export.stock.write import stock_reference, verify_folder, write_stock
+from moesmith.mixture.attention import CarvedAttention
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.moe import build
 from moesmith.native.heads import PrunedAttention
-from moesmith.parents import Parent
-from moesmith.structure import attention_of, attention_weights, decoder_layers, head_dim
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import attention_of, attention_weights, decoder_layers, head_dim
+from moesmith.testing.masks import ATTENTION, IDS, harvested
+from moesmith.testing.parents import FAMILIES, STOCK, tiny_parent
 
 MULTI_HEAD = {"num_key_value_heads": 4}
 
@@ -155,9 +155,9 @@ def test_rows_are_really_gone(family: str, tmp_path: Path) -> None:
             assert torch.equal(tensors[f"{prefix}.up_UD"], ffn.up_FD[union])
         places = tensors[f"{prefix}.index_EF"]
         assert places.dtype == torch.int32
-        for row, channels in zip(places, carving.layers[index].channels, strict=True):
-            assert torch.equal(union[row[row >= 0].long()], channels)
-            assert (row[len(channels) :] == -1).all()
+        for row, expert in zip(places, carving.layers[index].routed, strict=True):
+            assert torch.equal(union[row[row >= 0].long()], expert.channels)
+            assert (row[expert.width :] == -1).all()
     assert narrow > 0
     with torch.no_grad():
         cache = model(IDS, use_cache=True).past_key_values

@@ -13,15 +13,16 @@ import torch
 from commands import moesmith
 from conversions import LEARNED, convert, snapshot, weights
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
-from moesmith.artefact import read_json, verify_files
-from moesmith.carving import Carving
-from moesmith.moe import build
-from moesmith.parents import load_parent
-from moesmith.pipeline import Run
-from moesmith.stages.finish import load_finished
+from moesmith.conversion.stages.finish import load_finished
+from moesmith.files.artefact import read_json, verify_files
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import active_share
+from moesmith.mixture.moe import build
+from moesmith.parent.load import load_parent
+from moesmith.run.pipeline import Run
+from moesmith.testing.parents import save_tiny, tiny_model
 
 WARM = ["masks.start=carving", "masks.budget=0.6", "affinity.method=scores", "router.start=lda"]
 
@@ -71,7 +72,7 @@ def test_the_masks_stage_says_what_came_out(made: Callable[[str], Run], family: 
     run = made(family)
     parent, carving = load_parent(run.inputs["model"], torch.float32), Carving.load(run.path("masks"))
     metrics = run.manifest("masks")["metrics"]
-    assert metrics["active_share"] == pytest.approx(carving.active_share(parent))
+    assert metrics["active_share"] == pytest.approx(active_share(parent, carving))
     assert 0.45 < metrics["active_share"] <= 0.5
     assert metrics["steps"] == len(log_of(run)) == 8
     assert metrics["last_loss"] < metrics["first_loss"]
@@ -150,7 +151,7 @@ def test_a_start_from_a_carving_has_the_stages_before(home: Path, tmp_path: Path
     evaluation = read_json(run.path("evaluate") / "evaluation.json")["stages"]
     assert list(evaluation) == ["parent", "carve", "masks", "stock"]
     parent = load_parent(str(home / "m"), torch.float32)
-    assert Carving.load(run.path("carve")).active_share(parent) == pytest.approx(0.6, abs=0.01)
+    assert active_share(parent, Carving.load(run.path("carve"))) == pytest.approx(0.6, abs=0.01)
     assert log_of(run)[0]["active"] == pytest.approx(0.6, abs=0.05)
 
 
@@ -158,16 +159,19 @@ def test_tomoe_plus_refits_on_routed_tokens(home: Path, tmp_path: Path) -> None:
     run = convert("tomoe-plus", home / "m", home / "d", tmp_path / "run", ["masks.budget=0.6"])
     start, before, carving = (Carving.load(run.path(name)) for name in ("carve", "masks", "refit"))
     assert [c.compensation for c in (start, before, carving)] == ["none", "none", "refit"]
-    assert all(layer.down is None for layer in start.layers)  # masks are learned over the parent's weights
+    assert all(
+        expert.down_DF is None for layer in start.layers for expert in layer.routed
+    )  # masks are learned over the parent's weights
     assert (carving.widths() == carving.widths()[:, :1]).all()
     parent = load_parent(str(home / "m"), torch.float32)
     for index, (one, other) in enumerate(zip(before.layers, carving.layers, strict=True)):
         assert torch.equal(before.mask(index), carving.mask(index))
-        assert torch.equal(one.router_ED, other.router_ED)
-        assert one.down is None
-        assert other.down is not None
-        for kept, down_DF in zip(other.channels, other.down, strict=True):
-            assert not torch.allclose(down_DF, parent.ffns[index].down_DF[:, kept], atol=1e-3)
+        assert torch.equal(one.router.weight_ED, other.router.weight_ED)
+        assert all(expert.plain for expert in one.routed)
+        for expert in other.routed:
+            assert expert.down_DF is not None
+            kept_DF = parent.ffns[index].down_DF[:, expert.channels]
+            assert not torch.allclose(expert.down_DF, kept_DF, atol=1e-3)
     assert sum(run.manifest("refit")["metrics"]["share_by_expert"]) == pytest.approx(1)
     stages = read_json(run.path("evaluate") / "evaluation.json")["stages"]
     assert list(stages) == ["parent", "carve", "masks", "refit"]

@@ -14,21 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_parent
 from torch import Tensor, nn
 
-from moesmith import train as training
-from moesmith.artefact import read_metadata, read_tensors
+from moesmith.conversion.stages.training import harvest, prepare
 from moesmith.errors import MoesmithError
-from moesmith.losses import head_loss
-from moesmith.moe import build, moe_blocks
-from moesmith.parents import Parent
-from moesmith.recipe import TrainSection, load_recipe
-from moesmith.stages.training import harvest, prepare
-from moesmith.train import Masters, Student, batch_rows, learning_rate, steps_of, train
+from moesmith.files.artefact import read_metadata, read_tensors
+from moesmith.mixture.moe import build, moe_blocks
+from moesmith.parent.load import Parent
+from moesmith.run.recipe import TrainSection, load_recipe
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import tiny_parent
+from moesmith.training import loop as training
+from moesmith.training.loop import Masters, Student, batch_rows, learning_rate, steps_of, train
+from moesmith.training.losses import head_loss
 
 WINDOW, BATCH = 16, 8
 STAGE1 = TrainSection(window=WINDOW, batch=BATCH, micro_batch=BATCH, lr=3e-3, gate="dense", gate_temperature=0.5)

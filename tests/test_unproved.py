@@ -14,11 +14,20 @@ from conversions import arguments, convert, weights
 from refusals import CURE, refused
 from test_outputs import tree
 
-from moesmith.artefact import MANIFEST, TEMPORARY, file_digest, read_json, sums_of, write_atomic, write_json, write_list
 from moesmith.errors import MoesmithError
 from moesmith.export import targets, verify
 from moesmith.export.target import Options
-from moesmith.parents import Parent, load_parent
+from moesmith.files.artefact import (
+    MANIFEST,
+    TEMPORARY,
+    file_digest,
+    read_json,
+    sums_of,
+    write_atomic,
+    write_json,
+    write_list,
+)
+from moesmith.parent.load import Parent, load_parent
 
 KERNELS = [
     (RuntimeError("grouped_mm: strides should be multiple of 16 bytes\nand more"), "RuntimeError: grouped_mm: strides"),

@@ -6,21 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from carvings import random_carving
-from masked import IDS, SEEN, WIDE, spec_of
-from tiny import FAMILIES, tiny_parent
 
-from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
-from moesmith.parents import Parent
-from moesmith.recipe import load_recipe
-from moesmith.scores import kept_channels
-from moesmith.sizes import Sizes
-from moesmith.tomoe.harvest import harvest
-from moesmith.tomoe.hypernetwork import Masks
-from moesmith.tomoe.objective import MaskObjective
-from moesmith.tomoe.student import masked_model
-from moesmith.tomoe.warm import DROPPED, KEPT, expert_ratio, pruned_share, start_from
+from moesmith.methods.scores import kept_channels
+from moesmith.methods.tomoe.harvest import harvest
+from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.methods.tomoe.objective import MaskObjective
+from moesmith.methods.tomoe.student import masked_model
+from moesmith.methods.tomoe.warm import DROPPED, KEPT, expert_ratio, pruned_share, start_from
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import active_share
+from moesmith.parent.load import Parent
+from moesmith.parent.sizes import Sizes
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.masks import IDS, SEEN, WIDE, spec_of
+from moesmith.testing.parents import FAMILIES, tiny_parent
 
 
 def warm(parent: Parent, budget: float, experts: int = 8, **settings: Any) -> tuple[Masks, Carving]:
@@ -38,13 +39,13 @@ def warm(parent: Parent, budget: float, experts: int = 8, **settings: Any) -> tu
 def test_the_first_harvest_is_the_carving(family: str, attention: str) -> None:
     parent = tiny_parent(family)
     masks, carving = warm(parent, 0.7, 4, attention=attention)
-    given = carving.active_share(parent)
+    given = active_share(parent, carving)
     masks.spec = spec_of(start="carving", budget=given + 1e-9, attention=attention)
     found, facts = harvest(masks, parent, SEEN, {})
-    assert found.active_share(parent) == pytest.approx(given)
+    assert active_share(parent, found) == pytest.approx(given)
     for index in range(parent.L):
         assert torch.equal(found.mask(index), carving.mask(index))
-        assert torch.equal(found.layers[index].router_ED, carving.layers[index].router_ED)
+        assert torch.equal(found.layers[index].router.weight_ED, carving.layers[index].router.weight_ED)
     assert all((a.width_qk, a.width_vo) == (len(a.qk_h), len(a.qk_h)) for a in found.attention)
     assert facts["threshold"] == pytest.approx((KEPT + DROPPED) / 2 - 3.0, abs=1e-3)  # far from both
 
@@ -85,7 +86,7 @@ def test_expert_ratio_is_what_the_budget_leaves() -> None:
 def test_a_carving_of_that_ratio_meets_the_budget(family: str) -> None:
     parent = tiny_parent(family, **WIDE)
     _, carving = warm(parent, 0.6)
-    assert carving.active_share(parent) == pytest.approx(0.6, abs=0.001)
+    assert active_share(parent, carving) == pytest.approx(0.6, abs=0.001)
 
 
 def test_a_carvings_own_ratio_counts_only_without_masks() -> None:

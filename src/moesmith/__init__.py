@@ -6,29 +6,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moesmith.carving import Carving
-    from moesmith.conversion import convert
+    from moesmith.conversion.convert import convert
     from moesmith.errors import MoesmithError
-    from moesmith.gates import GateSpec
-    from moesmith.moe import build
-    from moesmith.parents import Parent, load_parent
-    from moesmith.recipe import Recipe, load_recipe
+    from moesmith.mixture.carving import Carving
+    from moesmith.mixture.layer import Expert, Layer, Linear
+    from moesmith.mixture.moe import build
+    from moesmith.parent.load import Parent, load_parent
+    from moesmith.run.recipe import Recipe, load_recipe
 
 _HOMES = {
-    "Carving": "carving",
-    "convert": "conversion",
+    "Carving": "mixture.carving",
+    "convert": "conversion.convert",
     "MoesmithError": "errors",
-    "GateSpec": "gates",
-    "build": "moe",
-    "Parent": "parents",
-    "load_parent": "parents",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
+    "Expert": "mixture.layer",
+    "Layer": "mixture.layer",
+    "Linear": "mixture.layer",
+    "build": "mixture.moe",
+    "Parent": "parent.load",
+    "load_parent": "parent.load",
+    "Recipe": "run.recipe",
+    "load_recipe": "run.recipe",
 }
 
 __all__ = [
     "Carving",
-    "GateSpec",
+    "Expert",
+    "Layer",
+    "Linear",
     "MoesmithError",
     "Parent",
     "Recipe",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from moesmith.errors import MoesmithError
 
 if TYPE_CHECKING:
-    from moesmith.parents import Parent
+    from moesmith.parent.load import Parent
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -115,8 +115,8 @@ def parent_or_source(model: Any, tokenizer: Any = None) -> Parent | str:
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from moesmith.parents import Parent
-    from moesmith.train import refuse_inference
+    from moesmith.parent.load import Parent
+    from moesmith.training.loop import refuse_inference
 
     if isinstance(model, PreTrainedModel | Parent):
         refuse_inference(model.model if isinstance(model, Parent) else model)

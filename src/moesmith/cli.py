@@ -39,7 +39,7 @@ RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file"
 @app.command()
 def presets(as_json: Json = False) -> None:
     """List the recipes that come with moesmith."""
-    from moesmith.recipe import presets as known
+    from moesmith.run.recipe import presets as known
 
     found = known()
     if as_json:
@@ -61,7 +61,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict parameters, memory, disk, tokens and wall time before any work."""
-    from moesmith.conversion import predict
+    from moesmith.conversion.convert import predict
 
     found = predict(recipe, model, data, settings=settings, budget=budget, dtype=dtype, device=device, time=time)
     if as_json:
@@ -109,8 +109,8 @@ def convert(
     time: Time = None,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts; the same command continues a run that was stopped."""
-    from moesmith.conversion import convert as run_conversion
-    from moesmith.overview import describe, show
+    from moesmith.conversion.convert import convert as run_conversion
+    from moesmith.report.overview import describe, show
 
     options: dict[str, Any] = {"settings": settings, "budget": budget, "reuse": reuse, "memory": memory}
     run_conversion(recipe, model, data, out_folder, dtype=dtype, device=device, time=time, **options)
@@ -130,8 +130,8 @@ def evaluate(
     overwrite: Overwrite = False,
 ) -> None:
     """Evaluate the finished model beside its dense parent."""
-    from moesmith.compare import compare
-    from moesmith.outputs import check_result, new_file
+    from moesmith.evaluation.compare import compare
+    from moesmith.files.outputs import check_result, new_file
 
     if json_file is not None:
         check_result(json_file, run, data, overwrite=overwrite)
@@ -139,7 +139,7 @@ def evaluate(
     rows = [(row["task"], row["metric"], row["parent"], row["moe"]) for row in table["results"]]
     show_table(f"{run}", ["task", "metric", "dense parent", "MoE"], rows)
     if json_file is not None:
-        from moesmith.artefact import write_json
+        from moesmith.files.artefact import write_json
 
         with new_file(json_file, overwrite=overwrite) as work:
             write_json(work, table)
@@ -148,7 +148,7 @@ def evaluate(
 @app.command()
 def inspect(run: RunFolder, as_json: Json = False) -> None:
     """Show a run's carving, gate and stages."""
-    from moesmith.overview import describe, show
+    from moesmith.report.overview import describe, show
 
     found = describe(run)
     if as_json:
@@ -167,7 +167,7 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Continue a prompt with the dense parent and the MoE, side by side."""
-    from moesmith.compare import continuations
+    from moesmith.evaluation.compare import continuations
 
     for name, text in continuations(run, prompt, tokens, chat, dtype, device).items():
         show_text(f"--- {name} ---\n{text}\n")

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from moesmith.artefact import read_json
-from moesmith.structure import attention_window, head_dim
+from moesmith.files.artefact import read_json
+from moesmith.parent.structure import attention_window, head_dim
 
 
 @dataclass(frozen=True)

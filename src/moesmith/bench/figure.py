@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesmith.artefact import write_atomic
+from moesmith.files.artefact import write_atomic
 from moesmith.report import style
 from moesmith.report.style import INK, MUTED, SIZE
 

@@ -9,18 +9,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moesmith.artefact import MANIFEST, digest, read_json, write_json
 from moesmith.bench.bounds import weight_files
-from moesmith.compute import long_name
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.export.converter import convert
 from moesmith.export.folder import whole_folder, write_companions
-from moesmith.export.gguf import Gguf
+from moesmith.export.gguf.converter import convert
+from moesmith.export.gguf.target import Gguf
 from moesmith.export.target import Options, Source
-from moesmith.loading import quiet
-from moesmith.outputs import check_file, new_file
-from moesmith.overview import STOCK
+from moesmith.files.artefact import MANIFEST, digest, read_json, write_json
+from moesmith.files.outputs import check_file, new_file
+from moesmith.parent.checkpoint import quiet
+from moesmith.parent.compute import long_name
+from moesmith.report.overview import STOCK
 
 KEYS = "made.json"  # file → key of what it was made from
 

@@ -20,22 +20,22 @@ import psutil
 import torch
 
 from moesmith.arguments import takes_paths
-from moesmith.artefact import read_json, read_tensors, write_json
 from moesmith.bench.bounds import Weights, bounds, of_folder, of_gguf
 from moesmith.bench.files import Files, size
 from moesmith.bench.process import RUNTIMES, Worker, cores, interpreter, threads
 from moesmith.bench.table import verdict
-from moesmith.compare import header_of
-from moesmith.compute import AUTO, Choice, Device, DType, long_name
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
-from moesmith.export.converter import OUTTYPES
-from moesmith.export.gguf import Gguf
+from moesmith.evaluation.compare import header_of
+from moesmith.export.gguf.converter import OUTTYPES
+from moesmith.export.gguf.target import Gguf
 from moesmith.export.target import Source
 from moesmith.export.targets import source_of
-from moesmith.outputs import check_result, new_file
-from moesmith.parents import choose_compute
-from moesmith.pipeline import versions
+from moesmith.files.artefact import read_json, read_tensors, write_json
+from moesmith.files.outputs import check_result, new_file
+from moesmith.parent.compute import AUTO, Choice, Device, DType, long_name
+from moesmith.parent.load import choose_compute
+from moesmith.run.pipeline import versions
 
 SIDES = ("dense", "moe")
 NAMES = {"dense": "the dense parent", "moe": "the MoE"}

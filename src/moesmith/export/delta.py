@@ -16,7 +16,15 @@ from typing import Any
 from torch import Tensor
 
 from moesmith.arguments import takes_paths
-from moesmith.artefact import (
+from moesmith.console import Meter, meter
+from moesmith.conversion.stages.finish import check_finished
+from moesmith.errors import MoesmithError
+from moesmith.evaluation.compare import header_of, parent_of
+from moesmith.export.folder import whole_folder, write_shards
+from moesmith.export.native import named_tensors
+from moesmith.export.stock.write import ARCHITECTURES, stock_tensors
+from moesmith.export.target import Options, Source
+from moesmith.files.artefact import (
     MANIFEST,
     SUMS,
     TEMPORARY,
@@ -29,20 +37,12 @@ from moesmith.artefact import (
     write_json,
     write_sums,
 )
-from moesmith.carving import Carving
-from moesmith.compare import header_of, parent_of
-from moesmith.compute import named
-from moesmith.console import Meter, meter
-from moesmith.errors import MoesmithError
-from moesmith.export.folder import whole_folder, write_shards
-from moesmith.export.native import named_tensors
-from moesmith.export.stock import ARCHITECTURES, stock_tensors
-from moesmith.export.target import Options, Source
-from moesmith.outputs import check_folder, check_place, existing, inputs_of
-from moesmith.parents import Parent, load_parent
-from moesmith.pipeline import versions
-from moesmith.proof import NATIVE
-from moesmith.stages.finish import check_finished
+from moesmith.files.outputs import check_folder, check_place, existing, inputs_of
+from moesmith.mixture.carving import Carving
+from moesmith.parent.compute import named
+from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.proof.family import NATIVE
+from moesmith.run.pipeline import versions
 
 FORMAT = 1
 MARK = "delta.json"
@@ -107,7 +107,7 @@ def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool 
 
     Raises:
         MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` may not
-            (``outputs.py``) or cannot be written, or the carving does not give the finished folders.
+            (``files/outputs.py``) or cannot be written, or the carving does not give the finished folders.
     """
     header = header_of(run)
     check_place(out, inputs_of(run))

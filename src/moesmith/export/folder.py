@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moesmith.artefact import read_json, write_json, write_sums, write_tensors
 from moesmith.errors import MoesmithError
-from moesmith.layerwise import Layered, layered
-from moesmith.loading import checked, first_line, quiet
+from moesmith.files.artefact import read_json, write_json, write_sums, write_tensors
+from moesmith.files.outputs import new_folder
 from moesmith.native.modeling import MoesmithConfig
-from moesmith.outputs import new_folder
-from moesmith.parents import Parent
-from moesmith.structure import decoder_layers
+from moesmith.parent.checkpoint import checked, first_line, quiet
+from moesmith.parent.layerwise import Layered, layered
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import decoder_layers
 
 SHARD_BYTES = 2**30  # a shard is in memory while it is written
 REMAKE = "Delete the folder and run the command that made it again: the same 'moesmith convert' for a run's."
@@ -116,10 +116,10 @@ def _one_layer(config: Any, index: int, shell: bool) -> PreTrainedConfig:
     old = config.to_dict()
     if isinstance(config, MoesmithConfig):
         inner = old["parent"]
-        per_layer = {name: old[name][index : index + 1] for name in ("widths", "unions") if old.get(name)}
+        described = config.described()
+        old |= {"layers": [described[index] | {"path": described[0]["path"]}]}
         if old.get("attention"):
-            per_layer["attention"] = [old["attention"][index] | {"path": old["attention"][0]["path"]}]
-        old |= per_layer | {"paths": old["paths"][:1]}
+            old["attention"] = [old["attention"][index] | {"path": old["attention"][0]["path"]}]
     else:
         inner = old
     if inner.get("layer_types"):

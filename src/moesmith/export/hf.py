@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moesmith.export.stock import Layout, stock_reference, stock_refusal, write_stock
+from moesmith.export.stock.write import Layout, stock_reference, stock_refusal, write_stock
 from moesmith.export.target import Options, Source, stock_losses
 from moesmith.export.verify import verify_folder
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from moesmith.attention import narrowed
-from moesmith.carving import Carving
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.target import Options, Source
 from moesmith.export.verify import verify_folder
-from moesmith.mapped import give_back
-from moesmith.moe import block, build
+from moesmith.mixture.attention import narrowed
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.moe import besides, block, build
 from moesmith.native.modeling import MoesmithConfig, MoesmithForCausalLM, MoesmithModel
-from moesmith.parents import Parent
-from moesmith.sizes import Sizes
-from moesmith.structure import attention_of, attention_weights, decoder_layers
+from moesmith.parent.load import Parent
+from moesmith.parent.mapped import give_back
+from moesmith.parent.sizes import Sizes
+from moesmith.parent.structure import attention_of, attention_weights, decoder_layers
 
 CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that travel with the weights
 
@@ -65,21 +65,13 @@ def write_native(
     Raises:
         MoesmithError: ``folder`` holds something (:func:`folder.whole_folder`), or cannot be written.
     """
-    widths_LE = carving.widths()
-    widths_L = widths_LE.amax(1)
-    shared = carving.subsets
-    plain = parent.ffns[0].matrices == 2
     config = MoesmithConfig(
         parent=parent.config.to_dict() | {"dtype": None},
-        gate=carving.gate.model_dump(),
-        paths=[ffn.path for ffn in parent.ffns],
-        widths=widths_L.tolist(),
-        unions=[int(carving.mask(i).any(0).sum()) for i in range(parent.L)] if shared else None,
+        layers=[_described(parent, carving, i) for i in range(parent.L)],
         attention=[_shape(parent, carving, i) for i in range(parent.L)] if carving.attention else None,
         activation=parent.ffns[0].activation_name,
-        gated=not plain,
-        has_bias=carving.expert_biases(parent, 0, 0)[1] is not None,
-        has_gate_bias=carving.expert_biases(parent, 0, 0)[0] is not None,
+        gated=parent.ffns[0].up_FD is not None,
+        has_gate_bias=parent.ffns[0].gate_bias_F is not None,
         architectures=[MoesmithForCausalLM.__name__],
         dtype=parent.model.dtype,
     )
@@ -95,12 +87,28 @@ def write_native(
         for name in CODE:
             shutil.copyfile(str(files("moesmith") / "native" / f"{name}.py"), work / f"{name}.py")
         write_companions(parent, work)
-    padding = 0.0 if shared else round(1 - float(widths_LE.double().mean(1).sum()) / int(widths_L.sum()), 4)
+    kept = sum(sum(layer.widths) for layer in carving.layers)
+    stored = sum(max(layer.widths) * len(layer.routed) for layer in carving.layers)
     return {
         "architecture": MoesmithForCausalLM.__name__,
-        "expert_width": int(widths_L.max()),
-        "zero_channels": padding,
+        "expert_width": max(max(layer.widths) for layer in carving.layers),
+        "zero_channels": 0.0 if carving.subsets else round(1 - kept / stored, 4),
         "bytes": size,
+    }
+
+
+def _described(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
+    """One layer as ``MoesmithConfig.layers`` says it."""
+    layer, ffn = carving.layers[index], parent.ffns[index]
+    shared = layer.shared
+    return {
+        "path": ffn.path,
+        "gate": layer.gate(ffn).model_dump(),
+        "width": max(layer.widths),
+        "union": int(carving.mask(index).any(0).sum()) if carving.subsets else None,
+        "bias": carving.expert_biases(parent, index, 0)[1] is not None,
+        "shared": 0 if shared is None else shared.width,
+        "shared_bias": shared is not None and carving.expert_biases(parent, index, shared)[1] is not None,
     }
 
 
@@ -140,17 +148,19 @@ def _union(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, 
     ffn, carved = parent.ffns[index], carving.layers[index]
     dtype = ffn.gate_FD.dtype
     union = carving.mask(index).any(0).nonzero()[:, 0]
-    yield "router.weight", carved.router_ED.to(dtype)
+    for name, p in nn.ModuleDict(besides(parent, carving, index)).named_parameters():
+        if name != "router.noise":
+            yield name, p.detach()
     yield "experts.gate_UD", ffn.gate_FD[union.to(ffn.gate_FD.device)]
     if ffn.up_FD is not None:
         yield "experts.up_UD", ffn.up_FD[union.to(ffn.up_FD.device)]
     yield "experts.down_DU", ffn.down_DF[:, union.to(ffn.down_DF.device)]
     if ffn.gate_bias_F is not None:
         yield "experts.gate_bias_U", ffn.gate_bias_F[union.to(ffn.gate_bias_F.device)]
-    biases = [carving.expert_biases(parent, index, e)[1] for e in range(carving.gate.experts)]
+    biases = [carving.expert_biases(parent, index, e)[1] for e in range(len(carved.routed))]
     if biases[0] is not None:
         yield "experts.bias_ED", torch.stack([b for b in biases if b is not None]).to(dtype)
-    places = [torch.searchsorted(union, kept).to(torch.int32) for kept in carved.channels]
+    places = [torch.searchsorted(union, expert.channels).to(torch.int32) for expert in carved.routed]
     yield "experts.index_EF", pad_sequence(places, batch_first=True, padding_value=-1)
 
 

@@ -15,13 +15,13 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from moesmith.artefact import read_json
 from moesmith.errors import MoesmithError
-from moesmith.export.stock import ARCHITECTURES, Layout, stock_reference, stock_refusal, write_stock
+from moesmith.export.stock.write import ARCHITECTURES, Layout, stock_reference, stock_refusal, write_stock
 from moesmith.export.target import Options, Source, reach_loss, stock_losses
 from moesmith.export.verify import verify_folder
-from moesmith.parents import Parent
-from moesmith.structure import head_dim
+from moesmith.files.artefact import read_json
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import head_dim
 
 
 class SGLang:
@@ -50,7 +50,7 @@ class SGLang:
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
         """The folder in the parent's dtype; see :func:`stock.write_stock`."""
-        layout = Layout(dialect_of(source.parent), True, source.context, options.shard_bytes)
+        layout = Layout(dialect_of(source.parent), untied=True, context=source.context, shard_bytes=options.shard_bytes)
         return write_stock(source.parent, source.carving, out, source.parent.model.dtype, layout)
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:

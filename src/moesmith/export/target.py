@@ -9,14 +9,16 @@ from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
-from moesmith.artefact import MANIFEST, read_json
-from moesmith.carving import Carving
 from moesmith.errors import MoesmithError
-from moesmith.overview import STOCK, finished_of
-from moesmith.parents import Parent
-from moesmith.structure import attention_window
+from moesmith.files.artefact import MANIFEST, read_json
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.home import Home, home_of, padding
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import attention_window
+from moesmith.report.overview import STOCK, finished_of
 
 Quant = Literal["f32", "bf16", "q8_0", "q4_k_m"]
+WASTE = 0.05  # share of channels of zeros that is worth a word
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -139,19 +141,29 @@ class Target(Protocol):
         """
 
 
-def stock_losses(source: Source) -> list[str]:
-    """What every stock architecture drops of a carving, and what that cost in the run's own evaluation."""
-    found = []
+def stock_losses(source: Source, home: Home | None = None) -> list[str]:
+    """What a stock architecture drops of a carving, what that cost in the run's own evaluation, and room it wastes.
+
+    Args:
+        source: the model.
+        home: how it would be written; as ``hf`` writes it if left out.
+    """
+    found, carving = [], source.carving
+    home = home or home_of(source.parent.family, carving)
     if any(attention.proj_in_RD is not None for attention in source.carving.attention):
         measured = source.metrics("evaluate")
         cost = ""
         if STOCK in measured:
             cost = f": perplexity {measured[finished_of(measured)]:.2f} -> {measured[STOCK]:.2f} on held-out text"
         found.append(f"attention's masks by token (V and O are whole){cost}")
-    if source.carving.compensation == "bias":
+    if source.carving.biased:
         kl = source.metrics("export").get("constant_channel_logits_kl")
         cost = "" if kl is None else f": mean KL {kl:.1e} nats on held-out text"
         found.append(f"exact biases (a constant channel stands in){cost}")
+    if (zeros := padding(carving, home)) >= WASTE:
+        found.append(f"room: {zeros:.0%} of the experts' channels on disk are zeros, for all must be {home.width} wide")
+    if home.folded:
+        found.append(f"room: the shared expert is written into each of {home.experts} experts")
     return found
 
 

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from moesmith.arguments import path_of, takes_paths
-from moesmith.artefact import MANIFEST, read_tensors
-from moesmith.carving import Carving
-from moesmith.compare import parent_of
-from moesmith.compute import AUTO, Device
 from moesmith.console import say
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.compare import parent_of
 from moesmith.export.delta import Delta
-from moesmith.export.gguf import Gguf
+from moesmith.export.gguf.target import Gguf
 from moesmith.export.hf import HuggingFace
 from moesmith.export.native import Native
 from moesmith.export.sglang import SGLang
 from moesmith.export.target import Options, Source, Target
-from moesmith.outputs import check_file, check_folder, check_place, inputs_of, new_file, new_folder
-from moesmith.overview import CARVINGS
-from moesmith.positions import text_to_compare
+from moesmith.files.artefact import MANIFEST, read_tensors
+from moesmith.files.outputs import check_file, check_folder, check_place, inputs_of, new_file, new_folder
+from moesmith.mixture.carving import Carving
+from moesmith.parent.compute import AUTO, Device
+from moesmith.parent.proof.positions import text_to_compare
+from moesmith.report.overview import CARVINGS
 
 KNOWN: list[Target] = [
     HuggingFace(),
@@ -102,7 +102,7 @@ def export_run(
 
     Raises:
         MoesmithError: an unknown target, an option it does not take, an ``out`` that may not be written
-            (``outputs.py``), a model that does not fit, or one that answers differently after writing.
+            (``files/outputs.py``), a model that does not fit, or one that answers differently after writing.
     """
     if to not in TARGETS:
         what = "no target is given" if to is None else f"there is no target {to}"

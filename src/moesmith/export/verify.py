@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesmith.accelerator import free_memory
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import layered_folder, load_folder
-from moesmith.gates import Router
-from moesmith.layerwise import Decoder, Layered, cast, last_hidden
-from moesmith.loading import first_line
-from moesmith.moe import moe_blocks
-from moesmith.parents import Parent
+from moesmith.mixture.moe import moe_blocks
+from moesmith.native.gate import Router
+from moesmith.parent.accelerator import free_memory
+from moesmith.parent.checkpoint import first_line
+from moesmith.parent.layerwise import Decoder, Layered, cast, last_hidden
+from moesmith.parent.load import Parent
 
 TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moesmith.moments import Moments
-from moesmith.parents import Parent
-from moesmith.recipe import CarveSection
-from moesmith.scores import channel_scores, choose
+from moesmith.methods.moments import Moments
+from moesmith.methods.scores import channel_scores, choose
+from moesmith.parent.load import Parent
+from moesmith.run.recipe import CarveSection
 
 
 def by_score(parent: Parent, groups: Sequence[Moments], spec: CarveSection, seed: int) -> list[list[Tensor]]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moesmith.moments import Moments
-from moesmith.parents import Parent
-from moesmith.recipe import CarveSection
-from moesmith.scores import kept_channels
+from moesmith.methods.moments import Moments
+from moesmith.methods.scores import kept_channels
+from moesmith.parent.load import Parent
+from moesmith.run.recipe import CarveSection
 
 
 def independent_random(parent: Parent, groups: Sequence[Moments], spec: CarveSection, seed: int) -> list[list[Tensor]]:

@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moesmith.moments import Moments
-from moesmith.parents import Parent
-from moesmith.recipe import CarveSection
+from moesmith.methods.moments import Moments
+from moesmith.parent.load import Parent
+from moesmith.run.recipe import CarveSection
 
 
 class Method(Protocol):

@@ -197,20 +197,27 @@ class UnionExperts(SlicedExperts):
 
 
 class MoEBlock(nn.Module):
-    """A router and its experts in the place of a feed-forward network: (…, D) to (…, D)."""
+    """A router and its experts in the place of a feed-forward network: (…, D) to (…, D).
 
-    def __init__(self, router: Any, experts: Any) -> None:
+    Attributes:
+        router: tokens to weights and ids of experts.
+        experts: the routed experts, in any form.
+        shared: an expert that every token uses with weight 1, or ``None``.
+    """
+
+    def __init__(self, router: Any, experts: Any, shared: SlicedExperts | None = None) -> None:
         super().__init__()
         self.router = router
         self.experts = experts
+        self.shared = shared
         # one pruned FFN is not routed: its weight is 1
-        spec = router.spec
-        self.alone = spec.experts == 1 and spec.renormalise and spec.scale == 1 and isinstance(experts, SlicedExperts)
+        self.alone = router.spec.experts == 1 and isinstance(experts, SlicedExperts)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Route every token and mix its experts' outputs."""
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         _, weights_TK, ids_TK = self.router(x_TD)
-        if self.alone:
-            return self.experts.expert(x_TD, 0).view_as(hidden)
-        return self.experts(x_TD, ids_TK, weights_TK).view_as(hidden)
+        y_TD = self.experts.expert(x_TD, 0) if self.alone else self.experts(x_TD, ids_TK, weights_TK)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared.expert(x_TD, 0)
+        return y_TD.view_as(hidden)

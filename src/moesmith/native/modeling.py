@@ -47,28 +47,41 @@ class MoesmithConfig(PreTrainedConfig):
 
     Attributes:
         parent: the parent's config as a dictionary.
-        gate: the gate's semantics, the fields of ``moesmith.gates.GateSpec``.
-        paths: name of each layer's feed-forward network in the parent.
-        widths: expert width of each layer (its widest expert; narrower ones are padded with zeros).
-        unions: channels of each layer that any expert keeps, where experts are subsets of one network; else ``None``.
+        layers: of each layer ``path`` (the feed-forward network's name in the parent), ``gate`` (the fields of
+            ``moesmith.mixture.gates.GateSpec``), ``width`` (of its widest expert; narrower ones are padded with zeros),
+            ``union`` (channels that any routed expert keeps, where these are subsets of one network, else ``None``),
+            ``bias`` (whether routed experts have a bias of their output), ``shared`` (width of the shared expert, or 0)
+            and ``shared_bias``.
         attention: shape of each layer's pruned attention and its name (``path``), or ``None``.
         activation: name of the activation in ``ACT2FN``.
         gated: whether the networks are gated.
-        has_bias: whether experts have a bias of their output: the parent's own, or a compensation's.
-        has_gate_bias: whether they have one before the activation.
+        has_gate_bias: whether experts have a bias before the activation.
+        gate, paths, widths, unions, has_bias: the same as ``layers``, as version 0.1 wrote it.
     """
 
     model_type = "moesmith"
     parent: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] | None = None
+    attention: list[dict[str, Any]] | None = None
+    activation: str = "silu"
+    gated: bool = True
+    has_gate_bias: bool = False
     gate: dict[str, Any] | None = None
     paths: list[str] | None = None
     widths: list[int] | None = None
     unions: list[int] | None = None
-    attention: list[dict[str, Any]] | None = None
-    activation: str = "silu"
-    gated: bool = True
     has_bias: bool = False
-    has_gate_bias: bool = False
+
+    def described(self) -> list[dict[str, Any]]:
+        """``layers``, also of a folder that version 0.1 wrote."""
+        if self.layers is not None or not self.paths:
+            return self.layers or []
+        unions: list[int | None] = [*self.unions] if self.unions else [None] * len(self.paths)
+        rest = {"gate": self.gate, "bias": self.has_bias, "shared": 0, "shared_bias": False}
+        return [
+            {"path": path, "width": width, "union": union} | rest
+            for path, width, union in zip(self.paths, self.widths or (), unions, strict=True)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         parent = self.__dict__.get("parent")  # through __dict__: a copy is asked for fields before it has any
@@ -151,32 +164,49 @@ class MoesmithForCausalLM(_Native, GenerationMixin):
 
 def _empty(config: MoesmithConfig) -> Any:
     """The architecture, its experts still to be filled in by ``from_pretrained``."""
-    fields, gate = dict(config.parent or {}), SimpleNamespace(**(config.gate or {}))
+    fields = dict(config.parent or {})
     old = CONFIG_MAPPING[fields.pop("model_type")](**fields)
     old.intermediate_size = 1  # the parent's own networks are replaced at once
     inner: Any = AutoModelForCausalLM.from_config(old, attn_implementation=config._attn_implementation)
     inner.config.intermediate_size = fields["intermediate_size"]
-    E, D = gate.experts, old.hidden_size
-    unions: list[int | None] = [*config.unions] if config.unions else [None] * len(config.paths or ())
-    activation = ACT2FN[config.activation]
-    for path, width, union in zip(config.paths or (), config.widths or (), unions, strict=True):
-        bias_ED = torch.empty(E, D) if config.has_bias else None
-        experts: SlicedExperts
-        if union is None:
-            rows = torch.empty(E, (1 + config.gated) * width, D)
-            gate_bias_EF = torch.empty(E, width) if config.has_gate_bias else None
-            experts = SlicedExperts(rows, torch.empty(E, D, width), activation, bias_ED, gate_bias_EF)
-        else:
-            up_UD = torch.empty(union, D) if config.gated else None
-            index_EF = torch.empty(E, width, dtype=torch.int32)
-            gate_bias_U = torch.empty(union) if config.has_gate_bias else None
-            experts = UnionExperts(
-                torch.empty(union, D), up_UD, torch.empty(D, union), index_EF, activation, bias_ED, gate_bias_U
-            )
-        _replace(inner, path, MoEBlock(Router(gate, torch.empty(E, D)), experts))
+    for layer in config.described():
+        _replace(inner, layer["path"], _block(config, layer, old.hidden_size))
     for index, shape in enumerate(config.attention or ()):
         _replace(inner, shape["path"], PrunedAttention(inner.config, index, shape))
     return inner.requires_grad_(True)
+
+
+def _block(config: MoesmithConfig, layer: dict[str, Any], D: int) -> MoEBlock:
+    """One layer's empty block."""
+    gate, width, union = SimpleNamespace(**layer["gate"]), layer["width"], layer["union"]
+    E, activation, gated, biased = gate.experts, ACT2FN[config.activation], config.gated, config.has_gate_bias
+
+    def sliced(E: int, width: int, bias: bool) -> SlicedExperts:
+        rows, bias_ED = torch.empty(E, (1 + gated) * width, D), torch.empty(E, D) if bias else None
+        return SlicedExperts(
+            rows, torch.empty(E, D, width), activation, bias_ED, torch.empty(E, width) if biased else None
+        )
+
+    experts: SlicedExperts
+    if union is None:
+        experts = sliced(E, width, layer["bias"])
+    else:
+        experts = UnionExperts(
+            torch.empty(union, D),
+            torch.empty(union, D) if gated else None,
+            torch.empty(D, union),
+            torch.empty(E, width, dtype=torch.int32),
+            activation,
+            torch.empty(E, D) if layer["bias"] else None,
+            torch.empty(union) if biased else None,
+        )
+    rows: Any = ()  # of the parent, which the router is made of
+    if (logits := getattr(gate, "logits", "linear")) != "linear":
+        hidden = logits == "hidden"
+        up_ED, bias_E = torch.empty(E, D) if gated and hidden else None, torch.empty(E) if biased else None
+        rows = (None, up_ED, bias_E, activation if hidden else None)
+    shared = sliced(1, layer["shared"], layer["shared_bias"]) if layer["shared"] else None
+    return MoEBlock(Router(gate, torch.empty(E, D), *rows), experts, shared)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

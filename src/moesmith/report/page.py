@@ -20,13 +20,13 @@ import yaml
 from numpy.typing import NDArray
 
 from moesmith.arguments import takes_paths
-from moesmith.artefact import check_file, write_text
+from moesmith.data.overlap import found_in, warnings
 from moesmith.errors import MoesmithError
-from moesmith.outputs import check_result, new_file, real
-from moesmith.overlap import found_in, warnings
-from moesmith.overview import STOCK, finished_of, versions_of
+from moesmith.files.artefact import check_file, write_text
+from moesmith.files.outputs import check_result, new_file, real
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
+from moesmith.report.overview import STOCK, finished_of, versions_of
 from moesmith.report.source import AbsentError, Source, present
 
 DEAD = 0.05  # an expert is dead below this part of the uniform share
@@ -216,10 +216,10 @@ def _read_matrix(path: Path) -> tuple[list[str], NDArray[np.float64]]:
 
 def _overlap(source: Source) -> dict[str, Any]:
     carving = source.carving
-    if carving.gate.experts < 2:
+    if carving.experts < 2:
         raise AbsentError
     iou, union, widths = (x.numpy().astype(float) for x in (carving.overlap(), carving.union(), carving.widths()))
-    pairs = iou[:, *np.triu_indices(carving.gate.experts, 1)]
+    pairs = iou[:, *np.triu_indices(carving.experts, 1)]
     random_iou, random_union = masks.chance(widths / carving.d_ff)
     return {
         "figure": source.picture(figures.overlap_figure(iou, union), "overlap", "Overlap of the experts' channels"),

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moesmith.artefact import MANIFEST, read_json, write_atomic
-from moesmith.carving import Carving
-from moesmith.overview import STAGES
+from moesmith.evaluation.routing import Routing
+from moesmith.files.artefact import MANIFEST, read_json, write_atomic
+from moesmith.mixture.carving import Carving
 from moesmith.report import style
-from moesmith.report.routing import Routing
+from moesmith.report.overview import STAGES
 
 
 class AbsentError(Exception):

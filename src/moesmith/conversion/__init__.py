@@ -1,0 +1,1 @@
+"""A conversion from start to finish, and what it will cost."""

@@ -1,0 +1,281 @@
+"""A conversion from start to finish: the stages in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesmith.arguments import parent_or_source, path_of, path_text, refuse_many_processes, several
+from moesmith.console import duration, say
+from moesmith.conversion.pace import measure, parse_time, tokens_of, with_tokens
+from moesmith.conversion.plan import check_room, fit_time, make_plan, parse_bytes
+from moesmith.conversion.stages.carve import affinity_stage, carve_stage
+from moesmith.conversion.stages.data import (
+    check_text,
+    check_windows,
+    corpus_stage,
+    domains_stage,
+    held_out_stage,
+    moments_stage,
+    stages_to_train,
+)
+from moesmith.conversion.stages.finish import baseline_stage, check_known, evaluate_stage, export_stage
+from moesmith.conversion.stages.masks import masks_stage, refit_stage
+from moesmith.conversion.stages.training import experts_stage, router_stage
+from moesmith.data.text import Domain, check_splits, load_domains, source_digest
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_json
+from moesmith.files.outputs import check_place, existing
+from moesmith.methods.affinity import published
+from moesmith.parent.accelerator import free_memory
+from moesmith.parent.checkpoint import has_weights
+from moesmith.parent.compute import AUTO, Device, DType, long_name, named, parse_dtype, short
+from moesmith.parent.digests import tokenizer_digest
+from moesmith.parent.load import Parent, choose_compute, load_parent, load_skeleton
+from moesmith.run.fingerprints import parent_digests
+from moesmith.run.pipeline import Run, check_folder, check_reuse
+from moesmith.run.recipe import Recipe, choose_recipe
+from moesmith.training.loop import ordinary_mode
+
+
+@ordinary_mode()
+def convert(
+    recipe: str | Path | Recipe,
+    model: str | Path | Parent | PreTrainedModel,
+    data: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    settings: str | Sequence[str] | None = (),
+    budget: str | None = None,
+    reuse: str | Path | Sequence[str | Path] | None = (),
+    dtype: DType = AUTO,
+    device: Device = AUTO,
+    memory: str | int | None = None,
+    time: str | None = None,
+) -> Run:
+    """Turn a dense model into a Mixture-of-Experts.
+
+    Args:
+        recipe: a preset's name, a YAML file, or a :class:`Recipe`.
+        model: what :func:`moesmith.load_parent` takes, a loaded parent, or a model of transformers with its
+            ``tokenizer``; its parameters are frozen.
+        data: a folder of JSONL files, a YAML of Hugging Face data sets, or ``builtin``.
+        out: the run's folder; the same call on it continues a run that was killed.
+        tokenizer: of a model in memory, and of nothing else.
+        settings: ``section.key=value`` on top of the recipe.
+        budget: ``demo``, ``small`` or ``paper``.
+        reuse: other runs whose finished stages are taken over where nothing that they depend on differs.
+        dtype: what models compute in: ``bf16``, ``fp16``, ``fp32``, or ``auto``, the fastest sound one on this
+            machine. A run that is continued keeps the one that it began in. Weights are stored in the parent's dtype.
+        device: where: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``, or ``auto``, the accelerator with the most
+            free memory if the plan fits on it.
+        memory: bytes to keep to, such as ``"4GB"``; what is free if left out. A conversion without training that needs
+            more is done layer by layer, with the same result.
+        time: how long it may take here, such as ``"15m"``: calibration and training text are scaled to fit. The counts
+            are written into the run's recipe.
+
+    Returns:
+        The finished run; ``run.folder / "model"`` is a Hugging Face folder, of a stock architecture wherever one fits.
+
+    Raises:
+        MoesmithError: anything the user can mend, before work starts where that is possible.
+
+    Example:
+        >>> import moesmith
+        >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
+    """
+    refuse_many_processes()
+    chosen = choose_recipe(recipe, budget, settings)
+    data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
+    others = check_reuse(several("reuse", reuse))
+    domains = choose_domains(data, chosen)
+    overlap = check_splits(domains)
+    inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
+    source = model.source if isinstance(model, Parent) else model
+    begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it lies
+    check_place(out, existing(source, data, *map(str, others)), begun, links=False)
+    if time is None:
+        check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
+    for name in ("model", "stock"):
+        check_known(out / name)
+    room = parse_bytes(memory)
+    header = _begun(out)
+    stored = None if header is None else named(header["inputs"]["dtype"])  # 0.1 took every parent in bf16
+    shapes = _skeleton(model, _kept(out, header, dtype), device, stored)
+    say(f"computes in {shapes.choice or short(shapes.dtype)}")
+    chosen = _timed(chosen, time, header, shapes, len(domains))
+    if isinstance(model, Parent):
+        parent = model
+    elif shapes.tokenizer is not None:  # it had to be read whole
+        parent = shapes
+    else:
+        parent = _open(model, shapes, device, chosen, len(domains), room)
+    check_windows(chosen, parent)
+    check_text(chosen, parent, domains)
+    inputs |= {"model": parent.source, "model_digest": parent.digest}
+    inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)} | parent_digests(parent, domains)
+    inputs |= {"dtype": long_name(parent.stored), "compute": long_name(parent.dtype)}
+    run = Run(out, chosen, inputs, others)
+    check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
+    with run.lock():
+        held_out_stage(run, parent, domains, overlap)
+        corpus_stage(run, parent, domains)
+        baseline_stage(run, parent)
+        made: list[str] = []
+        if chosen.carved:
+            domains_stage(run, parent, domains)
+            moments_stage(run, parent, [domain.name for domain in domains])
+            affinity_stage(run, parent, domains)
+            carve_stage(run, parent)
+            made.append("carve")
+        if chosen.learned:
+            masks_stage(run, parent, made)
+            made.append("masks")
+            if chosen.carve.compensation == "refit":
+                refit_stage(run, parent)
+                made.append("refit")
+        training = stages_to_train(chosen)
+        if "stage1" in training:
+            router_stage(run, parent, made[-1])
+            made.append("router")
+        if "stage2" in training:
+            experts_stage(run, parent, made[-1])
+            made.append("experts")
+        export_stage(run, parent, made[-1])
+        evaluate_stage(run, parent, made)
+    say(f"finished: {out / 'model'}")
+    return run
+
+
+def predict(
+    recipe: str | Path | Recipe,
+    model: str | Path | Parent,
+    data: str | Path = "builtin",
+    *,
+    settings: str | Sequence[str] | None = (),
+    budget: str | None = None,
+    dtype: DType = AUTO,
+    device: Device = AUTO,
+    time: str | None = None,
+) -> dict[str, Any]:
+    """What ``moesmith plan`` prints: :class:`moesmith.conversion.plan.Plan` with the parent's and the machine's facts.
+
+    Args:
+        recipe, model, data, settings, budget, dtype, device, time: as :func:`convert` takes them; a ``config.json`` is
+            enough of a model.
+
+    Raises:
+        MoesmithError: as :func:`convert`, before any work.
+    """
+    chosen, model = choose_recipe(recipe, budget, settings), parent_or_source(model)
+    texts = choose_domains(path_text("data", data), chosen)
+    check_splits(texts)
+    domains, weights = len(texts), isinstance(model, str) and has_weights(model)
+    parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
+    pace = measure(parent)
+    if time is not None:
+        chosen = fit_time(chosen, parent, domains, parse_time(time), pace)
+    fitted = [] if time is None else [f"{key}={tokens}" for key, tokens in tokens_of(chosen).items()]
+    found = make_plan(chosen, parent, domains, pace).as_dict()
+    computes = str(parent.choice or short(parent.dtype))
+    return found | {"recipe": chosen.name, "domains": domains, "computes": computes, "fitted": fitted}
+
+
+def _kept(out: Path, header: dict[str, Any] | None, dtype: DType) -> DType:
+    """The dtype that a run began to compute in, for ``auto``; what is asked for where none has begun.
+
+    Raises:
+        MoesmithError: the run computes in another dtype than the one asked for.
+    """
+    if header is None:
+        return dtype
+    before = named(header["inputs"].get("compute", header["inputs"]["dtype"]))
+    if parse_dtype(dtype) not in (None, before):
+        raise MoesmithError(
+            f"{out} holds a run that computes in {short(before)}, not {dtype}",
+            "Leave --dtype out to continue it, or give another --out.",
+        )
+    return before
+
+
+def _begun(out: Path) -> dict[str, Any] | None:
+    """``run.json`` of a folder in which a stage is finished or under way."""
+    header = out / "run.json"
+    return read_json(header) if header.is_file() and any((out / "stages").glob("*")) else None
+
+
+def _skeleton(model: str | Parent, dtype: DType, device: Device, stored: torch.dtype | None = None) -> Parent:
+    """The parent itself, or its shapes and where it will compute in what, before its weights are read."""
+    if isinstance(model, Parent):
+        return model
+    try:
+        skeleton = load_skeleton(model, stored)
+    except MoesmithError:  # what is wrong the weights say better
+        return load_parent(model, dtype, device=device, stored=stored)
+    skeleton.choice = choose_compute(skeleton.model, dtype, device)
+    return skeleton
+
+
+def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shapes: Parent, domains: int) -> Recipe:
+    """The recipe with the text that fits into ``time``, or that was found to fit when the run began; says how long.
+
+    What is left of a run that goes on is not known here, so nothing is said of it.
+
+    Raises:
+        MoesmithError: it is no time, or too short for any text.
+    """
+    if header is not None:
+        return recipe if time is None else with_tokens(recipe, tokens_of(Recipe.model_validate(header["recipe"])))
+    pace = measure(shapes)
+    if time is not None:
+        recipe = fit_time(recipe, shapes, domains, parse_time(time), pace)
+        say("text: " + ", ".join(f"{key}={tokens}" for key, tokens in tokens_of(recipe).items()))
+    seconds = make_plan(recipe, shapes, domains, pace).seconds
+    say(f"about {duration(sum(seconds.values()))} on this machine, of which {duration(seconds['training'])} training")
+    return recipe
+
+
+def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: int, room: int | None) -> Parent:
+    """The parent, whole or layer by layer: as its shapes' plan and the memory there is demand."""
+    choice = shapes.choice
+    assert choice is not None
+    if choice.dtype == torch.float16 and stages_to_train(recipe):
+        raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16, fp32 or auto.")
+    plan = make_plan(recipe, shapes, domains)
+    free = free_memory(choice.device) if room is None else room
+    whole = plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory
+    if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
+        say(f"{choice.device} has {free / 1e9:.1f} GB free, and about {plan.memory / 1e9:.1f} GB are needed")
+        choice = choose_compute(shapes.model, AUTO, "cpu")
+    if not whole:
+        need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
+        say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
+    parent = load_parent(source, choice.dtype, None if whole else free, device=choice.device, stored=shapes.stored)
+    return replace(parent, choice=choice)
+
+
+def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
+    """The recipe's domains of a data source.
+
+    Raises:
+        MoesmithError: a single domain where experts need several, more experts than domains, or published clusters
+            that do not fit them.
+    """
+    domains = load_domains(data, recipe.domains.names)
+    if recipe.clustered and recipe.carve.experts > 1:
+        if len(domains) < 2:
+            raise MoesmithError(f"{data} holds one domain, and experts need domains to differ by", "Add more domains.")
+        if len(domains) < recipe.carve.experts:
+            raise MoesmithError(
+                f"{recipe.carve.experts} experts need at least as many domains, and {data} holds {len(domains)}",
+                f"Add domains or set carve.experts to {len(domains)} or less.",
+            )
+        if recipe.affinity.published is not None:
+            published(recipe.affinity.published, [domain.name for domain in domains], recipe.carve.experts)
+    return domains

@@ -1,0 +1,1 @@
+"""Text: records, domains, windows and blocks of tokens."""

@@ -1,0 +1,127 @@
+"""Files of records: JSON lines, plain or compressed with gzip, a JSON list, Parquet."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moesmith.data.records import Record, as_text, fields
+from moesmith.errors import MoesmithError
+
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a file of records in the format that its name ends in, one of ``FORMATS``.
+
+    Raises:
+        MoesmithError: the file cannot be read or holds no record, or something in it is no record (file and line, or
+            row, are named); or a Parquet file and ``pyarrow`` is not installed.
+    """
+    if path.name.endswith(".parquet"):
+        return _checked(path, _parquet_rows(path), "row")
+    if path.name.endswith(".json"):
+        return _checked(path, _list(path), "item")
+    return read_jsonl(path)
+
+
+def read_jsonl(path: str | Path) -> list[Record]:
+    """Read a file of JSON lines, one record per line; blank lines are passed over. ``.gz`` is unpacked.
+
+    Raises:
+        MoesmithError: the file cannot be read or holds no record, or a line is not a record; file and line are named.
+    """
+    return _checked(Path(path), enumerate(_bytes(Path(path)).split(b"\n"), start=1))
+
+
+def find_records(folder: Path, name: str) -> list[Path]:
+    """The files of records called ``name`` in a folder, in any format."""
+    return [path for path in (folder / f"{name}{ending}" for ending in FORMATS) if path.is_file()]
+
+
+def records_file(folder: Path, name: str) -> Path:
+    """The one file of records called ``name`` in a folder; the name that it would have as JSON lines if there is none.
+
+    Raises:
+        MoesmithError: there are two, in different formats.
+    """
+    files = find_records(folder, name)
+    if len(files) > 1:
+        what = f"{folder} holds {name} twice, as {' and as '.join(file.name for file in files)}"
+        raise MoesmithError(what, "Leave one of them there.")
+    return files[0] if files else folder / f"{name}.jsonl"
+
+
+def _checked(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> list[Record]:
+    """Every item as a record; ``unit`` is what an item is called where it is no line."""
+    records = []
+    for number, item in items:
+        if isinstance(item, bytes) and not item.strip():
+            continue
+        try:
+            record = _json(item) if isinstance(item, bytes) else item
+            if not isinstance(record, dict):
+                raise ValueError(f"the {unit or 'line'} must be a JSON object, not {type(record).__name__}")
+            as_text(record), fields(record)  # tells what is wrong with it
+        except (ValueError, RecursionError) as error:
+            where = f"{path}, {unit} {number}" if unit else f"{path}:{number}"
+            raise MoesmithError(f"{where}: {error}", f"Mend or remove the {unit or 'line'}.") from error
+        records.append(record)
+    if not records:
+        raise MoesmithError(f"{path} is empty", "It needs one JSON object per line.")
+    return records
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError("the line is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the line is not JSON ({error.msg} at column {error.colno})") from error
+
+
+def _list(path: Path) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON list, counted from 1."""
+    try:
+        found = json.loads(_bytes(path).decode())
+    except (ValueError, RecursionError) as error:
+        cure = "Mend it; a file with one object per line is called .jsonl."
+        raise MoesmithError(f"{path} is not JSON ({error})", cure) from error
+    if not isinstance(found, list):
+        raise MoesmithError(f"{path} must hold a list of JSON objects, not {type(found).__name__}", "Mend the file.")
+    return iter(enumerate(found, start=1))
+
+
+def _bytes(path: Path) -> bytes:
+    """A file's bytes, unpacked, without a byte-order mark."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.name.endswith(".gz") else data
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise MoesmithError(f"{path} is not a whole gzip file ({error})", "Fetch or pack it again.") from error
+    except OSError as error:
+        raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Put the file there.") from error
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a Parquet file, counted from 1; a value that is missing is a field that is not there."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        what = f"{path} is a Parquet file, read with the package pyarrow"
+        raise MoesmithError(what, "Run: pip install 'moesmith[data]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = [batch.to_pylist() for batch in file.iter_batches()]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise MoesmithError(f"{path} cannot be read as Parquet: {reason}", "Fetch or write it again.") from error
+    rows = (row for batch in batches for row in batch)
+    return enumerate(({key: value for key, value in row.items() if value is not None} for row in rows), start=1)

@@ -1,0 +1,168 @@
+"""Domains from Hugging Face data sets, described in a YAML file.
+
+One entry per domain::
+
+    race: {hub: ehovy/race, config: all, split: train, eval_split: validation, fields: [article], mode: long}
+
+``fields`` are the columns DIVE's sampler draws one of; ``template`` lays a row out as the text that perplexity and
+training see ("{question}\\n{answer}"; without it: the fields, one per line). A single field whose cells are lists of
+messages is read as chats. Loading goes through ``datasets``, which reads data files and runs no code of a data set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moesmith.data.records import Domain, Mode, Record, as_text, check_names, choose
+from moesmith.errors import MoesmithError
+
+
+class HubSet(BaseModel):
+    """Where the records of one domain come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hub: str  # hub id, a local folder, or a format name ("json", "parquet") with data_files
+    config: str | None = None
+    revision: str | None = None  # a commit or branch; fixes the data
+    data_files: dict[str, str | list[str]] | None = None  # split → files in the repository
+    split: str = "train"
+    eval_split: str
+    fields: list[str] = []
+    template: str = ""
+    mode: Mode = ""
+    group: str = ""
+    rows: int = 20000  # at most so many rows of a split, drawn at random with a fixed seed
+
+
+def hub_domains(path: Path, names: Sequence[str] | None = None) -> list[Domain]:
+    """Load the domains a YAML file describes, sorted by name, or those named in their order.
+
+    Raises:
+        MoesmithError: the file is not what this module reads (file and key are named), an unknown name, ``datasets``
+            is not installed, or a data set cannot be had or lacks a split or column.
+    """
+    sets = read_sets(path)
+    return [_load(name, sets[name], path) for name in choose(sorted(sets), names, str(path))]
+
+
+def read_sets(path: Path) -> dict[str, HubSet]:
+    """The descriptions in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MoesmithError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise MoesmithError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict) or not content:
+        raise MoesmithError(f"{path} describes no domains", "It needs lines like 'name: {hub: ..., eval_split: ...}'.")
+    sets = {}
+    for name, entry in content.items():
+        try:
+            sets[str(name)] = HubSet.model_validate(entry)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join([str(name), *map(str, first["loc"])])
+            raise MoesmithError(f"{path}: {key}: {first['msg']}", _nearest_key(first)) from error
+        if not sets[str(name)].fields and not sets[str(name)].template:
+            raise MoesmithError(f"{path}: {name} names neither fields nor a template", "Say which columns are text.")
+    check_names(list(sets), str(path))
+    return sets
+
+
+def _nearest_key(problem: Any) -> str:
+    if problem["type"] != "extra_forbidden":
+        return ""
+    near = difflib.get_close_matches(str(problem["loc"][-1]), HubSet.model_fields, n=1)
+    return f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(HubSet.model_fields)}."
+
+
+def _load(name: str, entry: HubSet, path: Path) -> Domain:
+    calibration = _records(name, entry, entry.split, path)
+    evaluation = _records(name, entry, entry.eval_split, path)
+    return Domain(name, calibration, evaluation, entry.group, entry.mode)
+
+
+def _records(name: str, entry: HubSet, split: str, path: Path) -> tuple[Record, ...]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MoesmithError("Hugging Face data sets need an extra", "Run: pip install 'moesmith[data]'") from error
+    try:
+        data = datasets.load_dataset(
+            entry.hub, entry.config, data_files=entry.data_files, split=split, revision=entry.revision
+        )
+    except Exception as error:  # the library raises its own, the hub's and the network's
+        reason = str(error).partition("\n")[0]
+        raise MoesmithError(
+            f"{path}: {name}: data set {entry.hub}, split {split}, cannot be loaded: {reason}",
+            "Check the connection, the id and the split, or leave the domain out.",
+        ) from error
+    columns = list(dict.fromkeys([*entry.fields, *re.findall(r"\{(\w+)\}", entry.template)]))
+    for column in columns:
+        if column not in data.column_names:
+            raise MoesmithError(
+                f"{path}: {name}: data set {entry.hub} has no column '{column}'",
+                f"Its columns are {', '.join(data.column_names)}.",
+            )
+    data = data.select_columns(columns)
+    if len(data) > entry.rows:
+        data = data.shuffle(seed=0).select(range(entry.rows))
+    try:
+        records = tuple(record for row in data if (record := _record(row, entry)))
+    except ValueError as error:
+        raise MoesmithError(
+            f"{path}: {name}: split {split} of {entry.hub}: {error}", "Name columns of text."
+        ) from error
+    if not records:
+        raise MoesmithError(f"{path}: {name}: split {split} of {entry.hub} holds no text", "Check its fields.")
+    return records
+
+
+def _record(row: dict[str, Any], entry: HubSet) -> Record | None:
+    """A row as a record; ``None`` where a field is empty, as in the unanswered rows many sets have.
+
+    Raises:
+        ValueError: a cell is no text.
+    """
+    if len(entry.fields) == 1 and not entry.template and _is_chat(messages := row[entry.fields[0]]):
+        record = {"conversations" if "from" in messages[0] else "messages": messages}
+        return record if as_text(record) else None
+    texts = {column: _cell(value, column) for column, value in row.items()}
+    parts = [texts[column] for column in entry.fields]
+    template = entry.template or "\n".join(f"{{{column}}}" for column in entry.fields)
+    whole = re.sub(r"\{(\w+)\}", lambda found: texts[found[1]], template)
+    if not whole.strip() or not all(part.strip() for part in parts):
+        return None
+    return {"text": whole, "fields": parts or [whole]}
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and bool({"role", "from"} & {*value[0]})
+    )
+
+
+def _cell(value: Any, column: str) -> str:
+    """A cell as text; a number that is none (NaN) is a missing value.
+
+    Raises:
+        ValueError: it is neither text nor a number nor a list of such.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, list):
+        return "\n".join(_cell(item, column) for item in value)
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ValueError(f"column '{column}' must hold text, not {value!r:.40}")

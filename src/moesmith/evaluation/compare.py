@@ -1,0 +1,190 @@
+"""The finished model beside its dense parent: evaluation tables and continuations of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from moesmith.arguments import path_text, several, takes_paths
+from moesmith.console import say
+from moesmith.conversion.stages.finish import load_finished
+from moesmith.data.overlap import warnings
+from moesmith.data.text import Domain, load_domains, overlaps, read_records, records_file
+from moesmith.errors import MoesmithError
+from moesmith.evaluation.harness import find_tasks, run_tasks
+from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, lambada, wikitext2
+from moesmith.files.artefact import read_json
+from moesmith.parent.compute import AUTO, Device, DType, long_name, named
+from moesmith.parent.digests import tokenizer_digest
+from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.vocabulary import refuse_ids, rows_of
+
+
+@takes_paths("folder")
+def header_of(folder: Path) -> dict[str, Any]:
+    """``run.json`` of a finished run.
+
+    Raises:
+        MoesmithError: the folder is no run, or the run is not finished.
+    """
+    header: dict[str, Any] = read_json(folder / "run.json")
+    if not (folder / "model" / "config.json").is_file():
+        raise MoesmithError(f"{folder} has no finished model", "Run the same 'moesmith convert' again to finish it.")
+    return header
+
+
+@takes_paths("folder")
+def parent_of(folder: Path, dtype: DType | None = AUTO, device: Device = AUTO) -> Parent:
+    """A finished run's dense parent, stored as in the run.
+
+    Args:
+        folder: the run's folder.
+        dtype: what it computes in here, which need not be what the run computed in; ``None`` for the stored one.
+        device: where.
+
+    Raises:
+        MoesmithError: the run is not finished, or its parent is not the one it was made from.
+    """
+    inputs = header_of(folder)["inputs"]
+    stored = named(inputs["dtype"])
+    parent = load_parent(inputs["model"], stored if dtype is None else dtype, device=device, stored=stored)
+    if parent.digest != inputs["model_digest"]:
+        raise MoesmithError(
+            f"{inputs['model']} is not the parent {folder} was made from (weights {parent.digest},"
+            f" not {inputs['model_digest']})",
+            "Put the original weights back, or convert again.",
+        )
+    known = inputs.get("tokenizer_digest")  # runs of moesmith's first days do not say
+    if known is not None and tokenizer_digest(parent.tokenizer) != known:
+        raise MoesmithError(
+            f"the tokenizer of {inputs['model']} is not the one {folder} was made with",
+            "Put the original tokenizer back, or convert again.",
+        )
+    return parent
+
+
+@takes_paths("folder")
+def models_of(folder: Path, dtype: DType = AUTO, device: Device = AUTO) -> tuple[Parent, PreTrainedModel]:
+    """A run's dense parent and its finished model, computing alike.
+
+    Raises:
+        MoesmithError: as :func:`parent_of`, or the finished model is damaged.
+    """
+    parent = parent_of(folder, dtype, device)
+    say(f"computes in {parent.choice}")
+    return parent, cast(PreTrainedModel, load_finished(folder / "model", parent))  # a parent loaded whole
+
+
+@takes_paths("folder")
+def compare(
+    folder: Path,
+    data: str | Path | None = None,
+    tasks: str | Sequence[str] = ("domains",),
+    limit: int | None = None,
+    tokens: int = 16_384,
+    dtype: DType = AUTO,
+    device: Device = AUTO,
+) -> dict[str, Any]:
+    """Evaluate parent and MoE on the same text and items.
+
+    Args:
+        folder: a finished run, as text or a path.
+        data: data source; the run's own when ``None``.
+        tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.find_tasks``.
+        limit: items per task.
+        tokens: evaluation tokens per domain, and of WikiText-2.
+        dtype: what both compute in; the fastest here for ``auto``.
+        device: where.
+
+    Returns:
+        ``{"results": [{"task", "metric", "parent", "moe"}, ...], "dtype", "device", ...}``, JSON-able.
+
+    Raises:
+        MoesmithError: as :func:`models_of` and, before any model is loaded, an unknown task, or a file that is missing
+            or malformed.
+    """
+    tasks, data = several("tasks", tasks), None if data is None else path_text("data", data)
+    if not tasks:
+        raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
+    header = header_of(folder)
+    source = header["inputs"]["data"] if data is None else data
+    if not source.strip():
+        raise MoesmithError("no data source is named", "Give a folder, or leave it out for the run's own.")
+    local = Path(source) if Path(source).is_dir() else None
+    for task in sorted({"lambada", "wikitext2"} & set(tasks)):
+        if local is None:
+            raise MoesmithError(f"{task} needs a file of that name", "Give --data a folder that holds it.")
+        read_records(records_file(local, f"{task}.test"))  # a file that will not do is refused now
+    names = header["recipe"]["domains"]["names"] if data is None else None
+    domains = load_domains(source, names) if "domains" in tasks else []
+    overlap = _overlap(domains, header, data is None) if domains else {}
+    rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada")]
+    benchmarks = find_tasks(rest, local) if rest else {}
+    parent, moe = models_of(folder, dtype, device)
+
+    def measure(model: PreTrainedModel) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], float] = {}
+        if domains:
+            window = header["recipe"]["evaluate"]["window"]
+            values = domain_perplexities(model, parent.tokenizer, domains, tokens, window)
+            found |= {(f"domain {name}", "perplexity"): value for name, value in values.items()}
+            found["domains, geometric mean", "perplexity"] = geometric_mean(values.values())
+        if "wikitext2" in tasks and local:
+            for length, value in wikitext2(model, parent.tokenizer, local, tokens=tokens).items():
+                found[f"wikitext2, window {length}", "perplexity"] = value
+        if "lambada" in tasks and local:
+            scores = lambada(model, parent.tokenizer, local, limit)
+            found |= {("lambada", key): scores[key] for key in ("perplexity", "acc")}
+        if benchmarks:
+            for task, metrics in run_tasks(model, parent.tokenizer, benchmarks, limit).items():
+                found |= {(task, metric): value for metric, value in metrics.items()}
+        return found
+
+    say("dense parent")
+    dense = measure(parent.model)
+    say("MoE")
+    sparse = measure(moe)
+    rows = [{"task": t, "metric": m, "parent": v, "moe": sparse[t, m]} for (t, m), v in dense.items()]
+    facts = {"dtype": long_name(parent.dtype), "device": str(parent.device), "overlap": overlap}
+    return {"run": str(folder), "data": source, "limit": limit, "tokens": tokens, **facts, "results": rows}
+
+
+def _overlap(domains: Sequence[Domain], header: Mapping[str, Any], own: bool) -> dict[str, Any]:
+    """What the domains' evaluation text shares with what the run was calibrated and trained on; some of it is said."""
+    try:
+        calibrated = domains if own else load_domains(header["inputs"]["data"], header["recipe"]["domains"]["names"])
+    except MoesmithError as error:
+        say(f"whether the run was calibrated on this text is not known: {error}")
+        return {}
+    found = overlaps(domains, calibrated)
+    for line in warnings(found):
+        say(line)
+    return {name: overlap.as_dict() for name, overlap in found.items()}
+
+
+@takes_paths("folder")
+def continuations(
+    folder: Path, prompt: str, tokens: int, chat: bool, dtype: DType = AUTO, device: Device = AUTO
+) -> dict[str, str]:
+    """Greedy continuations of a prompt by the dense parent and the MoE."""
+    parent, moe = models_of(folder, dtype, device)
+    tokenizer = parent.tokenizer
+    if chat:
+        if not tokenizer.chat_template:
+            raise MoesmithError("the parent has no chat template", "Leave --chat out.")
+        turns = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise MoesmithError("the prompt is empty", "Give some text to continue.")
+    refuse_ids(inputs["input_ids"], rows_of(parent.model), "the prompt")
+
+    def go_on(model: PreTrainedModel) -> str:
+        generate: Any = model.generate
+        ids = generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return {"dense parent": go_on(parent.model), "MoE": go_on(moe)}

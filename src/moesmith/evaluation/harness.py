@@ -1,0 +1,240 @@
+"""lm-evaluation-harness in process: tasks from local JSONL through our templates, and its own registry.
+
+The model in memory is handed over as it is. Local tasks reach the harness as task configurations whose data set is
+already loaded, so nothing is downloaded, cached or written for them.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesmith.console import Meter, meter, say
+from moesmith.errors import MoesmithError
+from moesmith.evaluation.perplexity import WINDOW
+from moesmith.evaluation.scorer import FEWSHOT_SEED, Task, load_task, share, task_names
+from moesmith.parent.checkpoint import quiet
+
+# a local task's parts, or a registered one as the harness loads it
+Found = Mapping[str, list[Task] | dict[str, Any]]
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    data: Path | None = None,
+    limit: int | None = None,
+    batch: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Find tasks and run them: :func:`find_tasks`, then :func:`run_tasks`."""
+    return run_tasks(model, tokenizer, find_tasks(tasks, data), limit, batch)
+
+
+def find_tasks(tasks: Sequence[str], data: Path | None = None) -> Found:
+    """Load tasks; needs no model.
+
+    A task with a template and a local file ``<task>.test.jsonl`` in ``data`` runs from there (few-shot examples from
+    ``<task>.train.jsonl``); any other name is looked up in the harness's registry, whose data sets it may download.
+
+    Args:
+        tasks: names.
+        data: folder of local records.
+
+    Raises:
+        MoesmithError: the harness is not installed, a task is unknown (the nearest is named), its data cannot be
+            loaded, or a local file is malformed.
+    """
+    try:
+        import lm_eval.models.huggingface  # noqa: F401
+    except ImportError as error:
+        raise MoesmithError("lm-evaluation-harness is not installed", "Run: pip install 'moesmith[eval]'") from error
+    local = {name: load_task(name, data) for name in tasks}
+    with silenced():
+        registered = _registered([name for name in tasks if not local[name]])
+    return {name: local[name] or registered[name] for name in tasks}
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Found,
+    limit: int | None = None,
+    batch: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Run tasks through lm-evaluation-harness; the same ones may be run again with another model.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        tasks: what :func:`find_tasks` found.
+        limit: first so many items of each task only (of a task in parts: as many of each part as makes that number).
+        batch: sequences of 512 tokens per forward pass; of shorter ones there are more.
+
+    Returns:
+        per task its metrics and the number of ``items``; a registered tag gives a row per task behind it.
+    """
+    training = model.training
+    with silenced():
+        lm = language_model(model, tokenizer, batch)
+        try:
+            result: dict[str, dict[str, float]] = {}
+            for name, task in tasks.items():
+                lm.label = name
+                if isinstance(task, list):
+                    found = run(lm, {"tasks": local_tasks(task)}, share(limit, len(task)))
+                    result[name] = _pooled(found, task)
+                else:
+                    found = run(lm, task, limit)
+                    rows = [name] if name in found["results"] else list(found["results"])
+                    result |= {row: _metrics(found["results"][row]) for row in rows}
+        finally:
+            model.train(training)
+    return result
+
+
+def run(lm: Any, tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """The harness's raw result, samples included; ``tasks`` as its ``TaskManager.load`` returns them."""
+    from lm_eval.evaluator import evaluate
+
+    for task in tasks["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(FEWSHOT_SEED)
+    found: dict[str, Any] = evaluate(lm, tasks, limit=limit, bootstrap_iters=0)
+    return found
+
+
+def local_tasks(parts: Sequence[Task]) -> dict[str, Any]:
+    """The harness's task objects of a local task, by name."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    tasks = {}
+    for part in parts:
+        splits = {"test": Dataset.from_list(list(part.test))}
+        config = {**copy.deepcopy(part.template), "task": part.name, "test_split": "test", "num_fewshot": part.shots}
+        if part.shots:
+            splits["train"] = Dataset.from_list(list(part.train))
+            config["fewshot_split"] = "train"
+        config["custom_dataset"] = lambda splits=splits, **_: splits
+        tasks[part.name] = ConfigurableTask(config=config)
+    return tasks
+
+
+def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
+    """The harness's wrapper of a model in memory, with our progress bar and fp32 probabilities.
+
+    The tokenizer is copied, for the harness may give it a padding token.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # type: ignore[misc]
+        label = "lm-eval"
+        bar: Meter | None = None
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            if override_bs is not None or not requests:  # rolling windows: the caller shows progress
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            whole = [context + continuation for _, context, continuation in requests]
+            if cut := sum(len(ids) > self.max_length + 1 for ids in whole):
+                say(f"{self.label}: {cut} prompts were longer than the model's context and lost tokens on their left")
+            longest = min(max(map(len, whole)), self.max_length)
+            self.batch_size_per_gpu = max(1, batch * WINDOW // longest)
+            with meter(self.label, len({tuple(ids[:-1]) for ids in whole}), "prompts") as self.bar:
+                return super()._loglikelihood_tokens(requests, disable_tqdm)
+
+        def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.bar is not None:
+                self.bar.advance(len(inps))
+            logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
+            return logits
+
+    return Model(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),
+        backend="causal",
+        batch_size=batch,
+        softmax_dtype=torch.float32,
+    )
+
+
+def _registered(names: Sequence[str]) -> dict[str, Any]:
+    """The harness's own tasks by the name they were asked for. Reads its registry only when there is a name."""
+    if not names:
+        return {}
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    known = set(manager.all_tasks)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, {*known, *task_names()}, 1)
+            cure = f"Did you mean {near[0]!r}?" if near else "See: lm-eval ls tasks"
+            raise MoesmithError(f"There is no task {name!r}, neither local nor in lm-evaluation-harness", cure)
+    return {name: _load(manager, name) for name in names}
+
+
+def _load(manager: Any, name: str) -> Any:
+    say(f"{name}: loading its data set")
+    try:
+        return manager.load([name])
+    except Exception as error:  # whatever a data set's loader raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MoesmithError(
+            f"The data of task {name!r} cannot be loaded: {reason}",
+            f"Go online, or put {name}.test.jsonl into the --data folder.",
+        ) from error
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    """A row of the harness's results without its aliases and standard errors."""
+    kept = {
+        (metric if name == "none" else f"{metric} ({name})"): float(value)
+        for key, value in row.items()
+        for metric, _, name in [key.partition(",")]
+        if name and not metric.endswith("_stderr")
+    }
+    return {**kept, "items": int(row["sample_len"])}
+
+
+def _pooled(found: dict[str, Any], parts: Sequence[Task]) -> dict[str, float]:
+    """The metrics of a local task: the mean over its parts, weighted by their items."""
+    rows = [_metrics(found["results"][part.name]) for part in parts]
+    total = sum(row["items"] for row in rows)
+    return {m: sum(row[m] * row["items"] for row in rows) / total for m in parts[0].metrics} | {"items": total}
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep the log lines of the harness and the hub, and a progress bar per set of prompts, to themselves.
+
+    Errors arrive as exceptions.
+    """
+    import lm_eval.api.task as prompts
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
+    levels, bar = [logger.level for logger in loggers], prompts.tqdm
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    prompts.tqdm = lambda documents, **_: documents
+    try:
+        with quiet():
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        prompts.tqdm = bar

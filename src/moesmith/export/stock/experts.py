@@ -1,0 +1,134 @@
+"""A layer's experts as a stock architecture has them: the rewriting that ``mixture/home.py`` decided on, in numbers.
+
+Shapes: D model width, F_e an expert's width, W its width on disk, E experts, K active experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moesmith.export.stock.constant import constant_channel
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.home import Home
+from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import STREAM, decoder_layers
+
+# Spread of the logits of one token where they are scaled down so that all chosen experts weigh alike. The weights stray
+# from 1/K by as much; fp32 softmax tells logits apart that differ by 6e-8, so less would mistake more near ties
+SPREAD = 2.0**-13
+Matrices = tuple[Tensor, Tensor, Tensor]  # gate (W, D), up (W, D), down (D, W), in fp32
+
+
+@dataclass
+class StockLayer:
+    """One layer on disk.
+
+    Attributes:
+        router_ED: the router.
+        experts: makes the matrices of routed expert ``e`` (a model's experts are not in memory together).
+        shared: the shared expert's, or ``None`` where the architecture has none.
+    """
+
+    parent: Parent
+    carving: Carving
+    index: int
+    home: Home
+
+    @property
+    def layer(self) -> Layer:
+        """The carving's."""
+        return self.carving.layers[self.index]
+
+    @property
+    def level(self) -> bool:
+        """Whether all chosen experts must weigh alike."""
+        return (self.layer.mix == "sum" and self.layer.top_k > 1) or not self.home.divided
+
+    def router(self) -> Tensor:
+        """(E, D) fp32."""
+        router = linear_router(self.parent, self.layer, self.index)
+        return router.weight_ED * self._scale(router.weight_ED) if self.level else router.weight_ED
+
+    def shared_gate(self) -> Tensor:
+        """The shared expert's gate (1, D), whose sigmoid is one half.
+
+        llama.cpp computes it as silu(z) / z, which zero does not survive: there z is as good as zero, and is not.
+        """
+        if self.home.divided or self.layer.shared is None:
+            return torch.zeros(1, self.parent.D)
+        weight_ED = linear_router(self.parent, self.layer, self.index).weight_ED
+        return (weight_ED[:1] if weight_ED.any() else torch.ones(1, self.parent.D)) * self._scale(weight_ED) * SPREAD
+
+    def _scale(self, weight_ED: Tensor) -> float:
+        """The power of two that brings a token's logits to about :data:`SPREAD`."""
+        # x is a norm's output, which points anywhere: each number is as large as its weight
+        norm: Any = getattr(decoder_layers(self.parent.model)[1][self.index], STREAM[1])
+        centred_ED = (weight_ED - weight_ED.mean(0)).double()
+        size = float((centred_ED * norm.weight.detach().cpu().double()).square().sum(1).mean().sqrt())
+        return float(2.0 ** math.floor(math.log2(SPREAD / size))) if size else 1.0
+
+    def routed(self, expert: int) -> Matrices:
+        """The matrices of one routed expert, ``home.width`` channels wide."""
+        layer, home = self.layer, self.home
+        parts = self._parts(layer.routed[expert], expert)
+        if self.level:
+            parts = self._times(parts, layer.top_k if home.divided else home.experts)
+        if home.folded and layer.shared is not None:
+            parts = self._joined(parts, self._parts(layer.shared, layer.shared))
+        return self._padded(parts, home.width)
+
+    def shared(self) -> Matrices:
+        """Of the shared expert, ``home.shared`` wide: zeros where the carving has none. Its gate is one half."""
+        own = None if self.home.folded else self.layer.shared
+        if own is None:
+            zeros_WD = torch.zeros(self.home.shared, self.parent.D)
+            return zeros_WD, zeros_WD, zeros_WD.T.contiguous()
+        return self._padded(self._times(self._parts(own, own), 2), self.home.shared)
+
+    def _parts(self, expert: Expert, which: int | Expert) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        gate_FD, up_FD, down_DF = self.carving.expert_weights(self.parent, self.index, which)
+        assert up_FD is not None, "stock_config refuses such a parent"
+        return gate_FD, up_FD, down_DF, expert.bias_D
+
+    @staticmethod
+    def _times(
+        parts: tuple[Tensor, Tensor, Tensor, Tensor | None], factor: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        gate_FD, up_FD, down_DF, bias_D = parts
+        return gate_FD, up_FD, down_DF * factor, None if bias_D is None else bias_D * factor
+
+    @staticmethod
+    def _joined(
+        one: tuple[Tensor, Tensor, Tensor, Tensor | None], other: tuple[Tensor, Tensor, Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        matrices = (
+            torch.cat(pair, dim) for pair, dim in zip(zip(one[:3], other[:3], strict=True), (0, 0, 1), strict=True)
+        )
+        biases = [bias_D for bias_D in (one[3], other[3]) if bias_D is not None]
+        gate_FD, up_FD, down_DF = matrices
+        return gate_FD, up_FD, down_DF, torch.stack(biases).sum(0) if biases else None
+
+    def _padded(self, parts: tuple[Tensor, Tensor, Tensor, Tensor | None], width: int) -> Matrices:
+        gate_FD, up_FD, down_DF, bias_D = parts
+        if bias_D is not None:
+            gate_D, up_D, (down_D,) = constant_channel(self.parent.ffns[self.index], self.layer, [bias_D])
+            gate_FD = torch.cat([gate_FD, gate_D.to(gate_FD.device)[None]])
+            up_FD = torch.cat([up_FD, up_D.to(up_FD.device)[None]])
+            down_DF = torch.cat([down_DF, down_D.to(down_DF.device)[:, None]], 1)
+        missing = width - len(gate_FD)
+        return F.pad(gate_FD, (0, 0, 0, missing)), F.pad(up_FD, (0, 0, 0, missing)), F.pad(down_DF, (0, missing))
+
+
+def linear_router(parent: Parent, layer: Layer, index: int) -> Linear:
+    """The layer's router as a matrix; ``stock_refusal`` knows where there is none."""
+    router = layer.router
+    found = router.folded(parent.ffns[index]) if isinstance(router, Analytic) else router
+    assert found is not None, "stock_refusal knows it"
+    return found

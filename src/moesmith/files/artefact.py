@@ -1,0 +1,364 @@
+"""Files that appear whole or not at all: atomic writes, hashes, and the list of what a finished folder holds.
+
+Everything moesmith leaves on disk goes through this module. A file is written beside its final name,
+flushed to the disk and renamed; a folder is filled under a hidden name and renamed when the list of its files is
+in it. A process killed at any moment therefore leaves either the old state or the new one.
+
+A stage's list is in its manifest; a folder that others read as well (a model, a packed delta) has ``SHA256SUMS``, which
+``sha256sum -c`` understands. Whatever reads a listed file compares it with its hash first. The first line of the list
+says that moesmith wrote it: what it names, unchanged, is ours to replace (``files/outputs.py``), and nothing else is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moesmith.console import meter
+from moesmith.errors import MoesmithError
+
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+RUN = "run.json"
+FORMAT = 2  # of a run's files (1: keys without the tokenizer, and no such number)
+SIGNED = "# written by moesmith; sha256 of the lines below: "  # sha256sum passes over lines that begin so
+OLD = ".old"  # what is moved aside
+TEMPORARY = ".moesmith.tmp"  # how every hidden name of unfinished work ends: nobody else's does
+ROOM = "Free disk space and run the same command again."
+CURES = {  # by what the system says
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EFBIG: ROOM,
+    errno.EROFS: "Give a folder on a disk that is not read-only.",
+    errno.EACCES: "Give a folder that you may write in.",
+    errno.EPERM: "Give a folder that you may write in.",
+    errno.EEXIST: "Give another folder.",
+    errno.ENOTDIR: "Give another folder.",
+    errno.EISDIR: "Give another name.",
+    errno.ENAMETOOLONG: "Give a shorter name.",
+    errno.EMFILE: "Raise the number of files that may be open (ulimit -n) and run the same command again.",
+    errno.ENFILE: "Raise the number of files that may be open and run the same command again.",
+    errno.EIO: "Give a folder on another disk: this one does not answer.",
+}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+
+
+def write_cure(error: OSError) -> str:
+    """What to do about an error of the file system: what mends a full disk does not mend a read-only one."""
+    told = re.search(r"os error (\d+)", str(error))  # as libraries written in Rust say it
+    code = int(told[1]) if told else error.errno
+    return CURES.get(code or 0, "Mend that and run the same command again.")
+
+
+def digest(value: Any) -> str:
+    """A short sha256 of any JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes (hex)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it into place.
+
+    What is at ``path`` is replaced: the name is one that only moesmith writes, or ``files/outputs.py`` was asked first.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files for their owner alone
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MoesmithError(f"cannot write {path}: {error.strerror or error}", write_cure(error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda temporary: _fill(temporary, text))
+
+
+def _fill(path: Path, text: str) -> None:
+    # a path that is no UTF-8 is written as an escape, which JSON reads back
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; a broken file is named.
+
+    Raises:
+        MoesmithError: the file is missing, not JSON, or not the one that its folder lists; a run's, in a format that a
+            newer moesmith writes.
+    """
+    check_file(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MoesmithError(f"{path} is missing", "Is this a folder made by 'moesmith convert'?") from error
+    except (OSError, ValueError) as error:
+        raise MoesmithError(f"{path} cannot be read as JSON: {error}") from error
+    if path.name in (RUN, MANIFEST) and isinstance(found, dict) and found.get("format", 1) > FORMAT:
+        raise MoesmithError(
+            f"{path} was written by a newer moesmith (format {found['format']}, this one knows {FORMAT})",
+            "Upgrade moesmith to work with it.",
+        )
+    return found
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file atomically."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def save(temporary: Path) -> None:
+        try:
+            save_file(whole, temporary, metadata=dict(metadata or {}))
+        except OSError:
+            raise
+        except Exception as error:  # safetensors reports a full disk as its own error type
+            raise OSError(0, str(error)) from error
+
+    write_atomic(path, save)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file.
+
+    Raises:
+        MoesmithError: the file is missing, truncated, not safetensors, or not the one that its folder lists.
+    """
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise MoesmithError(f"{path} cannot be read: {error}", "Delete the folder it lies in and run again.") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except Exception as error:
+        raise MoesmithError(f"{path} cannot be read: {error}", "Delete the folder it lies in and run again.") from error
+
+
+def commit(work: Path, final: Path, manifest: Mapping[str, Any], drop: Sequence[str] = ()) -> None:
+    """Turn a filled working folder into a finished artefact: hash its files, add the manifest, rename it.
+
+    Files named in ``drop`` are working state: they stay until the rename has made the artefact final, then go.
+
+    Raises:
+        MoesmithError: at ``final`` lies what moesmith did not leave there (:func:`check_left`).
+    """
+    sweep(work)
+    names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+    names = [name for name in names if name not in drop and name != MANIFEST]
+    write_json(work / MANIFEST, {**manifest, "files": {name: file_digest(work / name) for name in names}})
+    check_left(final, drop)
+    with aside(final):
+        os.replace(work, final)
+    for name in drop:
+        (final / name).unlink(missing_ok=True)
+
+
+def check_left(final: Path, drop: Sequence[str] = ()) -> None:
+    """Refuse to replace a stage's folder that is not as its manifest says; one that is absent or empty may be filled.
+
+    Raises:
+        MoesmithError: a file in it is not listed or has changed.
+    """
+    if not os.path.lexists(final):
+        return
+    manifest = read_json(final / MANIFEST) if (final / MANIFEST).is_file() else None
+    ours = isinstance(manifest, dict) and {"key", "files"} <= manifest.keys()
+    known = manifest["files"] if manifest is not None and ours else {}
+    if odd := strangers(final, {*known, *drop, MANIFEST} if ours else ()) or differing(final, known):
+        raise MoesmithError(f"{final / odd[0]} is not as moesmith left it", f"Delete {final} or move it away.")
+
+
+@contextlib.contextmanager
+def aside(path: Path) -> Iterator[None]:
+    """Move what lies at ``path`` aside while something else takes its place; back after an error, gone at the end."""
+    if not os.path.lexists(path):
+        yield
+        return
+    hidden = hidden_beside(path)
+    old = hidden / f"{path.name}{OLD}"
+    try:
+        os.replace(path, old)
+        yield
+    except BaseException:
+        if os.path.lexists(old):  # if this fails, the old one stays under its hidden name
+            os.replace(old, path)
+        hidden.rmdir()
+        raise
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def hidden_beside(path: Path) -> Path:
+    """A new hidden folder beside ``path`` for unfinished work: nobody else's, since it was not there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written below ``folder``, known by its hidden name.
+
+    What had been moved aside for something that never came gets its name back.
+    """
+    for left in sorted(folder.rglob(f".*{TEMPORARY}")):
+        if left.is_dir() and not left.is_symlink():
+            for old in left.glob(f"*{OLD}"):
+                if not os.path.lexists(name := left.parent / old.name.removesuffix(OLD)):
+                    os.replace(old, name)
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def finished(folder: Path, key: str) -> dict[str, Any] | None:
+    """The manifest of a finished artefact made from the inputs behind ``key``; ``None`` if it is not there."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    return manifest if manifest.get("key") == key else None
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """sha256 by name of every file below ``folder``, its ``SHA256SUMS`` apart."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return {name: file_digest(folder / name) for name in names if name != SUMS}
+
+
+def write_sums(folder: Path, sums: Mapping[str, str] | None = None) -> None:
+    """Write ``SHA256SUMS``: every file below ``folder``, or as ``sums`` says (:func:`write_list`)."""
+    write_list(folder / SUMS, sums_of(folder) if sums is None else sums)
+
+
+def write_list(path: Path, sums: Mapping[str, str]) -> None:
+    """Write a line with hash and name for each file, below one that says whose list it is; names from its folder on."""
+    lines = "".join(f"{value}  {name}\n" for name, value in sums.items())
+    write_text(path, f"{SIGNED}{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
+
+
+def own_list(path: Path) -> dict[str, str] | None:
+    """sha256 by name of what a list of moesmith's names; ``None`` if there is no list, or not as moesmith left it."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    first, _, lines = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+    if first != SIGNED + hashlib.sha256(lines.encode()).hexdigest():
+        return None
+    found = {name: value for value, _, name in (line.partition("  ") for line in lines.splitlines())}
+    inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in found)
+    return found if inside else None
+
+
+def listed(folder: Path) -> dict[str, str]:
+    """sha256 by name of the files that a finished folder was left with; empty where nothing lists them.
+
+    Raises:
+        MoesmithError: the list itself is damaged.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        return dict(read_json(folder / MANIFEST).get("files", {})) if (folder / MANIFEST).is_file() else {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    pairs = [line.split("  ", 1) for line in lines if line.count("  ")]
+    found = {name: value for value, name in pairs}
+    whole = len(found) == len(lines) and all(len(value) == 64 for value in found.values())
+    if not whole or (text.startswith(SIGNED) and own_list(path) is None):
+        raise MoesmithError(f"{path} is damaged", f"Delete {folder} and make it again.")
+    return found
+
+
+def strangers(folder: Path, names: Collection[str]) -> list[str]:
+    """What lies below ``folder`` beside the files of these names: other files, links, folders that hold none."""
+    above = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name, plain = path.relative_to(folder).as_posix(), not path.is_symlink()
+        if not (plain and ((path.is_dir() and name in above) or (path.is_file() and name in names))):
+            found.append(name)
+    return found if folder.is_dir() and not folder.is_symlink() else [*found, ""]
+
+
+def differing(folder: Path, expected: Mapping[str, str] | None = None) -> list[str]:
+    """Names that a folder lists, or as given, whose files are missing or have other bytes."""
+    expected = listed(folder) if expected is None else expected
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in expected}
+    found = []
+    with meter(f"checking {folder.name}", sum(sizes.values()) / 1e6, "MB") as bar:
+        for name, known in expected.items():
+            if not (folder / name).is_file() or file_digest(folder / name) != known:
+                found.append(name)
+            bar.advance(sizes[name] / 1e6)
+    return found
+
+
+def verify_files(folder: Path, cure: str = "") -> None:
+    """Compare every file that a finished folder lists with its hash.
+
+    Args:
+        folder: a stage, a model, a packed delta.
+        cure: what to do about it; to convert again if left out.
+
+    Raises:
+        MoesmithError: a file is missing or changed; it is named.
+    """
+    for name in differing(folder)[:1]:
+        raise _damaged(folder, name, cure)
+
+
+def check_file(path: Path) -> None:
+    """Compare a file with its hash where its folder lists it; a folder that is still being filled lists nothing.
+
+    Raises:
+        MoesmithError: it is missing or changed.
+    """
+    if path.name in (MANIFEST, SUMS):
+        return
+    known = listed(path.parent).get(path.name)
+    if known is not None and (not path.is_file() or file_digest(path) != known):
+        raise _damaged(path.parent, path.name)
+
+
+def _damaged(folder: Path, name: str, cure: str = "") -> MoesmithError:
+    cure = cure or f"Delete {folder} and run the same 'moesmith convert' again."
+    return MoesmithError(f"{folder / name} is missing or damaged", cure)

@@ -1,0 +1,144 @@
+"""Domain affinity mining: which domains belong to one expert (dive.md §5).
+
+DIVE prunes the parent on every domain, measures each pruned model's perplexity on every domain, and clusters the
+domains whose pruned models do alike. ``scores`` is our shortcut: domains whose channel scores correlate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+import yaml
+from scipy.cluster.hierarchy import cut_tree, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from moesmith.errors import MoesmithError
+from moesmith.run.recipe import Linkage, Profile
+
+Array = np.ndarray
+
+
+@dataclass
+class Affinity:
+    """Similarity of n domains and the clusters cut from it.
+
+    Attributes:
+        names: the domains.
+        matrix: raw numbers behind the similarity: perplexities (calibrated on row, measured on column), or
+            ``None`` for score-based affinity.
+        similarity: (n, n) correlations in [-1, 1].
+        tree: SciPy linkage (n-1, 4), or ``None`` when the clusters were given.
+        clusters: names per expert; experts ordered by their first domain.
+    """
+
+    names: list[str]
+    matrix: Array | None
+    similarity: Array
+    tree: Array | None
+    clusters: list[list[str]]
+
+
+def normalise(perplexity: Array) -> Array:
+    """norm(p)_ij = min over calibration sets i' of p_i'j, divided by p_ij: in (0, 1], higher is better."""
+    return perplexity.min(axis=0, keepdims=True) / perplexity
+
+
+def perplexity_similarity(perplexity: Array, profile: Profile = "rows") -> Array:
+    """Pearson correlation between domains of the normalised perplexity matrix (n, n).
+
+    ``rows`` compares domains as calibration sets (default, dive.md §5), ``columns`` as test sets, ``both`` is the mean.
+    """
+    normal = normalise(perplexity)
+    rows, columns = _pearson(normal), _pearson(normal.T)
+    return {"rows": rows, "columns": columns, "both": (rows + columns) / 2}[profile]
+
+
+def score_similarity(scores: Sequence[Tensor]) -> Array:
+    """Pearson correlation between domains of log channel scores, the mean over domains taken off.
+
+    What all domains share (a channel's size) says nothing about kinship; what is left is where they differ.
+
+    Args:
+        scores: one (L, F) tensor per domain.
+    """
+    logs = np.stack([score.double().clamp_min(1e-30).log().flatten().numpy() for score in scores])
+    return _pearson(logs - logs.mean(axis=0))
+
+
+def _pearson(profiles: Array) -> Array:
+    """Correlation of every two rows; a row that does not vary is like no other (0).
+
+    A domain that is the best calibration set for every other one has such a row: ones throughout.
+    """
+    flat = np.ptp(profiles, axis=1) == 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.corrcoef(profiles)
+    found[flat, :] = found[:, flat] = 0
+    np.fill_diagonal(found, 1)
+    return found
+
+
+def cluster(similarity: Array, experts: int, method: Linkage = "average") -> tuple[Array, list[list[int]]]:
+    """Hierarchical clustering on d = 1 − r into exactly ``experts`` clusters of domain indices.
+
+    Raises:
+        MoesmithError: more clusters than domains, or similarities that are not finite.
+    """
+    n = len(similarity)
+    if experts > n:
+        raise MoesmithError(f"{experts} experts need at least as many domains, and there are {n}",
+                            "Add domains or lower carve.experts.")  # fmt: skip
+    if not np.isfinite(similarity).all():
+        raise MoesmithError("two domains have no defined correlation", "Is one of them constant or repeated?")
+    if n == 1:
+        return np.zeros((0, 4)), [[0]]
+    distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
+    np.fill_diagonal(distance, 0)
+    tree = linkage(squareform(distance, checks=False), method)
+    labels = cut_tree(tree, n_clusters=[experts])[:, 0]
+    groups = [np.flatnonzero(labels == label).tolist() for label in range(experts)]
+    return tree, sorted(groups)
+
+
+def mine(
+    names: Sequence[str], similarity: Array, experts: int, method: Linkage = "average", matrix: Array | None = None
+) -> Affinity:
+    """Clusters from a similarity matrix."""
+    tree, groups = cluster(similarity, experts, method)
+    return Affinity(list(names), matrix, similarity, tree, [[names[i] for i in group] for group in groups])
+
+
+def published_clusters() -> dict[str, list[list[str]]]:
+    """The clusters of DIVE's code by name, e.g. ``tinyllama-50`` (dive.md §4.6)."""
+    text = (files("moesmith.data") / "sets" / "clusters.yaml").read_text(encoding="utf-8")
+    found: dict[str, list[list[str]]] = yaml.safe_load(text)
+    return found
+
+
+def published(name: str, names: Sequence[str], experts: int) -> list[list[str]]:
+    """A published clustering restricted to the domains at hand, in the published expert order.
+
+    Raises:
+        MoesmithError: unknown name, a domain that it does not place, or another number of experts.
+    """
+    known = published_clusters()
+    if name not in known:
+        raise MoesmithError(f"there are no published clusters '{name}'", f"Choose one of {', '.join(known)}.")
+    placed = {domain for group in known[name] for domain in group}
+    if strangers := [domain for domain in names if domain not in placed]:
+        raise MoesmithError(
+            f"the published clusters '{name}' do not place {', '.join(strangers)}",
+            "Leave those domains out with domains.names, or set affinity.method to perplexity.",
+        )
+    groups = [[domain for domain in group if domain in set(names)] for group in known[name]]
+    groups = [group for group in groups if group]
+    if len(groups) != experts:
+        raise MoesmithError(
+            f"the published clusters '{name}' make {len(groups)} experts of these domains, not {experts}",
+            f"Set carve.experts to {len(groups)}, or add domains of the empty clusters.",
+        )
+    return groups

@@ -1,0 +1,71 @@
+"""Channel scores and the choice of channels (FLAP, dive.md §3.1 and §3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesmith.errors import MoesmithError
+from moesmith.methods.moments import Moments
+from moesmith.parent.load import Parent
+from moesmith.run.recipe import Score, Selection
+
+
+def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> Tensor:
+    """How much each channel matters, (L, F) fp32, higher is better. a is the ``down_proj`` input, W that matrix.
+
+    * ``wifv``: Var(a_j) · ‖W[:, j]‖² — FLAP's and DIVE's score.
+    * ``ifv``: Var(a_j).
+    * ``wifn``: mean_i |W[i, j]| · sqrt(E a_j²) — structured Wanda.
+    * ``magnitude``: ‖gate_j‖ · ‖up_j‖ · ‖W[:, j]‖, without data; a network without a gate has no middle factor.
+    """
+    rows = []
+    for index, ffn in enumerate(parent.ffns):
+        variance_F, mean_F = moments.var_LF[index], moments.mean_LF[index]
+        down_DF = ffn.down_DF.float()  # reduced where it is: one number per channel comes to the CPU
+        if score == "wifv":
+            rows.append(variance_F * down_DF.square().sum(0).cpu())
+        elif score == "ifv":
+            rows.append(variance_F)
+        elif score == "wifn":
+            rows.append(down_DF.abs().mean(0).cpu() * (variance_F + mean_F**2).sqrt())
+        else:
+            size_F = ffn.gate_FD.float().norm(dim=1)
+            if ffn.up_FD is not None:
+                size_F = size_F * ffn.up_FD.float().norm(dim=1)
+            rows.append((size_F * down_DF.norm(dim=0)).cpu())
+    return torch.stack(rows)
+
+
+def kept_channels(d_ff: int, ratio: float) -> int:
+    """Channels left when a share ``ratio`` is pruned: F - floor(ratio F), as DIVE's code counts.
+
+    Raises:
+        MoesmithError: nothing is left, or the ratio is not in [0, 1).
+    """
+    kept = d_ff - int(d_ff * ratio)
+    if not 0 <= ratio < 1 or kept < 1:
+        raise MoesmithError(
+            f"a pruning ratio of {ratio} leaves no channel of {d_ff}", "Give carve.ratio a value in [0, 1)."
+        )
+    return kept
+
+
+def choose(scores_LF: Tensor, ratio: float, selection: Selection = "uniform") -> list[Tensor]:
+    """The kept channels of each layer, sorted, from one expert's scores.
+
+    ``uniform`` keeps the same number in every layer (FLAP's UL, what DIVE uses): an exact top-k, ties by lower index.
+    ``adaptive`` (FLAP's AL) standardises each layer's scores and shares one quota over all layers; every layer
+    keeps at least one channel, which the published code does not guarantee.
+    """
+    L, F = scores_LF.shape
+    kept = kept_channels(F, ratio)
+    if selection == "uniform":
+        order_LF = scores_LF.argsort(dim=-1, descending=True, stable=True)
+        return [order_F[:kept].sort().values for order_F in order_LF]
+    spread_L1 = scores_LF.std(-1, correction=min(1, F - 1), keepdim=True).clamp_min(1e-12)
+    standard_LF = (scores_LF - scores_LF.mean(-1, keepdim=True)) / spread_L1
+    standard_LF.scatter_(1, standard_LF.argmax(-1, keepdim=True), torch.inf)
+    quota = standard_LF.flatten().argsort(descending=True, stable=True)[: kept * L]
+    mask_LF = torch.zeros(L * F, dtype=torch.bool).index_fill_(0, quota, True).view(L, F)
+    return [mask_F.nonzero().squeeze(-1) for mask_F in mask_LF]

@@ -1,0 +1,87 @@
+"""ToMoE's loss: self-distillation under a budget of active parameters (tomoe.md §3.5 to §3.7)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.run.recipe import MasksSection
+from moesmith.training.loop import token_loss
+
+
+def log_ratio(x: Tensor, y: float, c: float = 1e-3) -> Tensor:
+    """ℓ(x, y) = log(max(x + c, y + c) / min(x + c, y + c)) = |log((x + c) / (y + c))|."""
+    return (torch.log(x + c) - math.log(y + c)).abs()
+
+
+def active_share(masks: Masks, widths: list[Tensor]) -> Tensor:
+    """P(Θ) / P_total of the last forward pass (§3.5).
+
+    Args:
+        masks: with the attention widths of that pass.
+        widths: kept channels of every layer's widest expert.
+    """
+    sizes = masks.sizes
+    total: Tensor | int = 0
+    for (_, attention), width in zip(masks.layers(), widths, strict=True):
+        total = total + sizes.ffn(width)
+        if attention is None:
+            total = total + sizes.attention(sizes.h, sizes.h)
+        else:
+            total = total + sizes.attention(attention.width_qk, attention.width_vo)
+    return torch.as_tensor(total / sizes.total)
+
+
+class MaskObjective(nn.Module):
+    """Token ids (B, S) to the scalar loss 2·KL + R_P + R_U + R_L; its parameters are Θ.
+
+    Attributes:
+        measured: parts of the last loss and what they are made of, as numbers, for the training log.
+    """
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, masks: Masks, spec: MasksSection) -> None:
+        super().__init__()
+        self.model, self.masks, self.spec = model, masks, spec
+        self._teacher = [teacher]
+        self._measured: dict[str, Tensor] = {}
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Parts of the last loss as numbers; one wait for the device."""
+        if not self._measured:
+            return {}
+        values = torch.stack([value.detach().float() for value in self._measured.values()]).tolist()
+        return {name: round(value, 5) for name, value in zip(self._measured, values, strict=True)}
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """One forward pass of teacher and student."""
+        self.masks.draw()
+        kl = token_loss(self.model, ids_BS, self._teacher[0], mix=1.0)
+        penalty, self._measured = self.penalties()
+        self._measured["kl"] = kl
+        return self.spec.kl_weight * kl + penalty
+
+    def penalties(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """R_P + R_U + R_L of the last forward pass, and its budget, union, load and routing entropy."""
+        spec, layers = self.spec, self.masks.layers()
+        widths, unions, loads, entropies = [], [], [], []
+        for ffn, _ in layers:
+            mask_NF = ffn.sample()
+            widths.append(mask_NF.sum(-1).amax())
+            unions.append((1 - (1 - mask_NF).prod(0)).mean())
+            share_N = ffn.one_hot_TN.mean(0)  # value: the load; gradient: the softmax's
+            load_N = share_N.detach()
+            loads.append((load_N * share_N).sum())
+            entropies.append(torch.special.entr(load_N).sum())
+        share = active_share(self.masks, widths)
+        union, load = torch.stack(unions), torch.stack(loads).mean()
+        budget_loss = log_ratio(share, spec.budget)
+        union_loss = log_ratio(union, 1.0).sum() / (2 * len(layers))  # attention positions count, with 0
+        penalty = spec.budget_weight * budget_loss + spec.union_weight * union_loss + spec.balance_weight * load
+        entropy = torch.stack(entropies).mean()
+        measured = {"active": share.detach(), "union": union.detach().mean(), "load": load.detach(), "entropy": entropy}
+        return penalty, measured

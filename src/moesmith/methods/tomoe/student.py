@@ -1,0 +1,69 @@
+"""The parent with its activations masked: ToMoE's "pseudo-MoE", the form in which masks are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesmith.methods.tomoe.hypernetwork import ExpertMasks, Masks
+from moesmith.mixture.attention import install
+from moesmith.mixture.moe import share
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import FFN, decoder_layers
+
+
+class MaskedFFN(nn.Module):
+    """A feed-forward network whose channels are masked by each token's expert.
+
+    Attributes:
+        on: whether masks act; off, it is the parent's network to the last bit.
+    """
+
+    def __init__(self, ffn: FFN, masks: ExpertMasks) -> None:
+        super().__init__()
+        self.dense, self.masks, self.on = ffn.module, masks, True
+        self._ffn = [ffn]
+        self.twice = masks.spec.masking == "double" and ffn.up_FD is not None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        (ffn,) = self._ffn
+        if not self.on:
+            out: Tensor = self.dense(hidden)
+            return out
+        x_TD = hidden.reshape(-1, hidden.shape[-1])
+        y_TD: Tensor = ffn.down(self.masks(x_TD, ffn.hidden(x_TD), self.twice))
+        return y_TD.view_as(hidden)
+
+
+def masked_model(parent: Parent, masks: Masks) -> PreTrainedModel:
+    """The parent's architecture with ``masks`` in every layer; all base weights are the parent's own, frozen.
+
+    Dropout is off even in training mode: the paper's base network is in evaluation mode throughout.
+    """
+    model = share(parent.model).requires_grad_(False)
+    _, layers = decoder_layers(model)
+    for ffn, layer, (experts, attention) in zip(parent.ffns, layers, masks.layers(), strict=True):
+        owner, name = ffn.path.rsplit(".", 1)
+        setattr(model.get_submodule(owner), name, MaskedFFN(ffn, experts))
+        if attention is not None:
+            install(layer, model.config, attention)
+    for module in model.modules():
+        still: Any = module
+        if isinstance(module, nn.Dropout):
+            still.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            still.attention_dropout = 0.0
+    return model
+
+
+def switch(model: nn.Module, on: bool) -> None:
+    """Turn every mask of a :func:`masked_model` on or off."""
+    for module in model.modules():
+        gated: Any = module
+        if isinstance(module, MaskedFFN):
+            gated.on = on
+        elif hasattr(module, "head_gate"):
+            gated.head_gate.on = on

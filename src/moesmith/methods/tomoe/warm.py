@@ -1,0 +1,56 @@
+"""A start from a carving: decoder and router such that the first masks are the carving's (ours, not the paper's).
+
+The published start keeps every channel and spends its first steps on meeting the budget. Here a layer's decoder solves
+W_D · h_n = target_n for its N expert inputs h_n = GELU(LN(e_n)): kept channels just above the keep threshold, dropped
+ones below, where sampling noise hardly opens them, so the budget holds from the first step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moesmith.errors import MoesmithError
+from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.mixture.carving import Carving
+from moesmith.parent.load import Parent
+from moesmith.parent.sizes import Sizes
+from moesmith.run.recipe import Recipe
+
+KEPT, DROPPED = 2.0, -5.0  # mask logit plus bias: kept with probability 0.9994 and 0.0067
+
+
+def expert_ratio(sizes: Sizes, budget: float) -> float:
+    """Share of the channels to prune from each expert so that experts and whole attention meet ``budget``.
+
+    Raises:
+        MoesmithError: attention alone is more than the budget.
+    """
+    attention = sizes.L * sizes.attention(sizes.h, sizes.h)
+    kept = (budget * sizes.total - attention) / (sizes.L * sizes.ffn(sizes.F))
+    if kept * sizes.F < 1:
+        raise MoesmithError(
+            f"attention alone is {attention / sizes.total:.0%} of the parameters, and masks.budget is {budget:.0%}: a "
+            "carving of the feed-forward networks cannot meet it",
+            "Raise masks.budget, or set masks.start to random.",
+        )
+    return 1 - kept
+
+
+def pruned_share(recipe: Recipe, parent: Parent) -> float:
+    """Share of channels that a recipe's carving prunes from each expert: what it says, or what masks' budget leaves."""
+    return expert_ratio(Sizes.of(parent), recipe.masks.budget) if recipe.learned else recipe.carve.ratio
+
+
+@torch.no_grad()
+def start_from(masks: Masks, carving: Carving) -> None:
+    """Set decoders and routers to ``carving``'s channels and routers; attention starts whole, as published."""
+    masks.draw()
+    for index, (ffn, layer) in enumerate(zip(masks.ffn, carving.layers, strict=True)):
+        experts: torch.nn.Module = ffn
+        kept_NF = carving.mask(index)
+        target_NF = torch.where(kept_NF, KEPT, DROPPED).double() - masks.spec.bias
+        # on the CPU: N rows of R numbers in fp64 are no work, and not every device has it
+        inner_NR = experts.hidden(experts.embedding_NR).cpu().double()  # type: ignore[operator]
+        decoder_RF = torch.linalg.pinv(inner_NR) @ target_NF
+        experts.decoder_FR.copy_(decoder_RF.T)  # type: ignore[operator, union-attr]
+        experts.router_ND.copy_(layer.router.weight_ED)  # type: ignore[operator, union-attr]

@@ -1,0 +1,1 @@
+"""The carving, and the models that it describes."""

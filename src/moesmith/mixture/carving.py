@@ -1,0 +1,316 @@
+"""The carving: which channels of the parent's feed-forward networks each expert keeps, and who routes to it.
+
+Every method ends in a carving and everything after it starts from one: the runnable model (``moe.build``),
+training, evaluation, the report and the exports. It is a small delta on its parent: index lists, routers,
+and what compensation or training changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesmith.arguments import path_of
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_json, read_tensors, write_json, write_tensors
+from moesmith.mixture.attention import CarvedAttention
+from moesmith.mixture.gates import GateSpec
+from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
+from moesmith.parent.digests import model_digest
+from moesmith.parent.load import Parent
+from moesmith.parent.proof.family import NATIVE
+
+FORMAT = 3  # 2: attention; 3: layers that differ, shared experts, sums, matrices of their own
+OWN = ("down_DF", "gate_FD", "up_FD")  # an expert's own matrices, each a tensor of its own in the file
+ROUTED = {"down_DF": "down", "gate_FD": "gate", "up_FD": "up"}
+
+
+def _as(parent: Parent, dtype: torch.dtype) -> str:
+    """The digest that a parent's weights have in another dtype."""
+    rounded = ((name, tensor.to(dtype)) for name, tensor in parent.model.named_parameters())
+    model: Any = SimpleNamespace(config=parent.config, named_parameters=lambda: rounded)
+    return model_digest(model)
+
+
+@dataclass
+class Carving:
+    """A Mixture-of-Experts as a delta on its parent. Its tensors are the CPU's, wherever the parent is.
+
+    Attributes:
+        layers: one :class:`~moesmith.mixture.layer.Layer` per decoder layer.
+        d_ff: the parent's FFN width F.
+        lora: merged by :meth:`expert_weights`; ``"{layer}.{gate|up|down}.{A|B}"`` to (E, r, in) or (E, out, r);
+            the scale alpha / r is already in B. Of the routed experts.
+        norms: parent parameter name to the trained weight or bias of a norm.
+        provenance: where it came from (method, recipe, hashes), JSON-able.
+        attention: one :class:`CarvedAttention` per layer where attention is pruned as well (ToMoE), else empty.
+
+    Example:
+        >>> carving = Carving.load("RUN/stages/carve")        # doctest: +SKIP
+        >>> carving.union().mean()                            # doctest: +SKIP
+        tensor(0.83)
+    """
+
+    layers: list[Layer]
+    d_ff: int
+    lora: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    attention: list[CarvedAttention] = field(default_factory=list)
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of the layer that has most."""
+        return max(len(layer.routed) for layer in self.layers)
+
+    @property
+    def top_k(self) -> int:
+        """Routed experts that a token visits in the layer where it visits most."""
+        return max(layer.top_k for layer in self.layers)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers have as many experts, of which a token visits as many."""
+        return len({(len(layer.routed), layer.top_k) for layer in self.layers}) == 1
+
+    @property
+    def biased(self) -> bool:
+        """Whether experts have biases of their own."""
+        return any(expert.bias_D is not None for layer in self.layers for expert in layer.experts)
+
+    @property
+    def compensation(self) -> str:
+        """What stands in for dropped channels: ``refit`` (``down_proj`` of their own), ``bias`` or ``none``."""
+        if any(expert.down_DF is not None for layer in self.layers for expert in layer.experts):
+            return "refit"
+        return "bias" if self.biased else "none"
+
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent that the carving was not made from.
+
+        The digest of the parent's weights is compared where the carving's provenance names one. A parent in a wider
+        dtype is rounded for that; in a narrower one it cannot be told, and its shapes have to do.
+
+        Raises:
+            MoesmithError: its layers or widths are others, or its weights.
+        """
+        cure = "Give the dense model that it was made from."
+        found = {"layers": (len(self.layers), parent.L), "channels": (self.d_ff, parent.F)}
+        if self.layers and isinstance(router := self.layers[0].router, Linear):
+            found["model width"] = (router.weight_ED.shape[-1], parent.D)
+        for what, (mine, its) in found.items():
+            if mine != its:
+                raise MoesmithError(f"the carving has {what} {mine}, and {parent.source} has {its}", cure)
+        for index, layer in enumerate(self.layers):
+            try:
+                layer.check(parent.D, self.d_ff)
+            except MoesmithError as error:
+                raise MoesmithError(f"layer {index} of the carving {error}", cure) from error
+        made = self.provenance.get("parent", {})
+        known, dtype = made.get("model_digest"), getattr(torch, str(made.get("dtype")), None)
+        if not known or not parent.digest or known == parent.digest or dtype is None:
+            return
+        if dtype == parent.model.dtype or (
+            dtype.itemsize < parent.model.dtype.itemsize and known != _as(parent, dtype)
+        ):
+            raise MoesmithError(
+                f"{parent.source} is not the parent of this carving (weights {parent.digest}, not {known})", cure
+            )
+
+    def widths(self) -> Tensor:
+        """Kept channels per layer and routed expert, (L, E) int64; 0 where a layer has fewer experts than another."""
+        found = torch.zeros(len(self.layers), self.experts, dtype=torch.int64)
+        for row, layer in zip(found, self.layers, strict=True):
+            row[: len(layer.routed)] = torch.tensor(layer.widths)
+        return found
+
+    def mask(self, layer: int) -> Tensor:
+        """The layer's channel masks, (E, F) bool."""
+        return self.layers[layer].mask(self.d_ff)
+
+    def overlap(self) -> Tensor:
+        """Intersection over union of every two experts' channels, (L, E, E) in [0, 1]; 0 where there is no expert."""
+        found = torch.zeros(len(self.layers), self.experts, self.experts)
+        for index, layer in enumerate(self.layers):
+            mask_EF = self.mask(index).float()
+            both_EE = mask_EF @ mask_EF.T
+            sizes_E = mask_EF.sum(-1)
+            E = len(layer.routed)
+            found[index, :E, :E] = both_EE / (sizes_E[:, None] + sizes_E[None, :] - both_EE)
+        return found
+
+    def union(self) -> Tensor:
+        """Share of the parent's channels that at least one expert keeps, (L,) in [0, 1]."""
+        return torch.stack([self._kept(index).float().mean() for index in range(len(self.layers))])
+
+    def _kept(self, index: int) -> Tensor:
+        kept_F = torch.zeros(self.d_ff, dtype=torch.bool)
+        for expert in self.layers[index].experts:
+            kept_F[expert.channels] = True
+        return kept_F
+
+    def expert_weights(self, parent: Parent, layer: int, expert: int | Expert) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One expert's merged weights in fp32: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).
+
+        On the parent's device. Its own matrices and LoRA are merged; biases are :meth:`expert_biases`.
+
+        Args:
+            parent: the dense model.
+            layer: the layer's index.
+            expert: which of the routed experts, or the shared one itself.
+        """
+        number = expert if isinstance(expert, int) else None
+        one = self.layers[layer].routed[expert] if isinstance(expert, int) else expert
+        ffn = parent.ffns[layer]
+        kept = one.channels.to(ffn.gate_FD.device)
+        weights = {
+            "gate": ffn.gate_FD[kept].float() if one.gate_FD is None else one.gate_FD.to(kept.device).float(),
+            "down": ffn.down_DF[:, kept].float() if one.down_DF is None else one.down_DF.to(kept.device).float(),
+        }
+        if ffn.up_FD is not None:
+            weights["up"] = ffn.up_FD[kept].float() if one.up_FD is None else one.up_FD.to(kept.device).float()
+        for name, weight in weights.items():
+            if number is not None and f"{layer}.{name}.A" in self.lora:
+                A_rI, B_Or = (self.lora[f"{layer}.{name}.{half}"][number].float() for half in "AB")
+                if name == "down":  # ragged experts: A's columns beyond this expert's width are padding
+                    A_rI = A_rI[:, : len(kept)]
+                else:
+                    B_Or = B_Or[: len(kept)]
+                # in double precision and on the CPU the product is the same on every machine and for every device
+                weights[name] = weight + (B_Or.double() @ A_rI.double()).float().to(weight.device)
+        return weights["gate"], weights.get("up"), weights["down"]
+
+    def expert_biases(self, parent: Parent, layer: int, expert: int | Expert) -> tuple[Tensor | None, Tensor | None]:
+        """One expert's biases in fp32: of its gate rows (F_e,) and of its output (D,); ``None`` where there is none.
+
+        The output's holds the parent's own: whole in every expert where the weights of a token's experts sum to 1, its
+        K-th part where every one counts in full, and none of it in a shared expert. The expert's own is added.
+        """
+        carved, ffn = self.layers[layer], parent.ffns[layer]
+        one = carved.routed[expert] if isinstance(expert, int) else expert
+        gate_bias_F, down_bias_D, device = ffn.gate_bias_F, ffn.down_bias_D, ffn.gate_FD.device
+        if gate_bias_F is not None:
+            gate_bias_F = gate_bias_F[one.channels.to(device)].float()
+        if down_bias_D is not None and one is carved.shared:
+            down_bias_D = None
+        elif down_bias_D is not None and carved.mix == "sum":
+            down_bias_D = down_bias_D.float() / carved.top_k
+        given = [part.to(device, torch.float32) for part in (down_bias_D, one.bias_D) if part is not None]
+        return gate_bias_F, torch.stack(given).sum(0) if given else None
+
+    @property
+    def subsets(self) -> bool:
+        """Whether experts are subsets of the parent's own channels, so that each channel need be stored once only."""
+        plain = all(expert.plain for layer in self.layers for expert in layer.routed)
+        return self.experts > 1 and plain and not self.lora
+
+    def is_native(self, parent: Parent) -> bool:
+        """Whether ``RUN/model`` is in moesmith's own format: no stock architecture holds the parent, or attention."""
+        return parent.family == NATIVE or bool(self.attention)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``carving.safetensors`` and ``carving.json`` into ``folder``."""
+        folder = path_of("folder", folder)
+        tensors: dict[str, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            tensors |= {f"{index}.{name}": value for name, value in _tensors(layer).items()}
+        for index, attention in enumerate(self.attention):
+            tensors |= {f"{index}.attention.{name}": value for name, value in attention.tensors().items()}
+        tensors |= {f"lora.{name}": value for name, value in self.lora.items()}
+        tensors |= {f"norm.{name}": value for name, value in self.norms.items()}
+        write_tensors(folder / "carving.safetensors", tensors)
+        header = {"format": FORMAT, "d_ff": self.d_ff, "gates": [layer.gate().model_dump() for layer in self.layers]}
+        header |= {"compensation": self.compensation, "provenance": self.provenance}
+        write_json(folder / "carving.json", header)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Carving:
+        """Read what :meth:`save` wrote, in this version or an older one.
+
+        Raises:
+            MoesmithError: the folder holds no carving, or one of a newer format.
+        """
+        folder = path_of("folder", folder)
+        header = read_json(folder / "carving.json")
+        if header["format"] > FORMAT:
+            raise MoesmithError(f"{folder} was written by a newer moesmith", "Upgrade moesmith to read it.")
+        tensors = read_tensors(folder / "carving.safetensors")
+        if header["format"] < 3:
+            header, tensors = _upgraded(header, tensors)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+
+        gates = [GateSpec.read(values) for values in header["gates"]]
+        gated = [part(f"{index}.attention.") for index in range(len(gates))]
+        return cls(
+            layers=[_layer(part(f"{index}."), gate) for index, gate in enumerate(gates)],
+            d_ff=header["d_ff"],
+            lora=part("lora."),
+            norms=part("norm."),
+            provenance=header["provenance"],
+            attention=[CarvedAttention(**tensors) for tensors in gated if tensors],
+        )
+
+
+def _tensors(layer: Layer) -> dict[str, Tensor]:
+    """A layer by the names that its tensors have in a file."""
+    router, shared = layer.router, layer.shared
+    found = {
+        "widths": torch.tensor(layer.widths, dtype=torch.int32),
+        "channels": torch.cat([expert.channels for expert in layer.routed]).to(torch.int32),
+    }
+    if isinstance(router, Linear):
+        found |= {"router_ED": router.weight_ED}
+        found |= {} if router.noise_ED is None else {"noise_ED": router.noise_ED}
+    else:
+        found[f"router_{router.reads}"] = router.channels.to(torch.int32)
+    for index, expert in enumerate(layer.routed):
+        found |= {f"{ROUTED[n]}.{index}": value for n in OWN if (value := getattr(expert, n)) is not None}
+    biases = [expert.bias_D for expert in layer.routed if expert.bias_D is not None]
+    if biases:
+        found["bias_ED"] = torch.stack(biases)
+    if layer.constant_D is not None:
+        found["constant_D"] = layer.constant_D
+    if shared is not None:
+        found["shared.channels"] = shared.channels.to(torch.int32)
+        found |= {f"shared.{n}": value for n in (*OWN, "bias_D") if (value := getattr(shared, n)) is not None}
+    return found
+
+
+def _layer(found: Mapping[str, Tensor], gate: GateSpec) -> Layer:
+    """The reverse of :func:`_tensors`."""
+    channels = found["channels"].long().split(found["widths"].tolist())
+    biases = found.get("bias_ED")
+    routed = [
+        Expert(
+            kept,
+            bias_D=None if biases is None else biases[index],
+            **{name: found.get(f"{ROUTED[name]}.{index}") for name in OWN},
+        )
+        for index, kept in enumerate(channels)
+    ]
+    router: Linear | Analytic
+    if "router_ED" in found:
+        router = Linear(found["router_ED"], found.get("noise_ED"))
+    else:
+        reads: Any = "hidden" if "router_hidden" in found else "gate"
+        router = Analytic(found[f"router_{reads}"].long(), reads)
+    shared = None
+    if "shared.channels" in found:
+        own = {name: found.get(f"shared.{name}") for name in (*OWN, "bias_D")}
+        shared = Expert(found["shared.channels"].long(), **own)
+    return Layer(routed, router, gate.top_k, gate.mix, gate.noise, shared, found.get("constant_D"))
+
+
+def _upgraded(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A carving of formats 1 and 2: one gate for all layers, widths of all layers in one tensor."""
+    widths_LE = tensors.pop("widths")
+    header = header | {"gates": [header["gate"]] * header["layers"]}
+    return header, tensors | {f"{index}.widths": row for index, row in enumerate(widths_LE)}

@@ -1,0 +1,102 @@
+"""Which stock architecture holds a carving, and the exact rewriting that gets it there: shapes only, no tensors.
+
+A stock expert is y = down(act(gate x) * (up x)), all experts of a model have one width, every layer has as many of
+them, a token visits as many in every layer, and the weights of the chosen sum to 1. What a carving has beyond that goes
+home by rewriting:
+
+* *sum*: logits scaled down far enough give each of K chosen experts the weight 1/K, in the same order; ``down`` carries
+  K. Where a runtime does not divide by the sum (Qwen2-MoE in llama.cpp), each weighs 1/E and ``down`` carries E.
+* *shared*: Qwen2-MoE's shared expert, whose sigmoid gate is one half with zero weights, ``down`` carrying 2. Elsewhere
+  the shared channels are folded into every routed expert, which is exact since the weights sum to 1, and costs room.
+* *widths*: narrower experts are padded with channels of zeros, to the widest and to a multiple of :data:`ALIGN`.
+* *bias*: one more channel, fed by the constant direction (``export/stock/constant.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Layer
+
+ALIGN = 32  # channels of a stock expert; quantisation blocks and grouped matrix kernels want multiples of it
+Dialect = Literal["mixtral", "qwen2_moe", "qwen3_moe"]
+
+
+def aligned(width: int, to: int = ALIGN) -> int:
+    """The next multiple of ``to``."""
+    return -(-width // to) * to
+
+
+@dataclass(frozen=True)
+class Home:
+    """How a carving stands in a stock folder.
+
+    Attributes:
+        dialect: the architecture, by its model type.
+        experts: routed experts of a layer.
+        top_k: of which a token visits.
+        width: channels of a routed expert on disk.
+        shared: channels of the shared expert on disk; 0 where the architecture has none.
+        folded: whether the carving's shared expert is part of every routed one.
+        divided: whether the runtime divides the weights of the chosen by their sum.
+    """
+
+    dialect: Dialect
+    experts: int
+    top_k: int
+    width: int
+    shared: int = 0
+    folded: bool = False
+    divided: bool = True
+
+    def parameters(self, D: int, layers: int) -> tuple[int, int]:
+        """Weights in the place of the networks, routers included: in total, and active per token."""
+        beside = self.experts * D + (3 * self.shared * D + D if self.shared else 0)
+        expert = 3 * self.width * D
+        return layers * (beside + self.experts * expert), layers * (beside + self.top_k * expert)
+
+
+def in_full(layer: Layer) -> bool:
+    """Whether each chosen expert counts in full: added up, or a single one."""
+    return layer.mix == "sum" or layer.top_k == 1
+
+
+def home_of(family: str, carving: Carving, *, llamacpp: bool = False) -> Home:
+    """Where a carving goes, that some stock architecture holds (``export.stock.stock_refusal``).
+
+    Args:
+        family: the parent's (``Parent.family``).
+        carving: the mixture, or an outline of one.
+        llamacpp: for llama.cpp, whose graph of Qwen2-MoE does not divide; that of Mixtral takes biases.
+    """
+    shared = max((layer.shared.width + (layer.shared.bias_D is not None) for layer in carving.layers
+                  if layer.shared is not None), default=0)  # fmt: skip
+    dialect: Dialect = family  # type: ignore[assignment]
+    beside = bool(shared) and family != "qwen3_moe"
+    if llamacpp:
+        beside = beside and all(map(in_full, carving.layers))
+        dialect = "mixtral" if family == "qwen2_moe" else dialect
+    if beside:
+        dialect = "qwen2_moe"
+    folded = bool(shared) and not beside
+    width = max(stock_width(layer, folded) for layer in carving.layers)
+    # the architecture insists on a shared expert: an exact zero. At width 0 vLLM leaves it out and refuses its tensors
+    room = aligned(max(shared, 1)) if dialect == "qwen2_moe" else 0
+    return Home(dialect, carving.experts, carving.top_k, aligned(width), room, folded, not (llamacpp and beside))
+
+
+def stock_width(layer: Layer, folded: bool) -> int:
+    """Channels of a layer's routed experts in a stock folder before rounding up: those of the widest, the shared
+    expert's where it is folded in, and one for biases."""
+    common = layer.shared if folded else None
+    experts = [*layer.routed, *([] if common is None else [common])]
+    biased = any(expert.bias_D is not None for expert in experts)
+    return max(layer.widths) + (0 if common is None else common.width) + biased
+
+
+def padding(carving: Carving, home: Home) -> float:
+    """Share of the routed experts' channels on disk that are zeros: what they lack of the widest, and of a multiple."""
+    means = [stock_width(x, home.folded) - max(x.widths) + sum(x.widths) / len(x.widths) for x in carving.layers]
+    return 1 - sum(means) / len(means) / home.width

@@ -1,0 +1,1 @@
+"""Parents in GGUF files."""

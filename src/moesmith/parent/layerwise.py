@@ -1,0 +1,204 @@
+"""Run a decoder of which one layer at a time is in memory: the batches wait between layers, not the layers in memory.
+
+A :class:`Layered` decoder makes each layer when its turn comes. :func:`last_hidden` runs it, or an ordinary model, over
+batches of token ids. The model's own code embeds, masks, rotates and normalises: it runs once per batch up to the first
+layer and once from behind the last. Every layer sees every batch as an ordinary forward pass would, so the result is
+the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesmith.console import Meter
+from moesmith.parent.mapped import give_back
+from moesmith.parent.structure import decoder_layers
+
+HELD = 2**28  # bytes of hidden states that wait between two layers
+Module = TypeVar("Module", bound=nn.Module)
+# what to do while a layer runs: its index and the layer to a context manager, such as one that holds hooks on it
+Visit = Callable[[int, nn.Module], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Layered:
+    """A decoder whose layers exist while they run.
+
+    Attributes:
+        shell: the model without its layers: embedding, positions, final norm, output matrix.
+        place: where in it the list of layers belongs, e.g. ``model.layers``.
+        depth: how many layers there are.
+        layer: makes one, in evaluation mode, on the shell's device and in its dtype.
+    """
+
+    shell: PreTrainedModel
+    place: str
+    depth: int
+    layer: Callable[[int], nn.Module]
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self.shell.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.shell.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.shell.dtype
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output matrix."""
+        return self.shell.get_output_embeddings()
+
+
+Decoder = PreTrainedModel | Layered
+
+
+def share(module: Module, change: Callable[[Tensor], Tensor] | None = None) -> Module:
+    """A copy of a module tree whose parameters and buffers are the original's own, or parameters ``change`` of them."""
+    known: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
+    if change is not None:
+        for parameter in module.parameters():  # one that stands in two places is changed once
+            known[id(parameter)] = nn.Parameter(change(parameter.detach()), requires_grad=False)
+    return copy.deepcopy(module, known)
+
+
+def layered(model: PreTrainedModel, layer: Callable[[int], nn.Module] | None = None) -> Layered:
+    """``model`` layer by layer; ``layer`` makes other layers for it. Weights are shared, ``model`` stays as it is."""
+    place, layers = decoder_layers(model)
+    shell = share(model)
+    _put(shell, place, nn.ModuleList())
+    return Layered(shell, place, len(layers), layer or (lambda index: layers[index]))
+
+
+def cast(model: Decoder, dtype: torch.dtype, device: torch.device | None = None) -> Layered:
+    """The decoder in another dtype, or on another device, one layer at a time; the original stays as it is."""
+    inner = model if isinstance(model, Layered) else layered(model)
+    place = inner.device if device is None else device
+    if (inner.dtype, inner.device) == (dtype, place):
+        return inner
+    shell = _brought(inner.shell, dtype, place)
+    return Layered(shell, inner.place, inner.depth, lambda index: _brought(inner.layer(index), dtype, place))
+
+
+def _brought(module: Module, dtype: torch.dtype, device: torch.device) -> Module:
+    copied = share(module, lambda weight: weight.to(device, dtype))
+    for part in copied.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            # what is finer than the weights stays so: rotary frequencies, attention's gates
+            finer = not buffer.is_floating_point() or buffer.dtype.itemsize >= dtype.itemsize
+            setattr(part, name, buffer.to(device) if finer else buffer.to(device, dtype))
+    return copied
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, module)
+
+
+def last_hidden(
+    model: Decoder, batches: Sequence[Tensor], *, visit: Visit | None = None, bar: Meter | None = None
+) -> Iterator[Tensor]:
+    """Final hidden states (B, S, D) of every batch of token ids (B, S), in their order.
+
+    Args:
+        model: an ordinary model, which takes one batch after the other, or one that is run layer by layer: as many
+            batches as :data:`HELD` allows go through a layer before the next one is made.
+        batches: token ids, int64.
+        visit: entered around each layer's work. A layer sees the batches in their order.
+        bar: progress; gets the tokens of each batch once it has gone through all layers.
+    """
+    if isinstance(model, Layered):
+        for group in _groups(batches, HELD // (model.config.hidden_size * model.dtype.itemsize)):
+            yield from _sweep(model, group, visit, bar)
+        return
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder_layers(model)[1] if visit is not None else ()):
+            assert visit is not None
+            stack.enter_context(visit(index, layer))
+        for ids_BS in batches:
+            yield model.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state
+            if bar is not None:
+                bar.advance(ids_BS.numel())
+
+
+def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
+    """Runs of batches of at most so many tokens together, at least one batch each."""
+    group: list[Tensor] = []
+    for ids_BS in batches:
+        if group and sum(ids.numel() for ids in group) + ids_BS.numel() > tokens:
+            yield group
+            group = []
+        group.append(ids_BS)
+    if group:
+        yield group
+
+
+def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Meter | None) -> Iterator[Tensor]:
+    waiting: list[Any] = []
+    for ids_BS in batches:
+        start = _Start()
+        with _standing(model, start):
+            try:
+                model.shell.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
+            except _StoppedError:
+                waiting.append(start.seen)
+    states = [seen[0] for seen in waiting]
+    for index in range(model.depth):
+        layer = model.layer(index)
+        with nullcontext() if visit is None else visit(index, layer):
+            for position, (_, args, options) in enumerate(waiting):
+                states[position] = layer(states[position], *args, **options)
+                if bar is not None:
+                    bar.advance(batches[position].numel() / model.depth)
+        del layer  # before the next one is made
+        give_back()
+    for position, ids_BS in enumerate(batches):
+        with _standing(model, _End(states[position])):
+            yield model.shell.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state
+
+
+@contextmanager
+def _standing(model: Layered, module: nn.Module) -> Iterator[None]:
+    """Let one module stand where the layers would."""
+    _put(model.shell, model.place, nn.ModuleList([module]))
+    try:
+        yield
+    finally:
+        _put(model.shell, model.place, nn.ModuleList())
+
+
+class _StoppedError(Exception):
+    pass
+
+
+class _Start(nn.Module):
+    """Takes what the first layer would get, and stops the pass."""
+
+    def forward(self, hidden_BSD: Tensor, *args: Any, **options: Any) -> Tensor:
+        self.seen = hidden_BSD, args, options
+        raise _StoppedError
+
+
+class _End(nn.Module):
+    """Gives what the last layer gave."""
+
+    def __init__(self, hidden_BSD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BSD = hidden_BSD
+
+    def forward(self, *_args: Any, **_options: Any) -> Tensor:
+        return self.hidden_BSD

@@ -1,0 +1,1 @@
+"""Prove by numbers what the rest of a parent's decoder computes."""

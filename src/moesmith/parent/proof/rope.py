@@ -1,0 +1,72 @@
+"""Cosines and sines of positions, as the architecture that will hold a parent computes them from its config.
+
+A parent's own tables are no witness: what is wrong in them would be wrong on both sides of a comparison. So the tables
+here come from the stock architecture's code and a config with nothing of the parent's but what a stock folder carries.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+from moesmith.mixture.attention import rotary_width
+
+# fields that transformers and tools for tuning write beside the declared ones; they change no function
+INERT = frozenset(
+    "_name_or_path architectures auto_map dtype torch_dtype model_type transformers_version rope_scaling rope_theta "
+    "partial_rotary_factor unsloth_version unsloth_fixed output_attentions output_hidden_states return_dict id2label "
+    "label2id problem_type is_encoder_decoder chunk_size_feed_forward use_cache finetuning_task max_length "
+    "task_specific_params transformers.js_config pretraining_tp quantization_config unk_token_id sep_token_id "
+    "cls_token_id mask_token_id tokenizer_class".split()
+)
+# the keys of ``rope_parameters`` that the stock architectures' code reads
+KEYS = frozenset(
+    "rope_type type rope_theta factor partial_rotary_factor original_max_position_embeddings attention_factor "
+    "beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor high_freq_factor short_factor "
+    "long_factor".split()
+)
+STOCK: dict[str, tuple[Any, Any]] = {
+    "mixtral": (MixtralConfig, MixtralRotaryEmbedding),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeRotaryEmbedding),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeRotaryEmbedding),
+}
+
+
+def carried(config: Any) -> dict[str, Any]:
+    """The parent's ``rope_parameters`` as a stock config takes them: heads rotate whole there."""
+    found: dict[str, Any] = copy.deepcopy(config.rope_parameters)
+    found.pop("partial_rotary_factor", None)
+    return found
+
+
+def stock_rope(family: str, config: Any) -> nn.Module:
+    """The stock architecture's rotary embedding for a parent's config: (x, position_ids) to cos, sin (B, S, rotary).
+
+    A parent of moesmith's own format may rotate a part of each head; its table is that of a head of this width.
+    """
+    config_class, module_class = STOCK.get(family, STOCK["mixtral"])
+    made = config_class(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=rotary_width(config),
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=carried(config),
+    )
+    module: nn.Module = module_class(made)
+    return module
+
+
+def unread(config: Any) -> list[str]:
+    """Fields of a config, ``rope_parameters.*`` among them, that its own class does not declare or nobody is known to
+    read."""
+    declared = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", ())}
+    given = config.to_dict()
+    found = [name for name in given if name not in declared | INERT and not name.startswith("_")]
+    return found + [f"rope_parameters.{name}" for name in given.get("rope_parameters") or {} if name not in KEYS]

@@ -1,0 +1,208 @@
+"""What a run holds: carving, gate and the metrics of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moesmith.arguments import takes_paths
+from moesmith.console import show_table
+from moesmith.data.overlap import found_in, warnings
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_json
+from moesmith.mixture.carving import Carving
+
+CARVINGS = ("carve", "masks", "refit", "router", "experts")  # stages that end in a carving, in their order
+STAGES = (
+    *("held-out", "corpus", "baseline", "domains", "moments", "affinity"),
+    *CARVINGS,
+    *("export", "evaluate"),
+)
+MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
+STOCK = "stock"  # the stage's name of RUN/stock in an evaluation
+
+
+def finished_of(stages: Iterable[str]) -> str:
+    """The measured stage that is ``RUN/model``: the last one, the stock twin apart."""
+    return [name for name in stages if name != STOCK][-1]
+
+
+def clusters_of(folder: Path) -> list[list[str]]:
+    """Domains per expert as the run's carving was made from them; empty where experts were learned from scratch."""
+    path = folder / "stages" / "carve" / "carving.json"
+    found: list[list[str]] = read_json(path)["provenance"].get("clusters", []) if path.is_file() else []
+    return found
+
+
+@takes_paths("folder")
+def describe(folder: Path) -> dict[str, Any]:
+    """Everything ``moesmith inspect`` prints, as one JSON-able value.
+
+    Raises:
+        MoesmithError: the folder is no run, or not carved yet.
+    """
+    header = read_json(folder / "run.json")
+    found = {name: folder / "stages" / name / "manifest.json" for name in STAGES}
+    manifests = {name: read_json(path) for name, path in found.items() if path.is_file()}
+    carved = [name for name in CARVINGS if name in manifests]
+    if not carved:
+        raise MoesmithError(f"{folder} is not carved yet", "Run the same 'moesmith convert' again to continue it.")
+    carving = Carving.load(folder / "stages" / carved[-1])
+    metrics = {name: m["metrics"] | {"seconds": m["seconds"]} for name, m in manifests.items()}
+    counted = next(
+        metrics[name] for name in ("export", "masks", "carve") if "parent_parameters" in metrics.get(name, ())
+    )
+    return {
+        "run": str(folder),
+        "recipe": header["recipe"]["name"],
+        "inputs": header["inputs"],
+        "gate": _gate(carving),
+        "compensation": carving.compensation,
+        "clusters": clusters_of(folder) or None,
+        "masks": _masks(header["recipe"], metrics["masks"], carving) if "masks" in metrics else None,
+        "parameters": {name: counted[name] for name in ("parent_parameters", "parameters_total", "parameters_active")},
+        "layers": _layers(carving),
+        "versions": versions_of(manifests),
+        "stages": metrics,
+    }
+
+
+def versions_of(manifests: Mapping[str, Any]) -> dict[str, str]:
+    """Package → the version that made the run; where stages differ, every version with its stages."""
+    made: dict[str, dict[str, list[str]]] = {}
+    for stage, manifest in manifests.items():
+        for package, version in manifest.get("versions", {}).items():
+            made.setdefault(package, {}).setdefault(version, []).append(stage)
+    return {
+        package: next(iter(found))
+        if len(found) == 1
+        else ", ".join(f"{version} ({', '.join(stages)})" for version, stages in found.items())
+        for package, found in made.items()
+    }
+
+
+def _masks(recipe: dict[str, Any], metrics: dict[str, Any], carving: Carving) -> dict[str, Any]:
+    """What was learned, and under which budget."""
+    spec = recipe["masks"]
+    names = ("active_share", "threshold", "union", "width_ffn", "width_qk", "width_vo")
+    found = {name: spec[name] for name in ("budget", "start", "attention")}
+    found |= {name: metrics[name] for name in names if name in metrics}
+    return found | {"head": len(carving.attention[0].qk_h) if carving.attention else None, "channels": carving.d_ff}
+
+
+def _gate(carving: Carving) -> dict[str, Any]:
+    """What all layers have in common of routing; ``None`` where they differ."""
+    gates = [layer.gate().model_dump() for layer in carving.layers]
+    found = {name: value if all(gate[name] == value for gate in gates) else None for name, value in gates[0].items()}
+    shared = [0 if layer.shared is None else layer.shared.width for layer in carving.layers]
+    return found | {"experts": carving.experts, "top_k": carving.top_k, "shared_channels": max(shared)}
+
+
+def _gate_line(gate: dict[str, Any]) -> str:
+    mix = {"average": "weights that sum to 1", "sum": "each counts in full"}.get(gate["mix"], "mixed by layer")
+    parts = [f"{gate['experts']} experts, top-{gate['top_k']}, {mix}"]
+    if gate["shared_channels"]:
+        parts.append(f"and one of {gate['shared_channels']:,} channels that every token uses")
+    if gate["logits"] != "linear":
+        parts.append("logits are channels of the parent")
+    return ", ".join(parts)
+
+
+def _layers(carving: Carving) -> list[dict[str, Any]]:
+    iou_LEE, widths_LE, union_L = carving.overlap(), carving.widths(), carving.union()
+    experts = carving.experts
+    pairs = experts * (experts - 1)
+    layers: list[dict[str, Any]] = [
+        {
+            "layer": index,
+            "channels": widths_LE[index].tolist(),
+            "overlap": float((iou_LEE[index].sum() - experts) / pairs) if pairs else None,
+            "union": float(union_L[index]),
+        }
+        for index in range(len(carving.layers))
+    ]
+    for layer, attention in zip(layers, carving.attention, strict=bool(carving.attention)):
+        layer |= {"qk": attention.width_qk, "vo": attention.width_vo}
+    return layers
+
+
+def show(found: dict[str, Any], *, brief: bool = False) -> None:
+    """Print :func:`describe`'s value as tables; ``brief`` leaves the layers out."""
+    gate, masks = found["gate"], found["masks"]
+    rows: list[tuple[str, str]] = [
+        ("recipe", found["recipe"]),
+        ("parent", f"{found['inputs']['model']} ({found['inputs']['model_digest']})"),
+        ("weights", _dtypes(found["inputs"])),
+        ("gate", _gate_line(gate)),
+        ("compensation", found["compensation"]),
+    ]
+    if masks:
+        rows += _learned(masks)
+    rows += [(name.replace("_", " "), f"{value:,}") for name, value in found["parameters"].items()]
+    if gate["experts"] > 1:
+        began = " began as" if masks else ""
+        rows += [(f"expert {i}{began}", ", ".join(group)) for i, group in enumerate(found["clusters"] or ())]
+    if not brief:
+        made = [f"{name} {found['versions'][name]}" for name in MATTER if name in found["versions"]]
+        rows.append(("made by", "; ".join(made)))
+    show_table(found["run"], ["", ""], rows)
+    if not brief:
+        columns = ["layer", "channels per expert", "mean overlap (IoU)", "union"]
+        layers = [
+            [x["layer"], f"{min(x['channels'])}-{max(x['channels'])}", x["overlap"], x["union"]]
+            for x in found["layers"]
+        ]
+        if masks and masks["head"]:
+            columns += [f"{name} of {masks['head']}" for name in ("Q/K", "V/O")]
+            layers = [[*row, x["qk"], x["vo"]] for row, x in zip(layers, found["layers"], strict=True)]
+        show_table("layers", columns, layers)
+    stages = [(name, m["seconds"], _headline(name, m)) for name, m in found["stages"].items()]
+    show_table("stages", ["stage", "seconds", "result"], stages)
+
+
+def _dtypes(inputs: dict[str, Any]) -> str:
+    """What the weights are stored in, and what computed; runs of 0.1 computed in what they stored."""
+    return f"stored in {inputs['dtype']}, computed in {inputs.get('compute', inputs['dtype'])}"
+
+
+def _learned(masks: dict[str, Any]) -> list[tuple[str, str]]:
+    start = "all channels" if masks["start"] == "random" else "a carving"
+    rows = [
+        ("learned", f"masks over frozen weights, from {start}"),
+        ("budget", f"{masks['budget']:.1%} of the block parameters, {masks['active_share']:.1%} active"),
+        ("widest expert", f"{masks['width_ffn']:,.1f} of {masks['channels']:,} channels, mean over layers"),
+    ]
+    head = masks["head"]
+    if not head:
+        return [*rows, ("attention", "whole")]
+    qk = "the same for all tokens" if masks["attention"] == "hybrid" else "at most, by token"
+    rows.append(("Q/K of a head", f"{masks['width_qk']:.1f} of {head} dimensions, mean over layers, {qk}"))
+    return [
+        *rows,
+        ("V/O of a head", f"{masks['width_vo']:.1f} of {head} dimensions, mean over layers, at most, by token"),
+    ]
+
+
+def _headline(name: str, metrics: dict[str, Any]) -> str:
+    if name in ("masks", "router", "experts"):
+        text = (
+            f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
+            f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
+        )
+        return text + (
+            f", {metrics['active_share']:.1%} active, union {metrics['union']:.3f}" if name == "masks" else ""
+        )
+    if name == "held-out":
+        return "; ".join(warnings(found_in(metrics)))
+    if name == "evaluate":
+        values = {k: v for k, v in metrics.items() if k != "seconds"}
+        return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
+    if name == "export":
+        text = f"{metrics['architecture']}, largest logits difference {metrics['logits_difference']:.2g}"
+        twin = metrics.get(STOCK)
+        return text + (f"; beside it in stock {twin['architecture']}" if twin else "")
+    if name == "carve":
+        overlap = metrics.get("overlap")
+        return f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")
+    return ""

@@ -1,0 +1,80 @@
+"""What of a parent, besides its weights, a run's results depend on: fingerprints of text, chats and companion files.
+
+``digests.tokenizer_digest`` is older: runs of moesmith 0.1 hold it, and it is compared still. It reads one probe text,
+so it cannot see every change of a tokenizer, and no change of what is written beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from moesmith.data.records import Record, chat
+from moesmith.files.artefact import digest
+from moesmith.parent.checkpoint import quiet
+from moesmith.parent.digests import PROBE
+from moesmith.parent.load import Parent
+
+STATE = ("version", "truncation", "padding")  # of a tokenizer's file: what the last call left, no property of it
+
+
+def text_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Short sha256 of all that turns text into token ids: vocabulary, merges, normaliser, end-of-text token."""
+    return digest([_rules(tokenizer), tokenizer.eos_token_id])
+
+
+def chat_digest(tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]) -> str | None:
+    """Short sha256 of the chat template if any of the records is a conversation, else ``None``."""
+    if any(chat(record) for record in records):
+        return digest(tokenizer.chat_template)
+    return None
+
+
+def companions_digest(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> str:
+    """Short sha256 of what a finished folder holds besides weights and config: tokenizer, chat template, generation."""
+    names = ("chat_template", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+    special = {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in _special(tokenizer).items()}
+    facts = {name: getattr(tokenizer, name, None) for name in names}
+    settings = {} if generation is None else generation.to_diff_dict()
+    settings = {name: value for name, value in settings.items() if name[0] != "_" and name != "transformers_version"}
+    return digest([_rules(tokenizer), special, facts, settings])
+
+
+def parent_digests(parent: Parent, domains: Iterable[Any] = ()) -> dict[str, str]:
+    """The fingerprints of a parent beside those of its weights, for a run's inputs; ``domains`` are its text."""
+    found = {"text_digest": text_digest(parent.tokenizer)}
+    found["companions_digest"] = companions_digest(parent.tokenizer, parent.model.generation_config)
+    records = (record for domain in domains for split in (domain.calibration, domain.evaluation) for record in split)
+    chats = chat_digest(parent.tokenizer, records)
+    return found if chats is None else found | {"chat_digest": chats}
+
+
+def folder_companions(folder: Path) -> str | None:
+    """:func:`companions_digest` of a finished folder; ``None`` if its files cannot be read."""
+    try:
+        with quiet():
+            generation = GenerationConfig.from_pretrained(folder) if _generates(folder) else None
+            return companions_digest(AutoTokenizer.from_pretrained(folder), generation)
+    except Exception:  # transformers has many error types: what cannot be read is not what we look for
+        return None
+
+
+def _generates(folder: Path) -> bool:
+    return (folder / "generation_config.json").is_file()
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return {name: part for name, part in json.loads(backend.to_str()).items() if name not in STATE}
+    # a tokenizer in Python: by what it does
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return [vocabulary, tokenizer(PROBE)["input_ids"], str(tokenizer.init_kwargs.get("sp_model_kwargs"))]

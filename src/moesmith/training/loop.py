@@ -1,0 +1,364 @@
+"""One training loop for every stage, on accelerate.
+
+A step is a pure function of (trained weights, optimiser state, step number): the data of a step and its random
+numbers follow from the seed and the number, so resuming needs no random-generator state and ends with the same bits
+as an undisturbed run. The model stays in its own dtype; the trained parameters have fp32 masters in the optimiser.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesmith.console import meter, say
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_metadata, read_tensors, write_tensors, write_text
+from moesmith.parent.accelerator import full, out_of_memory, release
+from moesmith.run.recipe import LoopSection, TrainSection
+from moesmith.training.losses import head_loss
+
+SAVE_SECONDS = 60.0
+
+
+class Student(nn.Module):
+    """The model in training with its loss, so that data-parallel wrappers see one forward call."""
+
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None, spec: TrainSection) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self._teacher = [teacher]  # in a list: no submodule, so it is neither trained nor wrapped
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Mean loss over the tokens that have a successor."""
+        mix = self.spec.mix if self.spec.loss == "distill" else 0.0
+        return token_loss(self.model, ids_BS, self._teacher[0], mix, self.spec.kl_temperature)
+
+
+def token_loss(
+    model: PreTrainedModel, ids_BS: Tensor, teacher: PreTrainedModel | None, mix: float, temperature: float = 1.0
+) -> Tensor:
+    """:func:`moesmith.training.losses.head_loss` over the tokens of ``ids_BS`` that have a successor.
+
+    Args:
+        model: the student.
+        ids_BS: token ids.
+        teacher: the dense parent; needed where ``mix`` is above 0.
+        mix: share of distillation.
+        temperature: of the distillation.
+    """
+    teacher_ND = None
+    if teacher is not None and mix > 0:
+        with torch.no_grad():
+            teacher_ND = _hidden(teacher, ids_BS)
+    head, labels_N = model.get_output_embeddings(), ids_BS[:, 1:].flatten()
+    return head_loss(_hidden(model, ids_BS), head.weight, labels_N, teacher_ND, mix, temperature, head.bias)
+
+
+def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
+    out = model.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state
+    return out[:, :-1].flatten(0, 1)
+
+
+def learning_rate(step: int, steps: int, spec: LoopSection) -> float:
+    """Rate at ``step`` (from 0) of ``steps``: linear warm-up, then constant or cosine down to ``min_ratio``."""
+    warm = math.ceil(spec.warmup * steps)
+    if step < warm:
+        return spec.lr * (step + 1) / warm
+    if spec.schedule == "constant":
+        return spec.lr
+    done = (step - warm) / max(1, steps - 1 - warm)
+    return spec.lr * (spec.min_ratio + (1 - spec.min_ratio) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+def steps_of(spec: LoopSection) -> int:
+    """Optimiser steps that ``spec.tokens`` make, rounded up."""
+    return math.ceil(spec.tokens / (spec.batch * spec.window))
+
+
+class Masters:
+    """AdamW on fp32 copies of the trained parameters; the model's own copies follow after each step."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], spec: LoopSection) -> None:
+        self.parameters = parameters
+        self.fp32 = {name: p.detach().float().clone() for name, p in parameters.items()}
+        for master in self.fp32.values():
+            master.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            self.fp32.values(), lr=spec.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=spec.weight_decay, fused=True
+        )
+
+    def step(self, lr: float, clip: float | None) -> float:
+        """Clip, update and copy back; returns the gradient norm before clipping."""
+        for name, parameter in self.parameters.items():
+            grad = parameter.grad
+            self.fp32[name].grad = torch.zeros_like(self.fp32[name]) if grad is None else grad.float()
+            parameter.grad = None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.fp32.values(), clip or math.inf))
+        if math.isfinite(norm):
+            self.optimizer.param_groups[0]["lr"] = lr
+            self.optimizer.step()
+            self.write_back()
+        return norm
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the model."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.fp32[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs."""
+        found = {f"master.{name}": master for name, master in self.fp32.items()}
+        for name, master in self.fp32.items():
+            for key, value in self.optimizer.state.get(master, {}).items():
+                found[f"{key}.{name}"] = value
+        return found
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of :meth:`tensors`."""
+        with torch.no_grad():
+            for name, master in self.fp32.items():
+                master.copy_(tensors[f"master.{name}"])
+                state = {key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                # a fused optimiser counts its steps where the parameters are
+                self.optimizer.state[master] = {key: value.to(master.device) for key, value in state.items()}
+        self.write_back()
+
+
+@contextmanager
+def ordinary_mode() -> Iterator[None]:
+    """Compute as a fresh process does inside the ``with``, whatever the caller has switched on.
+
+    No ``no_grad`` or ``inference_mode``, under which nothing trains; no autocast and no other default dtype or device,
+    which would change results.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for mode in (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)):
+            stack.enter_context(mode)
+        if torch.get_default_device().type != "cpu":  # a mode that would cost something in every operation
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def refuse_inference(model: nn.Module) -> None:
+    """Refuse weights that were made under ``torch.inference_mode``: no gradient goes through them.
+
+    Raises:
+        MoesmithError: a parameter is one of these; it is named.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise MoesmithError(
+                f"{name} was made under torch.inference_mode(), and nothing can be trained through it",
+                "Load or build the model outside of it.",
+            )
+
+
+@dataclass
+class Outcome:
+    """What a stage's training did."""
+
+    steps: int
+    tokens: int
+    trainable: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+
+    def metrics(self) -> dict[str, Any]:
+        """For the stage's manifest."""
+        return self.__dict__ | {"tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1)}
+
+
+def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
+    """Which of ``blocks`` sequences step number ``step`` sees: shuffled anew in every pass over them."""
+    start = step * batch
+    rows: list[int] = []
+    for position in range(start, start + batch):
+        epoch, offset = divmod(position, blocks)
+        if not rows or offset == 0:
+            order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        rows.append(int(order[offset]))
+    return torch.tensor(rows)
+
+
+@ordinary_mode()
+def train(
+    objective: Any,
+    parameters: dict[str, nn.Parameter],
+    blocks: Tensor,
+    spec: LoopSection,
+    folder: Path,
+    *,
+    seed: int = 0,
+    label: str = "training",
+    on_step: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Train ``parameters`` of ``objective`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
+
+    When the device is out of memory the step is done again with half of the micro-batch, which stays. Without random
+    numbers its gradients are the same to rounding. Dropout and noise are drawn per step, one micro-batch after the
+    other: another micro-batch draws other numbers of the same distribution.
+
+    Args:
+        objective: a module such as :class:`Student`: token ids (B, S) to the scalar loss of its ``model``, in which
+            everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
+        parameters: name to trained parameter, in the model's dtype.
+        blocks: (N, window) token ids, of any integer type: a batch of them becomes int64 when it is taken.
+        spec: the stage's settings.
+        folder: holds ``log.jsonl`` (a line per step) and ``checkpoint.safetensors``.
+        seed: of data order, dropout and router noise.
+        label: what the progress line says.
+        on_step: called with the number of finished steps.
+
+    Returns:
+        What happened. The model holds the trained weights.
+
+    Raises:
+        MoesmithError: the loss is not finite; the step's data lies in ``folder``. Or the device has no room for a
+            single sequence, or the processes cannot share a batch evenly.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = objective.model
+    refuse_inference(model)
+    device = model.device
+    accelerator = _processes(device)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    if spec.batch % world:
+        raise MoesmithError(f"{label}: a batch of {spec.batch} sequences cannot be shared by {world} processes",
+                            f"Give a batch that is a multiple of {world}.")  # fmt: skip
+    steps = steps_of(spec)
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    trainable = sum(p.numel() for p in parameters.values())
+    masters = Masters(parameters, spec)
+    student = accelerator.prepare_model(objective) if accelerator else objective
+    if spec.checkpointing:
+        model.gradient_checkpointing_enable()
+    first, last, done, before = math.nan, math.nan, 0, 0.0
+    checkpoint = folder / "checkpoint.safetensors"
+    if checkpoint.is_file():
+        state = json.loads(read_metadata(checkpoint)["state"])
+        masters.load(read_tensors(checkpoint))
+        done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
+        say(f"{label}: continuing at step {done} of {steps}")
+    log = _Log(folder / "log.jsonl", done) if rank == 0 else None
+    share = spec.batch // world
+    micro = min(spec.micro_batch, share)
+    started = saved = time.monotonic()
+
+    def gradients(rows: Tensor, step: int, micro: int) -> float:
+        """Leave the gradients of a step's rows on the parameters; the mean loss."""
+        torch.manual_seed(seed * 1_000_003 + step * world + rank)
+        losses = []
+        for part in rows.split(micro):
+            loss = student(blocks[part].to(device, torch.int64)) * (len(part) / len(rows))
+            loss.backward()
+            losses.append(loss.detach())
+        return sum(float(loss) for loss in losses)  # asked once the device has all of the step's work
+
+    def save(step: int) -> None:
+        state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
+        write_tensors(checkpoint, masters.tensors(), {"state": json.dumps(state)})
+
+    model.train()
+    with meter(label, (steps - done) * spec.batch * spec.window) as bar:
+        for step in range(done, steps):
+            everyones = batch_rows(len(blocks), step, spec.batch, seed)
+            rows = everyones[rank::world]
+            begun = time.monotonic()
+            while True:
+                try:
+                    loss = gradients(rows, step, micro)
+                    break
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    if micro == 1 or world > 1:  # the other processes wait for this one's gradients
+                        raise full(label, device) from None
+                for parameter in parameters.values():  # behind the except, whose traceback holds the step's tensors
+                    parameter.grad = None
+                micro //= 2
+                release(device)
+                say(f"{label}: out of memory on {device}, going on with a micro-batch of {micro} from step {step}")
+            if accelerator:
+                loss = float(accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean"))
+            lr = learning_rate(step, steps, spec)
+            norm = masters.step(lr, spec.clip) if math.isfinite(loss) else math.nan
+            if not math.isfinite(loss + norm):
+                where = folder / f"nonfinite-step-{step}.safetensors"
+                write_tensors(where, {"ids": blocks[everyones]}, {"loss": str(loss), "step": str(step)})
+                raise MoesmithError(f"{label}: the loss is not finite at step {step}; its data is in {where}",
+                                    "Lower the stage's lr and start in a new folder.")  # fmt: skip
+            first, last = (loss if step == 0 else first), loss
+            seconds = time.monotonic() - begun
+            if log is not None:
+                record = {"step": step + 1, "tokens": (step + 1) * spec.batch * spec.window, "loss": round(loss, 5)}
+                record |= {"lr": lr, "grad_norm": round(norm, 5)} | getattr(objective, "measured", {})
+                log.write(record | {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)})
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save(step + 1)
+                    saved = time.monotonic()
+            bar.advance(spec.batch * spec.window, f"loss {loss:.3f}")
+            if on_step is not None:
+                on_step(step + 1)
+    if rank == 0:
+        save(steps)
+    if accelerator:
+        accelerator.wait_for_everyone()
+    model.eval()
+    if spec.checkpointing:
+        model.gradient_checkpointing_disable()
+    model.requires_grad_(False)
+    seconds = before + time.monotonic() - started
+    return Outcome(steps, steps * spec.batch * spec.window, trainable, first, last, round(seconds, 1))
+
+
+def _processes(device: torch.device) -> Accelerator | None:
+    """What several processes share; ``None`` for one, which needs nothing but its model's device.
+
+    Accelerate decides on a device once per process, so without need it is not asked: conversions on a GPU and on the
+    CPU may follow each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
+
+
+class _Log:
+    """JSON lines; lines past the resumed step are dropped, so the log tells one story."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= done:
+                        kept.append(line)
+                except ValueError:  # the last line of a killed process
+                    break
+        write_text(path, "".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
