@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from moesmith.arguments import first_process, refuse_many_processes
-from moesmith.console import duration, say, show_json, show_table, show_text
+from moesmith.console import duration, say, show_json, show_table, show_text, volume
 from moesmith.errors import MoesmithError
 
 app = typer.Typer(
@@ -18,7 +19,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Turn a dense language model into a Mixture-of-Experts, and prove what it did.",
 )
 
 Model = Annotated[str, typer.Option(help="folder, hub id, .gguf file, or smollm2-135m")]
@@ -34,6 +34,16 @@ Time = Annotated[str | None, typer.Option(help="scale calibration and training t
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what moesmith wrote there and nobody changed")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print errors and results alone")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print what libraries log and warn of, too")] = False,
+) -> None:
+    """Turn a dense language model into a Mixture-of-Experts, and prove what it did."""
+    context.with_resource(volume(quiet=quiet, verbose=verbose))
 
 
 @app.command()
@@ -84,8 +94,10 @@ def plan(
         rows.append((name, f"{tokens}about {duration(seconds)}"))
     rows.append(("wall time on this machine", f"about {duration(found['seconds_total'])}"))
     show_table(f"plan of {found['recipe']}", ["", ""], rows)
-    for line in (*found["warnings"], *(f"--set {setting}" for setting in found["fitted"])):
-        say(line)
+    for line in found["warnings"]:
+        say(line, logging.WARNING)
+    for setting in found["fitted"]:
+        say(f"--set {setting}")
 
 
 def _gigabytes(size: int | None) -> str:
@@ -309,7 +321,7 @@ def main() -> None:
         app(prog_name="moesmith")
     except MoesmithError as error:
         if first_process():
-            say(f"moesmith: {error}")
+            say(f"moesmith: {error}", logging.ERROR)
         sys.exit(2)
 
 

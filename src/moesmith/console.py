@@ -1,17 +1,21 @@
-"""What a person sees while moesmith works: lines, progress with time left, aligned tables.
+"""What a person sees while moesmith works: lines, progress with time left, aligned tables; and the log of a run.
 
 Everything is shown literally: brackets and colons of a name are no markup, its control characters cannot drive the
-terminal, and what the output's encoding lacks is written as an escape.
+terminal, and what the output's encoding lacks is written as an escape. Every line goes to the logger ``moesmith`` too.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import IO, Any
 
 from rich.cells import cell_len
@@ -19,6 +23,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moesmith.arguments import first_process
+from moesmith.errors import MoesmithError
+
+LOGGER = logging.getLogger("moesmith")
+LOGGER.addHandler(logging.NullHandler())  # or Python would print warnings a second time
+_shown = logging.INFO  # from which level on lines are printed
+# what libraries are told by the environment, before they are imported
+_TALKATIVE = {"TRANSFORMERS_VERBOSITY": "info"}
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 _LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 console = Console(stderr=True, **_LITERAL)
 out = Console(soft_wrap=True, **_LITERAL)
@@ -33,8 +50,11 @@ def plain(text: str, file: IO[str] | None = None) -> str:
         text: anything, of a user or a model.
         file: where it goes; standard output if left out.
     """
+    return _escaped(text, getattr(sys.stdout if file is None else file, "encoding", None) or "utf-8")
+
+
+def _escaped(text: str, encoding: str) -> str:
     text = _CONTROL.sub(lambda found: _escape(found[0]), text)
-    encoding = getattr(sys.stdout if file is None else file, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
@@ -42,9 +62,170 @@ def _escape(character: str) -> str:
     return f"\\u{ord(character):04x}"
 
 
-def say(message: str) -> None:
-    """One line for the person who waits (standard error)."""
-    console.print(plain(message, sys.stderr), soft_wrap=True)
+def say(message: str, level: int = logging.INFO) -> None:
+    """One line for the person who waits (standard error), and for the log.
+
+    Args:
+        message: the line.
+        level: one of ``logging``: a quiet command prints errors alone, a verbose one debug lines too.
+    """
+    if level >= _shown:
+        console.print(plain(message, sys.stderr), soft_wrap=True)
+    log(message, level)
+
+
+def log(message: str, level: int = logging.INFO) -> None:
+    """One line for the logger ``moesmith`` alone, shown as literally as on a terminal."""
+    LOGGER.log(level, "%s", _escaped(message, "utf-8"))
+
+
+@contextmanager
+def volume(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
+    """How much is printed during the body of a ``with``; tables and other results always are.
+
+    Args:
+        quiet: errors alone; no progress, no warnings of libraries.
+        verbose: debug lines too, and what libraries log and warn of.
+
+    Raises:
+        MoesmithError: both are asked for.
+    """
+    global _shown
+    if quiet and verbose:
+        raise MoesmithError("--quiet and --verbose exclude each other", "Give one of them, or none.")
+    before = _shown
+    _shown = logging.ERROR if quiet else logging.DEBUG if verbose else logging.INFO
+    try:
+        with ExitStack() as stack:
+            if quiet:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                stack.enter_context(_environment(_QUIET))
+            if verbose:
+                stack.enter_context(_environment(_TALKATIVE))
+                stack.enter_context(_libraries_speak())
+            yield
+    finally:
+        _shown = before
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+class _Libraries(logging.Handler):
+    """Says what other loggers than ours are given, with their name."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        library, line = record.name.partition(".")[0], f"{record.name}: {record.getMessage().strip()}"
+        if library == "transformers":  # it prints by itself
+            log(line, record.levelno)
+        elif library != LOGGER.name:
+            say(line, record.levelno)
+
+
+@contextmanager
+def _libraries_speak() -> Iterator[None]:
+    root, handler = logging.getLogger(), _Libraries()
+    sources = (root, logging.getLogger("transformers"))  # whose records do not reach the root
+    levels = {logger: logger.level for logger in (root, LOGGER)}
+    for source in sources:
+        source.addHandler(handler)
+    root.setLevel(logging.INFO)
+    LOGGER.setLevel(logging.DEBUG)
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            yield
+    finally:
+        logging.captureWarnings(False)
+        for source in sources:
+            source.removeHandler(handler)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+class _RunLog(logging.StreamHandler[IO[str]]):
+    """Appends time, level and line to a file until that fails once; it never raises."""
+
+    def __init__(self, path: Path) -> None:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OSError(0, "it is no ordinary file")
+        super().__init__(open(path, "a", encoding="utf-8"))  # noqa: SIM115
+        self.path = path
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S%z", time.localtime(record.created))
+        # the lines of one message are indented: no name can make a line of its own
+        return f"{stamp} {record.levelname} " + _escaped(text, "utf-8").replace("\n", "\n    ")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        LOGGER.removeHandler(self)  # first: the next line goes to the log too
+        _no_log(self.path, error)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what a full disk did not take
+            self.stream.close()
+        super().close()
+
+
+def _no_log(path: Path, error: BaseException | None) -> None:
+    reason = error.strerror or error if isinstance(error, OSError) else error
+    say(f"{path} cannot be written: {reason}; going on without it", logging.WARNING)
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Write every line that is said during the body of a ``with`` to a file as well, also where it is not printed.
+
+    Each gets the time and its level; an error that ends the body is the last one, a fault with its traceback. The file
+    is continued if it is there. A file that cannot be written, from the start or later, is one warning and no error.
+    Of several processes only the first one writes.
+
+    Args:
+        path: ``run.log`` in a folder that exists.
+    """
+    if not first_process():
+        yield
+        return
+    try:
+        handler = _RunLog(path)
+    except OSError as error:
+        _no_log(path, error)
+        yield
+        return
+    level = LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(min(LOGGER.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    except MoesmithError as error:
+        log(str(error), logging.ERROR)
+        raise
+    except KeyboardInterrupt:
+        log("interrupted", logging.ERROR)
+        raise
+    except Exception:
+        LOGGER.critical("a fault", exc_info=True)
+        raise
+    finally:
+        LOGGER.setLevel(level)
+        LOGGER.removeHandler(handler)
+        handler.close()
 
 
 def show_text(text: str) -> None:
@@ -102,7 +283,7 @@ class Meter:
         self.label, self.total, self.unit = label, total, unit
         self.done, self.started, self.printed = 0.0, time.monotonic(), time.monotonic()
         self.progress: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and _shown <= logging.INFO:
             self.progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -120,11 +301,15 @@ class Meter:
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         if self.progress is not None:
             self.progress.update(self.task, advance=units, rate=f"{rate:,.0f} {self.unit}/s", detail=plain(detail))
-        elif time.monotonic() - self.printed > 15:  # a log file gets a line every quarter of a minute
+        if time.monotonic() - self.printed > 15:  # a log file gets a line every quarter of a minute
             self.printed = time.monotonic()
             left = (self.total - self.done) / max(rate, 1e-9)
             share = 100 * self.done / max(self.total, 1e-9)
-            say(f"  {self.label}: {share:.0f} %, {rate:,.0f} {self.unit}/s, {left:.0f} s left {detail}")
+            line = f"  {self.label}: {share:.0f} %, {rate:,.0f} {self.unit}/s, {left:.0f} s left {detail}"
+            if self.progress is None:
+                say(line)
+            else:
+                log(line)  # a terminal shows the bar
 
 
 @contextmanager
