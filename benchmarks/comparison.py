@@ -13,14 +13,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from known import known as known_to
+
 from moesmith.conversion.convert import convert
-from moesmith.conversion.stages.data import evaluation_of
 from moesmith.evaluation.perplexity import geometric_mean, perplexities, perplexity
 from moesmith.files.artefact import read_json, write_json, write_text
-from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build, forced
 from moesmith.parent.load import load_parent
-from moesmith.run.pipeline import Run
+from moesmith.run.folder import Run
 
 DOMAINS = (
     "wikipedia c4 gsm8k mathqa mbpp code_alpaca pubmedqa medmcqa race hellaswag squad boolq alpaca consumer_contracts"
@@ -51,10 +51,10 @@ ORACLES = {"DIVE start, right expert forced": "dive-lda", "dive-plus start, righ
 
 def oracle(run: Run, parent: Any) -> dict[str, float]:
     """Perplexity per domain with the expert of the domain's cluster forced for the whole text."""
-    carving = Carving.load(run.path("carve"))
+    carving = run.carving("carve")
     model = build(parent, carving)
     found = {}
-    for name, blocks in evaluation_of(run).items():
+    for name, blocks in run.held_out.items():
         expert = next(e for e, names in enumerate(carving.provenance["clusters"]) if name in names)
         with forced(model, expert):
             found[name] = perplexity(model, blocks)
@@ -81,16 +81,18 @@ def main() -> None:
             continue
         out = given.out / folder
         reuse = [run.folder for run in runs.values()]
-        run = convert(preset, parent, given.data, out, settings=common + settings, budget="small", reuse=reuse)
+        run = convert(
+            preset, parent, given.data, out, settings=known_to(preset, common + settings), budget="small", reuse=reuse
+        )
         runs[folder] = run
-        stages = read_json(run.path("evaluate") / "evaluation.json")["stages"]
+        stages = run.evaluation["stages"]
         table.setdefault("dense parent", stages["parent"]["domains"])
         table[title] = list(stages.values())[-1]["domains"]
         # a stock file carries a bias in a constant channel; untrained rows are measured with the exact one as well
-        if run.recipe.carve.compensation == "bias" and "trained" not in folder:
+        if run.settings["carve"]["compensation"] == "bias" and "trained" not in folder:
             exact = f"{title}, exact bias"
-            model = build(parent, Carving.load(run.path("carve")))
-            table[exact] = known.get(exact) or perplexities(model, evaluation_of(run), label=exact)
+            model = build(parent, run.carving("carve"))
+            table[exact] = known.get(exact) or perplexities(model, run.held_out, label=exact)
         for oracle_title, source in ORACLES.items():
             if source == folder:
                 table[oracle_title] = known.get(oracle_title) or oracle(run, parent)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from known import known
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -78,13 +79,14 @@ def make_text(folder: Path, domains: int, tokens: int) -> None:
             (folder / f"domain{number}.{split}.jsonl").write_text(text, encoding="utf-8")
 
 
-def settings(tokens: int) -> list[str]:
+def settings(preset: str, tokens: int) -> list[str]:
     """No training, and so many tokens a domain of each kind of text."""
     window = min(64, tokens)
-    return [
+    given = [
         *("stage1.tokens=0", "stage2.tokens=0", "affinity.method=scores", f"evaluate.tokens={tokens}"),
         *(f"domains.tokens={tokens}", f"domains.window={window}", f"evaluate.window={window}"),
     ]
+    return known(preset, given)
 
 
 def peak() -> dict[str, int]:
@@ -97,7 +99,9 @@ def peak() -> dict[str, int]:
 def run(work: Path, preset: str, tokens: int, limit: int) -> None:
     """The conversion, in a process of its own; its peak goes to ``peak.json``."""
     torch.set_num_threads(1)
-    convert(preset, str(work / "parent"), str(work / "text"), work / "run", settings=settings(tokens), memory=limit)
+    convert(
+        preset, str(work / "parent"), str(work / "text"), work / "run", settings=settings(preset, tokens), memory=limit
+    )
     write_json(work / "peak.json", peak())
 
 
@@ -126,7 +130,7 @@ def measure(config: Path, preset: str, tokens: int, domains: int, share: float, 
     """Make the parent, convert it under the limit, and compare with the plan."""
     parent_bytes = make_parent(config, work / "parent")
     make_text(work / "text", domains, max(4 * tokens, 400))
-    recipe = load_recipe(preset, None, settings(tokens))
+    recipe = load_recipe(preset, None, settings(preset, tokens))
     shapes = load_skeleton(str(config))
     limit = int(share * make_plan(recipe, shapes, domains).parameters_total * shapes.model.dtype.itemsize)
     shapes.memory = limit

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from moesmith.conversion.stages.training import prepare
+from moesmith.calibration.moments import channel_moments, fast_products
+from moesmith.conversion.steps.training import prepare
 from moesmith.evaluation.perplexity import perplexity
 from moesmith.files.artefact import write_json
-from moesmith.methods.moments import channel_moments, fast_products
 from moesmith.mixture.lora import dropout
 from moesmith.mixture.moe import build, share
 from moesmith.parent.load import Parent, load_parent
 from moesmith.run.pipeline import versions
-from moesmith.run.recipe import TrainSection
+from moesmith.run.settings import TrainSection
 from moesmith.testing.carvings import random_carving
 from moesmith.training.loop import Masters, Student
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from known import known
 from scipy.optimize import linear_sum_assignment
 from tomoe_figures import save, stability_figure, union_figure
 
 from moesmith.conversion.convert import convert
-from moesmith.conversion.stages.data import evaluation_of
 from moesmith.evaluation.perplexity import geometric_mean, perplexities, wikitext2
 from moesmith.files.artefact import read_json, write_json, write_text
 from moesmith.methods.tomoe.warm import expert_ratio
@@ -34,7 +34,7 @@ from moesmith.mixture.count import active_share
 from moesmith.mixture.moe import build, moe_blocks, shuffled
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.sizes import Sizes
-from moesmith.run.pipeline import Run
+from moesmith.run.folder import Run
 
 DOMAINS = "wikipedia c4 gsm8k code_alpaca pubmedqa alpaca race arxiv".split()
 WIKITEXT = "wikitext2 (512)"
@@ -44,7 +44,12 @@ ROWS: list[tuple[str, str, str, list[str]]] = [
     ("tomoe-50", "published", "tomoe-50", []),
     ("one learned mask (N = 1)", "one", "tomoe-50", ["carve.experts=1"]),
     ("tomoe-plus", "plus", "tomoe-plus", []),
-    ("tomoe-50, masks start from clusters", "published-warm", "tomoe-50", ["masks.start=carving", "router.start=lda"]),
+    (
+        "tomoe-50, masks start from clusters",
+        "published-warm",
+        "tomoe-50",
+        ["carve.start={method: dive}", "router.start=lda"],
+    ),
 ]
 
 
@@ -73,9 +78,10 @@ class Bench:
             f"evaluate.tokens={self.given.tokens}",
             "affinity.method=scores",
         ]
+        settings = known(preset, [*common, *settings])
         run = convert(
             preset, self.parent, self.given.data, self.out / folder,
-            settings=[*common, *settings], budget="small", reuse=[x for x in self.runs if x.name != folder],
+            settings=settings, budget="small", reuse=[x for x in self.runs if x.name != folder],
         )  # fmt: skip
         self.runs.append(run.folder)
         return run
@@ -133,11 +139,11 @@ def table(bench: Bench) -> None:
         if bench.given.only and folder not in bench.given.only:
             continue
         run = bench.run(folder, preset, settings)
-        blocks = evaluation_of(run)
+        blocks = run.held_out
         measure("dense parent", blocks, lambda: (bench.parent.model, nullcontext()), {"active": 1.0})
-        last = "refit" if "refit" in run.keys else "masks"
-        carving = Carving.load(run.path(last))
-        facts = {"active": active_share(bench.parent, carving)} | run.manifest("masks")["metrics"]
+        last = "refit" if run.has("refit") else "masks"
+        carving = run.carving(last)
+        facts = {"active": active_share(bench.parent, carving)} | run.metrics("masks")
         measure(title, blocks, lambda c=carving: (build(bench.parent, c), nullcontext()), facts)
         if folder in ("published", "plus"):
 
@@ -147,7 +153,7 @@ def table(bench: Bench) -> None:
 
             measure(f"{title}, shuffled routing", blocks, mixed, facts)
         if last == "refit":
-            learned = Carving.load(run.path("masks"))
+            learned = run.carving("masks")
             measure(f"{title}, not refitted", blocks, lambda c=learned: (build(bench.parent, c), nullcontext()), facts)
         if folder == "published":
             other = randomised(carving)
@@ -163,9 +169,9 @@ def table(bench: Bench) -> None:
         if bench.given.only and folder not in bench.given.only:
             continue
         run = bench.run(folder, preset, ["stage1.tokens=0", "stage2.tokens=0", f"carve.ratio={ratio}"])
-        carving = Carving.load(run.path("carve"))
+        carving = run.carving("carve")
         facts = {"active": active_share(bench.parent, carving)}
-        measure(title, evaluation_of(run), lambda c=carving: (build(bench.parent, c), nullcontext()), facts)
+        measure(title, run.held_out, lambda c=carving: (build(bench.parent, c), nullcontext()), facts)
     print((bench.out / "tomoe.md").read_text())
 
 
@@ -187,12 +193,12 @@ def union(bench: Bench) -> None:
     for weight in (0.0, 3.0):
         settings = ["masks.budget=0.4", f"masks.union_weight={weight}", *bench.short]
         run = bench.run(f"union-{weight:g}", "tomoe-50", settings)
-        metrics, stages = run.manifest("masks")["metrics"], run.manifest("evaluate")["metrics"]
+        metrics, stages = run.metrics("masks"), run.metrics("evaluate")
         kept = {name: metrics[name] for name in ("active_share", "union", "width_ffn", "width_qk", "width_vo", "steps")}
         name = f"{weight:g}"
         found[name] = kept | {"perplexity": stages["masks"], "perplexity_parent": stages["parent"]}
         logs[name] = [json.loads(line) for line in (run.path("masks") / "log.jsonl").read_text().splitlines()]
-        by_layer[name] = Carving.load(run.path("masks")).union().tolist()
+        by_layer[name] = run.carving("masks").union().tolist()
     write_json(bench.out / "union.json", found)
     save(union_figure(logs, by_layer), bench.out / "union.png")
     print((bench.out / "union.json").read_text())
@@ -203,7 +209,7 @@ def stability(bench: Bench) -> None:
     carvings, seeds = [], (42, 43, 44)
     for seed in seeds:
         run = bench.run(f"seed-{seed}", "tomoe-50", [f"seed={seed}", *bench.short])
-        carvings.append(Carving.load(run.path("masks")))
+        carvings.append(run.carving("masks"))
     pairs = list(itertools.combinations(range(len(carvings)), 2))
     learned = [matched(carvings[a], carvings[b]) for a, b in pairs]
     chance = [matched(randomised(carvings[a], 1), randomised(carvings[b], 2)) for a, b in pairs]

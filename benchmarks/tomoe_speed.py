@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from speed import Step, blocks, peak_memory, ratio
 from torch import Tensor
 
-from moesmith.export.folder import load_folder
 from moesmith.export.native import write_native
 from moesmith.files.artefact import write_json
 from moesmith.methods.tomoe import hypernetwork
@@ -28,11 +27,12 @@ from moesmith.methods.tomoe.estimators import exponential, masked_reference
 from moesmith.methods.tomoe.harvest import harvest
 from moesmith.methods.tomoe.hypernetwork import Masks
 from moesmith.methods.tomoe.objective import MaskObjective
+from moesmith.methods.tomoe.settings import MasksSection
 from moesmith.methods.tomoe.student import masked_model
+from moesmith.mixture.folder import load_folder
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.sizes import Sizes
 from moesmith.run.pipeline import versions
-from moesmith.run.recipe import MasksSection
 from moesmith.training.loop import Masters
 
 PEAKS = ("ours", "transcribed")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from moesmith.conversion.stages.training import prepare
+from moesmith.conversion.steps.training import prepare
 from moesmith.files.artefact import write_tensors
 from moesmith.mixture.moe import build
-from moesmith.run.recipe import TrainSection
+from moesmith.run.settings import TrainSection
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
 from moesmith.training.loop import Student, train

@@ -81,7 +81,7 @@ def install(events: Events) -> None:
     from transformers import PreTrainedModel
 
     from moesmith.files import artefact
-    from moesmith.run.pipeline import Run
+    from moesmith.run.pipeline import Pipeline
     from moesmith.training import loop as train
 
     os.replace = events.around(os.replace)
@@ -96,18 +96,18 @@ def install(events: Events) -> None:
             events()
 
     torch.nn.modules.module.register_module_forward_pre_hook(batch)
-    make = Run.stage
+    make = Pipeline.step
 
-    def stage(self: Run, name: str, *args: Any, **kwargs: Any) -> Path:
-        events.stage = name
-        return make(self, name, *args, **kwargs)
+    def step(self: Pipeline, step: Any, job: Any) -> Path:
+        events.stage = step.name
+        return make(self, step, job)
 
-    Run.stage = stage  # type: ignore[method-assign]
+    Pipeline.step = step  # type: ignore[method-assign]
 
 
 def work(home: Path, job: dict[str, Any]) -> dict[str, Any]:
     """One conversion, in a process of its own; what came of it, if it lives."""
-    from conversions import convert
+    from conversions import convert, fitting
 
     from moesmith.errors import MoesmithError
 
@@ -117,10 +117,9 @@ def work(home: Path, job: dict[str, Any]) -> dict[str, Any]:
     if limit := job.get("limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # Python ignores the signal: a write fails, EFBIG
     try:
-        settings = [*SETTINGS, *job.get("settings", ())]
-        convert(
-            job.get("preset", PRESET), home / "m", home / "d", Path(job["out"]), settings, reuse=job.get("reuse", ())
-        )
+        preset = job.get("preset", PRESET)
+        settings = [*fitting(SETTINGS, preset), *job.get("settings", ())]
+        convert(preset, home / "m", home / "d", Path(job["out"]), settings, reuse=job.get("reuse", ()))
     except MoesmithError as error:
         outcome["error"] = str(error)
     except BaseException:

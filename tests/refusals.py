@@ -12,7 +12,7 @@ from commands import Answer, moesmith
 from conversions import arguments, snapshot
 
 from moesmith.conversion import convert as conversion
-from moesmith.evaluation import compare
+from moesmith.run import folder
 
 
 @dataclass
@@ -71,5 +71,5 @@ def not_loaded(world: World) -> None:
     def load(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
-    for module in (conversion, compare):
+    for module in (conversion, folder):
         world.patch.setattr(module, "load_parent", load)

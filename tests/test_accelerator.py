@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,18 +12,30 @@ from typing import Any
 import pretend
 import pytest
 import torch
+from conversions import convert, tiny_settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesmith.conversion.stages.training import prepare
+from moesmith.calibration.moments import channel_moments
+from moesmith.calibration.stream import LayerView, Stats, Stream
+from moesmith.conversion.steps.training import prepare
+from moesmith.data.text import load_domains
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import log_likelihoods, token_nll
-from moesmith.methods.moments import channel_moments, group_moments, routed_moments
+from moesmith.methods import steps
+from moesmith.methods.base import Carver, Kept, Routed
+from moesmith.methods.steps import Carve
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.mixture.moe import build
 from moesmith.parent import accelerator
 from moesmith.parent.accelerator import CURE, Sum, halving
-from moesmith.run.recipe import TrainSection
+from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.structure import decoder_layers
+from moesmith.run.recipe import load_recipe
+from moesmith.run.settings import TrainSection
+from moesmith.run.step import Job
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_model, tiny_parent
 from moesmith.training.loop import Outcome, Student, train
@@ -99,18 +114,133 @@ class Small:
 
 def test_statistics_go_on_with_smaller_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     parent = tiny_parent("llama")
-    routers = [torch.randn(2, parent.D) for _ in range(2)]
-    whole = channel_moments(parent, IDS), group_moments(parent, [[IDS]], [0], gram=True), token_nll(parent.model, IDS)
-    routed = routed_moments(parent, routers, IDS, [0])
+    whole = channel_moments(parent, IDS), token_nll(parent.model, IDS)
     small = Small(parent.model, 2, monkeypatch)
-    again = channel_moments(parent, IDS), group_moments(parent, [[IDS]], [0], gram=True), token_nll(parent.model, IDS)
+    again = channel_moments(parent, IDS), token_nll(parent.model, IDS)
     assert small.sizes[:3] == [8, 4, 2]
     assert again[0].count == whole[0].count == IDS.numel()  # what the failed passes saw is not counted
     torch.testing.assert_close(again[0].var_LF, whole[0].var_LF)
-    torch.testing.assert_close(again[1][0].channels[0].gram_NN, whole[1][0].channels[0].gram_NN)
-    torch.testing.assert_close(again[2], whole[2])
-    torch.testing.assert_close(routed_moments(parent, routers, IDS, [0])[0][1].gram_NN, routed[0][1].gram_NN)
+    torch.testing.assert_close(again[1], whole[1])
     assert "out of memory on cpu, once more with 4 windows at a time" in capsys.readouterr().err
+
+
+@contextmanager
+def small_layers(parent: Parent, rows: int) -> Iterator[list[int]]:
+    """The last layer has room for ``rows`` sequences; the list is what it was asked for."""
+    sizes: list[int] = []
+
+    def limited(_module: Any, args: Any, _out: Any) -> None:  # hooks inside have seen it, and the layers before as well
+        sizes.append(len(args[0]))
+        if len(args[0]) > rows:
+            raise torch.OutOfMemoryError("out of memory. Tried to allocate 2.00 GiB")
+
+    handle = decoder_layers(parent.model)[1][-1].register_forward_hook(limited)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def test_a_stream_starts_again_with_smaller_batches(tmp_path: Path) -> None:
+    parent, routers = tiny_parent("llama"), torch.randn(2, 2, 32)
+
+    def run(batch: int) -> list[list[Stats]]:
+        found = []
+        with Stream(parent, [[IDS]], folder=tmp_path, room=0, batch=batch) as stream:
+            for view in stream.views(torch.Generator()):
+                router_ED = routers[view.index]
+                found.append(view.statistics(gram=True, parts=True))
+                found.append(view.statistics(lambda x_TD, _g: (x_TD @ router_ED.T).argmax(-1), 2, gram=True))  # noqa: B023
+        return found
+
+    whole = run(8)
+    with small_layers(parent, 2) as sizes:
+        again = halving("work", CPU, 8, run)
+    assert sizes[:3] == [8, 4, 2]
+    assert max(sizes[2:]) == 2
+    assert list(tmp_path.iterdir()) == []
+    for one, other in zip(whole, again, strict=True):
+        assert [stats.count for stats in one] == [stats.count for stats in other]
+        for a, b in zip(one, other, strict=True):
+            assert a.channels is not None
+            assert b.channels is not None
+            torch.testing.assert_close(b.inputs.gram_NN, a.inputs.gram_NN)
+            torch.testing.assert_close(b.channels.gram_NN, a.channels.gram_NN)
+            for part, same in zip(a.parts, b.parts, strict=True):
+                torch.testing.assert_close(same, part)
+
+
+class Largest(Carver):
+    """Keeps the channels with the most energy behind the layers carved so far; routers are drawn."""
+
+    name, activations = "largest", "carved"
+
+    class Settings(Routed, Kept):
+        """Experts and what they keep."""
+
+    def carve(self, view: LayerView) -> Layer:
+        """One layer."""
+        grams = [stats.channels for stats in view.statistics(gram=True)]
+        energy = [gram.gram_NN.diagonal() for gram in grams if gram is not None]
+        router = Linear(torch.rand(len(energy), view.parent.D, generator=view.generator))
+        return Layer([Expert(scores.topk(32).indices.sort().values) for scores in energy], router)
+
+
+# each with something that goes on from layer to layer: errors that are averaged, draws, what carved layers send on
+CARVED = {
+    "dive-plus": ["stage1.tokens=0", "stage2.tokens=0"],
+    "llama-moe-1of8": ["stage1.tokens=0", "stage2.tokens=0", "carve.compensation=bias"],
+    "tomoe-plus": [],
+    "largest": [],
+}
+
+
+@pytest.mark.parametrize("name", CARVED)
+def test_a_carving_starts_again_with_smaller_batches(
+    name: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The same carving and the same numbers, as if nothing had happened."""
+    preset = "dive-1of8" if name == "largest" else name
+    run = convert(preset, home / "m", home / "d", tmp_path / "run", CARVED[name])
+    recipe = load_recipe(preset, None, [*tiny_settings(preset), *CARVED[name]])
+    job = Job(run, load_parent(home / "m", "fp32", device="cpu"), load_domains(home / "d"))
+    made = recipe.method.steps() if name != "largest" else [Carve(recipe, Largest(recipe, Largest.Settings(experts=4)))]
+    step = next(step for step in reversed(made) if step.name in ("carve", "refit"))
+    for folder in ("whole", "small"):
+        (tmp_path / folder).mkdir()
+    whole = dict(step.make(job, tmp_path / "whole"))
+    capsys.readouterr()
+    with small_layers(job.parent, 2) as sizes:
+        small = dict(step.make(job, tmp_path / "small"))
+    assert "out of memory on cpu, once more with 4 windows at a time" in capsys.readouterr().err
+    assert {4, 2} <= set(sizes)
+    shares = [numbers.pop("share_by_expert", 0) for numbers in (small, whole)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-4)
+    assert small == pytest.approx(whole, rel=1e-4)
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["carving.json", "carving.safetensors"]
+    wanted, found = (Carving.load(tmp_path / folder) for folder in ("whole", "small"))
+    for mine, its in zip(found.layers, wanted.layers, strict=True):
+        assert isinstance(mine.router, Linear)
+        assert isinstance(its.router, Linear)
+        torch.testing.assert_close(mine.router.weight_ED, its.router.weight_ED, rtol=1e-3, atol=1e-5)
+        for a, b in zip(mine.routed, its.routed, strict=True):
+            assert torch.equal(a.channels, b.channels)
+            torch.testing.assert_close(a.down_DF, b.down_DF, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(a.bias_D, b.bias_D, rtol=1e-3, atol=1e-4)
+
+
+def test_gram_matrices_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the free memory is for one layer's; of ``--memory``, which weights and tokens share, a quarter."""
+    parent = tiny_parent("llama")
+    bytes_needed = 4 * 3 * (32**2 + 64**2)
+    for room, fits in ((2 * bytes_needed, True), (2 * bytes_needed - 2, False)):
+        monkeypatch.setattr(steps, "free_memory", lambda _device, room=room: room)
+        with nullcontext() if fits else pytest.raises(MoesmithError, match="Gram matrices of one layer need"):
+            steps.check_gram(parent, 3, gram=True)
+        steps.check_gram(parent, 3, gram=False)  # router inputs alone are smaller
+    with pytest.raises(MoesmithError, match=r"set carve\.compensation to bias"):
+        steps.check_gram(replace(parent, memory=4 * bytes_needed - 4), 3, gram=True)
+    steps.check_gram(replace(parent, memory=4 * bytes_needed), 3, gram=True)
 
 
 def test_likelihoods_go_on_with_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moesmith.errors import MoesmithError
-from moesmith.export.folder import load_folder
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import stock_reference, stock_refusal, write_stock
@@ -24,6 +23,7 @@ from moesmith.export.target import Options, Source, stock_losses
 from moesmith.export.verify import verify_folder
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
+from moesmith.mixture.folder import load_folder
 from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.mixture.moe import MaskedExperts, build, decoder, moe_blocks
 from moesmith.parent.load import Parent

@@ -26,8 +26,21 @@ from moesmith.testing.parents import save_tiny
 RECIPES: dict[str, tuple[str, list[str], str]] = {
     "unknown preset": ("dive-1of9", [], r"no preset 'dive-1of9'\. Did you mean 'dive-1of8'\?"),
     "missing file": ("mine.yaml", [], r"no recipe file mine\.yaml\. Give a preset's name"),
-    "unknown key": ("dive-plus", ["carve.expert=4"], r"no setting 'carve\.expert'\. Did you mean 'carve\.experts'\?"),
-    "section alone": ("dive-plus", ["carve=4"], r"no setting 'carve'\. Did you mean 'carve\."),
+    "unknown key": (
+        "dive-plus",
+        ["carve.expert=4"],
+        r"no setting 'carve\.expert' with method dive\. Did you mean 'carve\.experts'\?",
+    ),
+    "section alone": ("dive-plus", ["carve=4"], r"no setting 'carve' with method dive\. Did you mean 'carve\."),
+    "unknown method": ("dive-plus", ["carve.method=divee"], r"no method 'divee'\. Did you mean 'dive'\?"),
+    "method that is no name": ("dive-plus", ["carve.method=[dive]"], r"no method .* needs --method-file"),
+    "key of another method": ("flap-static", ["carve.experts=4"], r"no setting 'carve\.experts' with method static\."),
+    "section of another method": (
+        "flap-static",
+        ["router.noise=0"],
+        r"no setting 'router\.noise' with method static\.",
+    ),
+    "setting without effect": ("dive-1of8", ["carve.ridge=0.1"], r"carve: ridge has no effect: .* See '"),
     "no equals sign": ("dive-plus", ["carve.experts"], r"carve\.experts has no '='\. Write --set section\.key=value"),
     "wrong type": ("dive-plus", ["carve.experts=many"], r"carve\.experts: Input should be a valid integer"),
     "wrong choice": ("dive-plus", ["carve.score=best"], r"carve\.score: Input should be 'wifv', 'ifv'"),
@@ -66,7 +79,7 @@ RECIPES: dict[str, tuple[str, list[str], str]] = {
     "one domain": (
         "dive-plus",
         ["domains.names=[sum]", "carve.experts=1", "carve.experts=2"],
-        "holds one domain, .* Add more domains",
+        r"holds one domain, .* Add domains\.",
     ),
     "unknown domain": ("dive-plus", ["domains.names=[sun, count]"], "no domain 'sun'. Did you mean 'sum'?"),
     "a domain twice": ("dive-plus", ["domains.names=[sum, sum]"], "domain 'sum' is named twice. Name each domain once"),
@@ -90,13 +103,38 @@ def test_an_unknown_budget(world: World) -> None:
     [
         ("base: dive-plus\ncarve: {experts: 4", "mine.yaml is not valid YAML: .* Mend the file"),
         ("[dive-plus]", "mine.yaml is not a recipe. A recipe is a YAML mapping"),
-        ("base: dive-plus\ncarve: {expert: 4}", "no setting 'carve.expert'. Did you mean 'carve.experts'?"),
+        (
+            "base: dive-plus\ncarve: {expert: 4}",
+            "no setting 'carve.expert' with method dive. Did you mean 'carve.experts'?",
+        ),
+        ("carve: {method: statik}", "no method 'statik'. Did you mean 'static'?"),
     ],
 )
 def test_a_malformed_recipe_file(world: World, text: str, says: str) -> None:
     (world.out.parent / "mine.yaml").write_text(text)
     not_loaded(world)
     convert_is_refused(world, says, [], str(world.out.parent / "mine.yaml"))
+
+
+METHODS: dict[str, tuple[str | None, str]] = {
+    "missing": (None, r"no method file \S+mine\.py\. Give a Python file"),
+    "that cannot be run": ("import nowhere", r"mine\.py cannot be run: ModuleNotFoundError: .* Mend the file"),
+    "that registers nothing": ("x = 1", r"mine\.py registers no method\. Put @register"),
+}
+
+
+@pytest.mark.parametrize("command", ["convert", "plan"])
+@pytest.mark.parametrize("case", METHODS)
+def test_a_bad_method_file(world: World, case: str, command: str) -> None:
+    text, says = METHODS[case]
+    path = world.out.parent / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    not_loaded(world)
+    words = arguments("dive-plus", world.model, world.data, world.out)
+    words = [command, *words[1:]] if command == "convert" else ["plan", "dive-plus", "--model", str(world.model)]
+    refused(moesmith(*words, "--method-file", path), says)
+    assert not world.out.exists()
 
 
 # Text ---------------------------------------------------------------------------------------------------------------

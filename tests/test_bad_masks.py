@@ -20,13 +20,31 @@ RECIPES: dict[str, tuple[list[str], str]] = {
     "budget above everything": (["masks.budget=1.5"], r"masks\.budget: Input should be less than 1"),
     "budget that is no number": (["masks.budget=.nan"], r"masks\.budget: Input should be"),
     "budget in words": (["masks.budget=half"], r"masks\.budget: Input should be a valid number"),
-    "two active experts": (["carve.top_k=2"], r"learned masks route every token to one expert; set carve\.top_k to 1"),
-    "a bias as compensation": (["carve.compensation=bias"], "learned masks take compensation none or refit; set carve"),
-    "unknown key": (["masks.buget=0.5"], r"no setting 'masks\.buget'\. Did you mean 'masks\.budget'\?"),
-    "key of another stage": (["masks.lora_rank=8"], r"no setting 'masks\.lora_rank'\. Did you mean '"),
-    "section alone": (["masks=0.5"], r"no setting 'masks'\. Did you mean 'masks\."),
+    "two active experts": (["carve.top_k=2"], r"no setting 'carve\.top_k' with method tomoe\. Did you mean 'carve\."),
+    "a bias as compensation": (["carve.compensation=bias"], r"carve\.compensation: Input should be 'none' or 'refit'"),
+    "a ratio": (["carve.ratio=0.5"], r"no setting 'carve\.ratio' with method tomoe\. Did you mean '"),
+    "a refit's setting without a refit": (["carve.pool=0.5"], r"carve: pool has no effect: carve\.compensation is not"),
+    "unknown key": (
+        ["masks.buget=0.5"],
+        r"no setting 'masks\.buget' with method tomoe\. Did you mean 'masks\.budget'\?",
+    ),
+    "key of another stage": (
+        ["masks.lora_rank=8"],
+        r"no setting 'masks\.lora_rank' with method tomoe\. Did you mean '",
+    ),
+    "section alone": (["masks=0.5"], r"no setting 'masks' with method tomoe\. Did you mean 'masks\."),
+    "text for no start": (
+        ["affinity.tokens=256"],
+        r"no setting 'affinity\.tokens' with method tomoe\.",
+    ),
     "unknown attention": (["masks.attention=some"], r"masks\.attention: Input should be 'none', 'hybrid' or 'dynamic'"),
-    "unknown start": (["masks.start=warm"], r"masks\.start: Input should be 'random' or 'carving'"),
+    "a start as 0.1 had it": (["masks.start=carving"], r"no setting 'masks\.start' .* Write carve\.start\.method \("),
+    "unknown start": (["carve.start={method: warm}"], r"no method 'warm'\."),
+    "a start from masks": (["carve.start={method: tomoe}"], r"carve\.start: masks cannot start from tomoe\."),
+    "a start that is a word": (["carve.start=dive"], r"carve\.start: Input should be a valid dictionary"),
+    "unknown key of a start": (["carve.start={scor: wifv}"], r"carve\.start: start\.scor: Extra inputs"),
+    "unknown score of a start": (["carve.start={score: best}"], r"carve\.start: start\.score: Input should be 'wifv'"),
+    "a start with a width": (["carve.start={ratio: 0.5}"], r"carve\.start: start\.ratio follows from the settings of"),
     "unknown noise": (["masks.noise=none"], r"masks\.noise: Input should be 'token' or 'expert'"),
     "no temperature": (["masks.temperature=0"], r"masks\.temperature: Input should be greater than 0"),
     "negative weight": (["masks.union_weight=-1"], r"masks\.union_weight: Input should be greater than or equal to 0"),
@@ -52,9 +70,10 @@ SIZES: dict[str, tuple[list[str], str]] = {
         r"masks\.budget 0\.05 cannot be reached: 0\.073 of the parameters always stay\. Raise masks\.budget\.",
     ),
     "a carving that attention leaves no room": (
-        ["masks.start=carving", "masks.budget=0.3"],
-        r"attention alone is 33% of the parameters, and masks\.budget is 30%: .* Raise masks\.budget, or",
+        ["carve.start={method: dive}", "masks.budget=0.3"],
+        r"attention alone is 33% of the parameters, and masks\.budget is 30%: .* Raise masks\.budget, or leave carve",
     ),
+    "no text": (["masks.tokens=0"], r"masks\.tokens is 0, and masks are learned from text\. Set masks\.tokens"),
     "window longer than the model": (
         ["masks.window=1024", "masks.tokens=2048"],
         r"masks\.window is 1024, but the model reads 512 tokens\. Lower masks\.window",
@@ -178,4 +197,4 @@ def test_a_run_of_other_masks(world: World, made: Path) -> None:
 def test_plan_refuses_the_same(world: World) -> None:
     words = ["plan", "tomoe-50", "--model", world.model, "--data", world.data]
     refused(moesmith(*words, "--set", "masks.buget=1"), r"no setting 'masks\.buget'")
-    refused(moesmith(*words, "--set", "carve.top_k=2"), "learned masks route every token to one expert")
+    refused(moesmith(*words, "--set", "carve.top_k=2"), r"no setting 'carve\.top_k' with method tomoe")

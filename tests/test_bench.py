@@ -23,6 +23,7 @@ from moesmith.bench.process import Worker
 from moesmith.bench.table import sentences, show, verdict
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_json
+from moesmith.run.folder import open_run
 from moesmith.testing.parents import save_tiny, tiny_model
 
 L, D, F, E, F_E, KV = 2, 32, 64, 4, 32, 2 * 8  # the tiny Llama and its carving
@@ -90,14 +91,14 @@ def test_prompts_are_held_out_text(finished: Path) -> None:
 
     text = read_tensors(finished / "stages" / "held-out" / "evaluation.safetensors")
     names = sorted(text)
-    rows = prompts(finished, 6, 10)
+    rows = prompts(open_run(finished), 6, 10)
     assert [len(row) for row in rows] == [10] * 6
     for row, found in enumerate(rows):
         ids = text[names[row % 4]].flatten().tolist()
         start = 10 * (row // 4)
         assert found == ids[start : start + 10]
     count = text[names[0]].numel()
-    longer = prompts(finished, 1, count + 3)[0]
+    longer = prompts(open_run(finished), 1, count + 3)[0]
     assert longer[count:] == longer[:3]
 
 

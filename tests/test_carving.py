@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from moesmith.calibration.stream import LayerView
 from moesmith.conversion.plan import make_plan
-from moesmith.conversion.stages.training import prepare
+from moesmith.conversion.steps.training import prepare
 from moesmith.errors import MoesmithError
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import write_stock
+from moesmith.files.artefact import write_json, write_tensors
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
 from moesmith.mixture.layer import Expert, Layer, Linear
@@ -25,6 +28,7 @@ from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent
 from moesmith.parent.proof.family import NATIVE
 from moesmith.parent.structure import FFN
+from moesmith.run.folder import Run
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import FAMILIES, tiny_parent
@@ -103,20 +107,30 @@ def test_overlap_and_union_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "iou", "union"), [(0.5, 1 / 3, 0.996), (0.75, 1 / 7, 0.900)])
-def test_independent_random_choices_overlap_as_predicted(ratio: float, iou: float, union: float) -> None:
+def test_independent_random_choices_overlap_as_predicted(
+    ratio: float, iou: float, union: float, tmp_path: Path
+) -> None:
     """dive.md §10.6."""
-    from moesmith.methods.llama_moe import independent_random
 
-    parent: Any = type("Wide", (), {"F": 5632, "L": 4})()
-    spec = load_recipe("llama-moe-1of8", None, [f"carve.ratio={ratio}"]).carve
-    channels = independent_random(parent, [], spec, seed=0)
+    def drawn(seed: int) -> list[list[Tensor]]:
+        """What four layers of TinyLlama's width keep."""
+        recipe = load_recipe("llama-moe-1of8", None, [f"carve.ratio={ratio}", f"seed={seed}"])
+        job: Any = SimpleNamespace(run=Run(tmp_path), parent=parent)
+        assert recipe.method.begin(job) == []  # nothing is looked at
+        views = [LayerView(parent, index, torch.Generator(), 0, cast(Any, None)) for index in range(parent.L)]
+        return [recipe.method.choose(view, []) for view in views]
+
+    parent: Any = SimpleNamespace(F=5632, L=4)
+    write_json(tmp_path / "stages" / "affinity" / "clusters.json", {"clusters": [["a"]] * 8})
+    write_tensors(tmp_path / "stages" / "domains" / "windows.safetensors", {"a": torch.zeros(2, 8, dtype=torch.int32)})
+    channels = drawn(seed=0)
     carving = Carving([Layer.of(kept, torch.zeros(8, 1)) for kept in channels], 5632)
     assert (carving.widths() == 5632 * (1 - ratio)).all()
     pairs = carving.overlap()[:, ~torch.eye(8, dtype=torch.bool)]
     assert float(pairs.mean()) == pytest.approx(iou, abs=0.003)
     assert float(carving.union().mean()) == pytest.approx(union, abs=0.003)
-    assert same(channels, independent_random(parent, [], spec, seed=0))
-    assert not same(channels, independent_random(parent, [], spec, seed=1))
+    assert same(channels, drawn(seed=0))
+    assert not same(channels, drawn(seed=1))
 
 
 def tinyllama() -> Parent:

@@ -117,6 +117,23 @@ def test_vllm_runs_a_stock_folder(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shared", "4 of 16", "shared 2 of 8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_vllm_runs_shared_and_added_experts(family: str, kind: str, tmp_path: Path) -> None:
+    python = interpreter("MOESMITH_VLLM_PYTHON", "vllm")
+    parent = tiny_parent(family, **STOCK[family])
+    form: dict[str, Any] = {
+        "shared": {"kept": 32, "shared": 32},
+        "4 of 16": {"experts": 16, "top_k": 4, "kept": 24, "mix": "sum"},
+        "shared 2 of 8": {"experts": 8, "top_k": 2, "kept": 32, "mix": "sum", "shared": 32},
+    }
+    carving = random_carving(parent, **form[kind])
+    write_stock(parent, carving, tmp_path / "moe", torch.float32)
+    found = check("vllm", tmp_path / "moe", Question(stock_reference(parent, carving), parent.tokenizer), python)
+    assert found["ok"], found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["llama tomoe", "qwen3 tomoe", "phi tomoe", "llama bias"])
 def test_vllm_runs_our_own_format(form: str, tmp_path: Path) -> None:
     python = interpreter("MOESMITH_VLLM_PYTHON", "vllm")

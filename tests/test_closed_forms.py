@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesmith.calibration.moments import Moments, Second
 from moesmith.errors import MoesmithError
-from moesmith.methods.moments import Moments, Second
 from moesmith.methods.refit import compensation_bias, refit_down
 from moesmith.methods.router import constant_direction, lda_router, random_router
 from moesmith.methods.scores import channel_scores, choose, kept_channels

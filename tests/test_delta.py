@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from commands import moesmith
 from conversions import TINY, convert
+from golden import ASSETS
 from refusals import refused
 
-from moesmith.export.delta import pack, unpack
-from moesmith.files.artefact import read_json, sums_of, write_json, write_sums
+import moesmith as package
+from moesmith.calibration.stream import LayerView
+from moesmith.errors import MoesmithError
+from moesmith.export.delta import _parts, pack, unpack
+from moesmith.files.artefact import read_json, read_tensors, sums_of, write_json, write_sums, write_tensors
+from moesmith.methods import registry
+from moesmith.methods.base import Carver, Routed
+from moesmith.methods.registry import methods, register
 from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Analytic, Layer
+from moesmith.parent.load import Parent
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import save_tiny, tiny_parent
 from moesmith.testing.text import DIALECTS, save_data
@@ -98,6 +108,61 @@ def test_a_tenth_of_the_parent_at_most(compensation: str, tmp_path: Path) -> Non
     carving.save(tmp_path)
     layer = 2 * (3 * D * F + 2 * D * D + 2 * D * H)  # bytes of a layer in bf16
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 0.1 * layer
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_shared_expert_and_rows_of_the_experts_own(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods()
+    monkeypatch.setattr(registry, "_known", dict(registry._known))
+
+    @register
+    class Mixed(Carver):
+        name = "mixed"
+
+        class Settings(Routed):
+            method: Literal["mixed"] = "mixed"
+
+        def width(self, parent: Parent) -> int:
+            return parent.F // 2
+
+        def carve(self, view: LayerView) -> Layer:
+            return random_carving(view.parent, self.experts, shared=8, trained=True).layers[view.index]
+
+    assets, delta, made = ASSETS / "parents" / family, tmp_path / "delta", tmp_path / "made"
+    settings = ["domains.tokens=512", "domains.window=32", "evaluate.tokens=512", "evaluate.window=64"]
+    settings += ["carve.experts=4", "stage2.tokens=0"]
+    run = package.convert("mixed", assets, ASSETS / "text", tmp_path / "run", settings=settings, device="cpu")
+    parts = pack(run.folder, delta)["parts"]
+    tensors = read_tensors(delta / "carving.safetensors")
+    own = sum(tensor.nbytes for name, tensor in tensors.items() if name.split(".")[1] in ("gate", "up"))
+    assert (parts["gate_up"], parts["shared"]) == (own, 2 * 8 * 4)  # two layers, eight int32 channels
+    unpack(delta, assets, made)
+    assert sums_of(made / "model") == sums_of(run.folder / "model")
+
+
+@pytest.mark.parametrize("reads", ["hidden", "gate"])
+def test_every_tensor_of_a_carving_has_a_part(reads: Any, tmp_path: Path) -> None:
+    parent = tiny_parent("llama")
+    carving = random_carving(parent, compensation="bias", noise=True, shared=8, trained=True)
+    carving.layers[0].router = Analytic(torch.arange(4), reads)
+    carving.layers[1].constant_D = torch.zeros(parent.D)
+    carving.norms["model.norm.weight"] = torch.ones(parent.D)
+    carving.lora["0.down.A"] = torch.zeros(4, 2, 32)
+    carving.save(tmp_path)
+    tensors = read_tensors(tmp_path / "carving.safetensors")
+    parts = _parts(tmp_path / "carving.safetensors")
+    assert parts.keys() == {"channels", "router", "bias", "gate_up", "shared", "lora", "norms"}
+    assert sum(parts.values()) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("name", ["0.sieve", "sieve.0", "0", "0.router"])
+def test_an_unknown_tensor_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "carving.safetensors", {"0.widths": torch.ones(2), name: torch.ones(2)})
+    says = rf"^\S+carving\.safetensors holds '{re.escape(name)}', which no carving has\. Upgrade moesmith to pack it\.$"
+    with pytest.raises(MoesmithError, match=says):
+        _parts(tmp_path / "carving.safetensors")
 
 
 def test_a_wrong_parent(runs: dict[str, Path], tmp_path: Path) -> None:

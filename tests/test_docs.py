@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from commands import moesmith
 
 from moesmith.cli import app
 from moesmith.data.builtin import SOURCES
 from moesmith.data.hf_datasets import HubSet
-from moesmith.evaluation.scorer import task_names
+from moesmith.evaluation.templates import task_names
+from moesmith.methods.channels import Channels
+from moesmith.methods.registry import methods
+from moesmith.mixture.carving import Carving
 from moesmith.run import recipe
 from moesmith.testing.parents import save_tiny
 from moesmith.testing.text import save_data
@@ -24,6 +28,7 @@ from moesmith.testing.text import save_data
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+BUILTIN = {name: kind for name, kind in methods().items() if kind.__module__.startswith("moesmith.")}
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -82,21 +87,39 @@ def test_every_command_has_its_page() -> None:
         assert usage <= known, f"docs/commands/{name}.md knows options that do not exist"
 
 
-def test_settings_table_is_the_recipe() -> None:
-    rows: dict[str, str] = {}
-    for names, default, _ in (row for row in tables(section("Settings", "recipes.md")) if len(row) == 3):
-        for name in re.findall(r"`([\w.]+)`", names):
-            assert name not in rows, f"{name} stands twice"
-            rows[name] = default
-    assert sorted(rows) == sorted(recipe.keys())
-    defaults = recipe.Recipe(name="any").model_dump(mode="json")
-    for key, shown in rows.items():
+def test_settings_table_is_the_recipes() -> None:
+    known = {name: recipe.kind_of({"carve": {"method": name}}) for name in BUILTIN}
+    rows: dict[tuple[str, str], str] = {}
+    for names, default, whose, _ in (row for row in tables(section("Settings", "recipes.md")) if len(row) == 4):
+        settings = re.findall(r"`([\w.]+)`", names)
+        groups = whose.split(";")
+        assert not settings or len(groups) in (1, len(settings)), f"docs/recipes.md: {names}: {whose}"
+        for setting, group in zip(settings, groups * len(settings) if len(groups) == 1 else groups, strict=True):
+            for method in known if group.strip() == "all" else re.findall(r"`([\w-]+)`", group):
+                assert (setting, method) not in rows, f"{setting} stands twice for {method}"
+                rows[setting, method] = default
+    assert sorted(rows) == sorted((key, method) for method, kind in known.items() for key in recipe.keys(kind))
+    for (key, method), shown in rows.items():
+        value: Any = recipe.parse({"name": "any", "carve": {"method": method}}).model_dump(mode="json")
         if key == "name":
             continue
-        value: Any = defaults
         for part in key.split("."):
             value = value[part]
-        assert yaml.safe_load(shown.strip("`")) == value, f"docs/recipes.md: {key} is {value}, not {shown}"
+        if key == "carve.method":
+            assert value == method
+            continue
+        assert yaml.safe_load(shown.strip("`")) == value, f"docs/recipes.md: {key} of {method} is {value}, not {shown}"
+
+
+def test_methods_table() -> None:
+    rows = {row[0].strip("`"): row[2] for row in tables(section("Methods", "recipes.md")) if row[0].startswith("`")}
+    assert rows.keys() == BUILTIN.keys()
+    for name, shown in rows.items():
+        assert set(re.findall(r"`(\w+)`", shown.partition("; with")[0])) == set(BUILTIN[name].sections), name
+        if issubclass(BUILTIN[name], Channels):  # and a start brings its own
+            started = recipe.kind_of({"carve": {"method": "tomoe", "start": {"method": name}}})
+            plain = recipe.kind_of({"carve": {"method": "tomoe"}})
+            assert started.model_fields.keys() == plain.model_fields.keys() | BUILTIN[name].sections.keys()
 
 
 def test_presets_and_budgets_table() -> None:
@@ -183,16 +206,21 @@ def test_tutorial_runs_and_shows_what_it_says(
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
 def test_example_says_how_to_run_it(script: Path) -> None:
     head = script.read_text(encoding="utf-8").split('"""')[1]
-    assert f"    python examples/{script.name}" in head
+    method = f"    moesmith convert .*--method-file examples/{script.name} "  # or a method to convert with
+    assert f"    python examples/{script.name}" in head or re.search(method, head)
 
 
 @pytest.mark.slow
 def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    for name in ("own_text", "custom_method"):
-        monkeypatch.setattr(sys, "argv", [name])
-        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "experts  perplexity" in printed
-    assert "common-core: overlap" in printed
+    monkeypatch.setattr(sys, "argv", ["own_text"])
+    runpy.run_path(str(ROOT / "examples" / "own_text.py"), run_name="__main__")
+    assert "experts  perplexity" in capsys.readouterr().out
+    model, text = tmp_path / "runs" / "example" / "parent", tmp_path / "runs" / "example" / "text"
+    words = ["convert", "token-clusters", "--method-file", ROOT / "examples" / "token_clusters.py"]
+    words += ["--model", model, "--data", text, "--out", tmp_path / "mine", "--budget", "demo"]
+    answer = moesmith(*words, "--set", "carve.experts=4")
+    assert answer.status == 0, answer.err
+    assert re.search(r"4 experts, top-1", answer.out)
+    assert Carving.load(tmp_path / "mine" / "stages" / "carve").experts == 4

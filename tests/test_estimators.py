@@ -13,7 +13,6 @@ from moesmith.methods.tomoe.estimators import (
     exponential,
     gumbel_sigmoid,
     gumbel_softmax,
-    keep_probability,
     masked,
     masked_reference,
     median_logit,
@@ -22,6 +21,11 @@ from moesmith.methods.tomoe.estimators import (
 TAU, BIAS = 0.4, 3.0
 T, N, R, F = CHUNK + 70, 3, 8, 24  # tokens in two chunks
 PUBLISHED = {-3.3665: 0.5, -3.0: 0.632, -4.0: 0.308, -6.0: 0.049}
+
+
+def keep_probability(logits: Tensor, bias: float) -> Tensor:
+    """P(kept) = 1 − exp(−exp(o + b)) of :func:`gumbel_sigmoid`: a single Gumbel, not the difference of two."""
+    return -torch.expm1(-torch.exp(logits + bias))
 
 
 @pytest.mark.parametrize("logit", PUBLISHED)

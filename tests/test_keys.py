@@ -14,15 +14,26 @@ from typing import Any
 import pytest
 import torch
 from conversions import convert, snapshot, weights
+from golden import ASSETS, settings_of
+from pydantic import Field
 from transformers import AutoTokenizer, GenerationConfig
 
+import moesmith
+from moesmith.conversion import convert as conversion
+from moesmith.conversion.order import steps_of
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, digest, read_json, write_json
+from moesmith.files.artefact import FORMAT, MANIFEST, digest, read_json, write_json
+from moesmith.methods.registry import methods
+from moesmith.methods.tomoe.method import DECIDED
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.run.fingerprints import companions_digest, folder_companions, text_digest
-from moesmith.run.pipeline import TEXT, Run, versions
-from moesmith.run.recipe import keys, load_recipe
-from moesmith.testing.parents import save_tiny
+from moesmith.run.folder import Run, open_run
+from moesmith.run.legacy import Legacy
+from moesmith.run.pipeline import Pipeline, check_folder, versions
+from moesmith.run.recipe import Recipe, keys, kind_of, load_recipe, parse
+from moesmith.run.settings import Section, TrainSection
+from moesmith.run.step import Job, Step
+from moesmith.testing.parents import save_tiny, tiny_parent
 
 FEW = ["stage1.tokens=512", "stage2.tokens=512"]
 ALL = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve", "router", "experts", "export")
@@ -30,10 +41,15 @@ MADE_LAST = ("export", "evaluate")
 NOT_A_RESULT = ("README.md", "SHA256SUMS", MANIFEST, "log.jsonl")
 
 
+def keys_of(run: Run) -> dict[str, str]:
+    """The key of every finished stage."""
+    return {name: run.manifest(name)["key"] for name in run.manifests}
+
+
 def results(run: Run) -> dict[str, dict[str, str]]:
     """sha256 of what each stage made; of *export* it is the finished folder."""
     found: dict[str, dict[str, str]] = {}
-    for name in run.keys:
+    for name in keys_of(run):
         folders = [run.folder / "model", run.folder / "stock"] if name == "export" else [run.path(name)]
         files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
         found[name] = {str(p.relative_to(run.folder)): _hash(p) for p in files if p.name not in NOT_A_RESULT}
@@ -52,8 +68,9 @@ def _hash(path: Path) -> str:
 def check(before: Run, after: Run) -> set[str]:
     """The stages whose keys changed; the results of all others must be the same."""
     old, new = results(before), results(after)
-    changed = {name for name in after.keys if after.keys[name] != before.keys.get(name)}
-    for name in set(after.keys) - changed:
+    then, now = keys_of(before), keys_of(after)
+    changed = {name for name in now if now[name] != then.get(name)}
+    for name in set(now) - changed:
         assert new[name] == old[name], f"{name} has the same key and another result"
     return changed
 
@@ -120,7 +137,11 @@ def test_other_text_and_another_dtype(home: Path, base: Run, tmp_path: Path) -> 
     text = convert("dive-plus", home / "m", tmp_path / "d", tmp_path / "text", FEW)
     assert check(base, text) == {*ALL, "evaluate"}
     other = convert("dive-plus", home / "m", home / "d", tmp_path / "dtype", FEW, dtype=torch.bfloat16)
-    assert check(base, other) == {*ALL, "evaluate"} - set(TEXT)  # token ids do not depend on what computes
+    assert check(base, other) == {*ALL, "evaluate"} - {
+        "held-out",
+        "corpus",
+        "domains",
+    }  # token ids do not depend on what computes
 
 
 SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it takes for the value to matter
@@ -157,7 +178,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "masks.window": ["masks.window=16"],
     "masks.batch": ["masks.batch=4"],
     "masks.budget": ["masks.budget=0.6"],
-    "masks.start": ["masks.start=random"],
+    "carve.start": ["carve.start=null"],
     "masks.attention": ["masks.attention=hybrid"],
     "masks.output_mask": ["masks.attention=hybrid", "masks.output_mask=false"],
     "masks.noise": ["masks.noise=token"],
@@ -201,8 +222,20 @@ SETTINGS |= {
 }
 
 
+# of what masks start from, which is a carving's settings inside a setting
+STARTS: dict[str, list[str]] = {
+    "carve.start.method": ["carve.start={method: llama-moe}"],
+    "carve.start.score": ["carve.start.score=magnitude"],
+    "carve.start.selection": ["carve.start.selection=adaptive"],
+}
+
+
 def test_every_setting_is_tried() -> None:
-    assert set(SETTINGS) == set(keys()) - {"name", "description"}
+    kinds = [kind_of({"carve": {"method": name}}) for name in methods()]
+    kinds.append(kind_of({"carve": {"method": "tomoe", "start": {"method": "dive"}}}))
+    assert set(SETTINGS) == {key for kind in kinds for key in keys(kind)} - {"name", "description"}
+    start = set(methods()["dive"].Settings.model_fields) - set(DECIDED)
+    assert set(STARTS) == {f"carve.start.{name}" for name in start}
 
 
 @pytest.mark.slow
@@ -212,40 +245,64 @@ def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
     few = FEW if preset == "dive-plus" else ["masks.budget=0.55"]
     before = convert(preset, home / "m", home / "d", tmp_path / "base", few)
     kept, refused = {}, {}
-    for name, settings in SETTINGS.items():
+    for name, settings in (SETTINGS | (STARTS if preset == "tomoe-plus" else {})).items():
         if name.startswith("masks.") == (preset == "tomoe-plus") or name.startswith(("seed", "carve.", "domains.")):
             try:
                 run = convert(preset, home / "m", home / "d", tmp_path / name, [*few, *settings])
             except MoesmithError as error:  # it does not go with this preset, or masks cannot be so narrow
                 refused[name] = str(error)
                 continue
-            kept[name] = set(run.keys) - check(before, run)
+            kept[name] = keys_of(run).keys() - check(before, run)
             shutil.rmtree(tmp_path / name)
     assert len(kept) > (60 if preset == "dive-plus" else 30), refused
+    assert not refused.keys() & STARTS.keys()
     assert all("held-out" in kept[name] for name in kept if name.startswith(("carve.", "stage", "masks.")))
 
 
-def old_key(run: Run) -> None:
-    """Make a finished run's folder one that moesmith 0.1 left: its keys, and nothing that came later."""
-    new = ("text_digest", "companions_digest")
-    for name, key in run.old_keys.items():
-        path = run.path(name) / MANIFEST
-        manifest = read_json(path)
-        del manifest["format"]
-        write_json(path, manifest | {"key": key, "inputs": {k: v for k, v in run.inputs.items() if k not in new}})
-    header = read_json(run.folder / "run.json")
-    del header["format"]
-    header["inputs"] = {k: v for k, v in header["inputs"].items() if k not in new}
-    write_json(run.folder / "run.json", header)
+def first_keys(run: Path, home: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The keys that the stages of a finished run would have had in moesmith 0.1, before there was a format."""
+    folder, made = Path(shutil.copytree(run, scratch)), []
+
+    class Known(Pipeline):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    without_format(folder / "run.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "Pipeline", Known)
+        convert("dive-plus", home / "m", home / "d", folder, FEW)
+    legacy = made[0].old[folder]
+    assert legacy is not None
+    assert legacy.oldest.keys() == {*ALL, "evaluate"}
+    return dict(legacy.oldest)
+
+
+def without_format(header: Path) -> None:
+    """Make ``run.json`` one of moesmith 0.1: no format, and nothing that came later."""
+    found = read_json(header)
+    del found["format"]
+    found["inputs"] = {k: v for k, v in found["inputs"].items() if k not in ("text_digest", "companions_digest")}
+    found["recipe"]["masks"] = {"tokens": 0, "start": "random", "budget": 0.5}  # every recipe had every section
+    write_json(header, found)
 
 
 @pytest.fixture
-def old(base: Run, tmp_path: Path) -> Run:
-    """A run of moesmith 0.1."""
-    shutil.copytree(base.folder, tmp_path / "old")
-    run = Run(tmp_path / "old", base.recipe, base.inputs)
-    run.old_keys = base.old_keys
-    old_key(run)
+def oldest(home: Path, base: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The keys of moesmith 0.1 for the stages of the run."""
+    return first_keys(base.folder, home, tmp_path / "scratch", monkeypatch)
+
+
+@pytest.fixture
+def old(base: Run, oldest: dict[str, str], tmp_path: Path) -> Run:
+    """A run of moesmith 0.1: its keys, and nothing that came later."""
+    run = Run(Path(shutil.copytree(base.folder, tmp_path / "old")))
+    new = ("text_digest", "companions_digest")
+    for name, key in oldest.items():
+        path = run.path(name) / MANIFEST
+        manifest = {k: v for k, v in read_json(path).items() if k not in ("format", "title", "headline", "version")}
+        write_json(path, manifest | {"key": key, "inputs": {k: v for k, v in base.inputs.items() if k not in new}})
+    without_format(run.folder / "run.json")
     return run
 
 
@@ -253,15 +310,144 @@ def said(capfd: pytest.CaptureFixture[str], what: str) -> list[str]:
     return [line.split("]")[0][1:] for line in capfd.readouterr().err.splitlines() if what in line]
 
 
-def test_keys_of_the_first_version_are_what_they_were(tmp_path: Path) -> None:
+class Made(Step):
+    """A step of the tests: its name, settings, and what else a test says."""
+
+    def __init__(self, recipe: Recipe, name: str, *needs: str, settings: Any = None, **facts: Any) -> None:
+        super().__init__(recipe, *needs)
+        self.__dict__ |= {"name": name, "given": settings or {}, **facts}
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        return dict(self.given)
+
+    def make(self, job: Job, work: Path) -> dict[str, Any]:
+        return {}
+
+
+DIGESTS = {"model": "m", "model_digest": "1", "data": "d", "data_digest": "2", "dtype": "bfloat16"}
+
+
+def made(folder: Path, recipe: Recipe, *steps: Step, **inputs: str) -> Pipeline:
+    """A run in which steps were made."""
+    run = Pipeline(folder, recipe, DIGESTS | inputs)
+    with run.lock():
+        for step in steps:
+            run.step(step, Job(run, None, []))  # type: ignore[arg-type]
+    return run
+
+
+def test_keys_of_the_first_version_are_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As commit 1a90a56 hashed them."""
     inputs = {"model_digest": "m", "data_digest": "d", "text_digest": "t", "tokenizer_digest": "k", "dtype": "bfloat16"}
-    run = Run(tmp_path / "run", load_recipe("dive-plus"), inputs)
-    run.keys, run.old_keys = {"held-out": "new"}, {"held-out": "old"}
-    run.stage("baseline", ["held-out"], {"x": 1}, lambda work: {})
+    recipe = load_recipe("dive-plus")
+    header = {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}
+    run, legacy = Pipeline(tmp_path / "run", recipe, inputs), Legacy(tmp_path / "old", header, recipe)
+    step = Made(recipe, "baseline", "held-out", settings={"x": 1})
+    monkeypatch.setattr(legacy, "recipe_steps", lambda: [step])
+    legacy.keys, legacy.oldest = {"held-out": "new"}, {"held-out": "old"}
+    legacy.learn(step, Job(run, None, []), {"x": 1}, run)  # type: ignore[arg-type]
     facts = {"stage": "baseline", "settings": {"x": 1}, "seed": 42, "needs": {"held-out": "old"}}
-    assert run.old_keys["baseline"] == digest(facts | {"inputs": {"model_digest": "m", "data_digest": "d"}})
-    assert run.old_keys["baseline"] == "efd408224d966355"  # of that commit itself
+    assert legacy.oldest["baseline"] == digest(facts | {"inputs": {"model_digest": "m", "data_digest": "d"}})
+    assert legacy.oldest["baseline"] == "efd408224d966355"  # of that commit itself
+
+
+def test_keys_of_version_0_1_are_known_for_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the runs that it left (tests/assets/old), by the manifests that it wrote."""
+    shutil.copytree(ASSETS, tmp_path / "assets")
+    monkeypatch.chdir(tmp_path / "assets")
+    pipelines: list[Pipeline] = []
+
+    class Known(Pipeline):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            pipelines.append(self)
+
+    monkeypatch.setattr(conversion, "Pipeline", Known)
+    for preset, name in (("dive-plus", "run"), ("tomoe-plus", "learned")):
+        folder = Path("old") / name
+        written = {path.parent.name: read_json(path)["key"] for path in folder.glob(f"stages/*/{MANIFEST}")}
+        given: dict[str, Any] = {"settings": settings_of(preset), "dtype": "fp32", "device": "cpu"}
+        moesmith.convert(preset, "parents/llama", "text", folder, **given)
+        legacy = pipelines[-1].old[folder]
+        assert legacy is not None
+        assert legacy.keys == written
+
+
+def test_a_new_setting_changes_no_key_while_it_changes_nothing(tmp_path: Path) -> None:
+    """A section that gets a setting later: runs from before are known while it has its neutral value."""
+
+    class Later(TrainSection):
+        damping: float = Field(0.0, json_schema_extra={"neutral": 0.0})
+        other: int = 1
+
+    before, after = TrainSection(tokens=2048), Later(tokens=2048)
+    assert after.used() == before.used() | {"other": 1}  # without a neutral value it counts from the start
+    assert Later(tokens=2048, damping=0.5).used() == after.used() | {"damping": 0.5}
+    assert after.model_dump()["damping"] == 0.0  # in run.json it stands all the same
+
+    # a run from before is read with the neutral value, whatever the default has become since
+    class Since(TrainSection):
+        damping: float = Field(0.5, json_schema_extra={"neutral": 0.0})
+
+    assert Since.model_validate(before.model_dump(), context={"stored": True}).used() == before.used()
+    assert Since.model_validate({"tokens": 2048}).damping == 0.5
+    recipe = load_recipe("dive-plus")
+
+    def key(section: Section) -> str:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        return made(folder, recipe, Made(recipe, "experts", settings=section.used())).keys["experts"]
+
+    class Neutral(TrainSection):
+        damping: float = Field(0.0, json_schema_extra={"neutral": 0.0})
+
+    assert key(before) == key(Neutral(tokens=2048)) != key(Neutral(tokens=2048, damping=0.5))
+
+
+def test_a_version_of_its_mathematics_enters_a_steps_key(tmp_path: Path) -> None:
+    recipe = load_recipe("dive-plus")
+
+    def keys_with(version: int) -> dict[str, str]:
+        steps = [Made(recipe, "moments", version=version), Made(recipe, "carve", "moments"), Made(recipe, "held-out")]
+        return made(tmp_path / f"{version}", recipe, *steps).keys
+
+    first, second = keys_with(1), keys_with(2)
+    assert {name for name in first if first[name] != second[name]} == {"moments", "carve"}  # and of what needs it
+    again = Made(recipe, "moments", version=2)
+    made(tmp_path / "1", recipe, again)  # the folder of version 1 is made again
+    assert read_json(tmp_path / "1" / "stages" / "moments" / MANIFEST)["key"] == second["moments"]
+    plain = {"stage": "moments", "settings": {}, "seed": 42, "inputs": {"model_digest": "1", "data_digest": "2"}}
+    assert first["moments"] == digest(plain | {"needs": {}})  # the first one is not written into it
+    assert second["moments"] == digest(plain | {"needs": {}, "version": 2})
+
+
+def test_a_methods_version_enters_its_carvings_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, parent = load_recipe("dive-plus"), tiny_parent("llama")
+    before = recipe.method.key(parent)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(recipe.method), "version", 2)
+    assert recipe.method.key(parent) == before | {"version": 2}  # type: ignore[attr-defined]
+
+
+def test_settings_of_a_skipped_stage_refuse_no_folder(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    skipped = ["stage1.tokens=0", "stage2.tokens=512"]
+    run = convert("dive-plus", home / "m", home / "d", tmp_path / "run", skipped)
+    before = keys_of(run)
+    capfd.readouterr()
+    again = convert(
+        "dive-plus", home / "m", home / "d", tmp_path / "run", [*skipped, "stage1.lr=0.5", "stage1.window=16"]
+    )
+    assert said(capfd, "done before") == [name for name in [*ALL, "evaluate"] if name != "router"]
+    assert keys_of(again) == before
+    values = open_run(tmp_path / "run").settings
+    for key in ("stage2.lr=0.5", "stage1.tokens=512"):  # of a stage that is not skipped they do
+        section, name = key.partition("=")[0].split(".")
+        changed = values | {section: values[section] | {name: float(key.partition("=")[2])}}
+        with pytest.raises(MoesmithError, match=rf"other settings: .*{section}\.{name} was"):
+            check_folder(tmp_path / "run", parse(changed, stored=True), run.inputs)
+    # the temperature of stage 1 scales the router's closed form, whether the stage is skipped or not
+    fresh = convert("dive-plus", home / "m", home / "d", tmp_path / "warm", [*skipped, "stage1.gate_temperature=2.0"])
+    assert "carve" in check(run, fresh)
 
 
 def test_a_run_of_the_first_version_is_finished(
@@ -271,7 +457,7 @@ def test_a_run_of_the_first_version_is_finished(
     again = convert("dive-plus", home / "m", home / "d", old.folder, FEW)
     assert said(capfd, "done before") == [*ALL, "evaluate"]
     assert snapshot(old.folder / "stages") == before
-    assert read_json(old.folder / "run.json")["format"] == 2
+    assert read_json(old.folder / "run.json")["format"] == FORMAT
     convert("dive-plus", home / "m", home / "d", tmp_path / "new", FEW, reuse=again.folder)
     assert said(capfd, "taken over") == [*ALL[:-1], "evaluate"]
 
@@ -296,7 +482,12 @@ def test_a_run_of_the_first_version_gives_nothing_to_another_tokenizer(
 
 
 def test_a_half_trained_stage_of_the_first_version_goes_on(
-    home: Path, base: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    home: Path,
+    base: Run,
+    oldest: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from moesmith.training import loop as train
 
@@ -313,7 +504,8 @@ def test_a_half_trained_stage_of_the_first_version_goes_on(
     with pytest.raises(KeyboardInterrupt):
         convert("dive-plus", home / "m", home / "d", tmp_path / "run", FEW)
     monkeypatch.undo()
-    (tmp_path / "run" / "stages" / ".experts.partial" / ".key").write_text(base.old_keys["experts"])
+    (tmp_path / "run" / "stages" / ".experts.partial" / ".key").write_text(oldest["experts"])
+    without_format(tmp_path / "run" / "run.json")
     capfd.readouterr()
     run = convert("dive-plus", home / "m", home / "d", tmp_path / "run", FEW)
     assert "continuing at step 1 of 2" in capfd.readouterr().err
@@ -338,23 +530,21 @@ def test_a_changed_companion_makes_the_folder_again_and_nothing_else(
 
 
 def test_the_computing_dtype_is_in_the_keys_of_what_computes(tmp_path: Path) -> None:
-    stages: dict[str, list[str]] = {"held-out": [], "domains": [], "moments": ["domains"], "evaluate": ["held-out"]}
+    recipe = load_recipe("tomoe-plus", None, ["stage1.tokens=1024", "stage2.tokens=1024"])
+    real = [*steps_of(recipe), *steps_of(load_recipe("flap-static"))]
+    stages = {step.name: step for step in real}
+    assert stages.keys() == {*ALL, "evaluate", "masks", "refit"}
 
-    def keys_of(name: str, **inputs: str) -> dict[str, str]:
-        known = {"model": "m", "model_digest": "1", "data": "d", "data_digest": "2", "dtype": "bfloat16"}
-        run = Run(tmp_path / name, load_recipe("dive-plus"), known | inputs)
-        with run.lock():
-            for stage, needs in stages.items():
-                run.stage(stage, needs, {}, lambda work: {})
-        return run.keys
+    def keys_with(name: str, **inputs: str) -> dict[str, str]:
+        steps = [Made(recipe, step.name, tokenises=step.tokenises, reads=step.reads) for step in stages.values()]
+        return made(tmp_path / name, recipe, *steps, **inputs).keys
 
-    plain, same = keys_of("a"), keys_of("b", compute="bfloat16")
-    other = keys_of("c", compute="float32")
+    plain, same = keys_with("a"), keys_with("b", compute="bfloat16")
+    other = keys_with("c", compute="float32")
     assert plain == same
-    assert {name for name in stages if plain[name] != other[name]} == {"moments", "evaluate"}
-    known = {"model": "m", "model_digest": "1", "data": "d", "data_digest": "2", "dtype": "bfloat16"}
+    assert {name for name in stages if plain[name] == other[name]} == {"held-out", "corpus", "domains"}
     with pytest.raises(MoesmithError, match="computed in bfloat16, is float32"):
-        Run(tmp_path / "a", load_recipe("dive-plus"), known | {"compute": "float32"})
+        Pipeline(tmp_path / "a", recipe, DIGESTS | {"compute": "float32"})
 
 
 def test_digests_see_what_the_old_one_did_not(home: Path, tmp_path: Path) -> None:
@@ -403,19 +593,17 @@ def test_other_versions_are_said_and_shown(
 
 
 def test_a_stage_begun_by_other_versions_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    inputs = dict.fromkeys(("model", "model_digest", "data", "data_digest"), "x")
-    run = Run(tmp_path / "run", load_recipe("dive-plus"), inputs)
+    recipe = load_recipe("dive-plus")
 
-    def killed(work: Path) -> dict[str, Any]:
+    def killed(job: Job, work: Path) -> dict[str, Any]:
         raise KeyboardInterrupt
 
-    with run.lock(), pytest.raises(KeyboardInterrupt):
-        run.stage("rows", [], {}, killed)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "run", recipe, Made(recipe, "rows", make=killed))
     path = tmp_path / "run" / "stages" / ".rows.partial" / ".key"
-    key, _, made = path.read_text().partition("\n")
-    path.write_text(f"{key}\n{json.dumps(json.loads(made) | {'torch': '2.0'})}")
-    with run.lock():
-        run.stage("rows", [], {}, lambda work: {})
+    key, _, begun = path.read_text().partition("\n")
+    path.write_text(f"{key}\n{json.dumps(json.loads(begun) | {'torch': '2.0'})}")
+    run = made(tmp_path / "run", recipe, Made(recipe, "rows"))
     assert (
         f"[rows] was begun by other versions and goes on (torch 2.0, now {versions()['torch']})"
         in capfd.readouterr().err
@@ -425,23 +613,22 @@ def test_a_stage_begun_by_other_versions_says_so(tmp_path: Path, capfd: pytest.C
 
 
 def test_a_newer_run_is_refused(home: Path, base: Run, tmp_path: Path) -> None:
-    from moesmith.evaluation.compare import header_of
     from moesmith.report.overview import describe
 
     folder = Path(shutil.copytree(base.folder, tmp_path / "run"))
-    write_json(folder / "run.json", read_json(folder / "run.json") | {"format": 3})
+    write_json(folder / "run.json", read_json(folder / "run.json") | {"format": FORMAT + 1})
     before = snapshot(folder)
-    says = r"run\.json was written by a newer moesmith \(format 3, this one knows 2\)\. Upgrade moesmith"
+    says = rf"run\.json was written by a newer moesmith \(format {FORMAT + 1}, this one knows {FORMAT}\)\. Upgrade"
     for work in (
         lambda: convert("dive-plus", home / "m", home / "d", folder, FEW),
         lambda: describe(folder),
-        lambda: header_of(folder),
+        lambda: open_run(folder),
     ):
         with pytest.raises(MoesmithError, match=says):
             work()
     assert snapshot(folder) == before
     path = base.path("moments") / MANIFEST
     newer = Path(shutil.copytree(base.folder, tmp_path / "newer")) / "stages" / "moments" / MANIFEST
-    write_json(newer, read_json(path) | {"format": 3})
+    write_json(newer, read_json(path) | {"format": FORMAT + 1})
     with pytest.raises(MoesmithError, match=r"moments/manifest\.json was written by a newer moesmith"):
         convert("dive-plus", home / "m", home / "d", tmp_path / "reusing", FEW, reuse=tmp_path / "newer")

@@ -15,10 +15,10 @@ from test_tomoe_export import harvested
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import perplexities
 from moesmith.evaluation.routing import record_routing
-from moesmith.export.folder import layered_folder, load_folder
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
+from moesmith.mixture.folder import layered_folder, load_folder
 from moesmith.mixture.moe import build, decoder
 from moesmith.parent import layerwise
 from moesmith.parent.layerwise import cast, last_hidden, layered

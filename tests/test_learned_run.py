@@ -18,16 +18,17 @@ from conversions import convert
 from safetensors.torch import load_file
 from test_report import SECTIONS, Reader, text_of
 
-from moesmith.export.folder import load_folder
 from moesmith.files.artefact import read_json, write_json
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import active_share, parameters
+from moesmith.mixture.folder import load_folder
 from moesmith.parent.load import load_parent
 from moesmith.report import masks
 from moesmith.report.numbers import number, percent
-from moesmith.report.overview import describe, finished_of, show
+from moesmith.report.overview import describe, show
 from moesmith.report.page import write_report
-from moesmith.run.pipeline import Run
+from moesmith.run.folder import finished_of
+from moesmith.run.pipeline import Pipeline as Run
 
 QUICK = ["stage1.tokens=0", "stage2.tokens=0", "masks.tokens=2048", "masks.window=32", "masks.lr=0.003"]
 
@@ -84,7 +85,7 @@ def test_the_card_says_what_was_learned_and_how_to_load_it(learned: Run) -> None
         "learned by a hypernetwork over frozen weights (ToMoE, arXiv:2501.15316)",
         "budget: 60.0% of the block parameters",
         "of a V/O head, chosen by token",
-        "masks and routers on 2,048 tokens",
+        "masks learned on 2,048 tokens",
         "trust_remote_code=True",
         "those masks are dropped there",
         f"Geometric mean of its perplexity: {stages['stock']['geomean']:.2f}",
@@ -102,8 +103,8 @@ def test_the_finished_model_is_never_the_twin() -> None:
 def test_masks_that_began_as_a_carving_name_its_clusters(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warm = [*QUICK, "masks.start=carving", "masks.attention=none", "masks.budget=0.7", "masks.tokens=256"]
-    run = convert("tomoe-50", home / "m", home / "d", tmp_path / "run", [*warm, "carve.score=wifv"])
+    warm = [*QUICK, "carve.start.method=dive", "masks.attention=none", "masks.budget=0.7", "masks.tokens=256"]
+    run = convert("tomoe-50", home / "m", home / "d", tmp_path / "run", [*warm, "carve.start.score=ifv"])
     found = describe(run.folder)
     assert len(found["clusters"]) == 4
     assert found["masks"]["head"] is None
@@ -113,7 +114,7 @@ def test_masks_that_began_as_a_carving_name_its_clusters(
     assert "from a carving" in printed
     assert "Q/K" not in printed
     text = (run.folder / "model" / "README.md").read_text()
-    assert "started from a carving (dive, score wifv)" in text
+    assert "started from a carving (dive, score ifv)" in text
     assert "attention: the parent's, whole" in text
     assert "trust_remote_code" not in text
     assert "folder `stock`" not in text

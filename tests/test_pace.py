@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesmith.conversion import convert as conversion
+from moesmith.conversion.order import steps_of
 from moesmith.conversion.pace import Pace, measure, parse_time, scaled, tokens_of, with_tokens
 from moesmith.conversion.plan import fit_time, make_plan
-from moesmith.conversion.stages.data import stages_to_train
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_json
 from moesmith.run.recipe import load_recipe
@@ -42,9 +42,13 @@ def test_scaled_text_is_whole_windows_and_steps(preset: str, factor: float) -> N
     recipe = load_recipe(preset, "demo")
     found = scaled(recipe, factor)
     type(found).model_validate(found.model_dump())  # no setting is broken by it
-    for name, spec in stages_to_train(found).items():
+    training = {step.trains: step.loop for step in steps_of(found) if step.trains}
+    assert training.keys() == {step.trains for step in steps_of(recipe) if step.trains}
+    for name, spec in training.items():
+        assert spec == getattr(found, name)
         assert spec.tokens > 0
         assert spec.tokens % (spec.batch * spec.window) == 0, name
+    assert all(step.recipe == found for step in steps_of(found))  # none works by the counts that there were before
     assert found.domains.tokens % found.domains.window == 0
     assert found.evaluate.tokens <= max(recipe.evaluate.tokens, recipe.evaluate.window)
     assert with_tokens(recipe, tokens_of(found)) == found

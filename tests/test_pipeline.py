@@ -15,7 +15,6 @@ import yaml
 from conversions import SHARED, STAGES, convert, snapshot, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moesmith.conversion.stages.data import evaluation_of
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import perplexity
 from moesmith.export.stock.write import stock_reference
@@ -27,8 +26,9 @@ from moesmith.mixture.moe import build
 from moesmith.parent.load import load_parent
 from moesmith.parent.proof.family import NATIVE
 from moesmith.report.overview import describe, show
-from moesmith.run.pipeline import Run
+from moesmith.run.pipeline import Pipeline as Run
 from moesmith.run.recipe import load_recipe
+from moesmith.run.step import Job, Step
 from moesmith.testing.parents import FAMILIES, save_tiny, tiny_parent
 from moesmith.testing.text import DIALECTS
 
@@ -51,7 +51,7 @@ def made(home: Path) -> Callable[[str], Run]:
 def check(run: Run) -> Any:
     """What holds for every finished run; returns its model as plain transformers loads it."""
     stages = {path.name for path in (run.folder / "stages").iterdir()}
-    assert stages == set(STAGES) - ({"router"} if run.recipe.carve.experts == 1 else set())
+    assert stages == set(STAGES) - ({"router"} if run.recipe.method.experts == 1 else set())
     for name in stages:
         verify_files(run.path(name))
         manifest = run.manifest(name)
@@ -89,7 +89,7 @@ def test_every_preset_ends_in_a_model(made: Callable[[str], Run], preset: str) -
         assert list(stage["domains"]) == sorted(DIALECTS)
         assert all(value > 1 for value in stage["domains"].values())
     # the last row is the finished folder's own perplexity, recomputed here
-    blocks = evaluation_of(run)
+    blocks = run.held_out
     last = evaluation["stages"]["experts"]["domains"]
     assert {name: perplexity(model, block) for name, block in blocks.items()} == pytest.approx(last, rel=1e-6)
     assert evaluation["tokens"] == sum(block.numel() for block in blocks.values())
@@ -99,7 +99,7 @@ def test_every_preset_ends_in_a_model(made: Callable[[str], Run], preset: str) -
     assert after.norms
     pairs = zip(before.layers, after.layers, strict=True)
     routed = any(not torch.equal(a.router.weight_ED, b.router.weight_ED) for a, b in pairs)
-    assert routed == (run.recipe.carve.experts > 1)
+    assert routed == (run.recipe.method.experts > 1)
     assert evaluation["stages"]["experts"]["geomean"] < evaluation["stages"]["carve"]["geomean"]
 
 
@@ -309,17 +309,26 @@ def test_a_run_without_a_finished_stage_does_not_bind(home: Path, tmp_path: Path
 
 def test_what_a_killed_try_left_counts_only_for_the_same_settings(home: Path, tmp_path: Path) -> None:
     inputs = dict.fromkeys(("model", "model_digest", "data", "data_digest"), "x")
-    run = Run(tmp_path / "run", load_recipe("dive-plus"), inputs)
+    recipe = load_recipe("dive-plus")
+    run = Run(tmp_path / "run", recipe, inputs)
     found: list[list[str]] = []
 
-    def killed(work: Path) -> dict[str, Any]:
-        found.append(sorted(path.name for path in work.iterdir() if path.name != ".key"))
-        (work / "row").write_text("half of the work")
-        raise KeyboardInterrupt
+    class Rows(Step):
+        name, window = "rows", 0
+
+        def settings(self, job: Job) -> dict[str, Any]:
+            return {"window": self.window}
+
+        def make(self, job: Job, work: Path) -> dict[str, Any]:
+            found.append(sorted(path.name for path in work.iterdir() if path.name != ".key"))
+            (work / "row").write_text("half of the work")
+            raise KeyboardInterrupt
 
     for window in (1, 1, 2):
+        step = Rows(recipe)
+        step.window = window
         with run.lock(), pytest.raises(KeyboardInterrupt):
-            run.stage("rows", [], {"window": window}, killed)
+            run.step(step, Job(run, tiny_parent("llama"), []))
     assert found == [[], ["row"], []]
     assert not run.path("rows").exists()
 

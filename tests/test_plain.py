@@ -23,7 +23,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from moesmith.conversion.stages.training import prepare
+from moesmith.conversion.steps.training import prepare
 from moesmith.errors import MoesmithError
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import write_stock
@@ -32,7 +32,7 @@ from moesmith.files.artefact import read_json
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent
-from moesmith.run.pipeline import Run
+from moesmith.run.folder import Run
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import save_tiny, tiny_model, tiny_parent

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from commands import moesmith
 from conversions import convert, tiny_settings
 
 import moesmith.conversion.convert as conversion
-from moesmith.conversion.plan import check_room, make_plan, parse_bytes
+from moesmith.arguments import parse_size
+from moesmith.conversion.plan import check_room, make_plan
 from moesmith.errors import MoesmithError
 from moesmith.parent.load import load_skeleton
-from moesmith.run.recipe import load_recipe
+from moesmith.run.recipe import load_recipe, parse
 from moesmith.testing.parents import FAMILIES, save_tiny, tiny_parent
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +63,7 @@ def test_disk_is_foretold(preset: str, settings: list[str], home: Path, tmp_path
     save_tiny("llama", tmp_path / "m", dtype=torch.bfloat16, **sizes)
     options = {"settings": settings, "dtype": torch.bfloat16}
     run = convert(preset, tmp_path / "m", home / "d", tmp_path / "run", **options)  # type: ignore[arg-type]
-    plan = make_plan(run.recipe, load_skeleton(str(tmp_path / "m")), 4)
+    plan = make_plan(parse(run.settings, stored=True), load_skeleton(str(tmp_path / "m")), 4)
     used = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     assert plan.disk == pytest.approx(used, rel=0.3)
 
@@ -93,16 +96,30 @@ def test_too_little_memory_is_one_line(home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GB", 4 * 10**9), ("3.5 GiB", 3758096384), ("500mb", 5 * 10**8), ("1024", 1024), (7, 7), (None, None)],
+    [
+        ("4GB", 4 * 10**9),
+        ("3.5 GiB", 3758096384),
+        ("500mb", 5 * 10**8),
+        ("1024", 1024),
+        (7, 7),
+        (None, None),
+        ("2TB", 2 * 10**12),
+        ("1KB", 1000),
+        ("1KiB", 1024),
+        ("2 mib", 2**21),
+        ("1TiB", 2**40),
+        ("3K", 3000),
+        (2.5, 2),
+    ],
 )
-def test_sizes_of_memory(text: str | int | None, size: int | None) -> None:
-    assert parse_bytes(text) == size
+def test_sizes_of_memory(text: str | float | None, size: int | None) -> None:
+    assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 bananas", "0", "1IB"])
-def test_no_sizes_of_memory(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4 bananas", "0", "1IB", "1PB", 0, -1, math.inf, math.nan, True])
+def test_no_sizes_of_memory(text: Any) -> None:
     with pytest.raises(MoesmithError, match="is no size of memory"):
-        parse_bytes(text)
+        parse_size(text)
 
 
 def test_a_config_that_makes_no_model(tmp_path: Path) -> None:

@@ -10,19 +10,20 @@ from typing import Any
 import pretend
 import pytest
 import torch
-from conversions import tiny_settings, weights
+from conversions import fitting, tiny_settings, weights
 from pretend import watching, without_double
 from safetensors.torch import load_file
 from torch import Tensor
 
 import moesmith
+from moesmith.calibration import moments
 from moesmith.evaluation import perplexity as evaluate
-from moesmith.methods import moments, refit
+from moesmith.methods import refit
 from moesmith.methods.tomoe import estimators, hypernetwork
 from moesmith.native import experts
 from moesmith.parent import accelerator
 from moesmith.parent.load import Parent, load_parent
-from moesmith.run.pipeline import Run
+from moesmith.run.folder import Run
 from moesmith.testing.parents import save_tiny, tiny_model
 from moesmith.testing.text import save_data
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -41,16 +42,18 @@ ON_PURPOSE = {
 }
 # who may copy more than results to the host, and why: bytes of the tiny models
 COPIES = {
+    "calibration/stream.py:Stream.views": "tokens wait with the host in front of the first layer",
+    "calibration/stream.py:Stream._pass": "and between two layers: all calibration text would not fit there",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
     "files/artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
     "export/stock/write.py:stock_tensors.<locals>.out": "the export writes every weight",
     "export/verify.py:run": "logits of two models, compared once",
-    "conversion/stages/carve.py:refit_layer": "a refitted matrix belongs to the carving",
+    "methods/channels.py:refit_experts": "a refitted matrix belongs to the carving",
     "mixture/lora.py:lora_tensors": "trained pairs belong to the carving",
     "methods/tomoe/harvest.py:_attention": "the gate of attention belongs to the carving",
     "methods/tomoe/harvest.py:_carving": "mask logits, sorted into a carving",
-    "conversion/stages/training.py:harvest": "trained routers belong to the carving",
-    "conversion/stages/training.py:harvest.<locals>.<dictcomp>": "trained norms belong to the carving",
+    "conversion/steps/training.py:harvest": "trained routers belong to the carving",
+    "conversion/steps/training.py:harvest.<locals>.<dictcomp>": "trained norms belong to the carving",
 }
 
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
@@ -83,9 +86,8 @@ def parent_on(device: str, family: str, dtype: torch.dtype = torch.float32) -> P
 
 
 def settings_of(preset: str) -> list[str]:
-    fewer = [] if "static" in preset else ["carve.experts=2"]
     short = ["masks.tokens=64", "stage1.tokens=0", "stage2.tokens=0"] if "tomoe" in preset else []
-    return [*tiny_settings(preset), *fewer, *SMALL, *short]
+    return [*tiny_settings(preset), *fitting(["carve.experts=2", *SMALL, *short], preset)]
 
 
 def convert(preset: str, parent: Parent, data: Path, out: Path, settings: list[str] | None = None) -> Run:
@@ -136,7 +138,7 @@ def test_a_parent_larger_than_it_streams_through_it(preset: str, data: Path, tmp
 # what a Llama has before anything is trained; where a linear layer has a bias, and in backward passes, the CPU has
 # other kernels for a product than the operators that the device makes it of, and results agree to rounding
 BEFORE = ("held-out", "corpus", "baseline", "domains", "moments", "affinity", "carve")
-SAME_BITS = tuple(f"conversion/stages/{stage}" for stage in BEFORE)
+SAME_BITS = tuple(f"stages/{stage}/" for stage in BEFORE)
 
 
 def compare(device: Path, cpu: Path, family: str) -> None:
@@ -169,15 +171,16 @@ def compare(device: Path, cpu: Path, family: str) -> None:
 
 def test_planted_work_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A statistics sink that moves its input to the host: the values are right, and it would be slow."""
-    add = moments._Second.add
-    monkeypatch.setattr(moments._Second, "add", lambda self, x, count=None: add(self, x.cpu(), count))
+    add = moments.Sums.add
+    monkeypatch.setattr(moments.Sums, "add", lambda self, x, count=None: add(self, x.cpu(), count))
     with watching(ON_PURPOSE) as watch:
         convert("flap-static-refit", parent_on("pretend", "llama"), data, tmp_path / "run")
     assert {fault.place for fault in watch.fallbacks} == {
-        "methods/moments.py:_Second.add",
+        "calibration/moments.py:Sums.add",
         "methods/router.py:constant_direction",
     }
-    assert watch.copies["methods/moments.py:_watch.<locals>.hook.<locals>.<lambda>"] > 4 * pretend.BYTES
+    for sink in ("Inputs", "Hidden"):
+        assert watch.copies[f"calibration/stream.py:Stream.statistics.<locals>.{sink}.add"] > 4 * pretend.BYTES
 
 
 def test_a_planted_loss_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +198,10 @@ def test_a_planted_loss_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeyp
 
 
 def test_a_planted_tensor_of_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesmith.conversion.stages import carve
+    from moesmith.methods import channels
 
     monkeypatch.setattr(
-        carve,
+        channels,
         "refit_down",
         lambda down, gram, kept, ridge: refit.refit_down(down, gram, kept, ridge) + down.cpu()[:, kept],
     )
@@ -231,9 +234,9 @@ def test_a_device_without_fp64(preset: str, data: Path, tmp_path: Path) -> None:
 
 def test_training_continues_there(tmp_path: Path) -> None:
     """A checkpoint is the CPU's; the step count of a fused optimiser lies where the parameters are."""
-    from moesmith.conversion.stages.training import prepare
+    from moesmith.conversion.steps.training import prepare
     from moesmith.mixture.moe import build
-    from moesmith.run.recipe import TrainSection
+    from moesmith.run.settings import TrainSection
     from moesmith.training.loop import Student, train
 
     blocks = torch.randint(2, 250, (16, 32), generator=torch.Generator().manual_seed(1))

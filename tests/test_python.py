@@ -13,14 +13,14 @@ from conversions import TINY, convert, weights
 
 import moesmith
 from moesmith import MoesmithError
-from moesmith.conversion.stages.training import prepare
+from moesmith.conversion.steps.training import prepare
 from moesmith.data.text import load_domains, source_digest
-from moesmith.evaluation.compare import compare, continuations, header_of
+from moesmith.evaluation.compare import compare, continuations
 from moesmith.export.delta import pack, unpack
 from moesmith.export.targets import explain_run, export_run
 from moesmith.report.overview import describe
 from moesmith.report.page import write_report
-from moesmith.run.pipeline import Run
+from moesmith.run.pipeline import Pipeline as Run
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_model, tiny_parent
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -177,7 +177,7 @@ def test_many_processes_are_refused(home: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_run_may_be_named_by_text(plain: Run, tmp_path: Path) -> None:
     name = str(plain.folder)
     assert describe(name) == describe(plain.folder)
-    assert header_of(name)["recipe"]["name"] == "dive-plus"
+    assert moesmith.open_run(name).settings["name"] == "dive-plus"
     found = compare(name, tasks="domains", tokens=256)
     assert found["results"] == compare(plain.folder, None, ["domains"], None, 256)["results"]
     assert set(continuations(name, "one two", 2, False)) == {"dense parent", "MoE"}
@@ -191,7 +191,7 @@ def test_a_run_may_be_named_by_text(plain: Run, tmp_path: Path) -> None:
 
 PATHS: dict[str, Callable[[Any], Any]] = {
     "describe": describe,
-    "header_of": header_of,
+    "open_run": moesmith.open_run,
     "compare": compare,
     "explain_run": explain_run,
     "export_run": lambda run: export_run(run, "hf", "y", None),  # type: ignore[arg-type]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from flap import published_fluctuation
 
+from moesmith.calibration.moments import channel_moments
 from moesmith.data.builtin import builtin_domains
 from moesmith.data.text import sample_windows
-from moesmith.methods.moments import channel_moments
 from moesmith.methods.scores import channel_scores, choose
 from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent, load_parent

@@ -12,34 +12,47 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesmith.errors import MoesmithError
-from moesmith.run.recipe import BUDGETS, Recipe, TrainSection, keys, load_recipe, presets
+from moesmith.methods.registry import methods
+from moesmith.run.recipe import BUDGETS, Recipe, keys, kind_of, load_recipe, parse, presets
+from moesmith.run.settings import TrainSection
 from moesmith.training.loop import steps_of
 
-# what --set, recipe files and run.json can name; renaming one breaks people's files
-KEYS = {
-    "": "name description seed",
-    "domains": "names tokens window",
-    "carve": "method experts top_k ratio score selection compensation ridge pool",
-    "affinity": "method published profile linkage tokens window",
-    "router": "start ridge noise",
-    "evaluate": "tokens window",
-}
+# what --set, recipe files and run.json can name with each method; renaming one breaks people's files
+EVERY = {"": "name description seed", "domains": "names tokens window", "evaluate": "tokens window"}
 LOOP_KEYS = "tokens window batch micro_batch lr schedule min_ratio warmup clip weight_decay checkpointing"
 TRAIN_KEYS = LOOP_KEYS + (
     " loss mix kl_temperature gate gate_temperature router_gradient train_router lora_rank lora_alpha lora_dropout"
     " norms"
 )
 MASKS_KEYS = LOOP_KEYS + (
-    " budget start attention output_mask noise routing masking widths temperature bias kl_weight budget_weight"
+    " budget attention output_mask noise routing masking widths temperature bias kl_weight budget_weight"
     " union_weight balance_weight"
 )
+AFFINITY, ROUTER = {"affinity": "method published profile linkage tokens window"}, {"router": "start ridge noise"}
+STAGE1, STAGE2 = {"stage1": TRAIN_KEYS}, {"stage2": TRAIN_KEYS}
+SHARES = "method ratio compensation ridge pool"
+KEYS = {
+    "dive": {"carve": f"{SHARES} experts top_k score selection"} | AFFINITY | ROUTER | STAGE1 | STAGE2,
+    "static": {"carve": f"{SHARES} score selection"} | STAGE2,
+    "llama-moe": {"carve": f"{SHARES} experts top_k"} | ROUTER | STAGE1 | STAGE2,
+    "tomoe": {"carve": "method experts start compensation ridge pool", "masks": MASKS_KEYS} | STAGE1 | STAGE2,
+}
+# what a start adds to tomoe
+STARTS = {"dive": AFFINITY | ROUTER | STAGE1, "static": {}, "llama-moe": ROUTER | STAGE1}
+
+
+def names(sections: dict[str, str]) -> list[str]:
+    return sorted(f"{section}.{key}".lstrip(".") for section, keys in sections.items() for key in keys.split())
 
 
 def test_settings_keep_their_names() -> None:
-    sections = KEYS | {"stage1": TRAIN_KEYS, "stage2": TRAIN_KEYS, "masks": MASKS_KEYS}
-    expected = {f"{section}.{key}".lstrip(".") for section, names in sections.items() for key in names.split()}
-    assert set(keys()) == expected
-    assert len(keys()) == len(expected)
+    assert methods().keys() == KEYS.keys()
+    for method, sections in KEYS.items():
+        assert sorted(keys(kind_of({"carve": {"method": method}}))) == names(EVERY | sections), method
+    for start, more in STARTS.items():
+        kind = kind_of({"carve": {"method": "tomoe", "start": {"method": start}}})
+        assert sorted(keys(kind)) == names(EVERY | KEYS["tomoe"] | more), start
+    assert kind_of({}).model_fields.keys() == kind_of({"carve": {"method": "dive"}}).model_fields.keys()
 
 
 def test_every_preset_and_budget_loads_under_its_own_name() -> None:
@@ -107,15 +120,17 @@ def test_tomoe_is_as_published(name: str, budget: float) -> None:
     """tomoe.md §5, the released command."""
     recipe = load_recipe(name)
     masks = recipe.masks
-    assert (recipe.carve.experts, recipe.carve.top_k, recipe.carve.compensation) == (8, 1, "none")
+    assert (recipe.method.name, recipe.method.experts, recipe.method.top_k) == ("tomoe", 8, 1)
+    assert recipe.carve.compensation == "none"
     assert (masks.budget, masks.temperature, masks.bias) == (budget, 0.4, 3.0)
     assert (masks.budget_weight, masks.union_weight, masks.balance_weight, masks.kl_weight) == (16, 3, 1, 2)
     assert (masks.lr, masks.schedule, masks.warmup, masks.weight_decay, masks.clip) == (1e-3, "constant", 0, 0.05, None)
     assert (steps_of(masks), masks.tokens, masks.batch, masks.window) == (20_000, 40_960_000, 1, 2048)
     assert (masks.micro_batch, masks.checkpointing) == (1, False)
-    assert (masks.start, masks.attention, masks.output_mask) == ("random", "hybrid", True)
+    assert (recipe.carve.start, masks.attention, masks.output_mask) == (None, "hybrid", True)
     assert (masks.noise, masks.routing, masks.masking, masks.widths) == ("token", "sampled", "double", "threshold")
-    assert (recipe.learned, recipe.carved, recipe.clustered) == (True, False, False)
+    made = [step.name for step in recipe.method.steps()]
+    assert made == ["masks"]  # no carving, no clusters: masks alone
     assert recipe.stage1.tokens == recipe.stage2.tokens == 0  # no weight is ever trained
 
 
@@ -129,33 +144,39 @@ def test_tomoe_presets_differ_in_the_budget_alone() -> None:
 
 def test_tomoe_plus_is_tomoe_but_for_what_its_preset_says() -> None:
     ours, theirs = (load_recipe(name).model_dump() for name in ("tomoe-plus", "tomoe-50"))
+    assert set(ours) - set(theirs) == {"affinity", "router"}  # of its start
     differ = {
         f"{section}.{key}"
-        for section in ours.keys() - {"name", "description", "seed"}
+        for section in theirs.keys() - {"name", "description", "seed"}
         for key in ours[section]
         if ours[section][key] != theirs[section][key]
     }
     assert differ == {
         "carve.compensation",
-        "affinity.method",
-        "router.start",
-        "masks.start",
+        "carve.start",
         "masks.attention",
         "masks.noise",
         "masks.routing",
         "masks.masking",
         "masks.widths",
     }
+    assert ours["carve"]["start"]["method"] == "dive"
+    plain = load_recipe("dive").model_dump()
+    assert ours["affinity"] == plain["affinity"] | {"method": "scores"}
+    assert ours["router"] == plain["router"] | {"start": "lda", "noise": 0}
+    made = [step.name for step in load_recipe("tomoe-plus").method.steps()]
+    assert made == ["domains", "moments", "affinity", "carve", "masks", "refit"]
 
 
 def test_a_budget_scales_the_stages_that_a_recipe_trains() -> None:
     for budget in ("demo", "small"):
         dive, tomoe = load_recipe("dive-2of8", budget), load_recipe("tomoe-50", budget)
-        assert dive.masks == load_recipe("dive-2of8").masks
+        assert "masks" not in type(dive).model_fields
         assert dive.stage1.tokens < load_recipe("dive-2of8").stage1.tokens
         assert (tomoe.stage1, tomoe.stage2) == (load_recipe("tomoe-50").stage1, load_recipe("tomoe-50").stage2)
         assert 0 < tomoe.masks.tokens < load_recipe("tomoe-50").masks.tokens
-        assert load_recipe("flap-static", budget).stage1.tokens == 0
+        assert "stage1" not in type(load_recipe("flap-static", budget)).model_fields
+        assert load_recipe("dive", budget).stage1 == load_recipe("dive").stage1  # it trains nothing
 
 
 def test_a_budget_is_an_overlay_and_settings_lie_on_top() -> None:
@@ -213,16 +234,25 @@ def test_a_set_value_arrives(setting: tuple[str, Any]) -> None:
     assert found == value
 
 
+PLUS = type(load_recipe("dive-plus"))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from([*keys(), "carve", "carve.", "", "stage1.lr.x"]),
+    st.sampled_from(["dive-plus", "tomoe-plus", "static"]),
+    st.sampled_from(
+        [*keys(PLUS), "carve", "carve.", "", "stage1.lr.x", "carve.start", "carve.start.method", "masks.lr"]
+    ),
     st.text(max_size=20) | st.text("[]{}:,0123456789.-+eEnaif~'\"&*!|>%@ \n", max_size=20),
 )
-@example("name", "2024-13-45")  # YAML takes it for a date
-@example("name", "[" * 5000)
-def test_any_set_loads_or_is_refused(key: str, value: str) -> None:
+@example("dive-plus", "name", "2024-13-45")  # YAML takes it for a date
+@example("dive-plus", "name", "[" * 5000)
+@example("dive-plus", "carve.method", "[dive]")
+@example("tomoe-plus", "carve.start", "dive")
+@example("tomoe-50", "carve.start.method", "{}")
+def test_any_set_loads_or_is_refused(preset: str, key: str, value: str) -> None:
     with contextlib.suppress(MoesmithError):
-        assert isinstance(load_recipe("dive-plus", None, [f"{key}={value}"]), Recipe)
+        assert isinstance(load_recipe(preset, None, [f"{key}={value}"]), Recipe)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +266,17 @@ def test_any_set_loads_or_is_refused(key: str, value: str) -> None:
         (["carve.ratio=1.0"], r"ratio 1\.0 leaves no channel.*\[0, 1\)"),
         (["carve.ratio=-0.1"], r"ratio -0\.1.*\[0, 1\)"),
         (["carve.ratio=.nan"], r"ratio nan.*\[0, 1\)"),
-        (["carve.method=static"], "carve.experts to 1"),
+        (["carve.method=static", "carve.experts=1"], r"no setting 'carve\.experts' with method static"),
+        (["carve.method=static", "stage1.tokens=0"], r"no setting 'stage1\.tokens' with method static"),
+        (["carve.method=llama-moe", "carve.score=wifv"], r"no setting 'carve\.score' with method llama-moe"),
+        (["carve.method=sttic"], r"no method 'sttic'\. Did you mean 'static'\? .*--method-file"),
+        (["carve.method=tomoe"], r"carve\.compensation: Input should be 'none' or 'refit'"),
+        (["masks.tokens=4096"], r"no setting 'masks\.tokens' with method dive"),
+        (["masks.start=carving"], r"no setting 'masks\.start'.*Write carve\.start\.method"),
+        (["carve.start={method: dive}"], r"no setting 'carve\.start' with method dive"),
+        (["carve.ridge=0.5"], r"carve: ridge has no effect: carve\.compensation is not refit"),
+        (["carve.pool=0.5"], r"carve: pool has no effect: carve\.compensation is not refit"),
+        (["router.ridge=0.5"], r"router: ridge has no effect: router\.start is not lda"),
         (["affinity.method=published"], "affinity.published names clusters"),
         (["affinity.published=tinyllama-50"], "affinity.published names clusters"),
         (["stage1.norms=true"], "dense gate trains routers only"),
@@ -249,6 +289,65 @@ def test_any_set_loads_or_is_refused(key: str, value: str) -> None:
 def test_a_setting_that_does_not_fit_is_refused(wanted: list[str], says: str) -> None:
     with pytest.raises(MoesmithError, match=says):
         load_recipe("dive-1of8", None, wanted)
+
+
+def test_a_setting_without_effect_may_stand_there_at_its_default() -> None:
+    settings = ["carve.ridge=0.01", "carve.pool=0.2", "router.ridge=0.01"]
+    assert load_recipe("dive-1of8", None, settings) == load_recipe("dive-1of8")
+    matters = ["carve.compensation=refit", "carve.ridge=0.5", "router.start=lda", "router.ridge=0.5"]
+    assert load_recipe("dive-1of8", None, matters).router.ridge == 0.5
+
+
+def test_a_stored_recipe_is_taken_as_it_is() -> None:
+    values = load_recipe("dive-1of8").model_dump(mode="json")
+    values["carve"]["ridge"] = 0.5
+    with pytest.raises(MoesmithError, match="ridge has no effect"):
+        parse(values)
+    assert parse(values, stored=True).carve.ridge == 0.5
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_methods_name_is_a_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.name, recipe.description, recipe.method.name) == (name, methods()[name].title, name)
+    assert recipe == parse({"name": name, "description": methods()[name].title, "carve": {"method": name}})
+    assert recipe.carve == methods()[name].Settings()
+    assert load_recipe(name, None, ["carve.compensation=refit"]).carve.compensation == "refit"
+
+
+@pytest.mark.parametrize(("preset", "method"), [(p, m) for p in ("dive-1of8", "dive-plus", "tomoe-plus") for m in KEYS])
+def test_another_method_takes_of_a_recipe_what_it_knows(preset: str, method: str, tmp_path: Path) -> None:
+    """The same from a file that builds on it as from the command line."""
+    compensation = ["carve.compensation=none"]
+    changed, base = load_recipe(preset, None, [f"carve.method={method}", *compensation]), load_recipe(preset)
+    assert (changed.method.name, changed.name) == (method, preset)
+    path = tmp_path / f"{preset}.yaml"
+    path.write_text(f"base: {preset}\ncarve: {{method: {method}, compensation: none}}\n")
+    assert load_recipe(path) == changed
+    for section in ("domains", "stage1", "stage2", "evaluate", "affinity", "router"):
+        if section in type(changed).model_fields and section in type(base).model_fields:
+            assert getattr(changed, section) == getattr(base, section)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(f"base: {preset}\ncarve: {{rati: 0.5}}\n")
+    with pytest.raises(MoesmithError, match=r"no setting 'carve\.rati'"):  # a slip is not another method's setting
+        load_recipe(bad, None, [f"carve.method={method}"])
+
+
+def test_a_copy_has_a_method_of_its_own() -> None:
+    recipe = load_recipe("dive-1of8")
+    assert recipe.method.settings.experts == 8
+    copied = recipe.model_copy(update={"carve": recipe.carve.model_copy(update={"experts": 4})})
+    assert (copied.method.settings.experts, copied.method.recipe) == (4, copied)
+    assert recipe.method.settings.experts == 8
+
+
+def test_what_a_recipe_skips_is_not_its_work() -> None:
+    names = {"name": "x", "description": "y"}
+    recipe = load_recipe("dive-plus", None, ["stage1.tokens=0"])
+    other = load_recipe("dive-plus", None, ["stage1.tokens=0", "stage1.lr=0.5", "name=x", "description=y"])
+    assert other != recipe
+    assert other.same_work() == recipe.same_work() == recipe.model_copy(update=names).same_work()
+    assert load_recipe("dive-plus", None, ["stage2.lr=0.5"]).same_work() != load_recipe("dive-plus").same_work()
 
 
 def test_affinity_tokens_do_not_matter_where_nothing_is_measured() -> None:

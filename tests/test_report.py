@@ -222,7 +222,7 @@ def test_page_has_every_section_with_its_figures(page: str) -> None:
         "perplexity": ("experts trained", "31", "33"),
         "affinity": ("math, algebra", "Perplexity matrix"),
         "overlap": ("keeps 4 of 8", "22.2"),  # IoUs of the three pairs: 1/3, 1/3, 0
-        "training": ("Stage 1: routers", "Stage 2: experts", "1,280"),
+        "training": ("routers trained", "experts trained", "1,280"),
         "routing": ("Dead experts", "1 of 6"),
         "provenance": ("feed", "beef", "key-carve", "seed", "torch 2.x", "ab" * 32, "compensation: bias"),
     }.items():

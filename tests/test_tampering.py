@@ -27,6 +27,7 @@ from moesmith.export import folder as folders
 from moesmith.export.delta import pack
 from moesmith.export.stock.write import write_stock
 from moesmith.files.artefact import MANIFEST, read_json, verify_files
+from moesmith.mixture.folder import REMAKE
 from moesmith.parent.load import Parent, load_parent
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import save_tiny, tiny_parent
@@ -129,7 +130,7 @@ def test_one_shard_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert len(shards) > 2
         damage(shards[1])
         with pytest.raises(MoesmithError, match=rf"{shards[1].name} is missing or damaged\. Delete"):
-            verify_files(tmp_path / "moe", folders.REMAKE)
+            verify_files(tmp_path / "moe", REMAKE)
         shutil.rmtree(tmp_path / "moe")
 
 

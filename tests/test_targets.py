@@ -17,7 +17,7 @@ from sources import IDS, export, permuted, tiny_source
 
 from moesmith.errors import MoesmithError
 from moesmith.export.sglang import misread
-from moesmith.export.target import Options, Source, parse_size
+from moesmith.export.target import Options, Source
 from moesmith.export.targets import TARGETS, check_out
 from moesmith.files.artefact import SUMS, read_json, sums_of
 from moesmith.files.outputs import new_folder
@@ -192,15 +192,25 @@ def test_other_refusals() -> None:
     assert [name for name, target in TARGETS.items() if target.explain(odd) is None] == [NATIVE, "delta"]
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("0.5gb", 5 * 10**8)])
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("0.5gb", 5 * 10**8), ("5GiB", 5 * 2**30), ("1KB", 1000), (None, None)],
+)
+def test_sizes_of_shards(text: str | None, size: int | None) -> None:
+    """As every other size (tests/test_plan.py)."""
+    assert Options.parse(None, False, text).shard_bytes == size
 
 
-@pytest.mark.parametrize("text", ["", "5", "GB", "5GiB", "-1GB", "0MB", "1e3MB"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0MB", "1e3MB", "5 bananas"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(MoesmithError, match="is no size"):
-        parse_size(text)
+    with pytest.raises(MoesmithError, match="is no size of a file"):
+        Options.parse(None, False, text)
+
+
+@pytest.mark.parametrize("text", ["5", "999", "0.9KB", "1B"])
+def test_what_is_too_small_for_a_shard(text: str) -> None:
+    with pytest.raises(MoesmithError, match=rf"--shard-size {text} is too small\. Give 1KB or more"):
+        Options.parse(None, False, text)
 
 
 def test_export_command(finished: Path, tmp_path: Path) -> None:
@@ -238,7 +248,8 @@ def test_export_command(finished: Path, tmp_path: Path) -> None:
         (["--to", "gguf", "--out", "x.gguf", "--shard-size", "5GB"], "the target gguf has no --shard-size"),
         (["--to", "gguf", "--out", "x.gguf", "--quant", "q3"], "--quant q3 is not known"),
         (["--to", "gguf", "--out", "x"], "x is no name of a .gguf file"),
-        (["--to", "hf", "--out", "x", "--shard-size", "big"], "--shard-size big is no size"),
+        (["--to", "hf", "--out", "x", "--shard-size", "big"], "'big' is no size of a file"),
+        (["--to", "hf", "--out", "x", "--shard-size", "5"], "--shard-size 5 is too small"),
     ],
 )
 def test_bad_words_are_refused(

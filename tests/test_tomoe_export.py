@@ -23,6 +23,7 @@ from moesmith.export.native import CODE, write_native
 from moesmith.export.stock.write import stock_reference, verify_folder, write_stock
 from moesmith.mixture.attention import CarvedAttention
 from moesmith.mixture.carving import Carving
+from moesmith.mixture.folder import load_folder
 from moesmith.mixture.moe import build
 from moesmith.native.heads import PrunedAttention
 from moesmith.parent.load import Parent
@@ -205,7 +206,7 @@ def test_shards_and_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.Monk
     assert (logits_of(model) - logits_of(build(parent, carving))).abs().max() <= 1e-4
     files[1].unlink()
     with pytest.raises(MoesmithError, match=r"moe cannot be loaded: .* Delete the folder and run the"):
-        folders.load_folder(tmp_path / "moe", torch.float32)
+        load_folder(tmp_path / "moe", torch.float32)
 
 
 @pytest.mark.parametrize("attention", ["hybrid", "dynamic"])

@@ -15,16 +15,15 @@ from conversions import LEARNED, convert, snapshot, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moesmith.conversion.stages.finish import load_finished
 from moesmith.files.artefact import read_json, verify_files
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import active_share
 from moesmith.mixture.moe import build
 from moesmith.parent.load import load_parent
-from moesmith.run.pipeline import Run
+from moesmith.run.pipeline import Pipeline as Run
 from moesmith.testing.parents import save_tiny, tiny_model
 
-WARM = ["masks.start=carving", "masks.budget=0.6", "affinity.method=scores", "router.start=lda"]
+WARM = ["carve.start.method=dive", "masks.budget=0.6", "affinity.method=scores", "router.start=lda"]
 
 
 @pytest.fixture(scope="module")
@@ -199,8 +198,6 @@ def test_variants_end_in_a_model(home: Path, tmp_path: Path, family: str, settin
     carving, ids = Carving.load(run.path(last)), torch.randint(300, (2, 20))
     assert bool(carving.attention) is pruned
     with torch.no_grad():
-        found, wanted_logits = (
-            m(ids).logits for m in (load_finished(run.folder / "model", parent), build(parent, carving))
-        )
+        found, wanted_logits = (m(ids).logits for m in (run.load(parent), build(parent, carving)))
     torch.testing.assert_close(found, wanted_logits, rtol=1e-3, atol=1e-3)
     assert tiny_model(family).config.hidden_size == parent.D

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moesmith.conversion.stages.training import harvest, prepare
+from moesmith.conversion.steps.training import harvest, prepare
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_metadata, read_tensors
 from moesmith.mixture.moe import build, moe_blocks
 from moesmith.parent.load import Parent
-from moesmith.run.recipe import TrainSection, load_recipe
+from moesmith.run.recipe import load_recipe
+from moesmith.run.settings import TrainSection
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
 from moesmith.training import loop as training

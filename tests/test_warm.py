@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from moesmith.errors import MoesmithError
+from moesmith.methods.channels import Channels
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.tomoe.harvest import harvest
 from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.methods.tomoe.method import Tomoe
 from moesmith.methods.tomoe.objective import MaskObjective
 from moesmith.methods.tomoe.student import masked_model
-from moesmith.methods.tomoe.warm import DROPPED, KEPT, expert_ratio, pruned_share, start_from
+from moesmith.methods.tomoe.warm import DROPPED, KEPT, expert_ratio, start_from
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import active_share
 from moesmith.parent.load import Parent
@@ -28,7 +30,7 @@ def warm(parent: Parent, budget: float, experts: int = 8, **settings: Any) -> tu
     """Masks started from a random carving of the width that the budget leaves."""
     kept = kept_channels(parent.F, expert_ratio(Sizes.of(parent), budget))
     carving = random_carving(parent, experts=experts, kept=kept)
-    masks = Masks(Sizes.of(parent), experts, spec_of(start="carving", budget=budget, **settings), seed=0)
+    masks = Masks(Sizes.of(parent), experts, spec_of(budget=budget, **settings), seed=0)
     start_from(masks, carving)
     masks.draw()
     return masks, carving
@@ -40,7 +42,7 @@ def test_the_first_harvest_is_the_carving(family: str, attention: str) -> None:
     parent = tiny_parent(family)
     masks, carving = warm(parent, 0.7, 4, attention=attention)
     given = active_share(parent, carving)
-    masks.spec = spec_of(start="carving", budget=given + 1e-9, attention=attention)
+    masks.spec = spec_of(budget=given + 1e-9, attention=attention)
     found, facts = harvest(masks, parent, SEEN, {})
     assert active_share(parent, found) == pytest.approx(given)
     for index in range(parent.L):
@@ -78,7 +80,7 @@ def test_expert_ratio_is_what_the_budget_leaves() -> None:
     assert expert_ratio(sizes, 2 / 3) == pytest.approx(0.5)
     assert expert_ratio(sizes, 1 / 3 + 2 / 3 / 64 + 1e-9) == pytest.approx(63 / 64)
     for budget in (1 / 3, 0.2):
-        with pytest.raises(MoesmithError, match=r"attention alone is 33% .* Raise masks\.budget, or set masks\.start"):
+        with pytest.raises(MoesmithError, match=r"attention alone is 33% .* Raise masks\.budget, or leave carve"):
             expert_ratio(sizes, budget)
 
 
@@ -90,6 +92,18 @@ def test_a_carving_of_that_ratio_meets_the_budget(family: str) -> None:
 
 
 def test_a_carvings_own_ratio_counts_only_without_masks() -> None:
-    parent, settings = tiny_parent("llama"), ["carve.ratio=0.25", "masks.budget=0.6666"]
-    assert pruned_share(load_recipe("dive-1of8", None, settings), parent) == 0.25
-    assert pruned_share(load_recipe("tomoe-50", None, settings), parent) == pytest.approx(0.5, abs=1e-3)
+    parent = tiny_parent("llama")
+    plain = load_recipe("dive-1of8", None, ["carve.ratio=0.25"]).method
+    assert isinstance(plain, Channels)
+    assert (plain.ratio(parent), plain.width(parent)) == (0.25, 48)
+    for start in ("dive", "llama-moe", "static"):
+        settings = ["masks.budget=0.6666", f"carve.start={{method: {start}}}"]
+        method = load_recipe("tomoe-50", None, settings).method
+        assert isinstance(method, Tomoe)
+        assert method.start is not None
+        assert method.start.ratio(parent) == pytest.approx(0.5, abs=1e-3)
+        assert method.width(parent) == method.start.width(parent) == kept_channels(64, method.start.ratio(parent))
+        assert method.start.experts == (1 if start == "static" else method.experts)
+        for decided in ("ratio=0.25", "experts=4", "compensation=bias"):
+            with pytest.raises(MoesmithError, match=r"carve\.start: start\.\w+ follows from the settings of tomoe"):
+                load_recipe("tomoe-50", None, [*settings, f"carve.start.{decided}"])

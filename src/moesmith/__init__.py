@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moesmith.mixture.layer import Expert, Layer, Linear
     from moesmith.mixture.moe import build
     from moesmith.parent.load import Parent, load_parent
+    from moesmith.run.folder import Run, open_run
     from moesmith.run.recipe import Recipe, load_recipe
 
 _HOMES = {
@@ -24,6 +25,8 @@ _HOMES = {
     "build": "mixture.moe",
     "Parent": "parent.load",
     "load_parent": "parent.load",
+    "Run": "run.folder",
+    "open_run": "run.folder",
     "Recipe": "run.recipe",
     "load_recipe": "run.recipe",
 }
@@ -36,10 +39,12 @@ __all__ = [
     "MoesmithError",
     "Parent",
     "Recipe",
+    "Run",
     "build",
     "convert",
     "load_parent",
     "load_recipe",
+    "open_run",
 ]
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -138,3 +140,27 @@ def _kind(value: Any) -> str:
         return "None"
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(text: str | float | None, what: str = "no size of memory") -> int | None:
+    """``4GB``, ``3.5 GiB`` or a number of bytes; ``None`` stays ``None``.
+
+    Raises:
+        MoesmithError: it is no size.
+    """
+    if text is None:
+        return None
+    if isinstance(text, int | float) and not isinstance(text, bool) and 0 < text < math.inf:
+        return int(text)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper() if isinstance(text, str) else "")
+    if found is None or found[2] not in UNITS or not float(found[1]):
+        raise MoesmithError(f"{text!r} is {what}", "Write it like 4GB or 3.5GiB.")
+    return int(float(found[1]) * UNITS[found[2]])

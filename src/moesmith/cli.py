@@ -33,7 +33,8 @@ Device = Annotated[
 Time = Annotated[str | None, typer.Option(help="scale calibration and training text to what fits in e.g. 15m or 2h")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what moesmith wrote there and nobody changed")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
-RecipeName = Annotated[str, typer.Argument(help="a preset's name or a YAML file")]
+RecipeName = Annotated[str, typer.Argument(help="a preset, a method's name, or a YAML file")]
+MethodFile = Annotated[Path | None, typer.Option(help="a Python file with a method of your own; it is run")]
 
 
 @app.callback()
@@ -68,11 +69,13 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = "auto",
     time: Time = None,
+    method_file: MethodFile = None,
     as_json: Json = False,
 ) -> None:
     """Predict parameters, memory, disk, tokens and wall time before any work."""
     from moesmith.conversion.convert import predict
 
+    _register(method_file)
     found = predict(recipe, model, data, settings=settings, budget=budget, dtype=dtype, device=device, time=time)
     if as_json:
         show_json(found)
@@ -100,6 +103,13 @@ def plan(
         say(f"--set {setting}")
 
 
+def _register(method_file: Path | None) -> None:
+    if method_file is not None:
+        from moesmith.methods.registry import load_file
+
+        load_file(method_file)
+
+
 def _gigabytes(size: int | None) -> str:
     return "no: training needs the whole model" if size is None else f"{size / 2**30:.1f} GiB"
 
@@ -119,8 +129,10 @@ def convert(
     dtype: Dtype = "auto",
     device: Device = "auto",
     time: Time = None,
+    method_file: MethodFile = None,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts; the same command continues a run that was stopped."""
+    _register(method_file)
     from moesmith.conversion.convert import convert as run_conversion
     from moesmith.report.overview import describe, show
 

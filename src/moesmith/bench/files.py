@@ -16,11 +16,11 @@ from moesmith.export.folder import whole_folder, write_companions
 from moesmith.export.gguf.converter import convert
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.target import Options, Source
-from moesmith.files.artefact import MANIFEST, digest, read_json, write_json
+from moesmith.files.artefact import digest, read_json, write_json
 from moesmith.files.outputs import check_file, new_file
 from moesmith.parent.checkpoint import quiet
 from moesmith.parent.compute import long_name
-from moesmith.report.overview import STOCK
+from moesmith.run.folder import STOCK, Run
 
 KEYS = "made.json"  # file → key of what it was made from
 
@@ -80,7 +80,7 @@ class Files:
                 target.verify(source, work, source.ids)
 
         self._once(dense, made_from, write_dense)
-        self._once(moe, made_from | {"export": _export_key(source.run)}, write_moe)
+        self._once(moe, made_from | {"export": _export_key(Run(source.run))}, write_moe)
         return dense, moe
 
     def _once(self, path: Path, made_from: dict[str, Any], write: Callable[[], None]) -> None:
@@ -107,10 +107,9 @@ class Files:
             write_json(work, known | {path.name: key})
 
 
-def _export_key(run: Path) -> str:
+def _export_key(run: Run) -> str:
     """What the finished model was made from: the key of the run's export."""
-    manifest = run / "stages" / "export" / MANIFEST
-    return str(read_json(manifest)["key"]) if manifest.is_file() else ""
+    return str(run.manifest("export")["key"]) if run.has("export") else ""
 
 
 def size(path: Path) -> int:

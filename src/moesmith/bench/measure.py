@@ -26,15 +26,15 @@ from moesmith.bench.process import RUNTIMES, Worker, cores, interpreter, threads
 from moesmith.bench.table import verdict
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.compare import header_of
 from moesmith.export.gguf.converter import OUTTYPES
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.target import Source
 from moesmith.export.targets import source_of
-from moesmith.files.artefact import read_json, read_tensors, write_json
+from moesmith.files.artefact import read_json, write_json
 from moesmith.files.outputs import check_result, new_file
 from moesmith.parent.compute import AUTO, Choice, Device, DType, long_name
 from moesmith.parent.load import choose_compute
+from moesmith.run.folder import Run, open_run
 from moesmith.run.pipeline import versions
 
 SIDES = ("dense", "moe")
@@ -81,7 +81,8 @@ def bench(
         MoesmithError: the run is not finished, ``out`` may not be written, a runtime is unknown, not installed, cannot
             hold the model, or fails.
     """
-    header_of(folder)
+    run = open_run(folder)
+    run.check_finished()
     if not Path("/proc/self/stat").is_file():
         raise MoesmithError("bench reads time and memory from /proc, and this system has none", "Run it on Linux.")
     out = out or folder / "bench.json"
@@ -106,7 +107,7 @@ def bench(
         (runtime, q): (_weights(dense, source, types.get(runtime)), _weights(moe, source, types.get(runtime)))
         for (runtime, q), (dense, moe) in pairs.items()
     }
-    rows = prompts(folder, max(batches), prompt)
+    rows = prompts(run, max(batches), prompt)
     cache = max(w.cache for pair in weights.values() for w in pair)
     loading = {
         "device": str(choice.device),
@@ -219,14 +220,13 @@ def _files(pair: Sequence[Path]) -> dict[str, Any]:
     return {"file_bytes": {side: size(path) for side, path in zip(SIDES, pair, strict=True)}}
 
 
-def prompts(folder: Path, batch: int, length: int) -> list[list[int]]:
+def prompts(run: Run, batch: int, length: int) -> list[list[int]]:
     """``batch`` stretches of the run's held-out text, ``length`` token ids each, its domains in turn.
 
     A mixture's speed depends on which experts the tokens of a batch choose, so the text is real. A domain whose text is
     used up begins again.
     """
-    text = read_tensors(folder / "stages" / "held-out" / "evaluation.safetensors")
-    domains = [blocks.flatten().tolist() for _, blocks in sorted(text.items())]
+    domains = [blocks.flatten().tolist() for _, blocks in sorted(run.held_out.items())]
     rows = []
     for row in range(batch):
         ids = domains[row % len(domains)]

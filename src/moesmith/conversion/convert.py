@@ -10,36 +10,28 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesmith.arguments import parent_or_source, path_of, path_text, refuse_many_processes, several
-from moesmith.console import duration, say
+from moesmith.arguments import parent_or_source, parse_size, path_of, path_text, refuse_many_processes, several
+from moesmith.console import duration, log_to, say
+from moesmith.conversion.order import steps_of, trains
 from moesmith.conversion.pace import measure, parse_time, tokens_of, with_tokens
-from moesmith.conversion.plan import check_room, fit_time, make_plan, parse_bytes
-from moesmith.conversion.stages.carve import affinity_stage, carve_stage
-from moesmith.conversion.stages.data import (
-    check_text,
-    check_windows,
-    corpus_stage,
-    domains_stage,
-    held_out_stage,
-    moments_stage,
-    stages_to_train,
-)
-from moesmith.conversion.stages.finish import baseline_stage, check_known, evaluate_stage, export_stage
-from moesmith.conversion.stages.masks import masks_stage, refit_stage
-from moesmith.conversion.stages.training import experts_stage, router_stage
+from moesmith.conversion.plan import check_room, fit_time, make_plan
+from moesmith.conversion.steps.finish import check_known, write_card
+from moesmith.conversion.steps.text import check_text, check_windows
 from moesmith.data.text import Domain, check_splits, load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_place, existing
-from moesmith.methods.affinity import published
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.checkpoint import has_weights
 from moesmith.parent.compute import AUTO, Device, DType, long_name, named, parse_dtype, short
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.parent.load import Parent, choose_compute, load_parent, load_skeleton
 from moesmith.run.fingerprints import parent_digests
-from moesmith.run.pipeline import Run, check_folder, check_reuse
-from moesmith.run.recipe import Recipe, choose_recipe
+from moesmith.run.folder import Run
+from moesmith.run.legacy import upgraded
+from moesmith.run.pipeline import Pipeline, check_folder, check_reuse
+from moesmith.run.recipe import Recipe, choose_recipe, parse
+from moesmith.run.step import Job
 from moesmith.training.loop import ordinary_mode
 
 
@@ -104,7 +96,7 @@ def convert(
         check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
     for name in ("model", "stock"):
         check_known(out / name)
-    room = parse_bytes(memory)
+    room = parse_size(memory)
     header = _begun(out)
     stored = None if header is None else named(header["inputs"]["dtype"])  # 0.1 took every parent in bf16
     shapes = _skeleton(model, _kept(out, header, dtype), device, stored)
@@ -116,39 +108,21 @@ def convert(
         parent = shapes
     else:
         parent = _open(model, shapes, device, chosen, len(domains), room)
-    check_windows(chosen, parent)
-    check_text(chosen, parent, domains)
+    steps = steps_of(chosen)
+    chosen.method.check(parent)
+    check_windows(steps, parent.config)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
     inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)} | parent_digests(parent, domains)
     inputs |= {"dtype": long_name(parent.stored), "compute": long_name(parent.dtype)}
-    run = Run(out, chosen, inputs, others)
+    run = Pipeline(out, chosen, inputs, others)
+    job = Job(run, parent, domains, overlap)
+    check_text(steps, job)
     check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
-    with run.lock():
-        held_out_stage(run, parent, domains, overlap)
-        corpus_stage(run, parent, domains)
-        baseline_stage(run, parent)
-        made: list[str] = []
-        if chosen.carved:
-            domains_stage(run, parent, domains)
-            moments_stage(run, parent, [domain.name for domain in domains])
-            affinity_stage(run, parent, domains)
-            carve_stage(run, parent)
-            made.append("carve")
-        if chosen.learned:
-            masks_stage(run, parent, made)
-            made.append("masks")
-            if chosen.carve.compensation == "refit":
-                refit_stage(run, parent)
-                made.append("refit")
-        training = stages_to_train(chosen)
-        if "stage1" in training:
-            router_stage(run, parent, made[-1])
-            made.append("router")
-        if "stage2" in training:
-            experts_stage(run, parent, made[-1])
-            made.append("experts")
-        export_stage(run, parent, made[-1])
-        evaluate_stage(run, parent, made)
+    with run.lock(), log_to(out / "run.log"):
+        for step in steps:
+            with step.prepared(job):
+                run.step(step, job)
+        write_card(run)
     say(f"finished: {out / 'model'}")
     return run
 
@@ -231,7 +205,7 @@ def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shap
         MoesmithError: it is no time, or too short for any text.
     """
     if header is not None:
-        return recipe if time is None else with_tokens(recipe, tokens_of(Recipe.model_validate(header["recipe"])))
+        return recipe if time is None else with_tokens(recipe, tokens_of(parse(upgraded(header), stored=True)))
     pace = measure(shapes)
     if time is not None:
         recipe = fit_time(recipe, shapes, domains, parse_time(time), pace)
@@ -245,7 +219,7 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     """The parent, whole or layer by layer: as its shapes' plan and the memory there is demand."""
     choice = shapes.choice
     assert choice is not None
-    if choice.dtype == torch.float16 and stages_to_train(recipe):
+    if choice.dtype == torch.float16 and trains(recipe):
         raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16, fp32 or auto.")
     plan = make_plan(recipe, shapes, domains)
     free = free_memory(choice.device) if room is None else room
@@ -268,14 +242,5 @@ def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
             that do not fit them.
     """
     domains = load_domains(data, recipe.domains.names)
-    if recipe.clustered and recipe.carve.experts > 1:
-        if len(domains) < 2:
-            raise MoesmithError(f"{data} holds one domain, and experts need domains to differ by", "Add more domains.")
-        if len(domains) < recipe.carve.experts:
-            raise MoesmithError(
-                f"{recipe.carve.experts} experts need at least as many domains, and {data} holds {len(domains)}",
-                f"Add domains or set carve.experts to {len(domains)} or less.",
-            )
-        if recipe.affinity.published is not None:
-            published(recipe.affinity.published, [domain.name for domain in domains], recipe.carve.experts)
+    recipe.method.check_domains([domain.name for domain in domains], data)
     return domains

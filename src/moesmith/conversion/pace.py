@@ -1,7 +1,7 @@
 """How long a conversion takes on this machine, and how much text fits into a given time.
 
 Two speeds are measured, for a second or two: tokens through the parent's blocks, and through its output matrix. What
-every stage costs is counted in those (:func:`seconds_of`); constants beside the count were measured, see docs/lab.md.
+every step costs is counted in those (``Step.cost``); constants beside the count were measured, see docs/lab.md.
 """
 
 from __future__ import annotations
@@ -10,36 +10,22 @@ import re
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from moesmith.conversion.stages.data import moments_tokens, stages_to_train
+from moesmith.conversion.order import steps_of
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import CHUNK
 from moesmith.parent.checkpoint import quiet
 from moesmith.parent.load import Parent
-from moesmith.parent.sizes import Sizes
-from moesmith.run.recipe import LoopSection, Recipe, TrainSection
+from moesmith.run.recipe import Recipe
+from moesmith.run.shapes import Pace
 
 MEASURE = 0.5  # seconds that each speed is measured for
-COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written and read
 START = 12.0  # seconds to start Python, import torch and transformers, choose, measure, and read a small parent
-# measured costs beside counted ones
-SPARSE = 1.15  # of sorting tokens and of many small products
-BACKWARD = 1.35  # backward pass through frozen matrices, with its low-rank ones, over the forward pass
-LOSS = 1.2  # softmax over the vocabulary beside the products with the output matrix
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Tokens per second of this machine, in the parent's dtype on its device: through all blocks, and the head."""
-
-    blocks: float
-    head: float
 
 
 def measure(parent: Parent) -> Pace:
@@ -80,59 +66,6 @@ def _rate(work: Any, tokens: int) -> float:
     return tokens / statistics.median(rounds)
 
 
-def seconds_of(recipe: Recipe, sizes: Sizes, kept: int, model_bytes: int, domains: int, pace: Pace) -> dict[str, float]:
-    """Predicted seconds by kind of work.
-
-    Args:
-        recipe: what would be done.
-        sizes: the parent's shapes.
-        kept: channels of an expert.
-        model_bytes: size of the finished model.
-        domains: how many domains of text.
-        pace: what the machine does in a second.
-    """
-    spec, training = recipe.carve, stages_to_train(recipe)
-    refit = spec.compensation == "refit"
-    share = 1 - sizes.L * sizes.ffn(sizes.F - spec.top_k * kept) / sizes.total  # of the blocks, active per token
-    active = SPARSE * share
-
-    calibration = 0.0
-    if recipe.carved:
-        first = moments_tokens(recipe)
-        calibration += domains * (recipe.domains.tokens if first is None else first) / pace.blocks
-        if refit and not recipe.learned:
-            gram = sizes.L * (0.6 * sizes.F**2 + sizes.D**2) / sizes.total
-            calibration += domains * recipe.domains.tokens * (1 + gram) / pace.blocks
-        elif recipe.router.start == "lda":
-            calibration += domains * recipe.domains.tokens * (1 + sizes.L * sizes.D**2 / sizes.total) / pace.blocks
-        elif spec.compensation == "bias":
-            calibration += min(domains * recipe.domains.tokens, 32 * sizes.D) / pace.blocks
-    pruned = domains**2 * recipe.affinity.tokens if recipe.mined else 0
-    held_out = domains * recipe.evaluate.tokens
-    models = recipe.carved + recipe.learned + len([name for name in training if name != "masks"])
-    return {
-        "start": START,
-        "calibration": calibration,
-        "affinity": pruned * (active / pace.blocks + LOSS / pace.head),
-        "training": sum(s.tokens * _step(s, sizes, kept, spec.experts, active, refit, pace) for s in training.values()),
-        "export": 6 * model_bytes / COPY,
-        "evaluation": held_out * ((1 + models * active) / pace.blocks + (1 + models) * LOSS / pace.head),
-    }
-
-
-def _step(spec: LoopSection, sizes: Sizes, kept: int, experts: int, active: float, refit: bool, pace: Pace) -> float:
-    """Seconds of a training step, per token."""
-    distilled = not isinstance(spec, TrainSection) or spec.loss == "distill"
-    if not isinstance(spec, TrainSection):
-        student = 2.0  # masks: the whole parent, as much again for sampling and the masks' gradient
-    elif spec.gate == "dense":  # all of gate and up, and every expert's own down where they are refitted
-        dense = sizes.L * sizes.D * (experts * kept - sizes.F) / sizes.total if refit else 0.0
-        student = (1 + dense) * (1 + BACKWARD)
-    else:
-        student = active * (1 + BACKWARD)
-    return (student + distilled) / pace.blocks + (2 + distilled) * LOSS / pace.head
-
-
 def parse_time(text: str) -> float:
     """Seconds from ``15m``, ``1.5h``, ``90s`` or ``1h30m``.
 
@@ -150,7 +83,7 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
     Whole windows of every domain, whole steps of every training stage, at least one of each.
     """
-    training, counts = stages_to_train(recipe), {}
+    training, counts = _training(recipe), {}
     for key, tokens in tokens_of(recipe).items():
         name = key.partition(".")[0]
         unit = training[name].batch * training[name].window if name in training else getattr(recipe, name).window
@@ -161,8 +94,14 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
 def tokens_of(recipe: Recipe) -> dict[str, int]:
     """The counts that :func:`scaled` changes, as settings: ``section.tokens`` to tokens."""
-    names = ["domains", "affinity", "evaluate", *stages_to_train(recipe)]
-    return {f"{name}.tokens": getattr(recipe, name).tokens for name in names}
+    calibrated = any("domains.window" in step.windows() for step in steps_of(recipe))
+    names = [*(["domains"] if calibrated else []), "affinity", "evaluate", *_training(recipe)]
+    return {f"{name}.tokens": getattr(recipe, name).tokens for name in names if hasattr(recipe, name)}
+
+
+def _training(recipe: Recipe) -> dict[str, Any]:
+    """The training sections of a recipe that it runs."""
+    return {step.trains: step.loop for step in steps_of(recipe) if step.trains}
 
 
 def with_tokens(recipe: Recipe, counts: Mapping[str, int]) -> Recipe:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from moesmith.data.records import Chat, Domain, Record, as_text, chat
 from moesmith.errors import MoesmithError
+from moesmith.files.artefact import digest
 
 BATCH = 64  # texts per tokenizer call
 MARK = "\ue000{}\ue001"  # stands for a spelled control token while the template is filled in; private use, no letter
@@ -144,3 +145,15 @@ def check_chats(domain: Domain, tokenizer: PreTrainedTokenizerBase) -> None:
                     f"domain {domain.name}, {split} record {number}: the chat template makes no text of it",
                     "Mend or leave out records like it.",
                 )
+
+
+def reading(records: Mapping[str, Sequence[Record]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What else token ids depend on: the template of chats, and that spelled control tokens are plain characters.
+
+    Nothing where there are neither: moesmith once read such tokens as control tokens, all other text as it does today.
+    """
+    found = {name: spelled(of, tokenizer) for name, of in records.items()}
+    settings: dict[str, Any] = {"spelled": found} if any(found.values()) else {}
+    if any(chat(record) for of in records.values() for record in of):
+        settings["chat_template"] = digest(tokenizer.chat_template)
+    return settings

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moesmith.arguments import ceil_div
 from moesmith.data.encoding import encoded
 from moesmith.data.records import Chat, Domain, Record, fields, whole
 from moesmith.errors import MoesmithError
@@ -119,7 +120,7 @@ class _Fields:
 
     def median(self) -> float:
         """Median tokens per record, over at most 200 records spread evenly; a record counts by its longest field."""
-        some = range(0, len(self), -(-len(self) // 200))
+        some = range(0, len(self), ceil_div(len(self), 200))
         return statistics.median(max(len(self.ids(i, which)) for which in range(self.width)) for i in some)
 
 

@@ -10,60 +10,15 @@ from transformers import PreTrainedModel
 
 from moesmith.arguments import path_text, several, takes_paths
 from moesmith.console import say
-from moesmith.conversion.stages.finish import load_finished
 from moesmith.data.overlap import warnings
 from moesmith.data.text import Domain, load_domains, overlaps, read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_tasks
 from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, lambada, wikitext2
-from moesmith.files.artefact import read_json
-from moesmith.parent.compute import AUTO, Device, DType, long_name, named
-from moesmith.parent.digests import tokenizer_digest
-from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.compute import AUTO, Device, DType, long_name
+from moesmith.parent.load import Parent
 from moesmith.parent.vocabulary import refuse_ids, rows_of
-
-
-@takes_paths("folder")
-def header_of(folder: Path) -> dict[str, Any]:
-    """``run.json`` of a finished run.
-
-    Raises:
-        MoesmithError: the folder is no run, or the run is not finished.
-    """
-    header: dict[str, Any] = read_json(folder / "run.json")
-    if not (folder / "model" / "config.json").is_file():
-        raise MoesmithError(f"{folder} has no finished model", "Run the same 'moesmith convert' again to finish it.")
-    return header
-
-
-@takes_paths("folder")
-def parent_of(folder: Path, dtype: DType | None = AUTO, device: Device = AUTO) -> Parent:
-    """A finished run's dense parent, stored as in the run.
-
-    Args:
-        folder: the run's folder.
-        dtype: what it computes in here, which need not be what the run computed in; ``None`` for the stored one.
-        device: where.
-
-    Raises:
-        MoesmithError: the run is not finished, or its parent is not the one it was made from.
-    """
-    inputs = header_of(folder)["inputs"]
-    stored = named(inputs["dtype"])
-    parent = load_parent(inputs["model"], stored if dtype is None else dtype, device=device, stored=stored)
-    if parent.digest != inputs["model_digest"]:
-        raise MoesmithError(
-            f"{inputs['model']} is not the parent {folder} was made from (weights {parent.digest},"
-            f" not {inputs['model_digest']})",
-            "Put the original weights back, or convert again.",
-        )
-    known = inputs.get("tokenizer_digest")  # runs of moesmith's first days do not say
-    if known is not None and tokenizer_digest(parent.tokenizer) != known:
-        raise MoesmithError(
-            f"the tokenizer of {inputs['model']} is not the one {folder} was made with",
-            "Put the original tokenizer back, or convert again.",
-        )
-    return parent
+from moesmith.run.folder import open_run
 
 
 @takes_paths("folder")
@@ -71,11 +26,12 @@ def models_of(folder: Path, dtype: DType = AUTO, device: Device = AUTO) -> tuple
     """A run's dense parent and its finished model, computing alike.
 
     Raises:
-        MoesmithError: as :func:`parent_of`, or the finished model is damaged.
+        MoesmithError: as ``Run.parent``, or the finished model is damaged.
     """
-    parent = parent_of(folder, dtype, device)
+    run = open_run(folder)
+    parent = run.parent(dtype, device)
     say(f"computes in {parent.choice}")
-    return parent, cast(PreTrainedModel, load_finished(folder / "model", parent))  # a parent loaded whole
+    return parent, cast(PreTrainedModel, run.load(parent))  # a parent loaded whole
 
 
 @takes_paths("folder")
@@ -109,7 +65,9 @@ def compare(
     tasks, data = several("tasks", tasks), None if data is None else path_text("data", data)
     if not tasks:
         raise MoesmithError("no tasks are named", "Give --tasks, such as domains,wikitext2,lambada,arc_easy.")
-    header = header_of(folder)
+    run = open_run(folder)
+    run.check_finished()
+    header = run.header
     source = header["inputs"]["data"] if data is None else data
     if not source.strip():
         raise MoesmithError("no data source is named", "Give a folder, or leave it out for the run's own.")

@@ -20,23 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW
-from moesmith.evaluation.scorer import FEWSHOT_SEED, Task, load_task, share, task_names
+from moesmith.evaluation.templates import Task, load_task, share, task_names
 from moesmith.parent.checkpoint import quiet
 
+FEWSHOT_SEED = 1234  # the harness's own default
 # a local task's parts, or a registered one as the harness loads it
 Found = Mapping[str, list[Task] | dict[str, Any]]
-
-
-def evaluate_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    data: Path | None = None,
-    limit: int | None = None,
-    batch: int = 8,
-) -> dict[str, dict[str, float]]:
-    """Find tasks and run them: :func:`find_tasks`, then :func:`run_tasks`."""
-    return run_tasks(model, tokenizer, find_tasks(tasks, data), limit, batch)
 
 
 def find_tasks(tasks: Sequence[str], data: Path | None = None) -> Found:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import check_file, write_atomic
+from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, Layered, last_hidden
 
 SAMPLE_TOKENS = 120
-NO_ROUTER = ("the model has no router to record", "Give a Mixture-of-Experts model.")
 
 
 @dataclass
@@ -143,18 +143,8 @@ def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return counts / np.maximum(counts.sum(-1, keepdims=True), 1)
 
 
-def find_routers(model: nn.Module) -> list[nn.Module]:
-    """The routers in layer order: the ``router`` or ``gate`` beside an ``experts`` module.
-
-    Raises:
-        MoesmithError: the model has none.
-    """
-    if not (routers := _routers(model)):
-        raise MoesmithError(*NO_ROUTER)
-    return routers
-
-
 def _routers(model: nn.Module) -> list[nn.Module]:
+    """The routers in layer order: the ``router`` or ``gate`` beside an ``experts`` module."""
     routers = []
     for module in model.modules():
         if isinstance(getattr(module, "experts", None), nn.Module):
@@ -185,16 +175,10 @@ class Recorder:
             rest = len(blocks.split(batch)) - 1
             self.samples += [min(SAMPLE_TOKENS, blocks.shape[1]), *[0] * rest]
 
-    @contextmanager
-    def visit(self, index: int, layer: nn.Module) -> Iterator[None]:
+    def visit(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
         """Hook a layer's router while it works."""
-        seen = self.seen.setdefault(index, [])
-        handles = [router.register_forward_hook(partial(self._take, seen)) for router in _routers(layer)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        take = partial(self._take, self.seen.setdefault(index, []))
+        return hooked((router, take) for router in _routers(layer))
 
     def _take(self, seen: list[Any], module: nn.Module, _: Any, output: Any) -> None:
         if not (isinstance(output, tuple) and len(output) == 3):
@@ -214,7 +198,7 @@ class Recorder:
         """
         seen = [self.seen[index] for index in sorted(self.seen) if self.seen[index]]
         if not seen:
-            raise MoesmithError(*NO_ROUTER)
+            raise MoesmithError("the model has no router to record", "Give a Mixture-of-Experts model.")
         counts, entropies, samples = [], [], []
         starts = [place for place, sample in enumerate(self.samples) if sample]
         for name, blocks, start, end in zip(names, self.texts, starts, [*starts[1:], None], strict=True):

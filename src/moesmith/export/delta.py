@@ -17,15 +17,12 @@ from torch import Tensor
 
 from moesmith.arguments import takes_paths
 from moesmith.console import Meter, meter
-from moesmith.conversion.stages.finish import check_finished
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.compare import header_of, parent_of
 from moesmith.export.folder import whole_folder, write_shards
 from moesmith.export.native import named_tensors
 from moesmith.export.stock.write import ARCHITECTURES, stock_tensors
 from moesmith.export.target import Options, Source
 from moesmith.files.artefact import (
-    MANIFEST,
     SUMS,
     TEMPORARY,
     differing,
@@ -42,6 +39,7 @@ from moesmith.mixture.carving import Carving
 from moesmith.parent.compute import named
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.proof.family import NATIVE
+from moesmith.run.folder import open_run
 from moesmith.run.pipeline import versions
 
 FORMAT = 1
@@ -52,9 +50,11 @@ CARVING = ("carving.json", f"carving{WEIGHTS}")
 STOCK = "stock"  # a folder's format; the other is NATIVE
 PARTS = {  # bytes of a carving by what they are for: the names of its tensors without the layer
     "channels": ("widths", "channels"),
-    "router": ("router_ED", "noise_ED", "constant_D"),
+    "router": ("router_ED", "router_hidden", "router_gate", "noise_ED", "constant_D"),
     "bias": ("bias_ED",),
+    "gate_up": ("gate", "up"),
     "down_proj": ("down",),
+    "shared": ("shared",),
     "lora": ("lora",),
     "norms": ("norm",),
     "attention": ("attention",),
@@ -103,23 +103,26 @@ def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool 
     Returns:
         ``delta``, ``bytes``, ``parent_bytes``, ``model_bytes`` (of the finished folders), ``share`` of the parent's
         bytes, ``compensation``, ``folders`` with the format of each (``stock`` or ``native``), and ``parts``: bytes by
-        kind of content.
+        kind of content; what is no tensor of the carving counts as ``files``.
 
     Raises:
         MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` may not
             (``files/outputs.py``) or cannot be written, or the carving does not give the finished folders.
     """
-    header = header_of(run)
+    opened = open_run(run)
+    opened.check_finished()
+    header = opened.header
     check_place(out, inputs_of(run))
     check_folder(out, overwrite=overwrite)  # before the files of the run are compared with their hashes
-    export = read_json(run / "stages" / "export" / MANIFEST)
-    stage = run / "stages" / export["needs"][0]
+    export = opened.manifest("export")
+    stage = opened.path(export["needs"][0])
     verify_files(stage)
+    parts = _parts(stage / CARVING[1])
     folders = {name: run / name for name in FOLDERS if name == "model" or name in export["metrics"]}
-    for folder in folders.values():
-        check_finished(folder)
+    for name in folders:
+        opened.check_files(name)
     with whole_folder(out, overwrite=overwrite) as work:
-        parent = parent or parent_of(run, None, "cpu")
+        parent = parent or opened.parent(None, "cpu")
         facts: dict[str, Any] = {
             "format": FORMAT,
             "recipe": header["recipe"]["name"],
@@ -153,7 +156,7 @@ def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool 
         "parent_bytes": whole,
         "share": size / whole,
         "model_bytes": sum(map(_size, folders.values())),
-        "parts": _parts(out),
+        "parts": parts | {"files": size - sum(parts.values())},
     }
 
 
@@ -255,11 +258,14 @@ def _size(folder: Path, pattern: str = "*") -> int:
     return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
 
 
-def _parts(delta: Path) -> dict[str, int]:
-    """Bytes by kind of content; what is no tensor of the carving counts as ``files``."""
+def _parts(carving: Path) -> dict[str, int]:
+    """Bytes of a carving's tensors by kind of content."""
     found = dict.fromkeys(PARTS, 0)
-    for name, tensor in read_tensors(delta / CARVING[1]).items():
-        pieces = name.split(".")
-        kind = pieces[1] if pieces[0].isdigit() else pieces[0]
-        found[next(part for part, kinds in PARTS.items() if kind in kinds)] += tensor.nbytes
-    return {part: size for part, size in found.items() if size} | {"files": _size(delta) - sum(found.values())}
+    for name, tensor in read_tensors(carving).items():
+        head, _, rest = name.partition(".")
+        kind = (rest if head.isdigit() else head).partition(".")[0]
+        part = next((part for part, kinds in PARTS.items() if kind in kinds), None)
+        if part is None:
+            raise MoesmithError(f"{carving} holds {name!r}, which no carving has", "Upgrade moesmith to pack it.")
+        found[part] += tensor.nbytes
+    return {part: size for part, size in found.items() if size}

@@ -1,132 +1,19 @@
-"""A model's folder on disk: whole or absent, weights in shards, tokenizer and generation config beside them."""
+"""Write a model's folder: whole or not at all, weights in shards, tokenizer and generation config beside them."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_json, write_json, write_sums, write_tensors
+from moesmith.files.artefact import write_json, write_sums, write_tensors
 from moesmith.files.outputs import new_folder
-from moesmith.native.modeling import MoesmithConfig
-from moesmith.parent.checkpoint import checked, first_line, quiet
-from moesmith.parent.layerwise import Layered, layered
+from moesmith.parent.checkpoint import first_line
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import decoder_layers
 
 SHARD_BYTES = 2**30  # a shard is in memory while it is written
-REMAKE = "Delete the folder and run the command that made it again: the same 'moesmith convert' for a run's."
-
-
-def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A finished folder as anybody would load it, in evaluation mode.
-
-    Raises:
-        MoesmithError: it is damaged, or lacks tensors.
-    """
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # transformers and safetensors each have their own error types
-        raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", REMAKE) from error
-    return checked(loaded, str(folder)).eval()
-
-
-def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Layered:
-    """A finished folder of which one layer at a time is read, each by transformers' own loader as a model of one layer.
-
-    Raises:
-        MoesmithError: it is damaged, or lacks tensors; for a layer, when its turn comes.
-    """
-    cure = "Delete it and run the same 'moesmith convert' again."
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        files = _layer_files(folder)
-    except Exception as error:
-        raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", cure) from error
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-    def read(index: int, *, shell: bool) -> PreTrainedModel:
-        try:
-            # ordinary tensors whatever the caller's mode: kept slices of our own format need a version to go by
-            with quiet(), torch.inference_mode(False), torch.no_grad():
-                tensors: dict[str, Tensor] = {}
-                for part in (None, index) if shell else (index,):
-                    for file, names in files[part].items():
-                        with safe_open(folder / file, framework="pt") as opened:
-                            tensors |= {inner: opened.get_tensor(name) for name, inner in names.items()}
-                loaded, info = kind.from_pretrained(
-                    None,
-                    config=_one_layer(config, index, shell),
-                    state_dict=tensors,
-                    dtype=dtype,
-                    output_loading_info=True,
-                )
-        except Exception as error:  # as in load_folder
-            raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", cure) from error
-        if not shell:  # it has the rest of a model, one token wide, which nobody uses
-            info = {what: [n for n in names if _place(str(n))[1] is not None] for what, names in info.items()}
-        model: Any = checked((loaded, info), str(folder))
-        return cast(PreTrainedModel, model.to(device).eval())
-
-    first = read(0, shell=True)
-    shell = layered(first)
-    return replace(
-        shell, depth=config.num_hidden_layers, layer=lambda index: decoder_layers(read(index, shell=False))[1][0]
-    )
-
-
-def _place(name: str) -> tuple[str, int | None]:
-    """A tensor's name as that of the first layer, and the layer's index, ``None`` outside of the layers."""
-    found = re.fullmatch(r"(.+?\.)(\d+)(\..+)", name)
-    return (name, None) if found is None else (f"{found[1]}0{found[3]}", int(found[2]))
-
-
-def _layer_files(folder: Path) -> dict[int | None, dict[str, dict[str, str]]]:
-    """By layer and file: name of each tensor to its name in a model of one layer."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        where = read_json(index)["weight_map"]
-    else:
-        with safe_open(folder / "model.safetensors", framework="pt") as opened:
-            where = dict.fromkeys(opened.keys(), "model.safetensors")
-    found: dict[int | None, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    for name, file in where.items():
-        inner, layer = _place(name)
-        found[layer][file][name] = inner
-    return found
-
-
-def _one_layer(config: Any, index: int, shell: bool) -> PreTrainedConfig:
-    """The config of a model that has layer ``index`` alone; without the shell its vocabulary is one token."""
-    fields: dict[str, Any] = {"num_hidden_layers": 1}
-    if not shell:
-        fields |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    old = config.to_dict()
-    if isinstance(config, MoesmithConfig):
-        inner = old["parent"]
-        described = config.described()
-        old |= {"layers": [described[index] | {"path": described[0]["path"]}]}
-        if old.get("attention"):
-            old["attention"] = [old["attention"][index] | {"path": old["attention"][0]["path"]}]
-    else:
-        inner = old
-    if inner.get("layer_types"):
-        fields["layer_types"] = inner["layer_types"][index : index + 1]
-    inner |= fields
-    one: PreTrainedConfig = type(config).from_dict(old)
-    return one
 
 
 @contextmanager

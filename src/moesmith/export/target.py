@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from moesmith.arguments import parse_size
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, read_json
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.home import Home, home_of, padding
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import attention_window
-from moesmith.report.overview import STOCK, finished_of
+from moesmith.run.folder import STOCK, Run, finished_of
 
 Quant = Literal["f32", "bf16", "q8_0", "q4_k_m"]
 WASTE = 0.05  # share of channels of zeros that is worth a word
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SMALLEST = 1000  # bytes of a shard
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class Source:
 
     def metrics(self, stage: str) -> dict[str, Any]:
         """What a stage's manifest says; empty where the stage is not there."""
-        path = self.run / "stages" / stage / MANIFEST
-        return dict(read_json(path)["metrics"]) if path.is_file() else {}
+        return Run(self.run).metrics(stage)
 
     @property
     def reach(self) -> int | None:
@@ -80,7 +78,7 @@ class Options:
         """
         if quant is not None and quant not in get_args(Quant):
             raise MoesmithError(f"--quant {quant} is not known", f"Give one of {', '.join(get_args(Quant))}.")
-        return cls(quant, untie, None if shard_size is None else parse_size(shard_size))  # type: ignore[arg-type]
+        return cls(quant, untie, _shard(shard_size))  # type: ignore[arg-type]
 
     def given(self) -> dict[str, str]:
         """The options that were asked for: field and flag."""
@@ -88,16 +86,10 @@ class Options:
         return {name: flag for name, flag in flags.items() if getattr(self, name) not in (None, False)}
 
 
-def parse_size(text: str) -> int:
-    """Bytes from ``5GB``, ``500MB`` or ``0.5 gb``; units are decimal, as file sizes are given.
-
-    Raises:
-        MoesmithError: it is no size, or less than 1 KB.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
-    if size < UNITS["KB"]:
-        raise MoesmithError(f"--shard-size {text} is no size", "Give a number and KB, MB or GB, such as 5GB.")
+def _shard(text: str | None) -> int | None:
+    size = parse_size(text, "no size of a file")
+    if size is not None and size < SMALLEST:
+        raise MoesmithError(f"--shard-size {text} is too small", "Give 1KB or more, such as 5GB.")
     return size
 
 

@@ -8,19 +8,16 @@ from typing import Any
 from moesmith.arguments import path_of, takes_paths
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.compare import parent_of
 from moesmith.export.delta import Delta
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.hf import HuggingFace
 from moesmith.export.native import Native
 from moesmith.export.sglang import SGLang
 from moesmith.export.target import Options, Source, Target
-from moesmith.files.artefact import MANIFEST, read_tensors
 from moesmith.files.outputs import check_file, check_folder, check_place, inputs_of, new_file, new_folder
-from moesmith.mixture.carving import Carving
 from moesmith.parent.compute import AUTO, Device
 from moesmith.parent.proof.positions import text_to_compare
-from moesmith.report.overview import CARVINGS
+from moesmith.run.folder import open_run
 
 KNOWN: list[Target] = [
     HuggingFace(),
@@ -39,12 +36,10 @@ def source_of(folder: Path, device: Device = AUTO) -> Source:
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
-    parent = parent_of(folder, None, device)
-    stages = folder / "stages"
-    last = [name for name in CARVINGS if (stages / name / MANIFEST).is_file()][-1]
-    text = read_tensors(stages / "held-out" / "evaluation.safetensors")
-    ids = text_to_compare(parent.config, next(iter(text.values())).long())
-    return Source(parent, Carving.load(stages / last), folder, ids)
+    run = open_run(folder)
+    parent = run.parent(None, device)
+    ids = text_to_compare(parent.config, next(iter(run.held_out.values())))
+    return Source(parent, run.carving(), folder, ids)
 
 
 @takes_paths("folder")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
-from moesmith.export.folder import layered_folder, load_folder
+from moesmith.mixture.folder import layered_folder, load_folder
 from moesmith.mixture.moe import moe_blocks
 from moesmith.native.gate import Router
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.checkpoint import first_line
+from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, Layered, cast, last_hidden
 from moesmith.parent.load import Parent
 
@@ -118,17 +119,11 @@ class Result:
     routed: list[Tensor]
     biased: bool = False
 
-    @contextmanager
-    def visit(self, _index: int, layer: nn.Module) -> Iterator[None]:
+    def visit(self, _index: int, layer: nn.Module) -> AbstractContextManager[None]:
         """Collect the expert ids of our router or of a stock architecture's while a layer works."""
         self.biased |= any(getattr(block.experts, "bias_ED", None) is not None for block in moe_blocks(layer))
         routers = [m for m in layer.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
-        handles = [m.register_forward_hook(lambda _m, _i, out: self.routed.append(out[2].cpu())) for m in routers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked((m, lambda _m, _i, out: self.routed.append(out[2].cpu())) for m in routers)
 
 
 @torch.no_grad()

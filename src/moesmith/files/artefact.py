@@ -33,7 +33,7 @@ from moesmith.errors import MoesmithError
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 RUN = "run.json"
-FORMAT = 2  # of a run's files (1: keys without the tokenizer, and no such number)
+FORMAT = 3  # of a run's files (1: keys without the tokenizer, and no such number; 2: every section in every recipe)
 SIGNED = "# written by moesmith; sha256 of the lines below: "  # sha256sum passes over lines that begin so
 OLD = ".old"  # what is moved aside
 TEMPORARY = ".moesmith.tmp"  # how every hidden name of unfinished work ends: nobody else's does

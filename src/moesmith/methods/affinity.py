@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 import yaml
@@ -17,7 +18,9 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from moesmith.errors import MoesmithError
-from moesmith.run.recipe import Linkage, Profile
+
+Profile = Literal["rows", "columns", "both"]
+Linkage = Literal["average", "single", "complete"]
 
 Array = np.ndarray
 

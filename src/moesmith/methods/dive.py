@@ -1,18 +1,278 @@
-"""DIVE: every expert keeps the channels that score highest on its own domains' text (dive.md §4)."""
+"""DIVE (arXiv:2506.09351): an expert keeps the channels that matter on its own cluster of domains.
+
+The parent is pruned on every domain, each pruned model's perplexity is measured on every domain, and domains whose
+pruned models do alike share an expert. Ours besides: clusters from channel scores, and groups drawn at random as the
+control.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from moesmith.methods.moments import Moments
-from moesmith.methods.scores import channel_scores, choose
+from moesmith.calibration.moments import Moments
+from moesmith.calibration.stream import LayerView
+from moesmith.console import meter, say
+from moesmith.data.sampling import evaluation_blocks
+from moesmith.errors import MoesmithError
+from moesmith.evaluation.perplexity import perplexities
+from moesmith.files.artefact import read_json, write_json, write_text
+from moesmith.methods import affinity as mining
+from moesmith.methods.affinity import Linkage, Profile
+from moesmith.methods.base import ROUTING, Kept, Method, Routed
+from moesmith.methods.channels import Channels, Part, Together, group_moments_of
+from moesmith.methods.refit import compensation_bias
+from moesmith.methods.registry import register
+from moesmith.methods.scores import Score, Selection, channel_scores, choose, layer_score, top
+from moesmith.methods.steps import moments_of
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Expert, Layer, Linear
+from moesmith.mixture.moe import decoder
 from moesmith.parent.load import Parent
-from moesmith.run.recipe import CarveSection
+from moesmith.run.folder import Run
+from moesmith.run.settings import Section, hold_a_window
+from moesmith.run.shapes import LOSS, Pace, Shapes
+from moesmith.run.step import Cost, Job, Step
 
 
-def by_score(parent: Parent, groups: Sequence[Moments], spec: CarveSection, seed: int) -> list[list[Tensor]]:
-    """The best-scoring channels of each group of domains."""
-    experts = [choose(channel_scores(parent, group, spec.score), spec.ratio, spec.selection) for group in groups]
-    return [list(layer) for layer in zip(*experts, strict=True)]
+class AffinitySection(Section):
+    """Which domains share an expert."""
+
+    method: Literal["perplexity", "scores", "published", "random"] = "perplexity"
+    published: str | None = Field(None, description="name of published clusters, for method published")
+    profile: Profile = "rows"
+    linkage: Linkage = "average"
+    tokens: int = Field(32_768, ge=1, description="tokens per domain that domains are grouped by")
+    window: int = Field(256, ge=8)
+
+    @model_validator(mode="after")
+    def _fits(self) -> AffinitySection:
+        if self.method == "perplexity":
+            hold_a_window(self.tokens, self.window)
+        if (self.method == "published") != (self.published is not None):
+            raise ValueError("affinity.published names clusters exactly when affinity.method is published")
+        return self
+
+
+class Scored(Section):
+    """Settings of a method that scores channels."""
+
+    score: Score = "wifv"
+    selection: Selection = "uniform"
+
+
+class ByScore(Channels):
+    """Every expert keeps the channels that score highest on its own text."""
+
+    def begin(self, job: Job) -> list[list[Tensor]]:
+        """Where layers share one quota, their channels are chosen beforehand."""
+        texts = super().begin(job)
+        spec, ratio = self.settings, self.ratio(job.parent)
+        self.chosen = [
+            choose(channel_scores(job.parent, group, spec.score), ratio, spec.selection) for group in self.known
+        ]
+        return texts
+
+    def moments_tokens(self) -> int | None:
+        """All where layers share one quota: it is known only when all layers have been seen."""
+        return None if self.settings.selection == "adaptive" else super().moments_tokens()
+
+    def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
+        """The best-scoring channels of each group."""
+        if self.chosen:
+            return [layers[view.index] for layers in self.chosen]
+        scores = [layer_score(view.ffn, *group, self.settings.score) for group in groups]
+        return [top(score_F, self.ratio(view.parent)) for score_F in scores]
+
+
+@register
+class Dive(ByScore):
+    """DIVE, and its control with groups drawn at random."""
+
+    name, title = "dive", "experts from clusters of domains (DIVE)"
+    paper = "arXiv:2506.09351"
+    sections: ClassVar[Mapping[str, type[Section]]] = {"affinity": AffinitySection, **ROUTING}
+
+    class Settings(Routed, Scored, Kept):
+        """Experts and what they keep."""
+
+        method: Literal["dive"] = "dive"
+
+    @property
+    def affinity(self) -> AffinitySection:
+        """How domains are grouped."""
+        found: AffinitySection = self.recipe.affinity
+        return found
+
+    def moments_tokens(self) -> int | None:
+        """All where models are pruned on them; else what the groups are made from."""
+        found = super().moments_tokens()
+        if found is None or self.affinity.method == "perplexity":
+            return None
+        return 0 if self.affinity.method == "random" else min(self.affinity.tokens, self.recipe.domains.tokens)
+
+    def check_domains(self, names: Sequence[str], source: str) -> None:
+        """Experts need domains to differ by."""
+        experts = self.experts
+        if self.affinity.method == "random" or experts == 1:
+            return
+        if len(names) < 2:
+            raise MoesmithError(f"{source} holds one domain, and experts need domains to differ by", "Add domains.")
+        if len(names) < experts:
+            raise MoesmithError(
+                f"{experts} experts need at least as many domains, and {source} holds {len(names)}",
+                f"Add domains or set carve.experts to {len(names)} or less.",
+            )
+        if self.affinity.published is not None:
+            mining.published(self.affinity.published, names, experts)
+
+    def grouping(self) -> Step:
+        """Clusters of domains; at random no domain is told from another."""
+        return Together(self) if self.affinity.method == "random" else Affinity(self)
+
+    def key(self, parent: Parent) -> dict[str, Any]:
+        """Groups drawn at random are no stage of their own."""
+        return super().key(parent) | {"random_groups": self.affinity.method == "random"}
+
+    def texts(self, windows: dict[str, Tensor]) -> list[list[Tensor]]:
+        """Of each cluster; the control draws windows of the pool for each expert."""
+        if self.affinity.method != "random":
+            return super().texts(windows)
+        return [[ids] for ids in pool_draws(windows, self.experts, self.recipe.seed)]
+
+    def _known(self, job: Job, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
+        if self.affinity.method == "random" and self.moments_tokens() is None:
+            return group_moments_of(job.parent, texts)
+        return super()._known(job, texts)
+
+    def about(self, run: Run) -> list[str]:
+        """In numbers."""
+        return [*about_experts(self), about_channels(self)]
+
+
+def about_experts(method: Method) -> list[str]:
+    """How many experts, how wide."""
+    spec = method.settings
+    return [f"{spec.experts} experts, {spec.top_k} active per token, {1 - spec.ratio:.0%} of the FFN per expert"]
+
+
+def about_channels(method: Any) -> str:
+    """How channels were chosen."""
+    spec, start = method.settings, method.start
+    found = f"channels: {spec.method}, score {spec.score}; compensation: {spec.compensation}"
+    return found + ("" if start is None else f"; router start: {start.start}")
+
+
+def pool_draws(windows: dict[str, Tensor], experts: int, seed: int) -> list[Tensor]:
+    """The control without affinity mining: each expert gets its own draw from all domains' windows."""
+    everything = torch.cat(list(windows.values()))
+    size = max(1, len(everything) // experts)
+    draws = []
+    for expert in range(experts):
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed + expert))
+        draws.append(everything[order[:size]])
+    return draws
+
+
+class Affinity(Step):
+    """Step *affinity*: cluster the domains; saves similarity, perplexity matrix, tree and clusters."""
+
+    name = "affinity"
+
+    def __init__(self, method: Dive) -> None:
+        super().__init__(method.recipe, "moments")
+        self.method, self.spec = method, method.affinity
+
+    @property
+    def mined(self) -> bool:
+        """Whether by the perplexities of pruned models."""
+        return self.spec.method == "perplexity"
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """How domains are compared; with pruned models what is pruned of them."""
+        carve = self.method.settings
+        found: dict[str, Any] = {"needed": True, "experts": self.method.experts, "names": job.names}
+        found |= {"affinity": self.spec.used(), "score": carve.score}
+        if self.mined:
+            found |= {"ratio": self.method.ratio(job.parent), "selection": carve.selection}
+        return found
+
+    def windows(self) -> dict[str, int]:
+        """Of the text that pruned models are measured on."""
+        return {"affinity.window": self.spec.window} if self.mined else {}
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """``clusters.json``, ``affinity.csv``, ``linkage.csv``, ``matrix.csv``."""
+        spec, names, experts = self.spec, job.names, self.method.experts
+        score = self.method.settings.score
+        scores = [channel_scores(job.parent, moments_of(job.run, name), score) for name in names]
+        matrix = None
+        if self.mined:
+            matrix = self._perplexities(job, scores, work)
+            similarity = mining.perplexity_similarity(matrix, spec.profile)
+        else:
+            similarity = mining.score_similarity(scores)
+        if spec.method == "published":
+            assert spec.published is not None
+            clusters = mining.published(spec.published, names, experts)
+            found = mining.Affinity(names, matrix, similarity, None, clusters)
+        else:
+            found = mining.mine(names, similarity, experts, spec.linkage, matrix)
+        _write_matrix(work / "affinity.csv", names, found.similarity)
+        if matrix is not None:
+            _write_matrix(work / "matrix.csv", names, matrix)
+        if found.tree is not None:
+            _write_rows(work / "linkage.csv", [[repr(float(x)) for x in row] for row in found.tree])
+        write_json(work / "clusters.json", {"clusters": found.clusters})
+        for expert, group in enumerate(found.clusters):
+            say(f"  expert {expert}: {', '.join(group)}")
+        return {"clusters": found.clusters}
+
+    def _perplexities(self, job: Job, scores: Sequence[Tensor], work: Path) -> np.ndarray:
+        """The n × n perplexities of pruned models with bias compensation; finished rows survive a kill."""
+        spec, carve, parent = self.spec, self.method.settings, job.parent
+        blocks = [evaluation_blocks(d, parent.tokenizer, spec.tokens, spec.window).blocks for d in job.domains]
+        rows = []
+        with meter("affinity", len(job.domains) * sum(block.numel() for block in blocks)) as bar:
+            for domain, score in zip(job.domains, scores, strict=True):
+                path = work / f"row-{domain.name}.json"
+                if not path.is_file():
+                    kept = choose(score, self.method.ratio(parent), carve.selection)
+                    pruned = self._pruned(parent, kept, moments_of(job.run, domain.name))
+                    texts = {str(index): block for index, block in enumerate(blocks)}
+                    write_json(path, list(perplexities(decoder(parent, pruned), texts, bar=bar).values()))
+                rows.append(read_json(path))
+        return np.array(rows)
+
+    @staticmethod
+    def _pruned(parent: Parent, kept: Sequence[Tensor], moments: Moments) -> Carving:
+        layers = []
+        for index, kept_F in enumerate(kept):
+            down_DF = parent.ffns[index].down_DF.to(parent.device)
+            expert = Expert(kept_F, bias_D=compensation_bias(down_DF, moments.mean_LF[index], kept_F))
+            layers.append(Layer([expert], Linear(torch.zeros(1, parent.D))))
+        return Carving(layers, parent.F)
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """Every pruned model on every domain."""
+        tokens = shapes.domains**2 * self.spec.tokens if self.mined else 0
+        seconds = tokens * (shapes.active / pace.blocks + LOSS / pace.head) if pace else 0.0
+        return Cost("affinity", tokens, seconds)
+
+
+def _write_matrix(path: Path, names: Sequence[str], matrix: np.ndarray) -> None:
+    _write_rows(path, [["", *names], *([n, *(repr(float(x)) for x in r)] for n, r in zip(names, matrix, strict=True))])
+
+
+def _write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    write_text(path, buffer.getvalue())

@@ -1,23 +1,49 @@
-"""LLaMA-MoE's independent construction at DIVE's width: each expert a random share of the channels (dive.md §8.4)."""
+"""LLaMA-MoE's independent construction (arXiv:2406.16554): each expert a random share of the channels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moesmith.methods.moments import Moments
+from moesmith.calibration.stream import LayerView
+from moesmith.methods.base import ROUTING, Kept, Routed
+from moesmith.methods.channels import Channels, Part
+from moesmith.methods.dive import about_experts
+from moesmith.methods.registry import register
 from moesmith.methods.scores import kept_channels
-from moesmith.parent.load import Parent
-from moesmith.run.recipe import CarveSection
+from moesmith.run.folder import Run
+from moesmith.run.step import Job
 
 
-def independent_random(parent: Parent, groups: Sequence[Moments], spec: CarveSection, seed: int) -> list[list[Tensor]]:
+@register
+class LlamaMoe(Channels):
     """Independent uniform choices, so two halves overlap with an IoU of 1/3 on average."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = kept_channels(parent.F, spec.ratio)
-    return [
-        [torch.randperm(parent.F, generator=generator)[:kept].sort().values for _ in range(spec.experts)]
-        for _ in range(parent.L)
-    ]
+
+    name, title, paper = "llama-moe", "random shares of the channels (LLaMA-MoE)", "arXiv:2406.16554"
+    sections = ROUTING
+
+    class Settings(Routed, Kept):
+        """Experts and what they keep."""
+
+        method: Literal["llama-moe"] = "llama-moe"
+
+    def moments_tokens(self) -> int | None:
+        """Only a bias wants to know what is lost."""
+        return None if self.settings.compensation == "bias" else 0
+
+    def begin(self, job: Job) -> list[list[Tensor]]:
+        """Draws of its own, the same whatever the router draws."""
+        self.draws = torch.Generator().manual_seed(self.recipe.seed)
+        return super().begin(job)
+
+    def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
+        """Drawn, without looking at anything."""
+        F, kept = view.parent.F, kept_channels(view.parent.F, self.ratio(view.parent))
+        return [torch.randperm(F, generator=self.draws)[:kept].sort().values for _ in range(self.experts)]
+
+    def about(self, run: Run) -> list[str]:
+        """In numbers."""
+        return [*about_experts(self), f"channels: drawn at random; compensation: {self.settings.compensation}"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moesmith.methods.moments import Second, merge
+from moesmith.calibration.moments import Second, merge
 from moesmith.parent.accelerator import closed_form_device
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from moesmith.calibration.moments import Moments
 from moesmith.errors import MoesmithError
-from moesmith.methods.moments import Moments
 from moesmith.parent.load import Parent
-from moesmith.run.recipe import Score, Selection
+from moesmith.parent.structure import FFN
+
+Score = Literal["wifv", "ifv", "wifn", "magnitude"]
+Selection = Literal["uniform", "adaptive"]
 
 
 def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> Tensor:
@@ -19,22 +24,23 @@ def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> T
     * ``wifn``: mean_i |W[i, j]| · sqrt(E a_j²) — structured Wanda.
     * ``magnitude``: ‖gate_j‖ · ‖up_j‖ · ‖W[:, j]‖, without data; a network without a gate has no middle factor.
     """
-    rows = []
-    for index, ffn in enumerate(parent.ffns):
-        variance_F, mean_F = moments.var_LF[index], moments.mean_LF[index]
-        down_DF = ffn.down_DF.float()  # reduced where it is: one number per channel comes to the CPU
-        if score == "wifv":
-            rows.append(variance_F * down_DF.square().sum(0).cpu())
-        elif score == "ifv":
-            rows.append(variance_F)
-        elif score == "wifn":
-            rows.append(down_DF.abs().mean(0).cpu() * (variance_F + mean_F**2).sqrt())
-        else:
-            size_F = ffn.gate_FD.float().norm(dim=1)
-            if ffn.up_FD is not None:
-                size_F = size_F * ffn.up_FD.float().norm(dim=1)
-            rows.append((size_F * down_DF.norm(dim=0)).cpu())
-    return torch.stack(rows)
+    pairs = zip(moments.mean_LF, moments.var_LF, strict=True)
+    return torch.stack([layer_score(ffn, *pair, score) for ffn, pair in zip(parent.ffns, pairs, strict=True)])
+
+
+def layer_score(ffn: FFN, mean_F: Tensor, variance_F: Tensor, score: Score = "wifv") -> Tensor:
+    """The same of one layer, (F,)."""
+    down_DF = ffn.down_DF.float()  # reduced where it is: one number per channel comes to the CPU
+    if score == "wifv":
+        return variance_F * down_DF.square().sum(0).cpu()
+    if score == "ifv":
+        return variance_F
+    if score == "wifn":
+        return down_DF.abs().mean(0).cpu() * (variance_F + mean_F**2).sqrt()
+    size_F = ffn.gate_FD.float().norm(dim=1)
+    if ffn.up_FD is not None:
+        size_F = size_F * ffn.up_FD.float().norm(dim=1)
+    return (size_F * down_DF.norm(dim=0)).cpu()
 
 
 def kept_channels(d_ff: int, ratio: float) -> int:
@@ -51,6 +57,12 @@ def kept_channels(d_ff: int, ratio: float) -> int:
     return kept
 
 
+def top(scores_F: Tensor, ratio: float) -> Tensor:
+    """The channels of one layer with the highest scores, sorted; ties by lower index."""
+    kept = kept_channels(len(scores_F), ratio)
+    return scores_F.argsort(descending=True, stable=True)[:kept].sort().values
+
+
 def choose(scores_LF: Tensor, ratio: float, selection: Selection = "uniform") -> list[Tensor]:
     """The kept channels of each layer, sorted, from one expert's scores.
 
@@ -61,8 +73,7 @@ def choose(scores_LF: Tensor, ratio: float, selection: Selection = "uniform") ->
     L, F = scores_LF.shape
     kept = kept_channels(F, ratio)
     if selection == "uniform":
-        order_LF = scores_LF.argsort(dim=-1, descending=True, stable=True)
-        return [order_F[:kept].sort().values for order_F in order_LF]
+        return [top(scores_F, ratio) for scores_F in scores_LF]
     spread_L1 = scores_LF.std(-1, correction=min(1, F - 1), keepdim=True).clamp_min(1e-12)
     standard_LF = (scores_LF - scores_LF.mean(-1, keepdim=True)) / spread_L1
     standard_LF.scatter_(1, standard_LF.argmax(-1, keepdim=True), torch.inf)

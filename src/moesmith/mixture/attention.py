@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesmith.parent.hooks import hidden_input
 from moesmith.parent.structure import OUTPUTS, attention_of, head_dim
 
 
@@ -31,7 +32,7 @@ class GatedLinear(nn.Module):
 
     Args:
         linear: the parent's projection.
-        gate: what holds the masks ``qk`` and ``vo`` of the current input, and the switches ``on`` and ``mask_output``.
+        gate: what holds the masks ``qk`` and ``vo`` of the current input, and the switch ``mask_output``.
         parts: (mask, width) of every slice of the outputs; empty when the input is masked.
         h: head width.
     """
@@ -44,8 +45,6 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """As the projection, masked."""
         gate: Any = self._gate[0]
-        if not gate.on:
-            return self.linear(x)
         if not self.parts:
             return self.linear(self._times(x, gate.vo) if gate.mask_output else x)
         y = self.linear(x)
@@ -58,7 +57,7 @@ class GatedLinear(nn.Module):
 
 
 def _read(module: Any, args: Any, kwargs: Any) -> None:
-    module.head_gate.read(args[0] if args else kwargs["hidden_states"])
+    module.head_gate.read(hidden_input(args, kwargs))
 
 
 def install(layer: nn.Module, config: Any, gate: nn.Module) -> None:
@@ -67,7 +66,7 @@ def install(layer: nn.Module, config: Any, gate: nn.Module) -> None:
     Args:
         layer: a decoder layer of a model that may be changed (``moe.share``).
         config: the model's config.
-        gate: a module with ``read(x_BSD)``, ``qk``, ``vo``, ``on`` and ``mask_output``.
+        gate: a module with ``read(x_BSD)``, ``qk``, ``vo`` and ``mask_output``.
     """
     attention: Any = attention_of(layer)
     h, kv = head_dim(config), getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from moesmith.arguments import ceil_div
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer
 
@@ -26,7 +27,7 @@ Dialect = Literal["mixtral", "qwen2_moe", "qwen3_moe"]
 
 def aligned(width: int, to: int = ALIGN) -> int:
     """The next multiple of ``to``."""
-    return -(-width // to) * to
+    return ceil_div(width, to) * to
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ Shapes: T tokens, D model width, F the parent's FFN width, E experts, K active e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,9 +27,10 @@ from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.native.experts import MoEBlock, SlicedExperts
 from moesmith.native.gate import Router
 from moesmith.native.heads import HeadGate
+from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, layered, share
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, decoder_layers
+from moesmith.parent.structure import FFN, decoder_layers, put
 
 Activation = Callable[[Tensor], Tensor]
 Form = Literal["masked", "sliced"]
@@ -134,8 +135,7 @@ def carved_layer(parent: Parent, carving: Carving, index: int, form: Form = "sli
     """One decoder layer of a carving's model, all parameters frozen; what the carving leaves alone is the parent's."""
     place, layers = decoder_layers(parent.model)
     layer, prefix = share(layers[index]).requires_grad_(False), f"{place}.{index}."
-    owner, _, name = parent.ffns[index].path.removeprefix(prefix).rpartition(".")
-    setattr(layer.get_submodule(owner), name, block(parent, carving, index, form))
+    put(layer, parent.ffns[index].path.removeprefix(prefix), block(parent, carving, index, form))
     if carving.attention:
         install(layer, parent.config, HeadGate(carving.attention[index].tensors()).to(parent.model.device))
     _set_norms(layer, carving, prefix)
@@ -148,9 +148,8 @@ def _set_norms(module: nn.Module, carving: Carving, prefix: str) -> None:
     for name, value in carving.norms.items():
         inner = name.removeprefix(prefix)
         if name.startswith(prefix) and inner in known:
-            owner, _, leaf = inner.rpartition(".")
-            fresh = nn.Parameter(value.to(known[inner].device, known[inner].dtype), requires_grad=False)
-            setattr(module.get_submodule(owner), leaf, fresh)
+            fresh = value.to(known[inner].device, known[inner].dtype)
+            put(module, inner, nn.Parameter(fresh, requires_grad=False))
 
 
 def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> MoEBlock:
@@ -227,8 +226,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     return [module for module in model.modules() if isinstance(module, MoEBlock)]
 
 
-@contextmanager
-def shuffled(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def shuffled(model: nn.Module, seed: int = 0) -> AbstractContextManager[None]:
     """Hand every token another token's experts inside the ``with``: the load stays, learned routing goes."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -236,12 +234,7 @@ def shuffled(model: nn.Module, seed: int = 0) -> Iterator[None]:
         order = torch.randperm(len(out[0]), generator=generator).to(out[0].device)
         return out[0][order], out[1][order], out[2][order]
 
-    handles = [block.router.register_forward_hook(mix) for block in moe_blocks(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked((block.router, mix) for block in moe_blocks(model))
 
 
 @contextmanager

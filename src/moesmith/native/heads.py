@@ -47,7 +47,6 @@ class HeadGate(nn.Module):
 
     Attributes:
         qk, vo: masks of the last :meth:`read`, (h) or (B, S, h).
-        on: whether they act.
         mask_output: whether O is masked by the query token as well.
     """
 
@@ -56,7 +55,7 @@ class HeadGate(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.on, self.mask_output = True, False
+        self.mask_output = False
         self.names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)

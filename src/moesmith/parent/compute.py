@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
 from moesmith.parent.accelerator import free_memory
+from moesmith.parent.hooks import hooked
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AUTO = "auto"
@@ -184,12 +185,8 @@ def fits_half(model: PreTrainedModel, ids_BS: Tensor) -> bool:
 
     if any(float(p.abs().max()) * HEADROOM > HALF_RANGE for p in model.parameters()):
         return False
-    handles = [module.register_forward_hook(look) for module in model.modules() if not list(module.children())]
-    try:
+    with hooked((module, look) for module in model.modules() if not list(module.children())):
         model(input_ids=ids_BS.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return largest * HEADROOM <= HALF_RANGE
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from moesmith.console import Meter
 from moesmith.parent.mapped import give_back
-from moesmith.parent.structure import decoder_layers
+from moesmith.parent.structure import decoder_layers, put
 
 HELD = 2**28  # bytes of hidden states that wait between two layers
 Module = TypeVar("Module", bound=nn.Module)
@@ -80,7 +80,7 @@ def layered(model: PreTrainedModel, layer: Callable[[int], nn.Module] | None = N
     """``model`` layer by layer; ``layer`` makes other layers for it. Weights are shared, ``model`` stays as it is."""
     place, layers = decoder_layers(model)
     shell = share(model)
-    _put(shell, place, nn.ModuleList())
+    put(shell, place, nn.ModuleList())
     return Layered(shell, place, len(layers), layer or (lambda index: layers[index]))
 
 
@@ -102,11 +102,6 @@ def _brought(module: Module, dtype: torch.dtype, device: torch.device) -> Module
             finer = not buffer.is_floating_point() or buffer.dtype.itemsize >= dtype.itemsize
             setattr(part, name, buffer.to(device) if finer else buffer.to(device, dtype))
     return copied
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(model.get_submodule(owner), name, module)
 
 
 def last_hidden(
@@ -147,15 +142,19 @@ def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
         yield group
 
 
-def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Meter | None) -> Iterator[Tensor]:
-    waiting: list[Any] = []
+def starts(model: Layered, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Any, dict[str, Any]]]:
+    """What the first layer gets of every batch: hidden states (B, S, D), and arguments that all layers get."""
     for ids_BS in batches:
         start = _Start()
         with _standing(model, start):
             try:
                 model.shell.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
             except _StoppedError:
-                waiting.append(start.seen)
+                yield start.seen
+
+
+def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Meter | None) -> Iterator[Tensor]:
+    waiting = list(starts(model, batches))
     states = [seen[0] for seen in waiting]
     for index in range(model.depth):
         layer = model.layer(index)
@@ -174,11 +173,11 @@ def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Mete
 @contextmanager
 def _standing(model: Layered, module: nn.Module) -> Iterator[None]:
     """Let one module stand where the layers would."""
-    _put(model.shell, model.place, nn.ModuleList([module]))
+    put(model.shell, model.place, nn.ModuleList([module]))
     try:
         yield
     finally:
-        _put(model.shell, model.place, nn.ModuleList())
+        put(model.shell, model.place, nn.ModuleList())
 
 
 class _StoppedError(Exception):

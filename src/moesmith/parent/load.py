@@ -41,6 +41,7 @@ from moesmith.parent.compute import (
     parse_dtype,
 )
 from moesmith.parent.digests import PROBE, model_digest, refuse_not_finite
+from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, Layered, cast, layered, share
 from moesmith.parent.mapped import give_back
 from moesmith.parent.proof.family import find_family
@@ -190,12 +191,10 @@ class Parent:
 def _giving_back(model: PreTrainedModel) -> Iterator[None]:
     """Drop mapped weights after the work of each layer, and of each network and attention in it."""
     modules = [module for layer in decoder_layers(model)[1] for module in (layer, *layer.children())]
-    handles = [module.register_forward_hook(lambda *_: give_back()) for module in modules]
     try:
-        yield
+        with hooked((module, lambda *_: give_back()) for module in modules):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         give_back()
 
 

@@ -74,8 +74,3 @@ class Sizes:
         ffn = self.D * experts + self.F * EMBEDDING + 2 * EMBEDDING
         attention = EMBEDDING * self.D + (self.h + self.static) * EMBEDDING + 2 * EMBEDDING
         return gru + self.L * (ffn + attention)
-
-    def shipped(self, experts: int) -> int:
-        """Parameters that the finished model carries beside the parent's: routers and attention gates (tomoe.md §4)."""
-        gate = EMBEDDING * self.D + self.h * EMBEDDING + 3 * EMBEDDING
-        return self.L * (self.D * experts + gate)

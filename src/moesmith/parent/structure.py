@@ -102,6 +102,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
+def put(model: nn.Module, path: str, part: nn.Module | nn.Parameter) -> None:
+    """Let ``part`` stand at a dotted path of a model."""
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, part)
+
+
 def find_ffns(model: PreTrainedModel) -> list[FFN]:
     """Find each decoder layer's feed-forward network by the shapes of its matrices.
 

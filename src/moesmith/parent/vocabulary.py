@@ -6,6 +6,7 @@ Others are refused where a text contains them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -59,3 +60,13 @@ def refuse_ids(ids: Tensor, rows: int, where: str) -> None:
             f"{where} contains token {worst}, which the tokenizer knows and the embedding of {rows:,} rows does not",
             "Remove it from the text. " + CURE,
         )
+
+
+def readable(texts: Mapping[str, Tensor], model: Any) -> None:
+    """Refuse text with tokens that the embedding has no row for.
+
+    Raises:
+        MoesmithError: there are some; the domain is named.
+    """
+    for name, ids in texts.items():
+        refuse_ids(ids, rows_of(model), f"the text of {name}")

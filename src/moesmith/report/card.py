@@ -10,13 +10,12 @@ import yaml
 
 from moesmith.console import plain
 from moesmith.data.overlap import found_in, warnings
-from moesmith.files.artefact import read_json
 from moesmith.mixture.carving import Carving
 from moesmith.native.modeling import MoesmithForCausalLM
-from moesmith.report.overview import STOCK, finished_of
+from moesmith.run.folder import STOCK, finished_of
 
 if TYPE_CHECKING:
-    from moesmith.run.pipeline import Run
+    from moesmith.run.pipeline import Pipeline as Run
 
 _LOADING = (
     "- loading: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`; the code lies beside the"
@@ -42,7 +41,7 @@ def code(text: str) -> str:
 
 def model_card(run: Run) -> str:
     """Markdown with a metadata header, from what the run's manifests say."""
-    recipe, evaluation = run.recipe, read_json(run.path("evaluate") / "evaluation.json")
+    recipe, evaluation, carving = run.recipe, run.evaluation, run.carving()
     export = run.manifest("export")["metrics"]
     name = run.inputs["model"].rstrip("/").split("/")[-1]
     header: dict[str, object] = {
@@ -54,7 +53,6 @@ def model_card(run: Run) -> str:
         header["base_model"] = run.inputs["model"]
     stages = evaluation["stages"]
     last = finished_of(stages)
-    carve = recipe.carve
     native = export["architecture"] == MoesmithForCausalLM.__name__
     lines = [
         "---",
@@ -66,11 +64,11 @@ def model_card(run: Run) -> str:
         f"Made from the dense model {code(name)} (weights `{run.inputs['model_digest']}`)"
         f" by moesmith {run.manifest('export')['versions']['moesmith']}, recipe {code(recipe.name)}.",
         "",
-        *(_learned(run) if recipe.learned else _carved(run)),
+        *(f"- {line}" for line in recipe.method.about(run)),
         f"- trained: {_trained(run)}",
         f"- parameters: {export['parameters_total']:,} in total, {export['parameters_active']:,} active per token;"
         f" the dense parent has {export['parent_parameters']:,}",
-        f"- gate: top-{carve.top_k} of the logits, softmax over the selected (weights sum to 1)",
+        f"- gate: top-{carving.top_k} of the logits, {_mix(carving)}",
         *(_LOADING if native else ()),
         "",
         f"Perplexity on held-out text ({evaluation['window']}-token windows, {evaluation['tokens']:,} tokens"
@@ -92,37 +90,10 @@ def model_card(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _carved(run: Run) -> list[str]:
-    carve = run.recipe.carve
-    return [
-        f"- {carve.experts} experts, {carve.top_k} active per token, {1 - carve.ratio:.0%} of the FFN per expert",
-        f"- channels: {carve.method}, score {carve.score}; compensation: {carve.compensation};"
-        f" router start: {run.recipe.router.start}",
-    ]
-
-
-def _learned(run: Run) -> list[str]:
-    """What ToMoE learned, in numbers of the run."""
-    spec, carve, found = run.recipe.masks, run.recipe.carve, run.manifest("masks")["metrics"]
-    carving = Carving.load(run.path("masks"))
-    start = "all channels" if spec.start == "random" else f"a carving ({carve.method}, score {carve.score})"
-    lines = [
-        f"- {carve.experts} experts, one active per token: masks over the parent's FFN channels, learned by a"
-        f" hypernetwork over frozen weights (ToMoE, arXiv:2501.15316), started from {start}",
-        f"- budget: {spec.budget:.1%} of the block parameters active per token; {found['active_share']:.1%} are, each"
-        f" layer's widest expert counted; {found['union']:.1%} of the channels are kept by some expert",
-        f"- the widest expert has {found['width_ffn']:,.1f} of {carving.d_ff:,} channels, mean over layers;"
-        f" compensation: {carve.compensation}",
-    ]
-    if not carving.attention:
-        return [*lines, "- attention: the parent's, whole"]
-    h = len(carving.attention[0].qk_h)
-    qk = "the same for all tokens" if spec.attention == "hybrid" else "chosen by token"
-    return [
-        *lines,
-        f"- attention: {found['width_qk']:.1f} of {h} dimensions of a Q/K head, {qk}, and at most"
-        f" {found['width_vo']:.1f} of a V/O head, chosen by token (means over layers)",
-    ]
+def _mix(carving: Carving) -> str:
+    if all(layer.mix == "sum" for layer in carving.layers):
+        return "each selected expert counts in full"
+    return "softmax over the selected (weights sum to 1)"
 
 
 def _twin(architecture: str, own: float, stock: float) -> str:
@@ -136,12 +107,5 @@ def _twin(architecture: str, own: float, stock: float) -> str:
 
 
 def _trained(run: Run) -> str:
-    parts = []
-    for name, what in (
-        ("masks", "masks and routers"),
-        ("router", "routers"),
-        ("experts", "experts (LoRA, merged) and norms"),
-    ):
-        if (run.path(name) / "manifest.json").is_file():
-            parts.append(f"{what} on {run.manifest(name)['metrics']['tokens']:,} tokens")
-    return "; ".join(parts) or "nothing"
+    found = {m["title"]: m["metrics"]["tokens"] for m in run.manifests.values() if "trainable" in m["metrics"]}
+    return "; ".join(f"{title} on {tokens:,} tokens" for title, tokens in found.items()) or "nothing"

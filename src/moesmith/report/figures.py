@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moesmith.arguments import ceil_div
 from moesmith.report import style
 from moesmith.report.style import INK, LINE, MUTED, PAPER, SIZE
 
@@ -146,7 +147,7 @@ def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figu
     style.dress(left, title="Mean over layers")
     left.spines[:].set_visible(False)
     left.set_box_aspect(1)
-    step = -(-experts // 8)
+    step = ceil_div(experts, 8)
     for set_ticks in (left.set_xticks, left.set_yticks):
         set_ticks(range(0, experts, step), [f"E{expert}" for expert in range(0, experts, step)])
     left.tick_params(length=0)
@@ -179,7 +180,7 @@ def overlap_layers_figure(iou_LEE: ArrayLike) -> Figure:
     iou_LEE = np.asarray(iou_LEE, float)
     layers, experts, _ = iou_LEE.shape
     columns = min(10, layers)
-    rows = -(-layers // columns)
+    rows = ceil_div(layers, columns)
     figure = style.new_figure(style.WIDTH, 1.25 * rows + 0.1)
     off = ~np.eye(experts, dtype=bool)
     pairs = iou_LEE[:, off] if experts > 1 else iou_LEE
@@ -320,11 +321,11 @@ def domain_figure(share_DE: ArrayLike, names: Sequence[str], home: Sequence[int 
     share_DE = 100 * np.asarray(share_DE, float)
     domains, experts = share_DE.shape
     columns = min(8, domains)
-    rows = -(-domains // columns)
+    rows = ceil_div(domains, columns)
     figure = style.new_figure(style.WIDTH, 1.25 * rows + 0.35)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     x, high = np.arange(experts), float(share_DE.max()) * 1.2
-    step = max(1, -(-experts // 8))
+    step = max(1, ceil_div(experts, 8))
     for index, axes in enumerate(grid.flat):
         if index >= domains:
             axes.set_axis_off()
@@ -368,6 +369,6 @@ def entropy_figure(entropy_L: ArrayLike, balance_L: ArrayLike) -> Figure:
 
 def layer_ticks(axes: Any, layers: int, most: int = 36) -> None:
     """Label at most ``most`` layers of an x axis."""
-    step = -(-layers // most)
+    step = ceil_div(layers, most)
     axes.set_xticks(range(0, layers, step), [str(layer) for layer in range(0, layers, step)])
     axes.set_xlim(-0.5, layers - 0.5)

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moesmith.arguments import takes_paths
 from moesmith.console import show_table
-from moesmith.data.overlap import found_in, warnings
-from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_json
 from moesmith.mixture.carving import Carving
-
-CARVINGS = ("carve", "masks", "refit", "router", "experts")  # stages that end in a carving, in their order
-STAGES = (
-    *("held-out", "corpus", "baseline", "domains", "moments", "affinity"),
-    *CARVINGS,
-    *("export", "evaluate"),
-)
-MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
-STOCK = "stock"  # the stage's name of RUN/stock in an evaluation
-
-
-def finished_of(stages: Iterable[str]) -> str:
-    """The measured stage that is ``RUN/model``: the last one, the stock twin apart."""
-    return [name for name in stages if name != STOCK][-1]
-
-
-def clusters_of(folder: Path) -> list[list[str]]:
-    """Domains per expert as the run's carving was made from them; empty where experts were learned from scratch."""
-    path = folder / "stages" / "carve" / "carving.json"
-    found: list[list[str]] = read_json(path)["provenance"].get("clusters", []) if path.is_file() else []
-    return found
+from moesmith.run.folder import Run, open_run
+from moesmith.run.pipeline import MATTER
 
 
 @takes_paths("folder")
@@ -42,29 +20,24 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         MoesmithError: the folder is no run, or not carved yet.
     """
-    header = read_json(folder / "run.json")
-    found = {name: folder / "stages" / name / "manifest.json" for name in STAGES}
-    manifests = {name: read_json(path) for name, path in found.items() if path.is_file()}
-    carved = [name for name in CARVINGS if name in manifests]
-    if not carved:
-        raise MoesmithError(f"{folder} is not carved yet", "Run the same 'moesmith convert' again to continue it.")
-    carving = Carving.load(folder / "stages" / carved[-1])
+    run = open_run(folder)
+    carving, manifests = run.carving(), run.manifests
     metrics = {name: m["metrics"] | {"seconds": m["seconds"]} for name, m in manifests.items()}
-    counted = next(
-        metrics[name] for name in ("export", "masks", "carve") if "parent_parameters" in metrics.get(name, ())
-    )
+    counted = next(found for found in reversed(metrics.values()) if "parent_parameters" in found)
+    learned = next((name for name, found in metrics.items() if "threshold" in found), None)
     return {
         "run": str(folder),
-        "recipe": header["recipe"]["name"],
-        "inputs": header["inputs"],
+        "recipe": run.settings["name"],
+        "inputs": run.inputs,
         "gate": _gate(carving),
         "compensation": carving.compensation,
-        "clusters": clusters_of(folder) or None,
-        "masks": _masks(header["recipe"], metrics["masks"], carving) if "masks" in metrics else None,
+        "clusters": run.clusters or None,
+        "masks": None if learned is None else _masks(run, learned, carving),
         "parameters": {name: counted[name] for name in ("parent_parameters", "parameters_total", "parameters_active")},
         "layers": _layers(carving),
         "versions": versions_of(manifests),
         "stages": metrics,
+        "headlines": {name: manifest["headline"] for name, manifest in manifests.items()},
     }
 
 
@@ -82,12 +55,13 @@ def versions_of(manifests: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _masks(recipe: dict[str, Any], metrics: dict[str, Any], carving: Carving) -> dict[str, Any]:
+def _masks(run: Run, step: str, carving: Carving) -> dict[str, Any]:
     """What was learned, and under which budget."""
-    spec = recipe["masks"]
+    manifest, before = run.manifests[step], run.carved[0] != step
     names = ("active_share", "threshold", "union", "width_ffn", "width_qk", "width_vo")
-    found = {name: spec[name] for name in ("budget", "start", "attention")}
-    found |= {name: metrics[name] for name in names if name in metrics}
+    found = {name: manifest["settings"][name] for name in ("budget", "attention")}
+    found |= {"start": "carving" if before else "random"}
+    found |= {name: manifest["metrics"][name] for name in names if name in manifest["metrics"]}
     return found | {"head": len(carving.attention[0].qk_h) if carving.attention else None, "channels": carving.d_ff}
 
 
@@ -157,7 +131,7 @@ def show(found: dict[str, Any], *, brief: bool = False) -> None:
             columns += [f"{name} of {masks['head']}" for name in ("Q/K", "V/O")]
             layers = [[*row, x["qk"], x["vo"]] for row, x in zip(layers, found["layers"], strict=True)]
         show_table("layers", columns, layers)
-    stages = [(name, m["seconds"], _headline(name, m)) for name, m in found["stages"].items()]
+    stages = [(name, m["seconds"], found["headlines"][name]) for name, m in found["stages"].items()]
     show_table("stages", ["stage", "seconds", "result"], stages)
 
 
@@ -182,27 +156,3 @@ def _learned(masks: dict[str, Any]) -> list[tuple[str, str]]:
         *rows,
         ("V/O of a head", f"{masks['width_vo']:.1f} of {head} dimensions, mean over layers, at most, by token"),
     ]
-
-
-def _headline(name: str, metrics: dict[str, Any]) -> str:
-    if name in ("masks", "router", "experts"):
-        text = (
-            f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
-            f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
-        )
-        return text + (
-            f", {metrics['active_share']:.1%} active, union {metrics['union']:.3f}" if name == "masks" else ""
-        )
-    if name == "held-out":
-        return "; ".join(warnings(found_in(metrics)))
-    if name == "evaluate":
-        values = {k: v for k, v in metrics.items() if k != "seconds"}
-        return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
-    if name == "export":
-        text = f"{metrics['architecture']}, largest logits difference {metrics['logits_difference']:.2g}"
-        twin = metrics.get(STOCK)
-        return text + (f"; beside it in stock {twin['architecture']}" if twin else "")
-    if name == "carve":
-        overlap = metrics.get("overlap")
-        return f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")
-    return ""

@@ -26,20 +26,11 @@ from moesmith.files.artefact import check_file, write_text
 from moesmith.files.outputs import check_result, new_file, real
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
-from moesmith.report.overview import STOCK, finished_of, versions_of
+from moesmith.report.overview import versions_of
 from moesmith.report.source import AbsentError, Source, present
+from moesmith.run.folder import STOCK, finished_of
 
 DEAD = 0.05  # an expert is dead below this part of the uniform share
-_MODELS = {
-    "parent": "parent (dense)",
-    "carve": "carved",
-    "router": "router trained",
-    "experts": "experts trained",
-    "masks": "masks learned",
-    "refit": "down_proj refitted",
-    STOCK: "stock format",
-}
-_TRAINED = {"masks": "Masks", "router": "Stage 1: routers", "experts": "Stage 2: experts"}
 
 
 @takes_paths("run", "output")
@@ -91,13 +82,13 @@ def _page(source: Source, template: Any) -> str:
 
 
 def _section(build: Callable[[Source], dict[str, Any]], source: Source, sentence: str) -> dict[str, Any]:
-    """A section's content, or ``{"absent": sentence}``."""
+    """A section's content, or ``{"absent": sentence}``; a damaged file is named there, a fault of ours goes on."""
     try:
         return build(source)
     except AbsentError:
         return {"absent": sentence}
-    except (MoesmithError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return {"absent": f"This part could not be read ({type(error).__name__}: {error})."}
+    except (MoesmithError, OSError) as error:
+        return {"absent": f"This part could not be read ({error})."}
 
 
 def _template() -> Any:
@@ -126,27 +117,29 @@ def _line(expert: int) -> str:
 def _summary(source: Source) -> dict[str, Any]:
     recipe, inputs = source.header.get("recipe", {}), source.header.get("inputs", {})
     carve = recipe.get("carve", {})
-    counts: dict[str, Any] = {}
-    for name in ("carve", "masks", "export"):
-        counts |= source.manifests.get(name, {}).get("metrics", {})
+    measured = [manifest.get("metrics", {}) for manifest in source.manifests.values()]
+    counts: dict[str, Any] = next((found for found in reversed(measured) if "parent_parameters" in found), {})
     sizes = {key: counts.get(key) for key in ("parent_parameters", "parameters_total", "parameters_active")}
     found: dict[str, Any] = {"recipe": recipe.get("name", "?"), "description": recipe.get("description", "")}
     found |= {"parent": inputs.get("model", "?"), "carve": carve, "router": recipe.get("router", {})} | sizes
-    found |= {"masks": recipe.get("masks", {}) | source.masks if source.masks else None}
+    found |= {"masks": source.masks or None}
+    carved = source.run.carving(source.run.carved[-1]) if source.run.carved else None
+    found |= {"experts": carved.experts if carved else None, "top_k": carved.top_k if carved else None}
     found["short"] = str(found["parent"]).rstrip("/").rsplit("/", 1)[-1]
     found |= {"before": None, "after": None, "domains": 0}
     try:
         stages = source.evaluation["stages"]
         found["domains"] = len(stages["parent"]["domains"])
         found["before"], found["after"] = stages["parent"]["geomean"], stages[finished_of(stages)]["geomean"]
-    except (AbsentError, MoesmithError, LookupError, TypeError):
-        pass  # not evaluated yet: the page says so in its section
+    except (AbsentError, MoesmithError):
+        pass  # not evaluated yet, or damaged: the page says so in its section
     return found
 
 
 def _perplexity(source: Source) -> dict[str, Any]:
     stages = source.evaluation["stages"]
-    labels = {name: _MODELS.get(name, name) for name in stages}
+    titles = {"parent": "parent (dense)", STOCK: "stock format"} | source.titles
+    labels = {name: titles.get(name, name) for name in stages}
     names = source.in_order(list(next(iter(stages.values()))["domains"]))
     values = {labels[name]: {d: stage["domains"].get(d) for d in names} for name, stage in stages.items()}
     means = {labels[name]: stage["geomean"] for name, stage in stages.items()}
@@ -206,11 +199,18 @@ def _read_rows(path: Path) -> list[list[str]]:
 
 
 def _read_matrix(path: Path) -> tuple[list[str], NDArray[np.float64]]:
-    """A square matrix with names in the first row and column."""
-    head, *rows = _read_rows(path)
-    matrix = np.array([row[1:] for row in rows], float)
+    """A square matrix with names in the first row and column.
+
+    Raises:
+        MoesmithError: it is none.
+    """
+    try:
+        head, *rows = _read_rows(path)
+        matrix = np.array([row[1:] for row in rows], float)
+    except ValueError as error:
+        raise MoesmithError(f"{path} holds no numbers: {error}", "Delete its folder and convert again.") from error
     if matrix.shape != (len(head) - 1,) * 2:
-        raise ValueError(f"{path.name} is not square")
+        raise MoesmithError(f"{path} is not square", "Delete its folder and convert again.")
     return head[1:], matrix
 
 
@@ -239,7 +239,7 @@ def _overlap(source: Source) -> dict[str, Any]:
 def _masks(source: Source) -> dict[str, Any]:
     if not source.masks:
         raise AbsentError
-    carving, spec = source.carving, source.header["recipe"]["masks"]
+    carving = source.carving
     figure = masks.layers_figure(
         carving.widths().numpy() / carving.d_ff,
         carving.union().numpy(),
@@ -253,7 +253,7 @@ def _masks(source: Source) -> dict[str, Any]:
     ]
     return {
         "figure": source.picture(figure, "masks", "Kept channels and attention dimensions, and overlap, per layer"),
-        "spec": spec,
+        "spec": source.masks,
         "found": source.masks,
         "d_ff": carving.d_ff,
         "head": len(carving.attention[0].qk_h) if carving.attention else None,
@@ -263,21 +263,19 @@ def _masks(source: Source) -> dict[str, Any]:
 
 def _training(source: Source) -> dict[str, Any]:
     curves, facts, picture = {}, [], {}
-    for name, title in _TRAINED.items():
+    for name, manifest in source.manifests.items():
         path = source.stage(name) / "log.jsonl"
         steps = _read_log(path) if path.is_file() else []
         if not steps:
             continue
-        learned = name == "masks"
+        learned, title, settings = name == source.learned, manifest["title"], manifest.get("settings", {})
         shown = "kl" if learned else "loss"  # the loss of masks has penalties in it
         if learned:
-            budget = source.header["recipe"]["masks"]["budget"]
-            figure = masks.training_figure(steps, budget, source.experts)
+            figure = masks.training_figure(steps, settings["budget"], source.experts)
             picture["masks"] = source.picture(figure, "training-masks", "KL, budget, union and load while masks learn")
         else:
             curves[title] = ([s["tokens"] for s in steps], [s["loss"] for s in steps])
         tenth = max(1, len(steps) // 10)
-        spec = source.header["recipe"].get({"router": "stage1", "experts": "stage2"}.get(name, name), {})
         facts.append(
             {
                 "title": title,
@@ -286,8 +284,8 @@ def _training(source: Source) -> dict[str, Any]:
                 "start": statistics.mean(s[shown] for s in steps[:tenth]),
                 "end": statistics.mean(s[shown] for s in steps[-tenth:]),
                 "speed": statistics.median(s.get("tokens_per_second", math.nan) for s in steps),
-                "trainable": source.manifests.get(name, {}).get("metrics", {}).get("trainable"),
-                "loss": "KL to the parent" if learned else spec.get("loss", "next-token"),
+                "trainable": manifest["metrics"].get("trainable"),
+                "loss": "KL to the parent" if learned else settings.get("loss", "next-token"),
             }
         )
     if curves:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moesmith.evaluation.routing import Routing
-from moesmith.files.artefact import MANIFEST, read_json, write_atomic
+from moesmith.files.artefact import read_json, write_atomic
 from moesmith.mixture.carving import Carving
 from moesmith.report import style
-from moesmith.report.overview import STAGES
+from moesmith.run.folder import Run
 
 
 class AbsentError(Exception):
@@ -43,9 +43,11 @@ class Source:
     folder: Path
     pictures: Path
     header: dict[str, Any] = field(init=False)
+    run: Run = field(init=False)
 
     def __post_init__(self) -> None:
-        self.header = read_json(self.folder / "run.json")
+        self.run = Run(self.folder)
+        self.header = self.run.header
 
     def picture(self, figure: Any, name: str, description: str) -> Any:
         """A figure for the page; the same lies beside it as a PNG."""
@@ -63,13 +65,18 @@ class Source:
 
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
-        """Of every finished stage, in order."""
-        return {s: read_json(self.stage(s) / MANIFEST) for s in STAGES if (self.stage(s) / MANIFEST).is_file()}
+        """Of every finished step, in order."""
+        return self.run.manifests
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """What each step that made a model did."""
+        return {name: found["title"] for name, found in self.manifests.items() if found["title"]}
 
     @cached_property
     def experts(self) -> int:
         """E."""
-        return int(self.header.get("recipe", {}).get("carve", {}).get("experts") or 0)
+        return self.run.carving(self.run.carved[0]).experts if self.run.carved else 0
 
     @cached_property
     def clusters(self) -> list[list[str]]:
@@ -87,17 +94,25 @@ class Source:
         return {name: expert for expert, cluster in enumerate(self.clusters) for name in cluster}
 
     @cached_property
+    def learned(self) -> str:
+        """The step that learned masks; empty where none were learned."""
+        return next((name for name, found in self.manifests.items() if "threshold" in found.get("metrics", {})), "")
+
+    @cached_property
     def masks(self) -> dict[str, Any]:
-        """What stage *masks* measured; empty where no masks were learned."""
-        found: dict[str, Any] = self.manifests.get("masks", {}).get("metrics", {})
-        return found
+        """What it measured, under which settings, and what it began from; empty where no masks were learned."""
+        if not self.learned:
+            return {}
+        manifest = self.manifests[self.learned]
+        start = "random" if self.run.carved[0] == self.learned else "carving"
+        return {"start": start} | manifest.get("settings", {}) | {"start": start} | manifest["metrics"]
 
     @cached_property
     def carving(self) -> Carving:
         """The channels that the experts ended with: training afterwards moves weights, not channels."""
-        stage = self.stage("masks" if self.masks else "carve")
-        present(stage / "carving.json")
-        return Carving.load(stage)
+        if not self.run.carved:
+            raise AbsentError
+        return self.run.carving(self.learned or self.run.carved[0])
 
     @cached_property
     def evaluation(self) -> dict[str, Any]:

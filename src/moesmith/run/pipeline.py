@@ -1,8 +1,8 @@
-"""Runs and stages: every stage is a folder with a manifest, made once, resumed when killed, re-used when it fits.
+"""A run in the making: a step is a folder with a manifest, made once, resumed when killed, re-used when it fits.
 
-A stage's key is a hash of what it depends on: its own settings, the seed, the parent, the data and the keys of the
-stages it needs. A finished folder with the same key is used as it is; anything else is made again. Stages that
-moesmith 0.1 made have keys that know less; they count where their manifests say that the rest agrees.
+A step's key is a hash of what it depends on: its own settings, the version of its mathematics, the seed, the parent,
+the data and the keys of the steps it needs. A finished folder with the same key is used as it is; anything else is made
+again. What version 0.1 made has keys of its own, which ``legacy.py`` knows.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,27 @@ from moesmith.files.artefact import (
     write_text,
 )
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
-from moesmith.report.overview import MATTER
-from moesmith.run.fingerprints import folder_companions
-from moesmith.run.recipe import Recipe
+from moesmith.run.folder import Run
+from moesmith.run.legacy import Legacy, upgraded
+from moesmith.run.recipe import Recipe, parse
+from moesmith.run.step import Job, Step
 
 LISTS = ("card.sha256", "report.html.sha256", "bench.json.sha256")
-OURS = ("run.json", "stages", "bench", "figures", "report.html", "bench.json", *LISTS)  # but for finished models
+OURS = (
+    "run.json",
+    "run.log",
+    "stages",
+    "bench",
+    "figures",
+    "report.html",
+    "bench.json",
+    *LISTS,
+)  # but for finished models
 WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
-TEXT = ("domains", "held-out", "corpus")  # stages that turn text into tokens and compute nothing
+MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
 
 
-class Run:
+class Pipeline(Run):
     """A conversion's folder.
 
     Args:
@@ -57,17 +67,24 @@ class Run:
         inputs: fingerprints of parent and data: ``model``, ``model_digest``, ``tokenizer_digest``, ``data``,
             ``data_digest``, ``dtype`` (of the weights), and where they are known those of ``fingerprints`` and
             ``compute`` (the dtype that models compute in; as ``dtype`` if it is missing).
-        reuse: other runs whose finished stages may be taken over when their keys agree.
+        reuse: other runs whose finished steps may be taken over when their keys agree.
 
     Raises:
         MoesmithError: the folder holds something else, or a run with another recipe or other inputs.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, inputs: Mapping[str, str], reuse: Sequence[Path] = ()) -> None:
-        self.folder, self.recipe, self.inputs, self.reuse = folder, recipe, dict(inputs), list(reuse)
+        super().__init__(folder)
+        self.recipe, self.reuse = recipe, list(reuse)
+        self._inputs = dict(inputs)
         self.keys: dict[str, str] = {}
-        self.old_keys: dict[str, str] = {}  # as moesmith 0.1 made them
+        self.old = {path: Legacy.of(path) for path in (folder, *self.reuse)}
         check_folder(folder, recipe, inputs)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of parent and data."""
+        return self._inputs
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -78,12 +95,14 @@ class Run:
             known = self.folder / "run.json"
             before = read_json(known) if known.is_file() else {}
             if before | header != before:
-                write_json(known, {"versions": versions()} | before | header)
+                kept = {} if (old := self.old[self.folder]) is None else {"before": old.header}
+                write_json(known, {"versions": versions()} | before | header | kept)
+            self.__dict__.pop("header", None)
             self._say_versions()
             yield
 
     def _say_versions(self) -> None:
-        """Say which finished stages other versions made: a stage is used as it is, whoever made it."""
+        """Say which finished steps other versions made: a step is used as it is, whoever made it."""
         now, others = versions(), defaultdict(list)
         for path in sorted(self.folder.glob(f"stages/[!.]*/{MANIFEST}")):
             if changed := _version_changes(read_json(path).get("versions", {}), now):
@@ -91,52 +110,26 @@ class Run:
         for changed, names in others.items():
             say(f"made by other versions and used as they are: {', '.join(names)} ({changed})")
 
-    def path(self, name: str) -> Path:
-        """A finished stage's folder."""
-        return self.folder / "stages" / name
-
-    def manifest(self, name: str) -> dict[str, Any]:
-        """A finished stage's manifest."""
-        found: dict[str, Any] = read_json(self.path(name) / MANIFEST)
-        return found
-
-    def stage(
-        self,
-        name: str,
-        needs: Sequence[str],
-        settings: Mapping[str, Any],
-        body: Callable[[Path], Mapping[str, Any]],
-        *,
-        shared: bool = True,
-        was: Mapping[str, Any] | None = None,
-    ) -> Path:
-        """Make a stage unless it is there.
-
-        Args:
-            name: the stage and its folder.
-            needs: stages it reads.
-            settings: the part of the recipe it depends on.
-            body: fills the working folder it is given, finding there what an earlier, killed try left; returns
-                metrics for the manifest.
-            shared: whether another run's stage may be taken over: its folder holds all that it made.
-            was: the settings under which moesmith 0.1 made a stage that will do as well, if they were others.
+    def step(self, step: Step, job: Job) -> Path:
+        """Make a step unless it is there.
 
         Returns:
             The finished folder.
 
         Raises:
-            MoesmithError: the body's own, a finished stage is damaged, or something cannot be written; what was
+            MoesmithError: the step's own, a finished step is damaged, or something cannot be written; what was
             finished before stays.
         """
-        inputs = {k: self.inputs[k] for k in ("model_digest", "data_digest")}
-        facts = {"stage": name, "settings": dict(settings), "seed": self.recipe.seed}
-        key = self.keys[name] = digest(
-            {**facts, "needs": {need: self.keys[need] for need in needs}, "inputs": inputs | self._reads(name)}
-        )
-        facts |= {} if was is None else {"settings": dict(was)}
-        self.old_keys[name] = digest({**facts, "needs": {n: self.old_keys[n] for n in needs}, "inputs": inputs})
+        name, settings = step.name, step.settings(job)
+        inputs = {k: self.inputs[k] for k in ("model_digest", "data_digest")} | self._reads(step)
+        facts = {"stage": name, "settings": settings, "seed": self.recipe.seed, "inputs": inputs}
+        facts |= {"version": step.version} if step.version > 1 else {}
+        self.keys[name] = digest(facts | {"needs": {need: self.keys[need] for need in step.needs}})
+        for old in self.old.values():
+            if old is not None:
+                old.learn(step, job, settings, self)
         final = self.path(name)
-        if self._fits(name, final, own=True):
+        if self._fits(step, self.folder):
             if (begun := _begun(final)) is not None and begun[0] in self._known_keys(name):
                 for left in WORKING:  # of a process killed between the rename and this
                     (final / left).unlink(missing_ok=True)
@@ -146,53 +139,40 @@ class Run:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
             check_left(final, WORKING)
-            for other in self.reuse if shared else ():
-                if self._fits(name, other / "stages" / name):
+            for other in self.reuse if step.shared else ():
+                if self._fits(step, other):
                     verify_files(other / "stages" / name)
                     _take_over(other / "stages" / name, final)
                     say(f"[{name}] taken over from {other}")
                     return final
-            self._make(name, key, {"needs": list(needs), "settings": dict(settings)}, body)
+            self._make(step, job, settings)
         except OSError as error:
             raise MoesmithError(f"stage {name} stopped: {error}", write_cure(error)) from error
         return final
 
-    def _reads(self, name: str) -> dict[str, str]:
-        """Inputs of a stage besides weights and data; what follows from it has them in the keys of what it needs."""
-        wanted = {"export": ["companions_digest"]} | {stage: ["text_digest", "chat_digest"] for stage in TEXT}
-        found = {k: self.inputs[k] for k in wanted.get(name, ()) if k in self.inputs}
+    def _reads(self, step: Step) -> dict[str, str]:
+        """Inputs of a step besides weights and data; what follows from it has them in the keys of what it needs."""
+        found = {k: self.inputs[k] for k in step.reads if k in self.inputs}
         computed = self.inputs.get("compute", self.inputs.get("dtype"))
-        if name not in TEXT and computed is not None and computed != self.inputs.get("dtype"):
+        if not step.tokenises and computed is not None and computed != self.inputs.get("dtype"):
             found["compute"] = computed
         return found
 
-    def _fits(self, name: str, folder: Path, *, own: bool = False) -> bool:
-        """Whether a folder holds this stage finished, with the key of this moesmith or of 0.1.
-
-        0.1's key knows neither tokenizer nor the dtype of the computation: its manifest has to say that they agree.
-        What it does not say counts as the same in the run's own folder only.
-        """
-        if finished(folder, self.keys[name]):
+    def _fits(self, step: Step, run: Path) -> bool:
+        """Whether a run holds this step finished, with the key of this moesmith or of an older one."""
+        folder, old = run / "stages" / step.name, self.old[run]
+        if finished(folder, self.keys[step.name]):
             return True
-        manifest = finished(folder, self.old_keys[name])
-        if manifest is None or "format" in manifest or not self._known_to_old(name):
-            return False
-        then, now = manifest.get("inputs", {}), self.inputs
-        if any(then.get(k, now.get(k) if own else None) != now.get(k) for k in ("tokenizer_digest", "dtype")):
-            return False
-        known = now.get("companions_digest")
-        return name != "export" or known is None or folder_companions(self.folder / "model") == known
-
-    def _known_to_old(self, name: str) -> bool:
-        """Whether 0.1 could have made this stage: it had no conversations, and computed in the dtype of the weights."""
-        return "chat_digest" not in self.inputs and "compute" not in self._reads(name)
+        return old is not None and old.holds(step, self, own=run == self.folder)
 
     def _known_keys(self, name: str) -> list[str]:
-        """Keys by which a stage's folder may have been begun; of 0.1's, ``check_folder`` has compared the rest."""
-        return [self.keys[name], *([self.old_keys[name]] if self._known_to_old(name) else [])]
+        """Keys by which a step's folder may have been begun."""
+        old = self.old[self.folder]
+        return [self.keys[name], *(() if old is None else old.keys_of(name))]
 
-    def _make(self, name: str, key: str, facts: dict[str, Any], body: Callable[[Path], Mapping[str, Any]]) -> None:
-        final = self.path(name)
+    def _make(self, step: Step, job: Job, settings: dict[str, Any]) -> None:
+        name = step.name
+        final, key = self.path(name), self.keys[name]
         say(f"[{name}]")
         work = final.parent / f".{name}.partial"
         begun, now = _begun(work), versions()
@@ -204,12 +184,14 @@ class Run:
         if changed := _version_changes(begun[1], now):
             say(f"[{name}] was begun by other versions and goes on ({changed})")
         started = time.monotonic()
-        metrics = dict(body(work))
+        metrics = dict(step.make(job, work))
         seconds = round(time.monotonic() - started, 1)
-        manifest = {"format": FORMAT, "stage": name, "key": key, **facts}
+        manifest = {"format": FORMAT, "stage": name, "key": key, "needs": list(step.needs), "settings": settings}
+        manifest |= {"version": step.version, "title": step.title, "headline": step.headline(metrics)}
         manifest |= {"seed": self.recipe.seed, "inputs": self.inputs, "versions": now}
         manifest |= {"begun_by": begun[1]} if changed else {}
         commit(work, final, manifest | {"seconds": seconds, "metrics": metrics}, drop=WORKING)
+        self.__dict__.pop("manifests", None)
         say(f"[{name}] {seconds:,.1f} s")
 
 
@@ -298,7 +280,7 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
     before = read_json(known)
     if not isinstance(before, dict) or not {"recipe", "inputs"} <= before.keys():
         raise MoesmithError(f"{folder} exists and holds no moesmith run", "Give another --out.")
-    changed = _changes(before.get("recipe"), recipe.model_dump(mode="json"))
+    changed = _changes(_work(before), recipe.same_work())
     old = before.get("inputs", {})
     for name in ("model", "data"):
         # the same weights and text are the same wherever they lie
@@ -321,6 +303,15 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
         raise MoesmithError(
             f"{folder} holds other files beside a run that was only begun, with other settings", "Give another --out."
         )
+
+
+def _work(header: Mapping[str, Any]) -> Any:
+    """What the run of a header does, in the words of this version."""
+    values = upgraded(header)
+    try:
+        return parse(values, stored=True).same_work()
+    except MoesmithError:  # a method that is not known here, a setting that is gone: as it is
+        return values
 
 
 def _just_begun(path: Path) -> bool:

@@ -8,10 +8,10 @@ import torch
 
 from moesmith.methods.tomoe.harvest import harvest
 from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.methods.tomoe.settings import MasksSection
 from moesmith.mixture.carving import Carving
 from moesmith.parent.load import Parent
 from moesmith.parent.sizes import Sizes
-from moesmith.run.recipe import MasksSection
 
 IDS = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(1))  # not what a harvest sees
 SEEN = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(2))

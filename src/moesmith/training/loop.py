@@ -27,7 +27,7 @@ from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_metadata, read_tensors, write_tensors, write_text
 from moesmith.parent.accelerator import full, out_of_memory, release
-from moesmith.run.recipe import LoopSection, TrainSection
+from moesmith.run.settings import LoopSection, TrainSection
 from moesmith.training.losses import head_loss
 
 SAVE_SECONDS = 60.0

@@ -34,6 +34,7 @@ from moesmith.export.stock.write import Layout, stock_config, stock_reference, s
 from moesmith.export.target import Options, Source, reach_loss, stock_losses
 from moesmith.export.verify import judging, run
 from moesmith.files.artefact import hidden_beside, write_cure
+from moesmith.mixture.home import aligned
 from moesmith.parent.structure import head_dim
 
 SHORTEST = 8  # tokens, of a window that leaves something to compare
@@ -178,7 +179,7 @@ def wide_rows(D: int, heads: int, width: int) -> list[str]:
     for row, (what, name) in rows.items():
         if row % 256:
             kind = str(tensor_type(name, row, 4, 0, False)).lower()
-            found.append(f"q4_k_m keeps {what} in {kind} or larger: rows of {row}, next good {-(-row // 256) * 256}")
+            found.append(f"q4_k_m keeps {what} in {kind} or larger: rows of {row}, next good {aligned(row, 256)}")
     return found
 
 

@@ -18,11 +18,6 @@ from torch import Tensor
 CHUNK, DEVICE_CHUNK = 128, 4096
 
 
-def keep_probability(logits: Tensor, bias: float) -> Tensor:
-    """P(kept) = 1 − exp(−exp(o + b)) of :func:`gumbel_sigmoid`: a single Gumbel, not the difference of two."""
-    return -torch.expm1(-torch.exp(logits + bias))
-
-
 def median_logit(bias: float) -> float:
     """The logit o at which a unit is kept half of the time: log log 2 − b."""
     return float(torch.tensor(2.0).log().log()) - bias

@@ -8,8 +8,7 @@ when θ falls below the largest k-th-best logit of any expert or token, so all o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from moesmith.mixture.count import active_share
 from moesmith.mixture.layer import Layer
 from moesmith.mixture.moe import build
 from moesmith.native.heads import expand_pairs
+from moesmith.parent.hooks import hidden_input, hooked
 from moesmith.parent.load import Parent
 from moesmith.parent.sizes import Sizes
 from moesmith.parent.structure import attention_of, decoder_layers
@@ -197,13 +197,12 @@ def _token_ranks(masks: Masks, model: nn.Module, ids_NS: Tensor) -> list[tuple[T
     return [curve.cpu().split([sizes.h, sizes.static, sizes.h]) for curve in whole]
 
 
-@contextmanager
-def _attention_inputs(model: Any, masks: Masks, found: list[Tensor | None]) -> Iterator[None]:
+def _attention_inputs(model: Any, masks: Masks, found: list[Tensor | None]) -> AbstractContextManager[None]:
     h = masks.sizes.h
 
     def hook(index: int) -> Any:
         def see(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            x_BSD = args[0] if args else kwargs["hidden_states"]
+            x_BSD = hidden_input(args, kwargs)
             logits_TW = masks.attention[index].token_logits(x_BSD).flatten(0, 1)  # type: ignore[operator]
             vo_Th = logits_TW[:, :h]
             curve = torch.cat([ranks(vo_Th), ranks(logits_TW[:, h:]), vo_Th.amax(0)])
@@ -212,9 +211,4 @@ def _attention_inputs(model: Any, masks: Masks, found: list[Tensor | None]) -> I
         return see
 
     layers = decoder_layers(model)[1]
-    handles = [attention_of(x).register_forward_pre_hook(hook(i), with_kwargs=True) for i, x in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(((attention_of(x), hook(i)) for i, x in enumerate(layers)), before=True, kwargs=True)

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesmith.methods.tomoe.estimators import exponential, gumbel_sigmoid, gumbel_softmax, masked
+from moesmith.methods.tomoe.settings import MasksSection
 from moesmith.native.heads import expand_pairs
 from moesmith.parent.sizes import EMBEDDING, HIDDEN, LATENT, Sizes
-from moesmith.run.recipe import MasksSection
 
 
 class Hypernetwork(nn.Module):
@@ -114,7 +114,6 @@ class AttentionMasks(nn.Module):
     def __init__(self, sizes: Sizes, spec: MasksSection) -> None:
         super().__init__()
         self.sizes, self.spec, self.mask_output = sizes, spec, spec.output_mask
-        self.on = True
         self.proj_in_RD = nn.Parameter(nn.Linear(sizes.D, EMBEDDING, bias=False).weight.detach())
         self.proj_out_WR = nn.Parameter(nn.Linear(EMBEDDING, sizes.h + sizes.static, bias=False).weight.detach())
         self.norm = nn.LayerNorm(EMBEDDING)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.methods.tomoe.hypernetwork import Masks
-from moesmith.run.recipe import MasksSection
+from moesmith.methods.tomoe.settings import MasksSection
 from moesmith.training.loop import token_loss
 
 

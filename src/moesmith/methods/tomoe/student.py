@@ -11,28 +11,21 @@ from moesmith.methods.tomoe.hypernetwork import ExpertMasks, Masks
 from moesmith.mixture.attention import install
 from moesmith.mixture.moe import share
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, decoder_layers
+from moesmith.parent.structure import FFN, decoder_layers, put
 
 
 class MaskedFFN(nn.Module):
-    """A feed-forward network whose channels are masked by each token's expert.
-
-    Attributes:
-        on: whether masks act; off, it is the parent's network to the last bit.
-    """
+    """A feed-forward network whose channels are masked by each token's expert."""
 
     def __init__(self, ffn: FFN, masks: ExpertMasks) -> None:
         super().__init__()
-        self.dense, self.masks, self.on = ffn.module, masks, True
+        self.dense, self.masks = ffn.module, masks  # dense: its weights stay among the model's
         self._ffn = [ffn]
         self.twice = masks.spec.masking == "double" and ffn.up_FD is not None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(…, D) to (…, D)."""
         (ffn,) = self._ffn
-        if not self.on:
-            out: Tensor = self.dense(hidden)
-            return out
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         y_TD: Tensor = ffn.down(self.masks(x_TD, ffn.hidden(x_TD), self.twice))
         return y_TD.view_as(hidden)
@@ -46,8 +39,7 @@ def masked_model(parent: Parent, masks: Masks) -> PreTrainedModel:
     model = share(parent.model).requires_grad_(False)
     _, layers = decoder_layers(model)
     for ffn, layer, (experts, attention) in zip(parent.ffns, layers, masks.layers(), strict=True):
-        owner, name = ffn.path.rsplit(".", 1)
-        setattr(model.get_submodule(owner), name, MaskedFFN(ffn, experts))
+        put(model, ffn.path, MaskedFFN(ffn, experts))
         if attention is not None:
             install(layer, model.config, attention)
     for module in model.modules():
@@ -57,13 +49,3 @@ def masked_model(parent: Parent, masks: Masks) -> PreTrainedModel:
         elif hasattr(module, "attention_dropout"):
             still.attention_dropout = 0.0
     return model
-
-
-def switch(model: nn.Module, on: bool) -> None:
-    """Turn every mask of a :func:`masked_model` on or off."""
-    for module in model.modules():
-        gated: Any = module
-        if isinstance(module, MaskedFFN):
-            gated.on = on
-        elif hasattr(module, "head_gate"):
-            gated.head_gate.on = on

@@ -12,9 +12,7 @@ import torch
 from moesmith.errors import MoesmithError
 from moesmith.methods.tomoe.hypernetwork import Masks
 from moesmith.mixture.carving import Carving
-from moesmith.parent.load import Parent
 from moesmith.parent.sizes import Sizes
-from moesmith.run.recipe import Recipe
 
 KEPT, DROPPED = 2.0, -5.0  # mask logit plus bias: kept with probability 0.9994 and 0.0067
 
@@ -31,14 +29,9 @@ def expert_ratio(sizes: Sizes, budget: float) -> float:
         raise MoesmithError(
             f"attention alone is {attention / sizes.total:.0%} of the parameters, and masks.budget is {budget:.0%}: a "
             "carving of the feed-forward networks cannot meet it",
-            "Raise masks.budget, or set masks.start to random.",
+            "Raise masks.budget, or leave carve.start out.",
         )
     return 1 - kept
-
-
-def pruned_share(recipe: Recipe, parent: Parent) -> float:
-    """Share of channels that a recipe's carving prunes from each expert: what it says, or what masks' budget leaves."""
-    return expert_ratio(Sizes.of(parent), recipe.masks.budget) if recipe.learned else recipe.carve.ratio
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesmith.arguments import ceil_div
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.gguf.llamacpp import Answers, Questions, ask
@@ -180,4 +181,4 @@ def beyond(name: str, layers: int) -> bool:
 
 
 def _padded(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment
+    return ceil_div(size, alignment) * alignment

@@ -21,7 +21,7 @@ from moesmith.errors import MoesmithError
 from moesmith.parent.proof.reference import Past, attention
 from moesmith.parent.proof.rope import unread
 from moesmith.parent.proof.witness import demand_rope, recorded
-from moesmith.parent.structure import FFN, KINDS, attention_of, attention_window, close, decoder_layers, head_dim
+from moesmith.parent.structure import FFN, KINDS, attention_of, attention_window, close, decoder_layers, head_dim, put
 
 CHUNKS = (5, 1)  # tokens of each call: a piece of a prompt, then one token as in generation
 CACHED = 16  # keys before them, where no window asks for more
@@ -86,8 +86,7 @@ def _shallow(model: PreTrainedModel, ffns: list[FFN]) -> tuple[Any, list[nn.Modu
     place, layers = decoder_layers(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     short: Any = copy.deepcopy(model, {id(layers): nn.ModuleList(), **shared})
-    owner_path, _, name = place.rpartition(".")
-    owner: Any = short.get_submodule(owner_path)
+    owner: Any = short.get_submodule(place.rpartition(".")[0])
     for child_name, child in list(owner.named_children()):
         if not isinstance(child, nn.Embedding):
             setattr(owner, child_name, copy.deepcopy(child).float())
@@ -95,7 +94,7 @@ def _shallow(model: PreTrainedModel, ffns: list[FFN]) -> tuple[Any, list[nn.Modu
     for index in sorted({0, len(layers) - 1}):
         network: nn.Module = _Nothing()
         kept.append(copy.deepcopy(layers[index], {id(ffns[index].module): network}).float())
-    setattr(owner, name, nn.ModuleList(kept))
+    put(short, place, nn.ModuleList(kept))
     for module in short.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager"):  # others want half precision

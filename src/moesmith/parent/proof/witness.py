@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
+from moesmith.parent.hooks import hidden_input, hooked
 from moesmith.parent.proof.reference import Rope, attention
 from moesmith.parent.structure import FFN, KINDS, attention_of, close, decoder_layers
 
@@ -29,18 +30,14 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen[f"in {name}"] = args[0] if args else kwargs.get("hidden_states")
+            seen[f"in {name}"] = hidden_input(args, kwargs)
             seen[f"out {name}"] = output[0] if isinstance(output, (tuple, dict)) else output
             seen[f"rope {name}"] = kwargs.get("position_embeddings")
 
         return record
 
-    handles = [m.register_forward_hook(hook(n), with_kwargs=True) for n, m in modules.items()]
-    try:
+    with hooked(((module, hook(name)) for name, module in modules.items()), kwargs=True):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Witness:

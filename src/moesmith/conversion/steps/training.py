@@ -1,10 +1,11 @@
-"""Stages *router* (stage 1: dense router training) and *experts* (stage 2: LoRA and norms, sparse); dive.md §7."""
+"""Steps *router* (stage 1: dense router training) and *experts* (stage 2: LoRA and norms, sparse), as DIVE has them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,9 +19,10 @@ from moesmith.mixture.layer import Analytic, Linear
 from moesmith.mixture.lora import add_lora, lora_tensors
 from moesmith.mixture.moe import build, moe_blocks
 from moesmith.native.gate import Router
-from moesmith.parent.load import Parent
-from moesmith.run.pipeline import Run
-from moesmith.run.recipe import TrainSection
+from moesmith.run.recipe import Recipe
+from moesmith.run.settings import TrainSection
+from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
+from moesmith.run.step import Cost, Job, Step
 from moesmith.training.loop import Student, train
 
 
@@ -88,14 +90,36 @@ def _router(before: Linear | Analytic, trained: Router) -> Linear | Analytic:
     return Linear(trained.weight.detach().float().cpu(), noise)
 
 
-def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str, spec: TrainSection) -> Path:
-    form = "masked" if spec.gate == "dense" else "sliced"
-    distilled = spec.loss == "distill" and spec.mix > 0
+class Train(Step):
+    """A training step: routers through the dense gate in the masked form, or experts and norms in the sliced form."""
 
-    def body(work: Path) -> dict[str, Any]:
-        carving = Carving.load(run.path(before))
-        model = build(parent, carving, form)  # type: ignore[arg-type]
-        parameters = prepare(model, spec, run.recipe.seed)
+    title = "trained"
+
+    def __init__(self, recipe: Recipe, before: str) -> None:
+        super().__init__(recipe, before, "corpus")
+        self.before, self.spec = before, self.loop
+
+    @staticmethod
+    def router(recipe: Recipe, before: str) -> Step | None:
+        """Stage 1, where there are routers and text."""
+        spec = getattr(recipe, "stage1", None)
+        return TrainRouter(recipe, before) if spec is not None and spec.tokens and recipe.method.experts > 1 else None
+
+    @staticmethod
+    def experts(recipe: Recipe, before: str) -> Step | None:
+        """Stage 2, where there is text."""
+        return TrainExperts(recipe, before) if recipe.stage2.tokens else None
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """All of the section."""
+        return cast(dict[str, Any], self.spec.used())
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """A carving with what training changed; ``log.jsonl``."""
+        spec, parent, section, seed = self.spec, job.parent, self.trains, self.recipe.seed
+        carving = job.run.carving(self.before)
+        model = build(parent, carving, "masked" if spec.gate == "dense" else "sliced")
+        parameters = prepare(model, spec, seed)
         if not parameters:
             raise MoesmithError(
                 f"{section} has nothing to train: no LoRA, no norms, and a router that gets no gradient",
@@ -103,21 +127,48 @@ def _train_stage(run: Run, parent: Parent, name: str, section: str, before: str,
             )
         count = sum(p.numel() for p in parameters.values())
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
-        blocks = read_tensors(run.path("corpus") / "training.safetensors")[section]
-        teacher = parent.model if distilled else None
-        student = Student(model, teacher, spec)
-        outcome = train(student, parameters, blocks, spec, work, seed=run.recipe.seed, label=name)
+        blocks = read_tensors(job.run.path("corpus") / "training.safetensors")[section]
+        teacher = parent.model if spec.loss == "distill" and spec.mix > 0 else None
+        outcome = train(Student(model, teacher, spec), parameters, blocks, spec, work, seed=seed, label=self.name)
         harvest(model, carving, parameters).save(work)
         return outcome.metrics()
 
-    return run.stage(name, [before, "corpus"], spec.model_dump(), body)
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """How much was trained, and the loss."""
+        return (
+            f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
+            f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
+        )
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """Forward and backward, the teacher, and what the backward pass keeps."""
+        spec, sizes = self.spec, shapes.sizes
+        distilled = spec.loss == "distill"
+        if spec.gate == "dense":  # all of gate and up, and every expert's own down where they are refitted
+            extra = sizes.L * sizes.D * (shapes.E * shapes.kept - sizes.F) / sizes.total if shapes.refit else 0.0
+            student = (1 + extra) * (1 + BACKWARD)
+        else:
+            student = shapes.active * (1 + BACKWARD)
+        seconds = 0.0
+        if pace:
+            seconds = spec.tokens * ((student + distilled) / pace.blocks + (2 + distilled) * LOSS / pace.head)
+        kept = 10 * sizes.D + 5 * shapes.kept * max(1, shapes.K)
+        memory = 2 * spec.micro_batch * spec.window * sizes.L * kept
+        if spec.gate == "dense" and shapes.refit:
+            memory += 2 * sizes.L * sizes.D * sizes.F * shapes.E * shapes.itemsize
+        # fp32 master, two moments, gradient and a copy in the model's dtype; of these the masters stay
+        lora = 20 * sizes.L * shapes.E * spec.lora_rank * shapes.matrices * (sizes.D + shapes.kept)
+        disk = lora // 5 + 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down
+        return Cost("training", spec.tokens, seconds, memory + lora, None, disk)
 
 
-def router_stage(run: Run, parent: Parent, before: str) -> Path:
-    """Stage 1: the routers alone, dense gate in the masked form (dive.md §7)."""
-    return _train_stage(run, parent, "router", "stage1", before, run.recipe.stage1)
+class TrainRouter(Train):
+    """Stage 1 (DIVE): the routers alone, dense gate in the masked form."""
+
+    name, title, trains = "router", "routers trained", "stage1"
 
 
-def experts_stage(run: Run, parent: Parent, before: str) -> Path:
-    """Stage 2: LoRA on the experts and all norms, sparse gate in the sliced form (dive.md §7)."""
-    return _train_stage(run, parent, "experts", "stage2", before, run.recipe.stage2)
+class TrainExperts(Train):
+    """Stage 2 (DIVE): LoRA on the experts and all norms, sparse gate in the sliced form."""
+
+    name, title, trains = "experts", "experts trained", "stage2"

@@ -5,24 +5,23 @@ Two kinds of passes over calibration windows:
 * :func:`channel_moments`: mean and variance per channel of the ``down_proj`` input, for one domain. They are
   exact over tokens (FLAP's public estimator sums over sequences and only holds for batches of one, dive.md §3.1),
   small, and re-used for every ratio, method and clustering.
-* :func:`group_moments`: the same, and second moments per group of domains: the Gram matrix of the ``down_proj`` input
-  for a refit, and of the router input for a closed-form router. F² numbers per layer and group, so layers are
-  taken in groups that fit in memory; where all fit at once this is the only pass that a recipe needs.
+* ``stream.Stream``: second moments by group of text or by expert, of one layer after the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moesmith.arguments import ceil_div
 from moesmith.console import Meter, meter
-from moesmith.native.experts import ALIGN
 from moesmith.parent.accelerator import Sum, halving
+from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import last_hidden
 from moesmith.parent.load import Parent
 
@@ -54,7 +53,7 @@ def pool(parts: Sequence[Moments]) -> Moments:
     return Moments(sum(part.count for part in parts), mean_LF, (second_LF - mean_LF**2).clamp_min(0))
 
 
-class _Channel:
+class Channel:
     """Shifted sums of one layer's activations: exact mean and variance without cancellation."""
 
     def __init__(self) -> None:
@@ -84,19 +83,13 @@ class _Channel:
         return (mean_F + self.shift_F.cpu()).float(), variance_F.float()
 
 
-@contextmanager
-def _watch(modules: Sequence[nn.Module], sinks: Sequence[Any]) -> Iterator[None]:
+def watch(modules: Sequence[nn.Module], sinks: Sequence[Any]) -> AbstractContextManager[None]:
     """Feed each module's input, flattened to (T, width), to its sink while the ``with`` lasts."""
 
     def hook(sink: Any):  # type: ignore[no-untyped-def]
         return lambda _module, args: sink.add(args[0].detach().flatten(0, -2))
 
-    handles = [m.register_forward_pre_hook(hook(sink)) for m, sink in zip(modules, sinks, strict=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked([(m, hook(sink)) for m, sink in zip(modules, sinks, strict=True)], before=True)
 
 
 def _run(parent: Parent, windows: Tensor, batch: int, bar: Meter) -> None:
@@ -114,15 +107,15 @@ def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str 
     """
 
     def run(batch: int) -> Moments:
-        sinks = [_Channel() for _ in parent.ffns]
-        with _watch([ffn.down for ffn in parent.ffns], sinks), meter(label, windows.numel()) as bar:
+        sinks = [Channel() for _ in parent.ffns]
+        with watch([ffn.down for ffn in parent.ffns], sinks), meter(label, windows.numel()) as bar:
             _run(parent, windows, batch, bar)
         return _moments(sinks)
 
     return halving(label, parent.device, batch, run)
 
 
-def _moments(sinks: Sequence[_Channel]) -> Moments:
+def _moments(sinks: Sequence[Channel]) -> Moments:
     means, variances = zip(*(sink.result() for sink in sinks), strict=True)
     return Moments(sinks[0].count, torch.stack(means), torch.stack(variances))
 
@@ -139,7 +132,7 @@ class Second:
     gram_NN: Tensor
 
 
-class _Second:
+class Sums:
     def __init__(self, width: int = 0, device: torch.device | None = None) -> None:
         self.count = 0
         self.sum_N, self.gram_NN = torch.zeros(width, device=device), torch.zeros(width, width, device=device)
@@ -190,114 +183,19 @@ def fast_products(dtype: torch.dtype) -> Iterator[None]:
         cpu.fp32_precision, cuda.fp32_precision = before
 
 
-@dataclass
-class Group:
-    """What one group of domains has, lists over the layers that were watched.
-
-    Attributes:
-        inputs: second moments of the router's input.
-        channels: of the ``down_proj`` input; empty unless asked for.
-        domains: channel moments of each of its domains.
-    """
-
-    inputs: list[Second]
-    channels: list[Second]
-    domains: list[Moments]
+ALIGN = 16  # rows; a CPU's matrix kernels are made per shape, so few shapes serve every batch
 
 
-def group_moments(
-    parent: Parent, texts: Sequence[Sequence[Tensor]], layers: Sequence[int], *, gram: bool, batch: int = 8
-) -> list[Group]:
-    """Moments of groups of domains, in one pass.
-
-    Args:
-        parent: the dense model.
-        texts: by group and domain (N, window) token ids.
-        layers: which layers to watch in this pass.
-        gram: also collect the Gram matrix of the ``down_proj`` input, and the domains' channel moments.
-        batch: windows per forward pass.
-    """
-    watched = [parent.ffns[index] for index in layers]
-    total = sum(windows.numel() for group in texts for windows in group)
-
-    def run(batch: int) -> list[Group]:
-        results = []
-        with fast_products(parent.dtype), meter("second moments", total) as bar:
-            for group in texts:
-                inputs, channels = [_Second() for _ in watched], [_Second() for _ in watched if gram]
-                domains = []
-                with (
-                    _watch([ffn.module for ffn in watched], inputs),
-                    _watch([ffn.down for ffn in watched] if gram else [], channels),
-                ):
-                    for windows in group:
-                        sinks = [_Channel() for _ in watched if gram]
-                        with _watch([ffn.down for ffn in watched] if gram else [], sinks):
-                            _run(parent, windows, batch, bar)
-                        domains += [_moments(sinks)] if gram else []
-                results.append(Group([s.result() for s in inputs], [s.result() for s in channels], domains))
-        return results
-
-    return halving("second moments", parent.device, batch, run)
-
-
-def routed_moments(
-    parent: Parent, routers: Sequence[Tensor], ids_NS: Tensor, layers: Sequence[int], *, batch: int = 8
-) -> list[list[Second]]:
-    """Gram matrices of the ``down_proj`` input per expert, over the dense parent's tokens that a router sends to it.
-
-    Args:
-        parent: the dense model.
-        routers: every layer's router matrix (E, D), top-1.
-        ids_NS: token ids.
-        layers: which layers to watch in this pass.
-        batch: windows per forward pass.
-
-    Returns:
-        Per layer a list over experts; an expert that no token reaches has ``count`` 0 and a Gram matrix of zeros.
-    """
-    watched = [parent.ffns[index] for index in layers]
-
-    def run(batch: int) -> list[list[Second]]:
-        sinks = [_Routed(routers[index].to(parent.device), parent.F) for index in layers]
-        with (
-            fast_products(parent.dtype),
-            meter("routed moments", ids_NS.numel()) as bar,
-            _watch([ffn.module for ffn in watched], [sink.inputs for sink in sinks]),
-            _watch([ffn.down for ffn in watched], sinks),
-        ):
-            _run(parent, ids_NS, batch, bar)
-        return [[expert.result() for expert in sink.experts] for sink in sinks]
-
-    return halving("routed moments", parent.device, batch, run)
-
-
-class _Routed:
-    """Second moments by expert: what the network's input decides, its ``down`` input is added to."""
-
-    def __init__(self, router_ED: Tensor, width: int) -> None:
-        self.inputs = _Choice(router_ED)
-        self.experts = [_Second(width, router_ED.device) for _ in router_ED]
-
-    def add(self, a_TF: Tensor) -> None:
-        ids_T = self.inputs.ids_T
-        counts = torch.bincount(ids_T, minlength=len(self.experts)).tolist()  # the one question to the device
-        rows = ids_T.argsort(stable=True).split(counts)
-        for expert, mine_N, count in zip(self.experts, rows, counts, strict=True):
-            if count:
-                # rows of zeros change no sum; a CPU's kernels are made per shape, so few shapes serve every batch
-                align = ALIGN if a_TF.device.type == "cpu" else 1
-                padded_NF = a_TF.new_zeros(-(-count // align) * align, a_TF.shape[1])
-                padded_NF[:count] = a_TF[mine_N]
-                expert.add(padded_NF, count)
-
-
-class _Choice:
-    def __init__(self, router_ED: Tensor) -> None:
-        self.router_ED = router_ED
-
-    def add(self, x_TD: Tensor) -> None:
-        self.ids_T = torch.nn.functional.linear(x_TD, self.router_ED.to(x_TD.dtype)).argmax(-1)
+def rows_of(x_TN: Tensor, ids_T: Tensor, experts: int) -> Iterator[tuple[int, Tensor, int]]:
+    """Each expert that has tokens: its index, its rows with some of zeros behind them, and how many are its own."""
+    counts = torch.bincount(ids_T, minlength=experts).tolist()  # the one question to the device
+    rows = ids_T.argsort(stable=True).split(counts)
+    for expert, (mine_N, count) in enumerate(zip(rows, counts, strict=True)):
+        if count:  # rows of zeros change no sum
+            align = ALIGN if x_TN.device.type == "cpu" else 1
+            padded_NF = x_TN.new_zeros(ceil_div(count, align) * align, x_TN.shape[1])
+            padded_NF[:count] = x_TN[mine_N]
+            yield expert, padded_NF, count
 
 
 def merge(parts: Sequence[Second], weights: Sequence[float]) -> Second:
@@ -306,3 +204,8 @@ def merge(parts: Sequence[Second], weights: Sequence[float]) -> Second:
     mean = sum((w / total * part.mean_N for part, w in zip(parts, weights, strict=True)), torch.zeros(()))
     gram = sum((w / total * part.gram_NN for part, w in zip(parts, weights, strict=True)), torch.zeros(()))
     return Second(sum(part.count for part in parts), mean, gram)
+
+
+def gram_bytes(D: int, F: int, groups: int, *, gram: bool) -> int:
+    """Bytes of one layer's second moments: of router inputs, with ``gram`` also of channels, per group."""
+    return 4 * groups * (D**2 + (F**2 if gram else 0))

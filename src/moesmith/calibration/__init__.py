@@ -1,0 +1,1 @@
+"""Statistics of a parent over calibration text, one layer at a time."""

@@ -1,0 +1,257 @@
+"""Calibration text on its way through a decoder, one layer at a time: what a method sees of each layer.
+
+All tokens wait in front of a layer, in memory or on disk. A method asks there for statistics as often as it likes: by
+group of text, or by any assignment of tokens to experts that it makes of the router's input. Then the tokens go on: as
+the parent would have them (``dense``: one pass for all layers, if every layer is asked once), or through what the
+method made of the layer (``carved``).
+
+Batches pass a layer as they pass it in an ordinary forward pass, so statistics are the same to the last bit.
+
+Shapes: B sequences, S positions, T tokens, D model width, F channels, E experts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moesmith.calibration.moments import Channel, Second, Sums, fast_products, rows_of, watch
+from moesmith.console import Meter, meter
+from moesmith.errors import MoesmithError
+from moesmith.parent.layerwise import layered, starts
+from moesmith.parent.load import Parent
+from moesmith.parent.mapped import give_back
+from moesmith.parent.structure import FFN
+
+Activations = Literal["dense", "carved"]
+Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
+BATCH = 8  # windows per forward pass
+WAITING = ".waiting"  # the folder of tokens that wait on disk
+
+
+@dataclass
+class Stats:
+    """What one expert's tokens are like in one layer.
+
+    Attributes:
+        inputs: count, first and second moments of the router's input x (D).
+        channels: the same of the input of ``down_proj`` (F); ``None`` unless asked for.
+        parts: channel moments (mean and variance, (F,) fp32) of each text of the group; empty unless asked for.
+    """
+
+    inputs: Second
+    channels: Second | None = None
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many tokens they are."""
+        return self.inputs.count
+
+
+class LayerView:
+    """One layer, as a method sees it.
+
+    Attributes:
+        parent: the dense model.
+        index: which layer.
+        generator: for methods that draw at random; goes on from layer to layer.
+        groups: how many groups of text there are.
+    """
+
+    def __init__(self, parent: Parent, index: int, generator: torch.Generator, groups: int, stream: Stream) -> None:
+        self.parent, self.index, self.generator, self.groups = parent, index, generator, groups
+        self._stream = stream
+
+    @property
+    def ffn(self) -> FFN:
+        """Its feed-forward network."""
+        return self.parent.ffns[self.index]
+
+    def sample(self, tokens: int) -> Tensor:
+        """Router inputs of about so many tokens, evenly spread over all text, (T, D) fp32 on the parent's device."""
+        return self._stream.sample(self.index, tokens)
+
+    def statistics(
+        self, assign: Assign | None = None, experts: int = 0, *, gram: bool = False, parts: bool = False
+    ) -> list[Stats]:
+        """What each expert's tokens are like.
+
+        Args:
+            assign: which expert a token belongs to; the group of its text if left out.
+            experts: how many there are, with ``assign``.
+            gram: also collect the Gram matrix of the ``down_proj`` input: F² numbers per expert.
+            parts: also channel moments of each text; by group only.
+        """
+        return self._stream.statistics(self.index, assign, experts or self.groups, gram=gram, parts=parts)
+
+
+class Stream:
+    """Text waiting between two layers; a context manager.
+
+    Args:
+        parent: the dense model.
+        texts: by group and text (N, window) token ids.
+        activations: what a layer sees: the parent's, or those behind the layers that are carved.
+        folder: where tokens wait on disk that do not fit into ``room``.
+        room: bytes of memory for them.
+        batch: windows per forward pass.
+        label: what the progress line says.
+    """
+
+    def __init__(
+        self,
+        parent: Parent,
+        texts: Sequence[Sequence[Tensor]],
+        activations: Activations = "dense",
+        *,
+        folder: Path | None = None,
+        room: int = 2**30,
+        batch: int = BATCH,
+        label: str = "carve",
+    ) -> None:
+        self.parent, self.activations, self.label = parent, activations, label
+        self.model = parent.turned(layered(parent.model))
+        parts = [(g, t, windows) for g, group in enumerate(texts) for t, windows in enumerate(group)]
+        self.batches = [ids for _, _, windows in parts for ids in windows.split(batch)]
+        self.owner = [(g, t) for g, t, windows in parts for _ in windows.split(batch)]
+        self.texts = [len(group) for group in texts]
+        self.tokens = sum(ids.numel() for ids in self.batches)
+        self.options: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+        self.index = self.position = 0  # of the layer, and of the batch that passes
+        self.passed = False  # whether the tokens have gone on from the layer of the last view
+        self.scratch = None if folder is None else folder / WAITING
+        self._drop()  # of a process that was killed
+        buffers = 2 if activations == "dense" else 1
+        on_disk = self.scratch is not None and buffers * self.tokens * parent.D * parent.dtype.itemsize > room
+        self.waiting = self._buffer("waiting", on_disk)
+        self.beyond = self._buffer("beyond", on_disk) if activations == "dense" else []
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        self.waiting, self.beyond = [], []
+        self._drop()
+
+    def _drop(self) -> None:
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _buffer(self, name: str, on_disk: bool) -> list[Tensor]:
+        """A place for every batch's hidden states (B, S, D), on the CPU."""
+        D, dtype, size = self.parent.D, self.parent.dtype, self.tokens * self.parent.D
+        if on_disk and self.scratch is not None:
+            self.scratch.mkdir(exist_ok=True)
+            whole = torch.from_file(str(self.scratch / name), shared=True, size=size, dtype=dtype)
+        else:
+            whole = torch.empty(size, dtype=dtype)
+        parts = whole.split([ids.numel() * D for ids in self.batches]) if self.batches else ()
+        return [part.view(*ids.shape, D) for part, ids in zip(parts, self.batches, strict=True)]
+
+    def views(self, generator: torch.Generator) -> Iterator[LayerView]:
+        """Every layer in turn; ask it before the next one is taken."""
+        self.parent.model.eval()
+        with torch.no_grad(), meter(self.label, self.tokens) as bar:
+            self.bar: Meter = bar
+            for state_BSD, (hidden_BSD, args, options) in zip(
+                self.waiting, starts(self.model, self.batches), strict=True
+            ):
+                self.options.setdefault(tuple(hidden_BSD.shape), (args, options))
+                state_BSD.copy_(hidden_BSD)
+            for index in range(self.parent.L):
+                self.index, self.passed = index, False
+                yield LayerView(self.parent, index, generator, len(self.texts), self)
+                last = index + 1 == self.parent.L
+                if not self.passed and not last:
+                    self._pass(self.model.layer(index), keep=True)
+                if self.activations == "dense":
+                    self.waiting, self.beyond = self.beyond, self.waiting
+
+    def carved(self, make: Callable[[], nn.Module]) -> None:
+        """Send the tokens of the current layer on through what became of it; the parent's go on by themselves."""
+        if self.activations == "carved" and self.index + 1 < self.parent.L:
+            self._pass(make(), keep=True)
+
+    def _pass(self, layer: nn.Module, *, keep: bool, which: Sequence[int] | None = None) -> None:
+        """Run a layer over batches that wait; ``keep`` what comes out for the next one."""
+        into = self.beyond if self.activations == "dense" else self.waiting
+        for position in range(len(self.batches)) if which is None else which:
+            self.position, state_BSD = position, self.waiting[position]
+            args, options = self.options[tuple(state_BSD.shape)]
+            out_BSD = layer(state_BSD.to(self.parent.device), *args, **options)
+            if keep:
+                into[position].copy_(out_BSD)
+                self.bar.advance(state_BSD.shape[0] * state_BSD.shape[1] / self.parent.L)
+        self.passed |= keep
+        del layer
+        give_back()
+
+    def sample(self, index: int, tokens: int) -> Tensor:
+        """See :meth:`LayerView.sample`."""
+        found: list[Tensor] = []
+        step = max(1, self.tokens // max(1, tokens))
+        ffn = self.parent.ffns[index]
+        few = max(1, len(self.batches) // 64)  # not every batch: of these every token is looked at
+
+        class Rows:
+            def add(self, x_TD: Tensor) -> None:
+                found.append(x_TD[:: max(1, step // few)].float())
+
+        with watch([ffn.module], [Rows()]):
+            self._pass(self.model.layer(index), keep=False, which=range(0, len(self.batches), few))
+        rows_ND = torch.cat(found)
+        if len(rows_ND) > tokens:  # the first ones alone would be those of the first texts
+            rows_ND = rows_ND[torch.arange(tokens, device=rows_ND.device) * len(rows_ND) // tokens]
+        return rows_ND
+
+    def statistics(self, index: int, assign: Assign | None, experts: int, *, gram: bool, parts: bool) -> list[Stats]:
+        """See :meth:`LayerView.statistics`."""
+        ffn, device = self.parent.ffns[index], self.parent.device
+        if parts and assign is not None:
+            raise MoesmithError("parts are moments of texts, and an assignment knows none", "Leave parts out.")
+        inputs = [Sums(self.parent.D, device) for _ in range(experts)]
+        channels = [Sums(self.parent.F, device) for _ in range(experts if gram else 0)]
+        texts = [[Channel() for _ in range(count)] for count in self.texts if parts]
+        stream = self
+        ids_T: Tensor | None = None
+
+        class Inputs:
+            def add(self, x_TD: Tensor) -> None:
+                nonlocal ids_T
+                group, _ = stream.owner[stream.position]
+                if assign is None:
+                    inputs[group].add(x_TD)
+                else:
+                    ids_T = assign(x_TD, group)
+                    for expert, rows_ND, count in rows_of(x_TD, ids_T, experts):
+                        inputs[expert].add(rows_ND, count)
+
+        class Hidden:
+            def add(self, a_TF: Tensor) -> None:
+                group, text = stream.owner[stream.position]
+                if parts:
+                    texts[group][text].add(a_TF)
+                if gram and assign is None:
+                    channels[group].add(a_TF)
+                elif gram:
+                    assert ids_T is not None
+                    for expert, rows_NF, count in rows_of(a_TF, ids_T, experts):
+                        channels[expert].add(rows_NF, count)
+
+        looked = [(ffn.module, Inputs()), *([(ffn.down, Hidden())] if gram or parts else [])]
+        # the tokens may go on at once, as the parent has them
+        keep = self.activations == "dense" and not self.passed
+        with fast_products(self.parent.dtype), watch(*zip(*looked, strict=True)):
+            self._pass(self.model.layer(index), keep=keep)
+        found = []
+        for expert in range(experts):
+            own = [channel.result() for channel in texts[expert]] if parts else []
+            found.append(Stats(inputs[expert].result(), channels[expert].result() if gram else None, own))
+        return found

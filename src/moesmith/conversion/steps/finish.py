@@ -1,0 +1,252 @@
+"""Steps *baseline*, *export* (a Hugging Face folder, verified) and *evaluate* (held-out perplexity)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+from moesmith.evaluation.perplexity import geometric_mean, perplexities
+from moesmith.evaluation.routing import Recorder
+from moesmith.export.folder import SHARD_BYTES
+from moesmith.export.native import write_native
+from moesmith.export.stock.write import stock_reference, write_stock
+from moesmith.export.verify import verify_folder
+from moesmith.files.artefact import MANIFEST, SUMS, file_digest, own_list, read_json, write_json, write_list, write_text
+from moesmith.files.outputs import new_folder
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import parameters
+from moesmith.mixture.moe import decoder
+from moesmith.parent.layerwise import HELD, Decoder
+from moesmith.parent.load import Parent
+from moesmith.parent.proof.family import NATIVE
+from moesmith.parent.proof.positions import text_to_compare
+from moesmith.report.card import model_card
+from moesmith.run.folder import STOCK, Run
+from moesmith.run.pipeline import Pipeline
+from moesmith.run.recipe import Recipe
+from moesmith.run.shapes import LOSS, Pace, Shapes
+from moesmith.run.step import Cost, Job, Step
+
+CARD = "README.md"
+COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written and read
+
+
+class Baseline(Step):
+    """Perplexity per domain of the dense parent."""
+
+    name = "baseline"
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe, "held-out")
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """``parent.json``."""
+        result = _perplexities(job.parent.decoder, job.run.held_out, "parent")
+        write_json(work / "parent.json", result)
+        return {"perplexity": result["geomean"]}
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """The parent on all evaluation text."""
+        tokens = shapes.domains * self.recipe.evaluate.tokens
+        return Cost("evaluation", tokens, tokens * (1 / pace.blocks + LOSS / pace.head) if pace else 0.0)
+
+
+class Export(Step):
+    """Write ``RUN/model`` and compare its logits with the carving's own.
+
+    In the parent's stock MoE architecture, or in moesmith's own where no stock architecture holds the carving: a parent
+    without a gate, attention masked by token. Where the experts alone would fit a stock architecture ``RUN/stock`` is
+    written as well. Both are written and compared under hidden names, and get their own when the step's manifest lists
+    them: nothing unproved ever bears the name, and only what a manifest lists is replaced.
+    """
+
+    name, shared = "export", False  # the model itself lies elsewhere
+    reads = ("companions_digest",)
+
+    def __init__(self, recipe: Recipe, before: str) -> None:
+        super().__init__(recipe, before, "held-out")
+        self.before = before
+
+    def folders(self, job: Job) -> list[Path]:
+        """What is written."""
+        twin = has_stock(job.parent, job.run.carving(self.before))
+        return [job.run.folder / name for name in ("model", *(["stock"] if twin else []))]
+
+    @contextmanager
+    def prepared(self, job: Job) -> Iterator[None]:
+        """Around the step: what was finished before is checked, and made again where it is gone."""
+        folders, manifest = self.folders(job), job.run.path("export") / MANIFEST
+        if manifest.is_file() and not all((folder / "config.json").is_file() for folder in folders):
+            write_json(manifest, read_json(manifest) | {"key": None})  # made again; what it knows of the other holds
+        elif manifest.is_file():
+            for folder in folders:
+                job.run.check_files(folder.name)
+        with ExitStack() as self.places:
+            yield
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """Only the manifest is here."""
+        target, parent = job.run.model, job.parent.as_stored()
+        hidden = {folder: self.places.enter_context(_place(folder)) for folder in self.folders(job)}
+        carving = job.run.carving(self.before)
+        ids = text_to_compare(parent.config, next(iter(job.run.held_out.values())))
+        sliced = decoder(parent, carving)
+        sums = {}
+
+        def stock(folder: Path) -> dict[str, Any]:
+            written = write_stock(parent, carving, folder, parent.model.dtype)
+            return written | verify_folder(parent, folder, stock_reference(parent, carving), ids)
+
+        if parent.family != NATIVE and not carving.attention:
+            metrics = stock(hidden[target])
+            if carving.biased:  # the constant channel stands in for it: say how well
+                measured = verify_folder(parent, hidden[target], sliced, ids)
+                metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
+                say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
+        else:
+            metrics = write_native(parent, carving, hidden[target])
+            metrics |= verify_folder(parent, hidden[target], sliced, ids)
+            if has_stock(parent, carving):
+                metrics[STOCK] = stock(hidden[job.run.folder / "stock"])
+                say("  RUN/stock has no masks over attention by token: all of V and O that any token keeps is used")
+        sums = {folder.name: file_digest(place / SUMS) for folder, place in hidden.items()}
+        return metrics | {"sums": sums} | parameters(parent, carving)
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """Into what, and how exactly."""
+        text = f"{metrics['architecture']}, largest logits difference {metrics['logits_difference']:.2g}"
+        twin = metrics.get(STOCK)
+        return text + (f"; beside it in stock {twin['architecture']}" if twin else "")
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """Written, loaded again, and an fp32 copy of it beside the sliced model."""
+        s, sizes = shapes, shapes.sizes
+        again = s.dense * s.stored if s.stored != s.itemsize else 0  # the parent as it is stored, to export from
+        memory = (4 + s.stored) * s.total + again
+        shard = min(SHARD_BYTES, s.total * s.stored) + 8 * s.matrices * sizes.D * s.kept
+        # a layer sliced and copied, and in fp32 beside the shell
+        verify = (4 + 2 * s.itemsize) * s.layer + 4 * s.shell
+        models = s.total + (s.stock_total if s.native_attention else 0)
+        seconds = 6 * s.total * s.stored / COPY if pace else 0.0
+        return Cost("export", 0, seconds, memory, max(shard, verify), models * s.stored)
+
+
+@contextmanager
+def _place(folder: Path) -> Iterator[Path]:
+    """A hidden name for ``RUN/model`` or ``RUN/stock``; what bears the real one is replaced if the run lists it.
+
+    The card beside the model is its owner's to edit, and stays.
+    """
+    check_known(folder)
+    if os.path.lexists(folder / SUMS) and file_digest(folder / SUMS) != Run(folder.parent).sums(folder.name):
+        raise MoesmithError(f"{folder} is not a model that this run lists", "Delete it or move it away.")
+    with new_folder(folder, overwrite=True, apart=(CARD,)) as work:
+        yield work
+
+
+def check_known(folder: Path) -> None:
+    """Refuse to make a model where something lies that no manifest of the run lists.
+
+    Args:
+        folder: ``RUN/model`` or ``RUN/stock``.
+
+    Raises:
+        MoesmithError: it does.
+    """
+    filled = folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if filled and not Run(folder.parent).has("export"):
+        raise MoesmithError(f"{folder} is not a model that this run lists", "Delete it or move it away.")
+
+
+def has_stock(parent: Parent, carving: Carving) -> bool:
+    """Whether a run leaves ``RUN/stock`` beside ``RUN/model``: its attention is native, its experts are not."""
+    return bool(carving.attention) and parent.family != NATIVE
+
+
+class Evaluate(Step):
+    """Perplexity per domain of every step's carving beside the parent's, and the finished model's routing.
+
+    The last one is measured on ``RUN/model`` itself, loaded as anybody would load it; so is ``RUN/stock``.
+    """
+
+    name = "evaluate"
+
+    def __init__(self, recipe: Recipe, made: Sequence[str]) -> None:
+        super().__init__(recipe, "held-out", "baseline", *made, "export")
+        self.made = list(made)
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Which carvings."""
+        return {"made": self.made}
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """``evaluation.json``, ``<step>.json``, ``routing.npz``."""
+        run, parent, made, blocks = job.run, job.parent, self.made, job.run.held_out
+        results = {"parent": read_json(run.path("baseline") / "parent.json")}
+        for name in made[:-1]:
+            path = work / f"{name}.json"
+            if not path.is_file():
+                write_json(path, _perplexities(decoder(parent, run.carving(name)), blocks, name))
+            results[name] = read_json(path)
+        name, routing, last = made[-1], work / "routing.npz", run.carving(made[-1])
+        path, routed = work / f"{name}.json", last.experts > 1
+        if not path.is_file() or (routed and not routing.is_file()):
+            recorder = Recorder() if routed else None
+            found = _perplexities(run.load(parent), blocks, name, recorder)
+            if recorder is not None:
+                recorder.result(parent.tokenizer, list(blocks)).save(routing)
+            write_json(path, found)
+        results[name] = read_json(path)
+        if has_stock(parent, last):
+            path = work / "stock.json"
+            if not path.is_file():
+                write_json(path, _perplexities(run.load(parent, "stock"), blocks, "stock"))
+            results[STOCK] = read_json(path)
+        window = self.recipe.evaluate.window
+        summary = {"stages": results, "window": window, "tokens": sum(b.numel() for b in blocks.values())}
+        write_json(work / "evaluation.json", summary)
+        return {name: result["geomean"] for name, result in results.items()}
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """All perplexities."""
+        values = {k: v for k, v in metrics.items() if k != "seconds"}
+        return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """Every model on all evaluation text."""
+        tokens = len(self.made) * shapes.domains * self.recipe.evaluate.tokens
+        seconds = tokens * (shapes.active / pace.blocks + LOSS / pace.head) if pace else 0.0
+        held = min(HELD, tokens * shapes.sizes.D * shapes.itemsize)
+        layerwise = 2 * shapes.layer * shapes.itemsize + shapes.shell * shapes.itemsize + held
+        return Cost("evaluation", tokens, seconds, 0, layerwise)
+
+
+def write_card(run: Pipeline) -> None:
+    """The model card, and in ``RUN/card.sha256`` what it was: one that somebody edited since stays as it is."""
+    card = run.model / CARD
+    text, list_path, name = model_card(run), run.folder / "card.sha256", card.relative_to(run.folder).as_posix()
+    known = own_list(list_path) or {}
+    if os.path.lexists(card) and card.read_text(encoding="utf-8") != text:
+        if card.is_symlink() or file_digest(card) != known.get(name):
+            say(f"  {card} was edited and stays as it is")
+            return
+    elif os.path.lexists(card) and known.get(name) == file_digest(card):
+        return
+    write_text(card, text)
+    if known or not os.path.lexists(list_path):
+        write_list(list_path, {name: file_digest(card)})
+
+
+def _perplexities(
+    model: Decoder, blocks: dict[str, Tensor], label: str, listener: Recorder | None = None
+) -> dict[str, Any]:
+    domains = perplexities(model, blocks, label=f"perplexity of {label}", listener=listener)
+    worst = max(domains, key=lambda name: domains[name])
+    return {"domains": domains, "geomean": geometric_mean(domains.values()), "worst": worst}

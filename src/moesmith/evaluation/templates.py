@@ -1,0 +1,121 @@
+"""Multiple-choice and cloze tasks with a template of ours: ``tasks/*.yaml`` and the records beside it on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moesmith.arguments import ceil_div
+from moesmith.console import say
+from moesmith.data.text import Record, read_records, records_file
+from moesmith.errors import MoesmithError
+
+TEMPLATES = resources.files("moesmith.evaluation") / "tasks"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task with its records.
+
+    Attributes:
+        name: as the user says it; a part of a task has its subject behind it (``mmlu_anatomy``).
+        template: its YAML, a task configuration of lm-evaluation-harness without the data set.
+        test: records to answer.
+        train: records to draw examples from; empty for a zero-shot task.
+    """
+
+    name: str
+    template: dict[str, Any]
+    test: tuple[Record, ...]
+    train: tuple[Record, ...]
+
+    @property
+    def shots(self) -> int:
+        """Examples before each question: what the task asks for, or all there are."""
+        return min(self.template.get("num_fewshot", 0), len(self.train))
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics the task is reported in."""
+        return [entry["metric"] for entry in self.template["metric_list"]]
+
+
+def task_names() -> list[str]:
+    """Names of the tasks that come with a template."""
+    return sorted(Path(entry.name).stem for entry in TEMPLATES.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_task(name: str, data: Path | None) -> list[Task]:
+    """The task of a template with a local file ``<name>.test.jsonl``; its parts, when it is scored by subject.
+
+    Empty when there is no such template or no such file.
+
+    Raises:
+        MoesmithError: a record is malformed, no record has an answer, or a few-shot task has no training file.
+    """
+    if name not in task_names() or data is None or not records_file(data, f"{name}.test").is_file():
+        return []
+    template = yaml.safe_load((TEMPLATES / f"{name}.yaml").read_text(encoding="utf-8"))
+    test = _answered(records_file(data, f"{name}.test"), template)
+    train: tuple[Record, ...] = ()
+    if wanted := template.get("num_fewshot", 0):
+        train = _answered(records_file(data, f"{name}.train"), template)
+    task = Task(name, template, test, train)
+    parts = _parts(task)
+    if short := sum(part.shots < wanted for part in parts):
+        say(f"{name}: {short} of {len(parts)} parts have fewer than {wanted} examples; each shows all it has")
+    return parts
+
+
+def _parts(task: Task) -> list[Task]:
+    """One task per value of the field named by ``metadata.split_by``, in order of appearance, or the task itself."""
+    key = task.template["metadata"].get("split_by")
+    if key is None:
+        return [task]
+
+    def having(records: tuple[Record, ...], value: Any) -> tuple[Record, ...]:
+        return tuple(record for record in records if record.get(key) == value)
+
+    values = dict.fromkeys(record.get(key) for record in task.test)
+    return [
+        replace(task, name=f"{task.name}_{value}", test=having(task.test, value), train=having(task.train, value))
+        for value in values
+    ]
+
+
+def _answered(path: Path, template: dict[str, Any]) -> tuple[Record, ...]:
+    """The records of a file that have an answer; each is checked."""
+    records = read_records(path)
+    cloze = template["output_type"] == "loglikelihood"
+    for number, record in enumerate(records, 1):
+        if problem := _cloze_problem(record) if cloze else _choice_problem(record):
+            raise MoesmithError(f"{path}: record {number} has {problem}", "Mend or remove the record.")
+    answered = tuple(record for record in records if cloze or record["answer"] is not None)
+    if not answered:
+        raise MoesmithError(f"{path} has no record with an answer", "Give the labelled file.")
+    return answered
+
+
+def _cloze_problem(record: Record) -> str:
+    right = all(isinstance(record.get(key), str) and record[key] for key in ("context", "target"))
+    return "" if right else "no 'context' and 'target' texts"
+
+
+def _choice_problem(record: Record) -> str:
+    choices, answer = record.get("choices"), record.get("answer", False)
+    if not isinstance(record.get("question"), str):
+        return "no 'question' text"
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        return "no list of 'choices', two or more texts"
+    if answer is not None and (type(answer) is not int or not 0 <= answer < len(choices)):
+        return f"no 'answer' from 0 to {len(choices) - 1}"
+    return ""
+
+
+def share(limit: int | None, parts: int) -> int | None:
+    """How many items of each part make up ``limit`` items of the whole, rounded up."""
+    return None if limit is None else ceil_div(limit, parts)

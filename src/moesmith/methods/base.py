@@ -1,0 +1,226 @@
+"""What a method is. One file declares its name, paper, settings, what it needs, and gives layers; the rest follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from moesmith.calibration.stream import Activations, LayerView
+from moesmith.methods.scores import kept_channels
+from moesmith.methods.steps import Carve, Domains, windows_of
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Expert, Layer, Linear
+from moesmith.parent.load import Parent
+from moesmith.run.folder import Run
+from moesmith.run.settings import RouterTrainSection, Section
+from moesmith.run.step import Job, Step
+
+if TYPE_CHECKING:
+    from moesmith.run.recipe import Recipe
+    from moesmith.run.shapes import Shapes
+
+Compensation = Literal["none", "bias", "refit"]
+
+
+class Routed(Section):
+    """Settings of a method with several experts."""
+
+    experts: int = Field(8, ge=1, le=1024)
+    top_k: int = Field(1, ge=1, description="experts active per token")
+
+    @model_validator(mode="after")
+    def _chosen(self) -> Routed:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is above experts {self.experts}")
+        return self
+
+
+class Kept(Section):
+    """Settings of a method whose experts keep a share of the parent's channels."""
+
+    ratio: float = Field(0.5, description="share of FFN channels pruned from each expert, in [0, 1)")
+    compensation: Compensation = "bias"
+    ridge: float = Field(0.01, gt=0, description="refit: pull towards the parent's columns")
+    pool: float = Field(0.2, ge=0, le=1, description="refit: weight of the pool's Gram matrix beside the cluster's")
+
+    @model_validator(mode="after")
+    def _leaves(self) -> Kept:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio {self.ratio} leaves no channel; give a value in [0, 1)")
+        return self
+
+    def without_effect(self) -> dict[str, str]:
+        """Of a refit, where there is none."""
+        return refit_alone(self.compensation)
+
+
+def refit_alone(compensation: str) -> dict[str, str]:
+    """Why settings of a refit do nothing; empty where there is one."""
+    return {} if compensation == "refit" else dict.fromkeys(("ridge", "pool"), "carve.compensation is not refit")
+
+
+class RouterSection(Section):
+    """How routers start."""
+
+    start: Literal["random", "lda"] = "random"
+    ridge: float = Field(0.01, gt=0, description="lda: shrinkage of the pooled covariance")
+    noise: float = Field(5e-4, ge=0, description="factor of DIVE's training noise")
+
+    def without_effect(self) -> dict[str, str]:
+        """Of the discriminant analysis, where there is none."""
+        return {} if self.start == "lda" else {"ridge": "router.start is not lda"}
+
+
+ROUTING: Mapping[str, type[Section]] = {"router": RouterSection, "stage1": RouterTrainSection}
+
+
+class Method:
+    """A way to make a mixture of a dense model.
+
+    Attributes:
+        name: by which a recipe asks for it (``carve.method``).
+        title: one line for tables and cards.
+        paper: where it comes from.
+        Settings: its own settings, the recipe's section ``carve``; a setting that it ignores is not among them.
+        sections: further sections of a recipe that it reads, by name.
+        recipe: the recipe that asks for it.
+        settings: its own, of type ``Settings``.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    Settings: ClassVar[type[Section]]
+    sections: ClassVar[Mapping[str, type[Section]]] = {}
+
+    def __init__(self, recipe: Recipe, settings: Section | None = None) -> None:
+        self.recipe = recipe
+        self.settings: Any = recipe.carve if settings is None else settings
+
+    @classmethod
+    def sections_of(cls, carve: Mapping[str, Any]) -> Mapping[str, type[Section]]:
+        """The further sections with these settings."""
+        return cls.sections
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer."""
+        return int(getattr(self.settings, "experts", 1))
+
+    @property
+    def top_k(self) -> int:
+        """Of which a token visits."""
+        return int(getattr(self.settings, "top_k", 1))
+
+    def check_domains(self, names: Sequence[str], source: str) -> None:
+        """Refuse text that it cannot use.
+
+        Raises:
+            MoesmithError: too few domains, or others than it knows.
+        """
+
+    @property
+    def prunes_attention(self) -> bool:
+        """Whether attention is narrowed as well, which no stock architecture holds."""
+        return False
+
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent that it cannot use.
+
+        Raises:
+            MoesmithError: a budget that cannot be met.
+        """
+
+    def steps(self) -> list[Step]:
+        """What is to be done, in order; a step that ends in a carving has a title."""
+        raise NotImplementedError
+
+    def width(self, parent: Parent) -> int:
+        """Channels of a routed expert, as far as it is known beforehand."""
+        raise NotImplementedError
+
+    def outline(self, parent: Parent) -> Carving:
+        """A carving of the shapes that will come out, to count before there are weights.
+
+        Experts have as few channels in common as their widths allow.
+        """
+        kept, F = self.width(parent), parent.F
+        compensation = getattr(self.settings, "compensation", "none")
+        refit, bias = (torch.zeros(0) if compensation == kind else None for kind in ("refit", "bias"))
+        channels = [(torch.arange(kept) + e * kept).remainder(F).sort().values for e in range(self.experts)]
+        routed = [Expert(kept_F, refit, bias_D=bias) for kept_F in channels]
+        return Carving([Layer(routed, Linear(torch.zeros(self.experts, 0)), self.top_k)] * parent.L, F)
+
+    def about(self, run: Run) -> list[str]:
+        """What it did in a run, as lines of a model card."""
+        return [self.title]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of calibration text in every layer.
+
+    Attributes:
+        inputs: second moments of the router's input, by expert.
+        gram: the Gram matrix of the ``down_proj`` input as well.
+        passes: how often all tokens go through the layer, the way to the next one included where it is another.
+    """
+
+    inputs: bool = True
+    gram: bool = False
+    passes: float = 1.0
+
+
+class Carver(Method):
+    """A method that carves one layer after the other from calibration text: most need no more than :meth:`carve`.
+
+    Attributes:
+        version: of its mathematics: another one makes the carving of an older run again.
+        activations: what a layer sees: the parent's (``dense``), or those behind the layers already carved
+            (``carved``).
+    """
+
+    version: ClassVar[int] = 1
+    activations: ClassVar[Activations] = "dense"
+
+    def carve(self, view: LayerView) -> Layer:
+        """One layer's experts and router."""
+        raise NotImplementedError
+
+    def needs(self) -> Needs:
+        """What :meth:`carve` will ask for, so that a plan knows."""
+        return Needs(passes=1.0 if self.activations == "dense" else 2.0)
+
+    def begin(self, job: Job) -> list[list[Tensor]]:
+        """The text that layers see, by group: (N, window) token ids; every domain a group unless a method says else."""
+        windows = windows_of(job.run)
+        return [[windows[name]] for name in job.names]
+
+    def tokens(self, shapes: Shapes) -> int:
+        """How much text :meth:`begin` gives."""
+        return shapes.domains * int(self.recipe.domains.tokens)
+
+    def key(self, parent: Parent) -> dict[str, Any]:
+        """What the carving hangs on; JSON-able."""
+        return {"method": self.name, "version": self.version, "settings": self.settings.used()}
+
+    def steps(self) -> list[Step]:
+        """Calibration text, and the carving."""
+        return [Domains(self.recipe), Carve(self.recipe, self, "domains")]
+
+    def width(self, parent: Parent) -> int:
+        """What ``ratio`` leaves of the channels; for other settings say it yourself."""
+        return kept_channels(parent.F, self.settings.ratio)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the carving remembers of how it was made, such as ``clusters``: domains by expert."""
+        return {}
+
+    def metrics(self) -> dict[str, Any]:
+        """Numbers for the step's manifest, after :meth:`carve` has seen all layers."""
+        return {}

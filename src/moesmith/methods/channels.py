@@ -1,0 +1,261 @@
+"""Experts that are channels of the parent, chosen by domain: what DIVE, static masks and LLaMA-MoE share.
+
+A group of domains is an expert's text. Channels, FLAP's bias or a refitted ``down_proj``, and the router's start follow
+from one pass over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesmith.calibration.moments import Moments, Second, channel_moments, merge, pool
+from moesmith.calibration.stream import LayerView, Stats
+from moesmith.files.artefact import read_json, write_json
+from moesmith.methods.base import Carver, Needs, RouterSection
+from moesmith.methods.refit import compensation_bias, refit_down
+from moesmith.methods.router import constant_direction, lda_router, random_router
+from moesmith.methods.steps import (
+    Carve,
+    ChannelMoments,
+    Domains,
+    check_gram,
+    mean_and_most,
+    moments_of,
+    windows_of,
+)
+from moesmith.mixture.layer import Expert, Layer, Linear
+from moesmith.parent.accelerator import closed_form_device
+from moesmith.parent.load import Parent
+from moesmith.run.folder import Run
+from moesmith.run.shapes import Shapes
+from moesmith.run.step import Job, Step
+
+Part = tuple[Tensor, Tensor]  # mean and variance of every channel of one layer, (F,) each
+
+
+class Together(Step):
+    """Step *affinity* where no domains are told apart: every expert sees all of them."""
+
+    name = "affinity"
+
+    def __init__(self, method: Channels) -> None:
+        super().__init__(method.recipe, "moments")
+        self.method = method
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """The domains, and how many experts see them."""
+        return {"needed": False, "experts": self.method.experts, "names": job.names}
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """``clusters.json``."""
+        clusters = [job.names] * self.method.experts
+        write_json(work / "clusters.json", {"clusters": clusters})
+        return {"clusters": clusters}
+
+
+def clusters_of(run: Run) -> list[list[str]]:
+    """Domains by expert."""
+    found: list[list[str]] = read_json(run.path("affinity") / "clusters.json")["clusters"]
+    return found
+
+
+class Channels(Carver):
+    """A method whose experts keep channels of the parent.
+
+    Attributes:
+        ratio: share of channels that a parent's experts lose; ``settings.ratio`` unless somebody else decides.
+    """
+
+    ratio: Callable[[Parent], float]
+
+    def __init__(self, recipe: Any, settings: Any = None) -> None:
+        super().__init__(recipe, settings)
+        self.ratio = lambda parent: float(self.settings.ratio)
+
+    def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
+        """The kept channels of every expert in one layer, sorted.
+
+        Args:
+            view: the layer.
+            groups: channel moments of each expert's text; empty where :meth:`moments` says that none are needed.
+        """
+        raise NotImplementedError
+
+    @property
+    def start(self) -> RouterSection | None:
+        """How the router starts; ``None`` for a single expert, which has none."""
+        return self.recipe.router if self.experts > 1 else None
+
+    @property
+    def refit(self) -> bool:
+        """Whether every expert gets a ``down_proj`` of its own."""
+        return bool(self.settings.compensation == "refit")
+
+    @property
+    def lda(self) -> bool:
+        """Whether the router starts from a discriminant analysis."""
+        return self.start is not None and self.start.start == "lda"
+
+    def moments_tokens(self) -> int | None:
+        """Tokens of each domain whose channel moments are taken beforehand; ``None`` for all.
+
+        A refit passes over all text anyway and takes them again: before it nothing needs them but what groups domains.
+        """
+        return 0 if self.refit else None
+
+    def grouping(self) -> Step:
+        """The step that says which domains an expert is made for."""
+        return Together(self)
+
+    def steps(self) -> list[Step]:
+        """Text, statistics, groups, and the carving."""
+        moments = ChannelMoments(self.recipe, self.moments_tokens())
+        return [Domains(self.recipe), moments, self.grouping(), Carve(self.recipe, self, "affinity")]
+
+    def needs(self) -> Needs:
+        """What compensation and router ask for."""
+        return Needs(inputs=self._needed, gram=self.refit)
+
+    @property
+    def _needed(self) -> bool:
+        return self.refit or self.lda or self.settings.compensation == "bias"
+
+    def tokens(self, shapes: Shapes) -> int:
+        """All text for a refit or a discriminant analysis; a direction in D dimensions needs tokens by D."""
+        whole = super().tokens(shapes)
+        if self.refit or self.lda:
+            return whole
+        return min(whole, 32 * shapes.sizes.D) if self._needed else 0
+
+    def key(self, parent: Parent) -> dict[str, Any]:
+        """With the ratio that was decided, and what the router's start reads of other sections."""
+        found = super().key(parent)
+        found["settings"] |= {"ratio": self.ratio(parent)}
+        if self.start is not None:
+            found["router"] = self.start.used()
+        return found | ({"scale": self.recipe.stage1.gate_temperature} if self.lda else {})
+
+    def width(self, parent: Parent) -> int:
+        """What the ratio leaves."""
+        from moesmith.methods.scores import kept_channels
+
+        return kept_channels(parent.F, self.ratio(parent))
+
+    def texts(self, windows: dict[str, Tensor]) -> list[list[Tensor]]:
+        """Every expert's text."""
+        return [[windows[name] for name in names] for names in self.clusters]
+
+    def begin(self, job: Job) -> list[list[Tensor]]:
+        """Every expert's text, or a little of it where that is enough; its moments where they are known."""
+        self.clusters = clusters_of(job.run)
+        texts = self.texts(windows_of(job.run))
+        self.weights = [float(sum(map(len, text))) for text in texts]
+        self.known = self._known(job, texts)
+        self.errors: list[float] = []
+        if not self._needed:
+            return []
+        check_gram(job.parent, len(texts), gram=self.refit)
+        if self.refit or self.lda:
+            return texts
+        return [[thin(torch.cat(text), 32 * job.parent.D // len(texts))] for text in texts]
+
+    def _known(self, job: Job, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
+        """Channel moments of all layers by group; empty where they are taken in the pass, or needed by nobody."""
+        if self.moments_tokens() is not None:
+            return []
+        return [pool([moments_of(job.run, name) for name in names]) for names in self.clusters]
+
+    def carve(self, view: LayerView) -> Layer:
+        """Channels, compensation, router."""
+        parent, index = view.parent, view.index
+        stats = view.statistics(gram=self.refit, parts=self.refit and not self.known) if self._needed else []
+        if self.known:
+            groups = [(group.mean_LF[index], group.var_LF[index]) for group in self.known]
+        else:
+            groups = [_pooled(one) for one in stats]
+        routed = [Expert(kept) for kept in self.choose(view, groups)]
+        layer = Layer(routed, Linear(torch.zeros(len(routed), parent.D)), self.top_k)
+        if self.settings.compensation == "bias":
+            down_DF = view.ffn.down_DF.to(parent.device)
+            for expert, (mean_F, _) in zip(routed, groups, strict=True):
+                expert.bias_D = compensation_bias(down_DF, mean_F, expert.channels)
+        if stats:
+            layer.constant_D, error = constant_direction(merge([one.inputs for one in stats], self.weights))
+            self.errors.append(error)
+        if self.refit:
+            grams = [one.channels for one in stats if one.channels is not None]
+            refit_experts(parent, index, routed, grams, self.weights, self.settings)
+        self._route(view, layer, stats)
+        return layer
+
+    def _route(self, view: LayerView, layer: Layer, stats: Sequence[Stats]) -> None:
+        start = self.start
+        if start is None:
+            return
+        router = Linear(torch.zeros(0))
+        if start.start == "lda":
+            inputs = [one.inputs for one in stats]
+            router.weight_ED = lda_router(inputs, start.ridge, self.recipe.stage1.gate_temperature)
+        else:
+            router.weight_ED = random_router(self.experts, view.parent.D, view.generator)
+        layer.noise = start.noise
+        if start.noise:
+            router.noise_ED = random_router(self.experts, view.parent.D, view.generator)
+        layer.router = router
+
+    def provenance(self) -> dict[str, Any]:
+        """The domains of each expert."""
+        return {"clusters": self.clusters}
+
+    def metrics(self) -> dict[str, Any]:
+        """How constant the constant direction is."""
+        return mean_and_most(self.errors, "constant_direction_error")
+
+
+def _pooled(stats: Stats) -> Part:
+    """One layer of :func:`pool`."""
+    moments = [Moments(0, mean_F[None], variance_F[None]) for mean_F, variance_F in stats.parts]
+    if not moments:
+        return torch.zeros(0), torch.zeros(0)
+    pooled = pool(moments)
+    return pooled.mean_LF[0], pooled.var_LF[0]
+
+
+def thin(windows: Tensor, tokens: int) -> Tensor:
+    """Evenly spaced windows that hold about so many tokens."""
+    wanted = max(1, tokens // windows.shape[1])
+    return windows[:: max(1, len(windows) // wanted)]
+
+
+def refit_experts(
+    parent: Parent, index: int, experts: Sequence[Expert], grams: Sequence[Second], weights: Sequence[float], spec: Any
+) -> None:
+    """Give every expert a ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of everybody's mixed in.
+
+    In the parent's stored dtype on the CPU, whatever it was computed in and where: carvings are the same everywhere.
+
+    Args:
+        parent: the dense model.
+        index: of the layer.
+        experts: get their ``down_DF``.
+        grams: second moments of the ``down_proj`` input of each expert's tokens.
+        weights: of each in everybody's.
+        spec: ``ridge`` and ``pool`` (``base.Kept``).
+    """
+    down_DF = parent.ffns[index].down_DF
+    place = closed_form_device(parent.device)
+    grams = [Second(gram.count, gram.mean_N.to(place), gram.gram_NN.to(place)) for gram in grams]
+    pooled_FF = merge(grams, weights).gram_NN
+    for expert, gram in zip(experts, grams, strict=True):
+        mixed_FF = torch.lerp(gram.gram_NN, pooled_FF, spec.pool)
+        expert.down_DF = refit_down(down_DF, mixed_FF, expert.channels, spec.ridge).to("cpu", parent.stored)
+
+
+def group_moments_of(parent: Parent, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
+    """Channel moments of all layers by group of texts, each text with equal weight."""
+    return [pool([channel_moments(parent, ids) for ids in text]) for text in texts]

@@ -1,0 +1,198 @@
+"""Steps *domains* (calibration windows), *moments* (channel statistics by domain) and *carve* (a method's layers)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moesmith.arguments import ceil_div
+from moesmith.calibration.moments import Moments, channel_moments, gram_bytes
+from moesmith.calibration.stream import BATCH, Stream
+from moesmith.data.encoding import reading
+from moesmith.data.sampling import sample_windows
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_tensors, write_tensors
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import parameters
+from moesmith.mixture.layer import Layer
+from moesmith.mixture.moe import carved_layer
+from moesmith.parent.accelerator import free_memory, halving
+from moesmith.parent.layerwise import layered
+from moesmith.parent.load import Parent
+from moesmith.parent.vocabulary import readable
+from moesmith.run.folder import Run
+from moesmith.run.step import Cost, Job, Step
+
+if TYPE_CHECKING:
+    from moesmith.methods.base import Carver
+    from moesmith.run.recipe import Recipe
+    from moesmith.run.shapes import Pace, Shapes
+
+
+class Domains(Step):
+    """Calibration windows of every domain."""
+
+    name, tokenises = "domains", True
+    reads = ("text_digest", "chat_digest")
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Names, counts, and how text is read."""
+        spec, records = self.recipe.domains, {domain.name: domain.calibration for domain in job.domains}
+        found: dict[str, Any] = {"names": job.names, "tokens": spec.tokens, "window": spec.window}
+        return found | reading(records, job.parent.tokenizer)
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """``windows.safetensors``: by domain int32 (N, window)."""
+        spec, tokenizer = self.recipe.domains, job.parent.tokenizer
+        windows = {
+            domain.name: sample_windows(domain, tokenizer, spec.tokens, spec.window, self.recipe.seed)
+            for domain in job.domains
+        }
+        readable(windows, job.parent.model)
+        write_tensors(work / "windows.safetensors", {name: ids.to(torch.int32) for name, ids in windows.items()})
+        return {"calibration_tokens": {name: ids.numel() for name, ids in windows.items()}}
+
+    def windows(self) -> dict[str, int]:
+        """Of the calibration text."""
+        return {"domains.window": self.recipe.domains.window}
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """Token ids."""
+        tokens = shapes.domains * self.recipe.domains.tokens
+        return Cost(tokens=tokens, disk=4 * tokens)
+
+
+def windows_of(run: Run) -> dict[str, Tensor]:
+    """Calibration windows by domain, (N, window) int64."""
+    return {name: ids.long() for name, ids in read_tensors(run.path("domains") / "windows.safetensors").items()}
+
+
+class ChannelMoments(Step):
+    """Channel moments of the dense parent, one forward pass per domain; finished domains survive a kill.
+
+    Attributes:
+        tokens: of each domain; ``None`` for all calibration text.
+    """
+
+    name = "moments"
+
+    def __init__(self, recipe: Recipe, tokens: int | None) -> None:
+        super().__init__(recipe, "domains")
+        self.tokens = tokens
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """How many tokens."""
+        return {} if self.tokens is None else {"tokens": self.tokens}
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """``<domain>.safetensors``: count, mean and variance per layer and channel."""
+        count = None if self.tokens is None else ceil_div(self.tokens, self.recipe.domains.window)
+        windows = {name: ids[:count] for name, ids in windows_of(job.run).items()}
+        for position, name in enumerate(job.names):
+            path = work / f"{name}.safetensors"
+            if not path.is_file() and len(windows[name]):
+                label = f"moments {position + 1}/{len(job.names)} {name}"
+                write_tensors(path, channel_moments(job.parent, windows[name], label=label).tensors())
+        return {"tokens": sum(w.numel() for w in windows.values())}
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """A forward pass."""
+        tokens = shapes.domains * (self.recipe.domains.tokens if self.tokens is None else self.tokens)
+        disk = 8 * shapes.domains * shapes.sizes.L * shapes.sizes.F
+        return Cost(seconds=tokens / pace.blocks if pace else 0.0, disk=disk)
+
+
+def moments_of(run: Run, name: str) -> Moments:
+    """A domain's channel moments."""
+    return Moments.from_tensors(read_tensors(run.path("moments") / f"{name}.safetensors"))
+
+
+class Carve(Step):
+    """A method's layers, one after the other: the whole mixture before any training."""
+
+    name, title = "carve", "carved"
+
+    def __init__(self, recipe: Recipe, method: Carver, *needs: str) -> None:
+        super().__init__(recipe, *needs)
+        self.method = method
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """The method's name, version, and settings."""
+        return self.method.key(job.parent)
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """A carving."""
+        parent, method = job.parent, self.method
+        room = waiting_room(parent)
+
+        def run(batch: int) -> list[Layer]:
+            layers: list[Layer] = []
+            texts = method.begin(job)  # in every attempt: a method may count or draw as it goes on
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            with Stream(parent, texts, method.activations, folder=work, room=room, batch=batch) as stream:
+                for view in stream.views(generator):
+                    layer = method.carve(view)
+                    layer.check(parent.D, parent.F)
+                    layers.append(layer)
+                    so_far = Carving([*layers, *[layer] * (parent.L - len(layers))], parent.F)
+                    stream.carved(lambda: parent.turned(layered(parent.model, made(so_far))).layer(view.index))  # noqa: B023
+            return layers
+
+        def made(carving: Carving) -> Any:
+            return lambda index: carved_layer(parent, carving, index)
+
+        carving = Carving(halving("carve", parent.device, BATCH, run), parent.F)
+        carving.provenance = {"method": method.name, "parent": job.run.inputs} | method.provenance()
+        carving.save(work)
+        iou_LEE = carving.overlap()[:, ~torch.eye(carving.experts, dtype=torch.bool)]
+        found: dict[str, Any] = dict(method.metrics())
+        found |= {"union": round(float(carving.union().mean()), 4)} | parameters(parent, carving)
+        return found | {"overlap": round(float(iou_LEE.mean()), 4) if iou_LEE.numel() else None}
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """How much experts have in common."""
+        overlap = metrics.get("overlap")
+        return f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """The passes and matrices that the method asks for."""
+        needs, sizes = self.method.needs(), shapes.sizes
+        tokens = self.method.tokens(shapes)
+        share = sizes.L * ((0.6 * sizes.F**2 if needs.gram else 0) + (sizes.D**2 if needs.inputs else 0)) / sizes.total
+        seconds = tokens * (needs.passes + share) / pace.blocks if pace and tokens else 0.0
+        gram = shapes.gram(shapes.E + 2, channels=needs.gram)
+        states = (2 if self.method.activations == "dense" else 1) * tokens * sizes.D * shapes.itemsize
+        waiting = min(states, waiting_room(shapes.parent))
+        disk = 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down + states - waiting
+        return Cost(seconds=seconds, memory=gram + waiting, layerwise=gram + waiting, disk=disk)
+
+
+def waiting_room(parent: Parent) -> int:
+    """Bytes of memory for tokens that wait between two layers; more wait on disk."""
+    return (parent.memory or free_memory(torch.device("cpu"))) // 8
+
+
+def mean_and_most(values: list[float], name: str) -> dict[str, float]:
+    """Two metrics of a number that every layer has."""
+    return {f"{name}_mean": statistics.mean(values), f"{name}_max": max(values)} if values else {}
+
+
+def check_gram(parent: Parent, groups: int, *, gram: bool) -> None:
+    """Refuse second moments of a layer that do not fit in half of the device's free memory, or a quarter of --memory.
+
+    Raises:
+        MoesmithError: they do not.
+    """
+    per_layer = gram_bytes(parent.D, parent.F, groups, gram=gram)
+    shared = parent.memory is not None and parent.device.type == "cpu"  # --memory is the host's
+    room = (parent.memory or 0) // 4 if shared else free_memory(parent.device) // 2
+    if per_layer > room:
+        raise MoesmithError(
+            f"the Gram matrices of one layer need {per_layer / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are for them",
+            "Free memory, use fewer experts, or set carve.compensation to bias.",
+        )

@@ -1,0 +1,283 @@
+"""ToMoE (arXiv:2501.15316) as a method: masks learned over frozen weights, from scratch or from a carving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationError, field_validator
+from torch import Tensor
+
+from moesmith.calibration.stream import BATCH, Stream
+from moesmith.console import say
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_tensors, write_tensors
+from moesmith.methods.base import ROUTING, Method, refit_alone
+from moesmith.methods.channels import Channels, refit_experts
+from moesmith.methods.registry import find, register
+from moesmith.methods.steps import check_gram, waiting_room
+from moesmith.methods.tomoe.harvest import check_budget, harvest
+from moesmith.methods.tomoe.hypernetwork import Masks
+from moesmith.methods.tomoe.objective import MaskObjective
+from moesmith.methods.tomoe.settings import MasksSection
+from moesmith.methods.tomoe.student import masked_model
+from moesmith.methods.tomoe.warm import expert_ratio, start_from
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.count import parameters
+from moesmith.mixture.layer import Linear
+from moesmith.parent.accelerator import halving
+from moesmith.parent.load import Parent
+from moesmith.parent.sizes import Sizes
+from moesmith.run.folder import Run
+from moesmith.run.settings import Section
+from moesmith.run.shapes import LOSS, Pace, Shapes
+from moesmith.run.step import Cost, Job, Step
+from moesmith.training.loop import train
+
+CALIBRATION = 8192  # training tokens on which the widths of V/O are taken
+REFIT = 131_072  # training tokens whose activations a refit sees
+DECIDED = ("experts", "top_k", "ratio", "compensation", "ridge", "pool")  # of a start, by ToMoE's own settings
+
+
+def training_text(run: Run, section: str) -> Tensor:
+    """The sequences of a training stage, (N, window) int32."""
+    return read_tensors(run.path("corpus") / "training.safetensors")[section]
+
+
+@register
+class Tomoe(Method):
+    """Learned masks. A start is another method's carving, at the width that the budget leaves its experts."""
+
+    name, title = "tomoe", "masks over the parent's channels, learned by a hypernetwork over frozen weights (ToMoE)"
+    paper = "arXiv:2501.15316"
+    sections: ClassVar[Mapping[str, type[Section]]] = {"masks": MasksSection, "stage1": ROUTING["stage1"]}
+
+    class Settings(Section):
+        """Experts, what they start from, and what is put back at the end."""
+
+        method: Literal["tomoe"] = "tomoe"
+        experts: int = Field(8, ge=1, le=1024)
+        start: dict[str, Any] | None = Field(None, description="method and settings of a carving to start from")
+        compensation: Literal["none", "refit"] = "none"
+        ridge: float = Field(0.01, gt=0, description="refit: pull towards the parent's columns")
+        pool: float = Field(0.2, ge=0, le=1, description="refit: weight of the pool's Gram matrix beside the cluster's")
+
+        def without_effect(self) -> dict[str, str]:
+            """Of a refit, where there is none."""
+            return refit_alone(self.compensation)
+
+        @field_validator("start")
+        @classmethod
+        def _starts(cls, start: dict[str, Any] | None) -> dict[str, Any] | None:
+            if start is None:
+                return None
+            return {k: v for k, v in start_of(start).model_dump(mode="json").items() if k not in DECIDED}
+
+    @classmethod
+    def sections_of(cls, carve: Mapping[str, Any]) -> Mapping[str, type[Section]]:
+        """Its own and those of what it starts from."""
+        start = carve.get("start")
+        begun = find(start.get("method", "dive")).sections if isinstance(start, Mapping) else {}
+        return {**cls.sections, **begun}
+
+    @property
+    def spec(self) -> MasksSection:
+        """How masks are learned."""
+        found: MasksSection = self.recipe.masks
+        return found
+
+    @cached_property
+    def start(self) -> Channels | None:
+        """The method whose carving masks start from."""
+        if self.settings.start is None:
+            return None
+        found = start_of(self.settings.start)
+        if hasattr(found, "experts"):
+            found = found.model_copy(update={"experts": self.settings.experts})
+        method = find(found.method)(self.recipe, found)
+        assert isinstance(method, Channels)
+        method.ratio = lambda parent: expert_ratio(Sizes.of(parent), self.spec.budget)
+        return method
+
+    @property
+    def prunes_attention(self) -> bool:
+        """Unless told not to."""
+        return self.spec.attention != "none"
+
+    def check(self, parent: Parent) -> None:
+        """A budget must leave something, and text must teach it."""
+        if not self.spec.tokens:
+            raise MoesmithError("masks.tokens is 0, and masks are learned from text", "Set masks.tokens.")
+        sizes = Sizes.of(parent)
+        check_budget(sizes, self.spec.budget, self.spec.attention)
+        if self.start is not None:
+            expert_ratio(sizes, self.spec.budget)
+
+    def check_domains(self, names: Sequence[str], source: str) -> None:
+        """As the start."""
+        if self.start is not None:
+            self.start.check_domains(names, source)
+
+    def steps(self) -> list[Step]:
+        """The start, the masks, the refit."""
+        start = [] if self.start is None else self.start.steps()
+        found: list[Step] = [*start, LearnMasks(self, *(step.name for step in start[-1:]))]
+        return found + ([Refit(self)] if self.settings.compensation == "refit" else [])
+
+    def width(self, parent: Parent) -> int:
+        """What the budget leaves; from scratch as if attention and networks were pruned alike."""
+        if self.start is not None:
+            return self.start.width(parent)
+        return parent.F - int(parent.F * (1 - self.spec.budget))
+
+    def about(self, run: Run) -> list[str]:
+        """What it learned, in numbers of the run."""
+        spec, found, carving = self.spec, run.metrics("masks"), run.carving("masks")
+        start = "all channels"
+        if self.start is not None:
+            score = getattr(self.start.settings, "score", "none")
+            start = f"a carving ({self.start.name}, score {score})"
+        lines = [
+            f"{self.experts} experts, one active per token: masks over the parent's FFN channels, learned by a"
+            f" hypernetwork over frozen weights (ToMoE, {self.paper}), started from {start}",
+            f"budget: {spec.budget:.1%} of the block parameters active per token; {found['active_share']:.1%} are, each"
+            f" layer's widest expert counted; {found['union']:.1%} of the channels are kept by some expert",
+            f"the widest expert has {found['width_ffn']:,.1f} of {carving.d_ff:,} channels, mean over layers;"
+            f" compensation: {self.settings.compensation}",
+        ]
+        if not carving.attention:
+            return [*lines, "attention: the parent's, whole"]
+        h = len(carving.attention[0].qk_h)
+        qk = "the same for all tokens" if spec.attention == "hybrid" else "chosen by token"
+        return [
+            *lines,
+            f"attention: {found['width_qk']:.1f} of {h} dimensions of a Q/K head, {qk}, and at most"
+            f" {found['width_vo']:.1f} of a V/O head, chosen by token (means over layers)",
+        ]
+
+
+def start_of(start: Mapping[str, Any]) -> Any:
+    """The settings of a start; what ToMoE's own settings decide may not be among them.
+
+    Raises:
+        ValueError: a setting that it does not have, or that is decided already.
+    """
+    method = find(str(start.get("method", "dive")))
+    if not issubclass(method, Channels):
+        raise ValueError(f"masks cannot start from {method.name}")
+    if decided := [name for name in DECIDED if name in start]:
+        raise ValueError(f"start.{decided[0]} follows from the settings of tomoe; leave it out")
+    try:
+        return method.Settings.model_validate({"compensation": "none"} | dict(start))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"start.{where}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+class LearnMasks(Step):
+    """Step *masks*: train the hypernetwork over the frozen parent, and end in a carving."""
+
+    name, title, trains = "masks", "masks learned", "masks"
+
+    def __init__(self, method: Tomoe, *before: str) -> None:
+        super().__init__(method.recipe, *before, "corpus")
+        self.method, self.before = method, before
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """How masks are learned."""
+        return self.method.spec.used() | {"experts": self.method.experts}
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """A carving, ``masks.safetensors`` (all that was trained), ``log.jsonl``."""
+        parent, spec, seed = job.parent, self.method.spec, self.recipe.seed
+        masks = Masks(Sizes.of(parent), self.method.experts, spec, seed).to(parent.device)
+        for name in self.before:
+            start_from(masks, job.run.carving(name))
+        model = masked_model(parent, masks)
+        trained = {f"masks.{name}": p for name, p in masks.named_parameters()}
+        say(f"  {sum(p.numel() for p in trained.values()):,} trainable parameters, none of them the parent's")
+        blocks = training_text(job.run, "masks")
+        objective = MaskObjective(model, parent.model, masks, spec)
+        outcome = train(objective, trained, blocks, spec, work, seed=seed, label="masks")
+        few = blocks[: max(1, CALIBRATION // spec.window)].long()
+        carving, facts = harvest(masks, parent, few, {"method": "tomoe", "parent": job.run.inputs})
+        write_tensors(work / "masks.safetensors", masks.state_dict())
+        carving.save(work)
+        return outcome.metrics() | facts | parameters(parent, carving)
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """What was trained, and what is active."""
+        trained = (
+            f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
+            f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
+        )
+        return f"{trained}, {metrics['active_share']:.1%} active, union {metrics['union']:.3f}"
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """The whole parent, as much again for sampling and the masks' gradient, and the teacher."""
+        spec, sizes = self.method.spec, shapes.sizes
+        seconds = spec.tokens * (3.0 / pace.blocks + 3 * LOSS / pace.head) if pace else 0.0
+        memory = 2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 6 * sizes.F)
+        carving = 4 * sizes.L * shapes.E * (shapes.kept + sizes.D)
+        trained = sizes.trained(shapes.E)
+        return Cost("training", spec.tokens, seconds, memory, None, 12 * trained + carving)
+
+
+class Refit(Step):
+    """Step *refit*: every expert's ``down_proj`` refitted on the tokens that its router sends to it (ours).
+
+    Statistics are the dense parent's, as everywhere, over training text.
+    """
+
+    name, title = "refit", "down_proj refitted"
+
+    def __init__(self, method: Tomoe) -> None:
+        super().__init__(method.recipe, "masks", "corpus")
+        self.method = method
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Of the least squares."""
+        return {"ridge": self.method.settings.ridge, "pool": self.method.settings.pool}
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """The carving with refitted matrices."""
+        parent = job.parent
+        blocks = training_text(job.run, "masks")
+        ids_NS = blocks[: max(1, REFIT // self.method.spec.window)].long()
+        check_gram(parent, self.method.experts, gram=True)
+
+        def run(batch: int) -> tuple[Carving, Tensor]:
+            carving, tokens = job.run.carving("masks"), torch.zeros(self.method.experts)
+            room = waiting_room(parent)
+            with Stream(parent, [[ids_NS]], folder=work, room=room, batch=batch, label="refit") as stream:
+                for view in stream.views(torch.Generator()):
+                    layer = carving.layers[view.index]
+                    assert isinstance(layer.router, Linear)
+                    stats = view.statistics(
+                        _sends(layer.router.weight_ED.to(parent.device)), self.method.experts, gram=True
+                    )
+                    grams = [one.channels for one in stats if one.channels is not None]
+                    counts = [float(gram.count) for gram in grams]
+                    refit_experts(parent, view.index, layer.routed, grams, counts, self.method.settings)
+                    tokens += torch.tensor(counts)
+            return carving, tokens
+
+        carving, tokens = halving("refit", parent.device, BATCH, run)
+        carving.save(work)
+        return {"tokens": ids_NS.numel(), "share_by_expert": (tokens / tokens.sum()).tolist()}
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """A pass with Gram matrices over some training text."""
+        tokens, sizes = min(REFIT, self.method.spec.tokens), shapes.sizes
+        seconds = tokens * (1 + 0.6 * sizes.L * sizes.F**2 / sizes.total) / pace.blocks if pace else 0.0
+        gram = shapes.gram(shapes.E + 2, channels=True)
+        return Cost(seconds=seconds, memory=gram, layerwise=gram, disk=shapes.down)
+
+
+def _sends(router_ED: Tensor) -> Any:
+    """Where a top-1 router sends tokens."""
+    return lambda x_TD, _group: torch.nn.functional.linear(x_TD, router_ED.to(x_TD.dtype)).argmax(-1)

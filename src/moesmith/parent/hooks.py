@@ -1,0 +1,32 @@
+"""Hooks on modules while a ``with`` lasts, and what an attention's or a layer's hook sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def hooked(
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]], *, before: bool = False, kwargs: bool = False
+) -> Iterator[None]:
+    """Call a hook after each module's forward pass, or ``before`` it, inside the ``with``.
+
+    Args:
+        hooks: modules, each with its hook, as ``register_forward_hook`` takes them.
+        before: as ``register_forward_pre_hook``.
+        kwargs: hooks get keyword arguments as well.
+    """
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            register: Any = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.enter_context(register(hook, with_kwargs=kwargs))
+        yield
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hidden states among a call's arguments: the first one, or by name; ``None`` where there are none."""
+    return args[0] if args else kwargs.get("hidden_states")

@@ -1,0 +1,226 @@
+"""A run's folder, as everything reads it: header, steps, carvings, parent, model, evaluation.
+
+RUN/run.json, RUN/stages/<step>/manifest.json, RUN/model, RUN/stock
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moesmith.arguments import path_of
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import MANIFEST, SUMS, file_digest, read_json, read_tensors, verify_files
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.folder import REMAKE, layered_folder, load_folder
+from moesmith.parent.compute import AUTO, Device, DType, named
+from moesmith.parent.digests import tokenizer_digest
+from moesmith.parent.layerwise import Decoder
+from moesmith.parent.load import Parent, load_parent
+
+STOCK = "stock"  # the name of RUN/stock in an evaluation
+FIRST = ("held-out", "corpus", "baseline")  # steps that no other step's needs put in an order
+
+
+def finished_of(stages: Iterable[str]) -> str:
+    """The measured stage that is ``RUN/model``: the last one, the stock twin apart."""
+    return [name for name in stages if name != STOCK][-1]
+
+
+class Run:
+    """A run's folder.
+
+    Args:
+        folder: made by ``moesmith convert``, finished or not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """``run.json``: ``format``, ``recipe``, ``inputs``, ``versions``."""
+        found: dict[str, Any] = read_json(self.folder / "run.json")
+        return found
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of parent and data."""
+        found: dict[str, str] = self.header["inputs"]
+        return found
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe as values, as the version that began the run wrote it."""
+        found: dict[str, Any] = self.header["recipe"]
+        return found
+
+    @property
+    def model(self) -> Path:
+        """``RUN/model``."""
+        return self.folder / "model"
+
+    def path(self, step: str) -> Path:
+        """A step's folder."""
+        return self.folder / "stages" / step
+
+    def has(self, step: str) -> bool:
+        """Whether a step is finished."""
+        return (self.path(step) / MANIFEST).is_file()
+
+    def manifest(self, step: str) -> dict[str, Any]:
+        """A finished step's manifest.
+
+        Raises:
+            MoesmithError: there is none, or it is damaged.
+        """
+        found: dict[str, Any] = read_json(self.path(step) / MANIFEST)
+        return found
+
+    def metrics(self, step: str) -> dict[str, Any]:
+        """What a step measured; empty where it is not finished."""
+        return dict(self.manifest(step)["metrics"]) if self.has(step) else {}
+
+    @cached_property
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """Of every finished step, each behind those that it needs."""
+        from moesmith.run.legacy import described
+
+        paths = sorted(self.folder.glob(f"stages/[!.]*/{MANIFEST}"))
+        left = {path.parent.name: described(read_json(path)) for path in paths}
+        order: dict[str, dict[str, Any]] = {}
+        while left:
+            ready = [name for name, found in left.items() if not set(found.get("needs", ())) & left.keys()]
+            ready = [name for name in FIRST if name in ready] or ready or list(left)
+            order |= {name: left.pop(name) for name in ready[:1]}
+        return order
+
+    @property
+    def carved(self) -> list[str]:
+        """Finished steps that end in a carving, in order."""
+        return [name for name in self.manifests if (self.path(name) / "carving.json").is_file()]
+
+    def carving(self, step: str | None = None) -> Carving:
+        """A step's carving, or the last one.
+
+        Raises:
+            MoesmithError: there is none.
+        """
+        if step is None:
+            step = self._carved()[-1]
+        return Carving.load(self.path(step))
+
+    def _carved(self) -> list[str]:
+        if not (found := self.carved):
+            cure = "Run the same 'moesmith convert' again to continue it."
+            raise MoesmithError(f"{self.folder} is not carved yet", cure)
+        return found
+
+    @property
+    def clusters(self) -> list[list[str]]:
+        """Domains per expert as the first carving was made from them; empty where experts were made otherwise."""
+        first = self.path(self.carved[0]) / "carving.json" if self.carved else None
+        found: list[list[str]] = read_json(first)["provenance"].get("clusters", []) if first else []
+        return found
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """``evaluation.json``: ``stages``, ``window``, ``tokens``."""
+        found: dict[str, Any] = read_json(self.path("evaluate") / "evaluation.json")
+        return found
+
+    @property
+    def held_out(self) -> dict[str, Tensor]:
+        """Evaluation blocks by domain, (N, window) int64."""
+        blocks = read_tensors(self.path("held-out") / "evaluation.safetensors")
+        return {name: ids.long() for name, ids in blocks.items()}
+
+    def check_finished(self) -> None:
+        """Refuse a run that has no finished model.
+
+        Raises:
+            MoesmithError: the folder is no run, or the run is not finished.
+        """
+        assert self.header
+        if not (self.model / "config.json").is_file():
+            cure = "Run the same 'moesmith convert' again to finish it."
+            raise MoesmithError(f"{self.folder} has no finished model", cure)
+
+    def parent(self, dtype: DType | None = AUTO, device: Device = AUTO) -> Parent:
+        """The finished run's dense parent, stored as in the run.
+
+        Args:
+            dtype: what it computes in here, which need not be what the run computed in; ``None`` for the stored one.
+            device: where.
+
+        Raises:
+            MoesmithError: the run is not finished, or its parent is not the one it was made from.
+        """
+        self.check_finished()
+        inputs, stored = self.inputs, named(self.inputs["dtype"])
+        parent = load_parent(inputs["model"], stored if dtype is None else dtype, device=device, stored=stored)
+        if parent.digest != inputs["model_digest"]:
+            raise MoesmithError(
+                f"{inputs['model']} is not the parent {self.folder} was made from (weights {parent.digest},"
+                f" not {inputs['model_digest']})",
+                "Put the original weights back, or convert again.",
+            )
+        known = inputs.get("tokenizer_digest")  # runs of moesmith's first days do not say
+        if known is not None and tokenizer_digest(parent.tokenizer) != known:
+            raise MoesmithError(
+                f"the tokenizer of {inputs['model']} is not the one {self.folder} was made with",
+                "Put the original tokenizer back, or convert again.",
+            )
+        return parent
+
+    def load(self, parent: Parent, name: str = "model") -> Decoder:
+        """``RUN/model`` or ``RUN/stock``, computing as its parent does; layer by layer where the parent is run so.
+
+        Raises:
+            MoesmithError: it is damaged.
+        """
+        folder, dtype = self.folder / name, parent.dtype
+        self.check_files(name)
+        if parent.layerwise:
+            return layered_folder(folder, dtype, parent.device)
+        return load_folder(folder, dtype).to(parent.device)  # type: ignore[arg-type]
+
+    def sums(self, name: str) -> str | None:
+        """The hash of the list that ``RUN/model`` or ``RUN/stock`` was finished with."""
+        found: str | None = self.manifest("export")["metrics"].get("sums", {}).get(name)
+        return found
+
+    def check_files(self, name: str = "model") -> None:
+        """Compare every file of ``RUN/model`` or ``RUN/stock`` with its hash, and the list of hashes with the run's.
+
+        Runs of moesmith's first days have no such list.
+
+        Raises:
+            MoesmithError: a file, or the list itself, is missing or changed.
+        """
+        known, path = self.sums(name), self.folder / name / SUMS
+        if known is not None and (not path.is_file() or file_digest(path) != known):
+            raise MoesmithError(f"{path} is missing or damaged", REMAKE)
+        verify_files(self.folder / name, REMAKE)
+
+
+def open_run(folder: str | Path) -> Run:
+    """A run's folder, to read.
+
+    Raises:
+        MoesmithError: it is no run, or one of a newer moesmith.
+
+    Example:
+        >>> run = moesmith.open_run("runs/demo")              # doctest: +SKIP
+        >>> run.carving().union().mean()                      # doctest: +SKIP
+        tensor(0.91)
+    """
+    run = Run(path_of("folder", folder))
+    header = run.header
+    if not isinstance(header, dict) or not {"recipe", "inputs"} <= header.keys():
+        raise MoesmithError(f"{folder} is no moesmith run", "Give a folder made by 'moesmith convert'.")
+    return run

@@ -1,0 +1,75 @@
+"""The sizes that every prediction is made of, and this machine's speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moesmith.calibration.moments import gram_bytes
+from moesmith.mixture.count import parameters
+from moesmith.parent.load import Parent
+from moesmith.parent.proof.family import NATIVE
+from moesmith.parent.sizes import Sizes
+
+if TYPE_CHECKING:
+    from moesmith.run.recipe import Recipe
+
+# measured costs beside counted ones, see docs/lab.md
+SPARSE = 1.15  # of sorting tokens and of many small products
+BACKWARD = 1.35  # backward pass through frozen matrices, with its low-rank ones, over the forward pass
+LOSS = 1.2  # softmax over the vocabulary beside the products with the output matrix
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Tokens per second of this machine, in the parent's dtype on its device: through all blocks, and the head."""
+
+    blocks: float
+    head: float
+
+
+class Shapes:
+    """Shapes of a parent and of the mixture that a recipe makes of it; no weights are needed.
+
+    Attributes:
+        sizes: the parent's widths.
+        domains: how many domains of text.
+        kept: channels of an expert.
+        E, K: experts of a layer, and of a token.
+        refit: whether experts have a ``down_proj`` of their own.
+        trained: whether experts end as subsets of nothing, since a stage trains them.
+        itemsize, stored: bytes of a number that models compute with, and of one in the files.
+        counts: parameters of the parent, in total and active.
+        dense, total, stock_total: parameters of the parent, of the model, and of its stock twin.
+        experts: parameters of all experts, sliced.
+        layer: of one layer of the mixture; ``shell``: of embedding and head.
+        down: bytes of all refitted matrices.
+        share, active: of the parent's blocks, what a token uses, and the time that takes.
+    """
+
+    def __init__(self, recipe: Recipe, parent: Parent, domains: int, *, trained: bool = False) -> None:
+        method = recipe.method
+        self.parent, self.sizes, self.domains = parent, Sizes.of(parent), domains
+        L, D, F = parent.L, parent.D, parent.F
+        self.E, self.K, self.kept = method.experts, method.top_k, method.width(parent)
+        self.refit = getattr(method.settings, "compensation", "none") == "refit"
+        self.itemsize, self.stored = parent.dtype.itemsize, parent.stored.itemsize
+        self.matrices = self.sizes.matrices
+        carving = method.outline(parent)
+        if trained:
+            carving.lora = {"to come": carving.layers[0].routed[0].channels}
+        self.native_attention = method.prunes_attention
+        native = parent.family == NATIVE or self.native_attention
+        self.counts = parameters(parent, carving, native)
+        self.stock_total = 0 if parent.family == NATIVE else parameters(parent, carving, False)["parameters_total"]
+        self.dense, self.total = self.counts["parent_parameters"], self.counts["parameters_total"]
+        self.experts = L * self.E * self.matrices * D * self.kept
+        self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L
+        self.shell = max(0, self.dense - self.sizes.total)
+        self.down = L * self.E * D * self.kept * self.stored if self.refit else 0
+        self.share = 1 - L * self.sizes.ffn(F - self.K * self.kept) / self.sizes.total
+        self.active = SPARSE * self.share
+
+    def gram(self, groups: int, *, channels: bool) -> int:
+        """Bytes of one layer's second moments in so many groups."""
+        return gram_bytes(self.sizes.D, self.sizes.F, groups, gram=channels)

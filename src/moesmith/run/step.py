@@ -1,0 +1,128 @@
+"""A step of a conversion describes itself: its name, what it needs and hangs on, what it does, costs, and says of it.
+
+Pipeline, plan, keys, ``inspect``, card and report walk a recipe's steps; no list of their names stands anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from moesmith.data.text import Domain, Overlap
+from moesmith.parent.load import Parent
+
+if TYPE_CHECKING:
+    from moesmith.run.folder import Run
+    from moesmith.run.recipe import Recipe
+    from moesmith.run.shapes import Pace, Shapes
+
+
+@dataclass
+class Job:
+    """What every step is given.
+
+    Attributes:
+        run: the folder of the run, where finished steps are read.
+        parent: the dense model.
+        domains: its text.
+        overlap: what of each domain's evaluation text is not held out.
+    """
+
+    run: Run
+    parent: Parent
+    domains: Sequence[Domain]
+    overlap: Mapping[str, Overlap] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The domains, in order."""
+        return [domain.name for domain in self.domains]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step will take, worked out before any work.
+
+    Attributes:
+        kind: whose sum it is part of: ``calibration``, ``affinity``, ``training``, ``export`` or ``evaluation``.
+        tokens: that it reads.
+        seconds: on this machine; 0 where no pace is given.
+        memory: bytes beside the parent, and beside the mixture where there is one already.
+        layerwise: the same where one layer is in memory at a time; ``None`` where the whole model must be.
+        disk: bytes that it leaves.
+    """
+
+    kind: str = "calibration"
+    tokens: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+    layerwise: int | None = 0
+    disk: int = 0
+
+
+class Step:
+    """One stage of a conversion, a folder in ``RUN/stages``.
+
+    Attributes:
+        name: of its folder.
+        title: in a report, what it did, such as ``routers trained``; empty for a step that changes no model.
+        needs: steps whose folders it reads.
+        version: of its mathematics. Another one makes the step again; a setting that came with its neutral value does
+            not.
+        shared: whether its folder holds all that it made, so that another run may take it over.
+        reads: fingerprints of inputs that it hangs on besides weights and data.
+        tokenises: whether it turns text into tokens and computes nothing.
+        trains: the recipe's section with its training, of whose text it reads; empty for none.
+        recipe: what it is part of.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    shared: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ()
+    tokenises: ClassVar[bool] = False
+    trains: ClassVar[str] = ""
+
+    def __init__(self, recipe: Recipe, *needs: str) -> None:
+        self.recipe, self.needs = recipe, needs
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        """What its result hangs on, besides seed, inputs and what it needs; JSON-able."""
+        return {}
+
+    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
+        """Fill ``work``, where an earlier try that was killed may have left something.
+
+        Returns:
+            metrics for the manifest, JSON-able.
+
+        Raises:
+            MoesmithError: anything the user can mend.
+        """
+        raise NotImplementedError
+
+    @contextmanager
+    def prepared(self, job: Job) -> Iterator[None]:
+        """Around the step, whether it is to be made or not."""
+        yield
+
+    def windows(self) -> dict[str, int]:
+        """Tokens per sequence that the parent must be able to read, by setting."""
+        return {f"{self.trains}.window": self.loop.window} if self.trains else {}
+
+    @property
+    def loop(self) -> Any:
+        """The section with its training."""
+        return getattr(self.recipe, self.trains)
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """A line for tables about what came out."""
+        return ""
+
+    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
+        """What it will take."""
+        return Cost()
