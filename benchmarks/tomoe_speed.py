@@ -53,7 +53,7 @@ def mask_step(parent: Parent, ids: Tensor, objective: type[MaskObjective] = Mask
 
 
 class Transcribed(MaskObjective):
-    """The loss as tomoe.md §7 writes it: both sets of logits of the whole sequence in fp32."""
+    """The loss as the published code writes it: both sets of logits of the whole sequence in fp32."""
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """As the objective, without chunks."""

@@ -1,4 +1,4 @@
-"""A plain re-implementation of FLAP's published estimator, quirks included, as an oracle (dive.md §3.1)."""
+"""A plain re-implementation of FLAP's published estimator, quirks included, as an oracle."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_overlap_and_union_by_hand() -> None:
 def test_independent_random_choices_overlap_as_predicted(
     ratio: float, iou: float, union: float, tmp_path: Path
 ) -> None:
-    """dive.md §10.6."""
+    """Two random halves share a third of their union, two random quarters a seventh."""
 
     def drawn(seed: int) -> list[list[Tensor]]:
         """What four layers of TinyLlama's width keep."""
@@ -134,7 +134,7 @@ def test_independent_random_choices_overlap_as_predicted(
 
 
 def tinyllama() -> Parent:
-    """TinyLlama's shapes (dive.md §2) without its weights."""
+    """TinyLlama's shapes without its weights."""
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
         vocab_size=32000, tie_word_embeddings=False,
@@ -167,7 +167,7 @@ O_BIAS = 22 * 2048  # the published module gives every o_proj a bias of zeros; o
     ("top_k", "width", "total", "lora"), [(1, 2816, 3_384_973_312, 20_545_536), (2, 1408, 1_862_440_960, 14_598_144)]
 )
 def test_parameters_are_those_of_the_paper(top_k: int, width: int, total: int, lora: int) -> None:
-    """dive.md §2's table at TinyLlama's shapes, for the carving's own count and for what stage 2 really trains."""
+    """DIVE's table of parameters: for the carving's own count and for what stage 2 really trains."""
     parent = tinyllama()
     carving = published(parent, top_k, width)
     # as the published code stores it: exact biases, no expert sharing channels with another

@@ -1,4 +1,4 @@
-"""Gumbel operators: keep probability, straight-through gradients, the fused mask is plain autograd (tomoe.md §3)."""
+"""Gumbel operators: keep probability, straight-through gradients, the fused mask is plain autograd."""
 
 from __future__ import annotations
 

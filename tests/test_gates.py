@@ -1,4 +1,4 @@
-"""Gate semantics: weights, order, gradients (dive.md §6, field.md §2.2)."""
+"""Gate semantics: weights, order, gradients (docs/gates.md)."""
 
 from __future__ import annotations
 

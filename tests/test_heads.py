@@ -1,4 +1,4 @@
-"""Masks over the head dimension: the rotation's pairs, the scale of scores, and what a gate keeps (tomoe.md §3.4)."""
+"""Masks over the head dimension: the rotation's pairs, the scale of scores, and what a gate keeps."""
 
 from __future__ import annotations
 

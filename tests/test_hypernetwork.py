@@ -1,4 +1,4 @@
-"""What ToMoE trains: its size in closed form (tomoe.md §4), its start, and who talks to whom in the hypernetwork."""
+"""What ToMoE trains: its size in closed form, its start, and who talks to whom in the hypernetwork."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesmith.testing.parents import FAMILIES, tiny_parent
 
 @dataclass
 class Row:
-    """A row of the table in tomoe.md §4; ``parameters`` are the whole model's."""
+    """A row of the published table of sizes; ``parameters`` are the whole model's."""
 
     sizes: Sizes
     parameters: float
@@ -40,7 +40,7 @@ ROWS = {
 
 
 def shipped(sizes: Sizes, experts: int) -> int:
-    """Parameters that the finished model carries beside the parent's: routers and attention gates (tomoe.md §4)."""
+    """Parameters that the finished model carries beside the parent's: routers and attention gates."""
     gate = EMBEDDING * sizes.D + sizes.h * EMBEDDING + 3 * EMBEDDING
     return sizes.L * (sizes.D * experts + gate)
 
@@ -176,7 +176,7 @@ def test_every_module_gets_its_own_position(attention: str) -> None:
 
 
 def test_logits_are_the_published_formulas() -> None:
-    """tomoe.md §3.3 and §3.4, written out."""
+    """ToMoE's masks and attention gate (arXiv:2501.15316), written out."""
     parent = tiny_parent("phi")
     masks = tiny_masks(parent)
     ffn, gate = masks.layers()[1]

@@ -68,7 +68,7 @@ def test_every_preset_and_budget_loads_under_its_own_name() -> None:
 
 @pytest.mark.parametrize(("name", "top_k", "ratio", "temperature"), [("1of8", 1, 0.5, 0.05), ("2of8", 2, 0.75, 0.5)])
 def test_dive_is_as_published(name: str, top_k: int, ratio: float, temperature: float) -> None:
-    """dive.md §4.2 and §7."""
+    """Hyper-parameters of the paper (arXiv:2506.09351) and its published code."""
     recipe = load_recipe(f"dive-{name}")
     carve, one, two = recipe.carve, recipe.stage1, recipe.stage2
     assert (carve.experts, carve.top_k, carve.ratio) == (8, top_k, ratio)
@@ -117,7 +117,7 @@ def test_dive_plus_is_dive_but_for_what_its_preset_says() -> None:
 
 @pytest.mark.parametrize(("name", "budget"), [("tomoe-40", 0.4), ("tomoe-50", 0.5), ("tomoe-60", 0.6)])
 def test_tomoe_is_as_published(name: str, budget: float) -> None:
-    """tomoe.md §5, the released command."""
+    """Hyper-parameters of the released command (arXiv:2501.15316)."""
     recipe = load_recipe(name)
     masks = recipe.masks
     assert (recipe.method.name, recipe.method.experts, recipe.method.top_k) == ("tomoe", 8, 1)

@@ -75,7 +75,7 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def test_the_published_schedule() -> None:
-    """dive.md §7: 9,535 steps, 287 of warm-up, cosine from 1e-4 to a tenth of it; stage 1 constant without warm-up."""
+    """As published: 9,535 steps, 287 of warm-up, cosine from 1e-4 to a tenth; stage 1 constant without warm-up."""
     recipe = load_recipe("dive-1of8")
     steps = steps_of(recipe.stage2)
     rates = [learning_rate(step, steps, recipe.stage2) for step in range(steps)]
@@ -232,7 +232,7 @@ def test_the_trainable_count_by_formula() -> None:
 
 @pytest.mark.parametrize("gradient", ["none", "straight-through"])
 def test_a_top_1_router_moves_only_straight_through(tmp_path: Path, gradient: str) -> None:
-    """dive.md §6.2: the weight of a single renormalised expert is 1 and gives no gradient."""
+    """The weight of a single renormalised expert is 1 and gives no gradient."""
     spec = section(STAGE2, router_gradient=gradient)
     model, parameters = model_for(spec, tiny_parent("llama"))
     routers = {f"router.{i}": block.router.weight for i, block in enumerate(moe_blocks(model))}

@@ -3,7 +3,7 @@
 Two kinds of passes over calibration windows:
 
 * :func:`channel_moments`: mean and variance per channel of the ``down_proj`` input, for one domain. They are
-  exact over tokens (FLAP's public estimator sums over sequences and only holds for batches of one, dive.md §3.1),
+  exact over tokens (FLAP's published estimator sums over sequences and only holds for batches of one),
   small, and re-used for every ratio, method and clustering.
 * ``stream.Stream``: second moments by group of text or by expert, of one layer after the other.
 """
@@ -103,7 +103,7 @@ def _run(parent: Parent, windows: Tensor, batch: int, bar: Meter) -> None:
 def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str = "moments") -> Moments:
     """Mean and variance of every FFN channel over the tokens of ``windows`` (N, window), in one forward pass.
 
-    The variance divides by the token count; a constant factor does not change any ranking (dive.md §10.1).
+    The variance divides by the token count; a constant factor does not change any ranking.
     """
 
     def run(batch: int) -> Moments:

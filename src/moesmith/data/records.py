@@ -100,7 +100,7 @@ def as_text(record: Record) -> str:
 
 
 def fields(record: Record) -> list[str | Chat]:
-    """The texts of a record of which DIVE's sampler draws one (dive.md §4.3).
+    """The texts of a record of which DIVE's sampler draws one.
 
     A data set's description names them (``fields`` in its YAML); a pair of sentences has two; every other record is
     taken whole, so that calibration sees the text that evaluation measures.

@@ -38,7 +38,7 @@ class Packed:
 
 
 def sample_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: int, window: int, seed: int) -> Tensor:
-    """Calibration windows as DIVE draws them (dive.md §4.3), ``tokens // window`` of them.
+    """Calibration windows as DIVE's published code draws them, ``tokens // window`` of them.
 
     A domain of long texts draws a random record until it is longer than the window, and takes a random window of it.
     A domain of short texts appends random records, each tokenised by itself (with its own BOS where the tokenizer

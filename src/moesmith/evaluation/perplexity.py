@@ -28,7 +28,7 @@ from moesmith.parent.vocabulary import refuse_ids, rows_of
 
 CHUNK, DEVICE_CHUNK = 64, 512  # tokens whose logits exist at once: on a CPU, and where starting a kernel costs more
 WINDOW = 512  # a batch holds this many tokens per sequence it was asked for
-WINDOWS = (512, 1024, 2048)  # WikiText-2 lengths of the published test script (dive.md §8.1)
+WINDOWS = (512, 1024, 2048)  # WikiText-2 lengths of DIVE's published test script
 
 
 @contextmanager
@@ -129,8 +129,8 @@ def _text_nlls(
 def perplexity(model: Decoder, blocks: Tensor, batch: int = 8, *, label: str | None = None) -> float:
     """exp of the mean negative log-likelihood over all predicted tokens of ``blocks`` (N, window).
 
-    The mean over windows of each window's mean loss, as in the published test script (dive.md §8.1); infinite where
-    the exponential overflows. Raises as ``token_nll``.
+    The mean over windows of each window's mean loss, as in DIVE's published test script; infinite where the
+    exponential overflows. Raises as ``token_nll``.
     """
     return _exp_mean(token_nll(model, blocks, batch, label=label))
 
@@ -207,7 +207,7 @@ def wikitext2(
     tokens: int | None = None,
     batch: int = 8,
 ) -> dict[int, float]:
-    """WikiText-2 perplexity by window length (dive.md §8.1).
+    """WikiText-2 perplexity by window length, as DIVE's published code has it.
 
     One stream of tokens with no special ones but those the tokenizer puts at its start, windows that do not overlap,
     the remainder dropped.

@@ -1,4 +1,4 @@
-"""Domain affinity mining: which domains belong to one expert (dive.md §5).
+"""Domain affinity mining: which domains belong to one expert (DIVE, arXiv:2506.09351).
 
 DIVE prunes the parent on every domain, measures each pruned model's perplexity on every domain, and clusters the
 domains whose pruned models do alike. ``scores`` is our shortcut: domains whose channel scores correlate.
@@ -53,7 +53,7 @@ def normalise(perplexity: Array) -> Array:
 def perplexity_similarity(perplexity: Array, profile: Profile = "rows") -> Array:
     """Pearson correlation between domains of the normalised perplexity matrix (n, n).
 
-    ``rows`` compares domains as calibration sets (default, dive.md §5), ``columns`` as test sets, ``both`` is the mean.
+    ``rows`` compares domains as calibration sets, as DIVE does, ``columns`` as test sets, ``both`` is the mean.
     """
     normal = normalise(perplexity)
     rows, columns = _pearson(normal), _pearson(normal.T)
@@ -116,7 +116,7 @@ def mine(
 
 
 def published_clusters() -> dict[str, list[list[str]]]:
-    """The clusters of DIVE's code by name, e.g. ``tinyllama-50`` (dive.md §4.6)."""
+    """The clusters of DIVE's code by name, e.g. ``tinyllama-50`` (DIVE's published code)."""
     text = (files("moesmith.data") / "sets" / "clusters.yaml").read_text(encoding="utf-8")
     found: dict[str, list[list[str]]] = yaml.safe_load(text)
     return found

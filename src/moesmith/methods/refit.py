@@ -1,7 +1,7 @@
 """What pruned channels leave behind, put back in closed form.
 
-``bias`` is FLAP's compensation (dive.md §3.3): the pruned channels' mean output. ``refit`` is ours: the ``down_proj``
-that reproduces the dense output best, in the least-squares sense, from the kept channels alone.
+``bias`` is FLAP's compensation (arXiv:2312.11983): the pruned channels' mean output. ``refit`` is ours: the
+``down_proj`` that reproduces the dense output best, in the least-squares sense, from the kept channels alone.
 """
 
 from __future__ import annotations

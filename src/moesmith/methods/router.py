@@ -12,7 +12,7 @@ from moesmith.parent.accelerator import closed_form_device
 
 
 def random_router(experts: int, d_model: int, generator: torch.Generator) -> Tensor:
-    """DIVE's start (dive.md §6.1): a Linear's default, uniform in ±1/√D. Returns (E, D) fp32."""
+    """DIVE's start: a Linear's default, uniform in ±1/√D. Returns (E, D) fp32."""
     return (torch.rand(experts, d_model, generator=generator) * 2 - 1) / d_model**0.5
 
 

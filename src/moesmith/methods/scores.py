@@ -1,4 +1,4 @@
-"""Channel scores and the choice of channels (FLAP, dive.md §3.1 and §3.2)."""
+"""Channel scores and the choice of channels (FLAP, arXiv:2312.11983)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Masks over the head dimension of attention: where they act, and the gate that a finished carving keeps.
 
 Q and K share one mask and V and O another, both common to all heads of a layer, so grouped and multi-query attention
-need nothing special (tomoe.md §3.4). The masks multiply the projections' outputs, Q's and K's before a q/k norm and
-before the rotation, and the input of the output projection. Scores keep the scale of the unpruned head.
+need nothing special (ToMoE, arXiv:2501.15316). The masks multiply the projections' outputs, Q's and K's before a q/k
+norm and before the rotation, and the input of the output projection. Scores keep the scale of the unpruned head.
 
 Shapes: B sequences, S positions, D model width, h head width, R gate width.
 """
@@ -83,7 +83,7 @@ def install(layer: nn.Module, config: Any, gate: nn.Module) -> None:
 
 @dataclass
 class CarvedAttention:
-    """What a finished carving keeps of one layer's attention (tomoe.md §9).
+    """What a finished carving keeps of one layer's attention (ToMoE, arXiv:2501.15316).
 
     The gate of a token x is o = proj_out · GELU(LN(base + proj_in x)): V and O keep the dimensions with o ≥ threshold,
     the ``top_k`` highest of them if there are more, the best one if there is none. Deterministic, without noise.

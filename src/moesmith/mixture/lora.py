@@ -1,6 +1,6 @@
 """Grouped LoRA: one low-rank pair per expert and projection, beside the sliced experts.
 
-PEFT's own adapter for 3-D expert parameters refuses dropout, which DIVE trains with (dive.md §7), and shares
+PEFT's own adapter for 3-D expert parameters refuses dropout, which DIVE trains with, and shares
 one A between gate and up. Ours keeps DIVE's separate pairs, costs two small products per expert, and merges
 exactly: W' = W + (alpha / r) B A.
 """

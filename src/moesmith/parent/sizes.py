@@ -1,6 +1,6 @@
 """Widths of a decoder's blocks, and the parameter counts that follow from them: shape arithmetic, no weights needed.
 
-Only block matrices count: embeddings, head, norms and the masks' own parameters do not (tomoe.md §3.5).
+Only block matrices count: embeddings, head, norms and the masks' own parameters do not (ToMoE, arXiv:2501.15316).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Sizes:
         return self.L * (self.attention(self.h, self.h) + self.ffn(self.F))
 
     def trained(self, experts: int) -> int:
-        """Parameters that training moves: the GRU and every head (tomoe.md §4)."""
+        """Parameters that training moves: the GRU and every head (ToMoE, arXiv:2501.15316)."""
         gru = 2 * 3 * HIDDEN * (LATENT + HIDDEN + 2)
         ffn = self.D * experts + self.F * EMBEDDING + 2 * EMBEDDING
         attention = EMBEDDING * self.D + (self.h + self.static) * EMBEDDING + 2 * EMBEDDING

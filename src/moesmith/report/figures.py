@@ -54,7 +54,7 @@ def affinity_figure(
     linkage: ArrayLike | None = None,
     clusters: Sequence[Sequence[str]] = (),
 ) -> Figure:
-    """Correlation of domains as a heatmap in diagonal blocks, with the dendrogram above (dive.md §5).
+    """Correlation of domains as a heatmap in diagonal blocks, with the dendrogram above (DIVE, arXiv:2506.09351).
 
     Args:
         matrix: (n, n) correlations.

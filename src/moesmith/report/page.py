@@ -125,6 +125,8 @@ def _summary(source: Source) -> dict[str, Any]:
     found |= {"masks": source.masks or None}
     carved = source.run.carving(source.run.carved[-1]) if source.run.carved else None
     found |= {"experts": carved.experts if carved else None, "top_k": carved.top_k if carved else None}
+    if carved is not None:  # a method need not have a setting for it
+        found["carve"] = {"compensation": carved.compensation} | carve
     found["short"] = str(found["parent"]).rstrip("/").rsplit("/", 1)[-1]
     found |= {"before": None, "after": None, "domains": 0}
     try:

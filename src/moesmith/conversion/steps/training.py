@@ -42,7 +42,7 @@ def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, 
     """Set gates and adapters as the stage wants them; returns what it trains, by name.
 
     Router weights are trained where they can receive a gradient: with the dense gate, with a sparse gate of K > 1,
-    or straight-through (dive.md §6.2).
+    or straight-through (DIVE's published code).
     """
     blocks = moe_blocks(model)
     parameters: dict[str, nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""Straight-through Gumbel operators (tomoe.md §3.2) and the fused product of activations with their expert's mask.
+"""ToMoE's straight-through Gumbel operators (arXiv:2501.15316); activations times their expert's mask, fused.
 
 Noise is drawn as e ~ Exp(1); g = −log e is the Gumbel variable of the paper. A unit is kept iff o + g + b > 0, that is
 iff e · exp(−(o + b)) < 1, and its soft value is 1 / (1 + (e · exp(−(o + b)))^(1/τ)): no logarithm per element.
@@ -152,7 +152,7 @@ def masked(
         noise_NF: one Exp(1) draw per expert and channel, shared by its tokens; fresh noise per token if ``None``, as
             published.
         double: the mask multiplies both factors of a gated product, as published: s² = s forward, but a dropped
-            channel gets no gradient and a kept one twice as much (tomoe.md §3.3).
+            channel gets no gradient and a kept one twice as much (ToMoE, arXiv:2501.15316).
     """
     return _Masked.apply(  # type: ignore[no-any-return]
         v_TF, h_TR, decoder_FR, logits_NF, ids_T, noise_NF, temperature, bias, double

@@ -1,4 +1,4 @@
-"""From trained masks to a carving, deterministically and at exactly the asked budget (tomoe.md §9).
+"""From trained masks to a carving, deterministically and at exactly the asked budget (ToMoE, arXiv:2501.15316).
 
 One threshold θ decides everything: a channel, a dimension or a pair is kept iff its logit is at least θ. What counts
 against the budget are maxima: a layer's widest expert, its hungriest token. The k-th unit of such a maximum appears

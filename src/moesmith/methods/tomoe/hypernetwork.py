@@ -19,7 +19,7 @@ from moesmith.parent.sizes import EMBEDDING, HIDDEN, LATENT, Sizes
 
 
 class Hypernetwork(nn.Module):
-    """E = HN(z): embeddings of every position's experts (tomoe.md §3.1).
+    """E = HN(z): embeddings of every position's experts (ToMoE, arXiv:2501.15316).
 
     A bidirectional GRU runs over the positions, experts are its batch: layers talk to each other, experts of a layer do
     not, and differ because their z differ. z is drawn once and stays fixed (the released code trains it by accident).
@@ -39,7 +39,7 @@ class Hypernetwork(nn.Module):
 
 
 class ExpertMasks(nn.Module):
-    """Router and channel masks of one feed-forward network (tomoe.md §3.3).
+    """Router and channel masks of one feed-forward network (ToMoE, arXiv:2501.15316).
 
     Attributes:
         router_ND: W_r, top-1, its probability does not multiply the output.
@@ -95,7 +95,7 @@ class ExpertMasks(nn.Module):
 
 
 class AttentionMasks(nn.Module):
-    """Masks over the head dimension of one attention (tomoe.md §3.4): Q/K for all tokens, V/O by token.
+    """Masks over the head dimension of one attention (ToMoE, arXiv:2501.15316): Q/K for all tokens, V/O by token.
 
     With ``spec.attention`` = ``dynamic`` Q and K go by token as well: a score then sums over the dimensions that its
     query and its key both keep.

@@ -1,4 +1,4 @@
-"""ToMoE's loss: self-distillation under a budget of active parameters (tomoe.md §3.5 to §3.7)."""
+"""ToMoE's loss: self-distillation under a budget of active parameters (ToMoE, arXiv:2501.15316)."""
 
 from __future__ import annotations
 
