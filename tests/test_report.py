@@ -277,6 +277,17 @@ def test_damaged_part_is_named_and_the_rest_stays(tmp_path: Path) -> None:
     assert Reader(text).figures == {"perplexity": 1, "overlap": 2, "training": 1}
 
 
+@pytest.mark.parametrize("name", ["carving.json", "carving.safetensors"])
+def test_a_damaged_carving_leaves_the_rest(tmp_path: Path, name: str) -> None:
+    folder = fake_run(tmp_path)
+    for path in folder.glob(f"stages/*/{name}"):
+        path.write_bytes(b"nothing")
+    text = write_report(folder).read_text()
+    assert "This part could not be read" in text
+    assert f"{name} cannot be read" in text
+    assert Reader(text).figures["perplexity"] == 1
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(MoesmithError, match=r"run\.json is missing"):
         write_report(tmp_path)

@@ -19,6 +19,7 @@ from moesmith.files.artefact import read_json, write_json
 from moesmith.methods.base import Carver, Needs, RouterSection
 from moesmith.methods.refit import compensation_bias, refit_down
 from moesmith.methods.router import constant_direction, lda_router, random_router
+from moesmith.methods.scores import kept_channels
 from moesmith.methods.steps import (
     Carve,
     ChannelMoments,
@@ -82,7 +83,7 @@ class Channels(Carver):
 
         Args:
             view: the layer.
-            groups: channel moments of each expert's text; empty where :meth:`moments` says that none are needed.
+            groups: channel moments of each expert's text; empty where :meth:`moments_tokens` says that none are needed.
         """
         raise NotImplementedError
 
@@ -142,8 +143,6 @@ class Channels(Carver):
 
     def width(self, parent: Parent) -> int:
         """What the ratio leaves."""
-        from moesmith.methods.scores import kept_channels
-
         return kept_channels(parent.F, self.ratio(parent))
 
     def texts(self, windows: dict[str, Tensor]) -> list[list[Tensor]]:

@@ -38,6 +38,48 @@ def _as(parent: Parent, dtype: torch.dtype) -> str:
     return model_digest(model)
 
 
+@dataclass(frozen=True)
+class Header:
+    """What ``carving.json`` says, without the tensors beside it.
+
+    Attributes:
+        d_ff: the parent's FFN width F.
+        gates: of every layer.
+        compensation: ``refit``, ``bias`` or ``none``.
+        provenance: where the carving came from.
+    """
+
+    d_ff: int
+    gates: list[GateSpec]
+    compensation: str
+    provenance: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Header:
+        """The header of a carving's folder, written by this version or an older one.
+
+        Raises:
+            MoesmithError: the folder holds no carving, or one of a newer format.
+        """
+        found = read_json(folder / "carving.json")
+        if found["format"] > FORMAT:
+            raise MoesmithError(f"{folder} was written by a newer moesmith", "Upgrade moesmith to read it.")
+        # formats 1 and 2 have one gate for all layers
+        gates = found["gates"] if "gates" in found else [found["gate"]] * found["layers"]
+        gates = [GateSpec.read(values) for values in gates]
+        return cls(found["d_ff"], gates, found["compensation"], found["provenance"])
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of the layer that has most."""
+        return max(gate.experts for gate in self.gates)
+
+    @property
+    def top_k(self) -> int:
+        """Routed experts that a token visits in the layer where it visits most."""
+        return max(gate.top_k for gate in self.gates)
+
+
 @dataclass
 class Carving:
     """A Mixture-of-Experts as a delta on its parent. Its tensors are the CPU's, wherever the parent is.
@@ -237,24 +279,21 @@ class Carving:
             MoesmithError: the folder holds no carving, or one of a newer format.
         """
         folder = path_of("folder", folder)
-        header = read_json(folder / "carving.json")
-        if header["format"] > FORMAT:
-            raise MoesmithError(f"{folder} was written by a newer moesmith", "Upgrade moesmith to read it.")
+        header = Header.read(folder)
         tensors = read_tensors(folder / "carving.safetensors")
-        if header["format"] < 3:
-            header, tensors = _upgraded(header, tensors)
+        if "widths" in tensors:  # formats 1 and 2: of all layers in one tensor
+            tensors |= {f"{index}.widths": row_E for index, row_E in enumerate(tensors.pop("widths"))}
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
 
-        gates = [GateSpec.read(values) for values in header["gates"]]
-        gated = [part(f"{index}.attention.") for index in range(len(gates))]
+        gated = [part(f"{index}.attention.") for index in range(len(header.gates))]
         return cls(
-            layers=[_layer(part(f"{index}."), gate) for index, gate in enumerate(gates)],
-            d_ff=header["d_ff"],
+            layers=[_layer(part(f"{index}."), gate) for index, gate in enumerate(header.gates)],
+            d_ff=header.d_ff,
             lora=part("lora."),
             norms=part("norm."),
-            provenance=header["provenance"],
+            provenance=header.provenance,
             attention=[CarvedAttention(**tensors) for tensors in gated if tensors],
         )
 
@@ -307,10 +346,3 @@ def _layer(found: Mapping[str, Tensor], gate: GateSpec) -> Layer:
         own = {name: found.get(f"shared.{name}") for name in (*OWN, "bias_D")}
         shared = Expert(found["shared.channels"].long(), **own)
     return Layer(routed, router, gate.top_k, gate.mix, gate.noise, shared, found.get("constant_D"))
-
-
-def _upgraded(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A carving of formats 1 and 2: one gate for all layers, widths of all layers in one tensor."""
-    widths_LE = tensors.pop("widths")
-    header = header | {"gates": [header["gate"]] * header["layers"]}
-    return header, tensors | {f"{index}.widths": row for index, row in enumerate(widths_LE)}

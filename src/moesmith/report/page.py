@@ -123,7 +123,7 @@ def _summary(source: Source) -> dict[str, Any]:
     found: dict[str, Any] = {"recipe": recipe.get("name", "?"), "description": recipe.get("description", "")}
     found |= {"parent": inputs.get("model", "?"), "carve": carve, "router": recipe.get("router", {})} | sizes
     found |= {"masks": source.masks or None}
-    carved = source.run.carving(source.run.carved[-1]) if source.run.carved else None
+    carved = source.carved
     found |= {"experts": carved.experts if carved else None, "top_k": carved.top_k if carved else None}
     if carved is not None:  # a method need not have a setting for it
         found["carve"] = {"compensation": carved.compensation} | carve

@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moesmith.errors import MoesmithError
 from moesmith.evaluation.routing import Routing
 from moesmith.files.artefact import read_json, write_atomic
-from moesmith.mixture.carving import Carving
+from moesmith.mixture.carving import Carving, Header
 from moesmith.report import style
 from moesmith.run.folder import Run
 
@@ -75,8 +76,16 @@ class Source:
 
     @cached_property
     def experts(self) -> int:
-        """E."""
-        return self.run.carving(self.run.carved[0]).experts if self.run.carved else 0
+        """E; by the groups of domains where the carving does not say."""
+        return self.carved.experts if self.carved else len(self.clusters)
+
+    @cached_property
+    def carved(self) -> Header | None:
+        """What the last carving's header says; ``None`` where there is none, or a damaged one, as its section says."""
+        try:
+            return Header.read(self.stage(self.run.carved[-1])) if self.run.carved else None
+        except MoesmithError:
+            return None
 
     @cached_property
     def clusters(self) -> list[list[str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from moesmith.arguments import path_of
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import MANIFEST, SUMS, file_digest, read_json, read_tensors, verify_files
-from moesmith.mixture.carving import Carving
+from moesmith.mixture.carving import Carving, Header
 from moesmith.mixture.folder import REMAKE, layered_folder, load_folder
 from moesmith.parent.compute import AUTO, Device, DType, named
 from moesmith.parent.digests import tokenizer_digest
@@ -123,8 +123,8 @@ class Run:
     @property
     def clusters(self) -> list[list[str]]:
         """Domains per expert as the first carving was made from them; empty where experts were made otherwise."""
-        first = self.path(self.carved[0]) / "carving.json" if self.carved else None
-        found: list[list[str]] = read_json(first)["provenance"].get("clusters", []) if first else []
+        first = Header.read(self.path(self.carved[0])) if self.carved else None
+        found: list[list[str]] = first.provenance.get("clusters", []) if first else []
         return found
 
     @property
@@ -138,6 +138,10 @@ class Run:
         """Evaluation blocks by domain, (N, window) int64."""
         blocks = read_tensors(self.path("held-out") / "evaluation.safetensors")
         return {name: ids.long() for name, ids in blocks.items()}
+
+    def training(self, section: str) -> Tensor:
+        """The sequences of a training stage, by its section of the recipe, (N, window) int32."""
+        return read_tensors(self.path("corpus") / "training.safetensors")[section]
 
     def check_finished(self) -> None:
         """Refuse a run that has no finished model.

@@ -16,8 +16,8 @@ from moesmith.errors import MoesmithError
 from moesmith.files.artefact import digest, finished, read_json
 from moesmith.parent.sizes import Sizes
 from moesmith.run.fingerprints import folder_companions
-from moesmith.run.recipe import Recipe, parse
-from moesmith.run.step import Job, Step
+from moesmith.run.recipe import Recipe, keys, kind_of, parse
+from moesmith.run.step import Job, Step, trained
 
 if TYPE_CHECKING:
     from moesmith.run.pipeline import Pipeline
@@ -40,8 +40,6 @@ def upgraded(header: Mapping[str, Any]) -> dict[str, Any]:
         values["carve"] = {"method": "tomoe"} | own | ({"start": begun} if start == "carving" else {})
         values["masks"] = masks
     try:
-        from moesmith.run.recipe import keys, kind_of
-
         known = keys(kind_of(values))
     except MoesmithError:
         return values
@@ -65,7 +63,6 @@ class Legacy:
 
     def __init__(self, folder: Path, header: dict[str, Any], recipe: Recipe) -> None:
         self.folder, self.header, self.recipe = folder, header, recipe
-        self.new: dict[str, str] = {}  # keys that its steps would have in this version
         self.keys: dict[str, str] = {}  # of format 2
         self.oldest: dict[str, str] = {}  # without a format
 
@@ -184,11 +181,7 @@ def described(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _headline(name: str, metrics: Mapping[str, Any]) -> str:
     if "trainable" in metrics:
-        text = (
-            f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
-            f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
-        )
-        return text + (f", {metrics['active_share']:.1%} active" if "active_share" in metrics else "")
+        return trained(metrics) + (f", {metrics['active_share']:.1%} active" if "active_share" in metrics else "")
     if name == "evaluate":
         return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in metrics.items())
     if name == "export":

@@ -63,6 +63,14 @@ class Cost:
     disk: int = 0
 
 
+def trained(metrics: Mapping[str, Any]) -> str:
+    """How much a step trained, and its loss, from the metrics of its manifest."""
+    return (
+        f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
+        f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
+    )
+
+
 class Step:
     """One stage of a conversion, a folder in ``RUN/stages``.
 

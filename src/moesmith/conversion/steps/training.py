@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_tensors
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Analytic, Linear
 from moesmith.mixture.lora import add_lora, lora_tensors
@@ -22,7 +21,7 @@ from moesmith.native.gate import Router
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import TrainSection
 from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
-from moesmith.run.step import Cost, Job, Step
+from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import Student, train
 
 
@@ -127,7 +126,7 @@ class Train(Step):
             )
         count = sum(p.numel() for p in parameters.values())
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
-        blocks = read_tensors(job.run.path("corpus") / "training.safetensors")[section]
+        blocks = job.run.training(section)
         teacher = parent.model if spec.loss == "distill" and spec.mix > 0 else None
         outcome = train(Student(model, teacher, spec), parameters, blocks, spec, work, seed=seed, label=self.name)
         harvest(model, carving, parameters).save(work)
@@ -135,10 +134,7 @@ class Train(Step):
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """How much was trained, and the loss."""
-        return (
-            f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
-            f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
-        )
+        return trained(metrics)
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Forward and backward, the teacher, and what the backward pass keeps."""

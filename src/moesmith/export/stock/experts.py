@@ -31,9 +31,11 @@ class StockLayer:
     """One layer on disk.
 
     Attributes:
-        router_ED: the router.
-        experts: makes the matrices of routed expert ``e`` (a model's experts are not in memory together).
-        shared: the shared expert's, or ``None`` where the architecture has none.
+        parent: the dense model, whose rows the experts are made of.
+        carving: what it was carved into.
+        index: of the layer.
+        home: the architecture, and what it asks of numbers. Matrices are made one expert at a time: a model's are not
+            in memory together.
     """
 
     parent: Parent

@@ -14,7 +14,7 @@ from torch import Tensor
 from moesmith.calibration.stream import BATCH, Stream
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_tensors, write_tensors
+from moesmith.files.artefact import write_tensors
 from moesmith.methods.base import ROUTING, Method, refit_alone
 from moesmith.methods.channels import Channels, refit_experts
 from moesmith.methods.registry import find, register
@@ -34,17 +34,12 @@ from moesmith.parent.sizes import Sizes
 from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
-from moesmith.run.step import Cost, Job, Step
+from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 
 CALIBRATION = 8192  # training tokens on which the widths of V/O are taken
 REFIT = 131_072  # training tokens whose activations a refit sees
 DECIDED = ("experts", "top_k", "ratio", "compensation", "ridge", "pool")  # of a start, by ToMoE's own settings
-
-
-def training_text(run: Run, section: str) -> Tensor:
-    """The sequences of a training stage, (N, window) int32."""
-    return read_tensors(run.path("corpus") / "training.safetensors")[section]
 
 
 @register
@@ -198,11 +193,11 @@ class LearnMasks(Step):
         for name in self.before:
             start_from(masks, job.run.carving(name))
         model = masked_model(parent, masks)
-        trained = {f"masks.{name}": p for name, p in masks.named_parameters()}
-        say(f"  {sum(p.numel() for p in trained.values()):,} trainable parameters, none of them the parent's")
-        blocks = training_text(job.run, "masks")
+        learned = {f"masks.{name}": p for name, p in masks.named_parameters()}
+        say(f"  {sum(p.numel() for p in learned.values()):,} trainable parameters, none of them the parent's")
+        blocks = job.run.training("masks")
         objective = MaskObjective(model, parent.model, masks, spec)
-        outcome = train(objective, trained, blocks, spec, work, seed=seed, label="masks")
+        outcome = train(objective, learned, blocks, spec, work, seed=seed, label="masks")
         few = blocks[: max(1, CALIBRATION // spec.window)].long()
         carving, facts = harvest(masks, parent, few, {"method": "tomoe", "parent": job.run.inputs})
         write_tensors(work / "masks.safetensors", masks.state_dict())
@@ -211,11 +206,7 @@ class LearnMasks(Step):
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """What was trained, and what is active."""
-        trained = (
-            f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
-            f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
-        )
-        return f"{trained}, {metrics['active_share']:.1%} active, union {metrics['union']:.3f}"
+        return f"{trained(metrics)}, {metrics['active_share']:.1%} active, union {metrics['union']:.3f}"
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """The whole parent, as much again for sampling and the masks' gradient, and the teacher."""
@@ -246,7 +237,7 @@ class Refit(Step):
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """The carving with refitted matrices."""
         parent = job.parent
-        blocks = training_text(job.run, "masks")
+        blocks = job.run.training("masks")
         ids_NS = blocks[: max(1, REFIT // self.method.spec.window)].long()
         check_gram(parent, self.method.experts, gram=True)
 
