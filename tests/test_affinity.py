@@ -45,7 +45,7 @@ def test_any_number_of_clusters_is_exact(n: int, data: st.DataObject) -> None:
 
 
 def test_more_clusters_than_domains_is_refused() -> None:
-    with pytest.raises(MoesmithError, match="8 experts need at least as many domains, and there are 3"):
+    with pytest.raises(MoesmithError, match="8 experts need at least as many domains, but there are 3"):
         affinity.cluster(np.eye(3), 8)
 
 

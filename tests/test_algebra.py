@@ -110,7 +110,7 @@ def test_both_forms_are_the_formula(family: str, name: str) -> None:
     x_TD = torch.randn(9, parent.D)
     for form in ("masked", "sliced"):
         if form == "masked" and "own matrices" in name:
-            with pytest.raises(MoesmithError, match="layer 0 has experts of their own gate and up rows"):
+            with pytest.raises(MoesmithError, match="layer 0 has experts with their own gate and up rows"):
                 build(parent, carving, "masked")
             continue
         blocks = moe_blocks(build(parent, carving, form))  # type: ignore[arg-type]

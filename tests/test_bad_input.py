@@ -74,7 +74,7 @@ RECIPES: dict[str, tuple[str, list[str], str]] = {
     "more experts than domains": (
         "dive-plus",
         ["carve.experts=5"],
-        r"5 experts need at least as many domains, and \S+ holds 4. Add domains or set carve.experts to 4",
+        r"5 experts need at least as many domains, but \S+ holds 4. Add domains or set carve.experts to 4",
     ),
     "one domain": (
         "dive-plus",
@@ -101,7 +101,7 @@ def test_an_unknown_budget(world: World) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("base: dive-plus\ncarve: {experts: 4", "mine.yaml is not valid YAML: .* Mend the file"),
+        ("base: dive-plus\ncarve: {experts: 4", "mine.yaml is not valid YAML: .* Fix the file"),
         ("[dive-plus]", "mine.yaml is not a recipe. A recipe is a YAML mapping"),
         (
             "base: dive-plus\ncarve: {expert: 4}",
@@ -118,7 +118,7 @@ def test_a_malformed_recipe_file(world: World, text: str, says: str) -> None:
 
 METHODS: dict[str, tuple[str | None, str]] = {
     "missing": (None, r"no method file \S+mine\.py\. Give a Python file"),
-    "that cannot be run": ("import nowhere", r"mine\.py cannot be run: ModuleNotFoundError: .* Mend the file"),
+    "that cannot be run": ("import nowhere", r"mine\.py cannot be run: ModuleNotFoundError: .* Fix the file"),
     "that registers nothing": ("x = 1", r"mine\.py registers no method\. Put @register"),
 }
 
@@ -225,7 +225,7 @@ def test_a_malformed_list_of_data_sets(world: World) -> None:
 
 def test_not_enough_memory(world: World) -> None:
     world.patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-    convert_is_refused(world, r"about \S+ GiB of memory and 0\.0 GiB are free\. Lower micro_batch", [], "dive-plus")
+    convert_is_refused(world, r"about \S+ GiB of memory, but 0\.0 GiB are free\. Lower micro_batch", [], "dive-plus")
 
 
 def test_not_enough_disk(world: World) -> None:

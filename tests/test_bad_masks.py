@@ -71,9 +71,9 @@ SIZES: dict[str, tuple[list[str], str]] = {
     ),
     "a carving that attention leaves no room": (
         ["carve.start={method: dive}", "masks.budget=0.3"],
-        r"attention alone is 33% of the parameters, and masks\.budget is 30%: .* Raise masks\.budget, or leave carve",
+        r"attention alone is 33% of the parameters, but masks\.budget is 30%: .* Raise masks\.budget, or leave carve",
     ),
-    "no text": (["masks.tokens=0"], r"masks\.tokens is 0, and masks are learned from text\. Set masks\.tokens"),
+    "no text": (["masks.tokens=0"], r"masks\.tokens is 0, but masks are learned from text\. Set masks\.tokens"),
     "window longer than the model": (
         ["masks.window=1024", "masks.tokens=2048"],
         r"masks\.window is 1024, but the model reads 512 tokens\. Lower masks\.window",

@@ -177,7 +177,7 @@ def test_special_tokens_that_swallow_white_space_as_phi3s_do(tmp_path: Path) -> 
 
 def test_special_tokens_that_no_file_can_describe_are_named(tmp_path: Path) -> None:
     source, out = marked_source(tmp_path / "run", {"<|user|>": True, "<|end|>": False}), tmp_path / "moe.gguf"
-    said = "<|user|> swallow the white space beside them, which llama.cpp keeps"
+    said = "<|user|> swallow the white space next to them, which llama.cpp keeps"
     assert said in Gguf().lost(source, Options(quant="f32"))
     Gguf().write(source, out, Options(quant="f32"))
     Gguf().verify(source, out, IDS)

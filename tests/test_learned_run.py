@@ -130,7 +130,7 @@ def test_the_report_shows_masks_without_clusters(learned: Run) -> None:
     assert tuple(found.sections) == (*SECTIONS[:3], "masks", *SECTIONS[3:])
     assert found.figures == {"perplexity": 1, "overlap": 2, "masks": 1, "training": 1, "routing": 3}
     assert re.findall(r'<p class="absent">(?!The colours)([^<]*)', page) == [
-        "This run did not mine affinity: no matrix decided who shares an expert."
+        "This run did not mine affinity: no matrix decided which domains share an expert."
     ]
     metrics = learned.manifest("masks")["metrics"]
     stages = read_json(learned.path("evaluate") / "evaluation.json")["stages"]

@@ -90,7 +90,7 @@ def test_its_settings_are_checked(tmp_path: Path) -> None:
         ("1 / 0\n", "cannot be run: ZeroDivisionError: division by zero"),
         ("from moesmith.methods.dive import Dive\nfrom moesmith.methods.registry import register\n"
          "@register\nclass Other(Dive):\n    name = 'dive'\n", "there is a method dive already"),
-        ("from moesmith.methods.registry import register\n@register\nclass Odd:\n    pass\n", "Odd is no method"),
+        ("from moesmith.methods.registry import register\n@register\nclass Odd:\n    pass\n", "Odd is not a method"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_method(text: str | None, says: str, tmp_path: Path) -> None:

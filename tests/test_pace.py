@@ -33,7 +33,7 @@ def test_times(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "15", "m", "-3m", "15 minutes", "1h30", "soon"])
 def test_no_times(text: str) -> None:
-    with pytest.raises(MoesmithError, match=r"is no time\. Write it like 15m"):
+    with pytest.raises(MoesmithError, match=r"is not a time\. Write it like 15m"):
         parse_time(text)
 
 
@@ -65,7 +65,7 @@ def test_text_that_fits_into_a_time(preset: str) -> None:
         found.append(sum(tokens_of(fitted).values()))
     assert found == sorted(found)
     assert times[-1] > 0.8 * 60 * 40  # it is made use of
-    with pytest.raises(MoesmithError, match=r"takes at least .* min on this machine, whatever little text"):
+    with pytest.raises(MoesmithError, match=r"takes at least .* min on this machine, however little text"):
         fit_time(recipe, parent, 8, 3, PACE)
 
 
@@ -109,4 +109,4 @@ def test_a_plan_within_a_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert answer.status == 0
     assert "--set stage2.tokens=" in answer.err
     assert "computes in" in answer.out
-    assert moesmith(*words, "--time", "soon").err.startswith("moesmith: 'soon' is no time")
+    assert moesmith(*words, "--time", "soon").err.startswith("moesmith: 'soon' is not a time")

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_run_layer_by_layer(tmp_path: Path) -> None:
         parent = conversion._open(str(tmp_path / "m"), shapes, "cpu", recipe, 4, room)
         assert parent.layerwise is layerwise
         check_room(plan, tmp_path / "run", parent, room)
-    with pytest.raises(MoesmithError, match=r"needs about 0\.5 GiB of memory and 0\.2 GiB are free"):
+    with pytest.raises(MoesmithError, match=r"needs about 0\.5 GiB of memory, but 0\.2 GiB are free"):
         check_room(plan, tmp_path / "run", parent, 2 * 10**8)
     trained = load_recipe("dive-1of8", None, tiny_settings("dive-1of8"))
     assert make_plan(trained, parent, 4).memory_layerwise is None
@@ -89,7 +89,7 @@ def test_too_little_memory_is_one_line(home: Path, tmp_path: Path) -> None:
     words += [word for setting in tiny_settings("dive-1of8") for word in ("--set", setting)]
     answer = moesmith(*words, "--memory", "1MB")
     assert answer.status == 2
-    assert "of memory and 0.0 GiB are free" in answer.err
+    assert "of memory, but 0.0 GiB are free" in answer.err
     assert not (tmp_path / "run").exists()
     assert "is no size of memory" in moesmith(*words, "--memory", "much").err
 

@@ -252,5 +252,5 @@ def test_channels_that_are_not_there() -> None:
     parent = tiny_parent("llama")
     carving = random_carving(parent)
     carving.layers[1].routed[0].channels = carving.layers[1].routed[0].channels + parent.F
-    with pytest.raises(MoesmithError, match="layer 1 of the carving keeps channels that are not there"):
+    with pytest.raises(MoesmithError, match="layer 1 of the carving keeps channels that the parent does not have"):
         moesmith.build(parent, carving)

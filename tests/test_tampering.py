@@ -149,7 +149,7 @@ def test_another_tokenizer(home: Path, run: Path, where: str, tmp_path: Path) ->
         words[1] = arguments("dive-plus", own, home / "d", run)
         says = [
             r"the tokenizer of \S+m is not the one \S+run was made with\. Put the original tokenizer back",
-            r"run with other settings: the model's tokenizer was another one \(\w{16}, is \w{16}\)\. Give another",
+            r"run with other settings: the model's tokenizer has changed \(was \w{16}, is \w{16}\)\. Give another",
         ]
     before = snapshot(tmp_path)
     for command, line in zip(words, says, strict=True):

@@ -242,12 +242,12 @@ def test_export_command(finished: Path, tmp_path: Path) -> None:
     [
         (["--to", "onnx", "--out", "x"], "there is no target onnx"),
         (["--out", "x"], "no target is given"),
-        (["--to", "hf"], "it is not said where to write"),
+        (["--to", "hf"], "there is no output to write to"),
         (["--to", "hf", "--out", "x", "--quant", "q8_0"], "the target hf has no --quant"),
         (["--to", "native", "--out", "x", "--untie"], "the target native has no --untie"),
         (["--to", "gguf", "--out", "x.gguf", "--shard-size", "5GB"], "the target gguf has no --shard-size"),
         (["--to", "gguf", "--out", "x.gguf", "--quant", "q3"], "--quant q3 is not known"),
-        (["--to", "gguf", "--out", "x"], "x is no name of a .gguf file"),
+        (["--to", "gguf", "--out", "x"], "x is not the name of a .gguf file"),
         (["--to", "hf", "--out", "x", "--shard-size", "big"], "'big' is no size of a file"),
         (["--to", "hf", "--out", "x", "--shard-size", "5"], "--shard-size 5 is too small"),
     ],
@@ -266,6 +266,6 @@ def test_what_holds_no_model_is_not_written_over(finished: Path, tmp_path: Path)
         with pytest.raises(MoesmithError, match=says):
             check_out(out, TARGETS["hf"], finished)
     (tmp_path / "a.gguf").mkdir()
-    with pytest.raises(MoesmithError, match="is no name of"):
+    with pytest.raises(MoesmithError, match="is not the name of"):
         check_out(tmp_path / "a.gguf", TARGETS["gguf"], finished)
     refused(moesmith("export", tmp_path, "--explain"), "run.json is missing")

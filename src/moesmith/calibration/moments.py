@@ -5,7 +5,7 @@ Two kinds of passes over calibration windows:
 * :func:`channel_moments`: mean and variance per channel of the ``down_proj`` input, for one domain. They are
   exact over tokens (FLAP's published estimator sums over sequences and only holds for batches of one),
   small, and re-used for every ratio, method and clustering.
-* ``stream.Stream``: second moments by group of text or by expert, of one layer after the other.
+* ``stream.Stream``: second moments by group of text or by expert, one layer after the other.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class Moments:
     var_LF: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, to save."""
+        """Return the moments as named tensors, to save."""
         return {"count": torch.tensor(self.count), "mean": self.mean_LF, "var": self.var_LF}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Moments:
-        """The reverse of :meth:`tensors`."""
+        """Read what :meth:`tensors` returned."""
         return cls(int(tensors["count"]), tensors["mean"], tensors["var"])
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
-    """Moments of several domains together, each domain with equal weight, whatever its token count."""
+    """Pool the moments of several domains, each domain with equal weight, whatever its token count."""
     if len(parts) == 1:
         return parts[0]
     mean_LF = torch.stack([part.mean_LF for part in parts]).mean(0)
@@ -76,7 +76,7 @@ class Channel:
         self.count += len(a_TF)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance, (F,) fp32 on the CPU."""
+        """Return mean and variance, (F,) fp32 on the CPU."""
         assert self.shift_F is not None
         mean_F = self.sum_F.value() / self.count
         variance_F = (self.square_F.value() / self.count - mean_F**2).clamp_min(0)
@@ -93,7 +93,7 @@ def watch(modules: Sequence[nn.Module], sinks: Sequence[Any]) -> AbstractContext
 
 
 def _run(parent: Parent, windows: Tensor, batch: int, bar: Meter) -> None:
-    """Forward passes without the output head: no statistic needs logits."""
+    """Run forward passes without the output head: no statistic needs logits."""
     parent.model.eval()
     with torch.no_grad():
         for _ in last_hidden(parent.decoder, windows.split(batch), bar=bar):
@@ -101,7 +101,7 @@ def _run(parent: Parent, windows: Tensor, batch: int, bar: Meter) -> None:
 
 
 def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str = "moments") -> Moments:
-    """Mean and variance of every FFN channel over the tokens of ``windows`` (N, window), in one forward pass.
+    """Compute mean and variance of every FFN channel over the tokens of ``windows`` (N, window) in one forward pass.
 
     The variance divides by the token count; a constant factor does not change any ranking.
     """
@@ -138,7 +138,7 @@ class Sums:
         self.sum_N, self.gram_NN = torch.zeros(width, device=device), torch.zeros(width, width, device=device)
 
     def add(self, x_TN: Tensor, count: int | None = None) -> None:
-        """Add rows; ``count`` where some of them are padding."""
+        """Add rows; give ``count`` if some of them are padding."""
         x_TN = x_TN.float()
         if self.count == 0:
             self.sum_N = torch.zeros_like(x_TN[0])
@@ -159,14 +159,14 @@ BLOCK = 384  # rows of a Gram matrix that are computed together: products stay l
 
 
 def _blocks(width: int) -> Iterator[slice]:
-    """Consecutive slices that cover ``width`` rows."""
+    """Cut ``width`` rows into consecutive slices."""
     for start in range(0, width, BLOCK):
         yield slice(start, min(start + BLOCK, width))
 
 
 @contextmanager
 def fast_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let fp32 matrix products multiply in fewer bits and add in fp32, when the factors came from such a model anyway.
+    """Let fp32 matrix products multiply in fewer bits and add in fp32, if the factors have few bits anyway.
 
     A bf16 activation is exact in the product, so this costs no accuracy (relative error 4e-7 measured) and is
     about five times as fast on a CPU with bf16 units. CUDA's TF32 has the mantissa of fp16 and the range of bf16.
@@ -187,8 +187,8 @@ ALIGN = 16  # rows; a CPU's matrix kernels are made per shape, so few shapes ser
 
 
 def rows_of(x_TN: Tensor, ids_T: Tensor, experts: int) -> Iterator[tuple[int, Tensor, int]]:
-    """Each expert that has tokens: its index, its rows with some of zeros behind them, and how many are its own."""
-    counts = torch.bincount(ids_T, minlength=experts).tolist()  # the one question to the device
+    """Yield for each expert with tokens: its index, its rows padded with rows of zeros, and how many are its own."""
+    counts = torch.bincount(ids_T, minlength=experts).tolist()  # the only wait for the device
     rows = ids_T.argsort(stable=True).split(counts)
     for expert, (mine_N, count) in enumerate(zip(rows, counts, strict=True)):
         if count:  # rows of zeros change no sum
@@ -199,7 +199,7 @@ def rows_of(x_TN: Tensor, ids_T: Tensor, experts: int) -> Iterator[tuple[int, Te
 
 
 def merge(parts: Sequence[Second], weights: Sequence[float]) -> Second:
-    """A weighted mean of second moments, on their device; the weights are normalised."""
+    """Compute a weighted mean of second moments, on their device; the weights are normalised."""
     total = sum(weights)
     mean = sum((w / total * part.mean_N for part, w in zip(parts, weights, strict=True)), torch.zeros(()))
     gram = sum((w / total * part.gram_NN for part, w in zip(parts, weights, strict=True)), torch.zeros(()))
@@ -207,5 +207,5 @@ def merge(parts: Sequence[Second], weights: Sequence[float]) -> Second:
 
 
 def gram_bytes(D: int, F: int, groups: int, *, gram: bool) -> int:
-    """Bytes of one layer's second moments: of router inputs, with ``gram`` also of channels, per group."""
+    """Count the bytes of one layer's second moments: of router inputs, with ``gram`` also of channels, per group."""
     return 4 * groups * (D**2 + (F**2 if gram else 0))

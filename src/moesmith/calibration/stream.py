@@ -1,11 +1,11 @@
-"""Calibration text on its way through a decoder, one layer at a time: what a method sees of each layer.
+"""Send calibration text through a decoder, one layer at a time: what a method sees of each layer.
 
-All tokens wait in front of a layer, in memory or on disk. A method asks there for statistics as often as it likes: by
-group of text, or by any assignment of tokens to experts that it makes of the router's input. Then the tokens go on: as
-the parent would have them (``dense``: one pass for all layers, if every layer is asked once), or through what the
+All tokens wait in front of a layer, in memory or on disk. There a method may ask for statistics as often as it likes:
+by group of text, or by any assignment of tokens to experts that it computes from the router's input. Then the tokens go
+on: through the parent's layer (``dense``: one pass for all layers, if every layer is asked once), or through what the
 method made of the layer (``carved``).
 
-Batches pass a layer as they pass it in an ordinary forward pass, so statistics are the same to the last bit.
+Batches pass a layer as in an ordinary forward pass, so statistics are the same to the last bit.
 
 Shapes: B sequences, S positions, T tokens, D model width, F channels, E experts.
 """
@@ -41,7 +41,7 @@ class Stats:
 
     Attributes:
         inputs: count, first and second moments of the router's input x (D).
-        channels: the same of the input of ``down_proj`` (F); ``None`` unless asked for.
+        channels: the same for the input of ``down_proj`` (F); ``None`` unless asked for.
         parts: channel moments (mean and variance, (F,) fp32) of each text of the group; empty unless asked for.
     """
 
@@ -51,7 +51,7 @@ class Stats:
 
     @property
     def count(self) -> int:
-        """How many tokens they are."""
+        """How many tokens there are."""
         return self.inputs.count
 
 
@@ -75,19 +75,19 @@ class LayerView:
         return self.parent.ffns[self.index]
 
     def sample(self, tokens: int) -> Tensor:
-        """Router inputs of about so many tokens, evenly spread over all text, (T, D) fp32 on the parent's device."""
+        """Return router inputs of about so many tokens, evenly over all text, (T, D) fp32 on the parent's device."""
         return self._stream.sample(self.index, tokens)
 
     def statistics(
         self, assign: Assign | None = None, experts: int = 0, *, gram: bool = False, parts: bool = False
     ) -> list[Stats]:
-        """What each expert's tokens are like.
+        """Collect statistics of each expert's tokens.
 
         Args:
-            assign: which expert a token belongs to; the group of its text if left out.
-            experts: how many there are, with ``assign``.
+            assign: which expert a token belongs to; if left out, the group of its text.
+            experts: how many experts ``assign`` chooses among.
             gram: also collect the Gram matrix of the ``down_proj`` input: F² numbers per expert.
-            parts: also channel moments of each text; by group only.
+            parts: also collect channel moments of each text; by group only.
         """
         return self._stream.statistics(self.index, assign, experts or self.groups, gram=gram, parts=parts)
 
@@ -97,10 +97,10 @@ class Stream:
 
     Args:
         parent: the dense model.
-        texts: by group and text (N, window) token ids.
-        activations: what a layer sees: the parent's, or those behind the layers that are carved.
-        folder: where tokens wait on disk that do not fit into ``room``.
-        room: bytes of memory for them.
+        texts: token ids (N, window) by group and text.
+        activations: what a layer sees: the parent's activations, or those after the carved layers before it.
+        folder: where tokens that do not fit into ``room`` wait on disk.
+        room: bytes of memory for waiting tokens.
         batch: windows per forward pass.
         label: what the progress line says.
     """
@@ -124,10 +124,10 @@ class Stream:
         self.texts = [len(group) for group in texts]
         self.tokens = sum(ids.numel() for ids in self.batches)
         self.options: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
-        self.index = self.position = 0  # of the layer, and of the batch that passes
+        self.index = self.position = 0  # of the layer, and of the batch that is passing it
         self.passed = False  # whether the tokens have gone on from the layer of the last view
         self.scratch = None if folder is None else folder / WAITING
-        self._drop()  # of a process that was killed
+        self._drop()  # left by a process that was killed
         buffers = 2 if activations == "dense" else 1
         on_disk = self.scratch is not None and buffers * self.tokens * parent.D * parent.dtype.itemsize > room
         self.waiting = self._buffer("waiting", on_disk)
@@ -145,7 +145,7 @@ class Stream:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def _buffer(self, name: str, on_disk: bool) -> list[Tensor]:
-        """A place for every batch's hidden states (B, S, D), on the CPU."""
+        """Make a place for every batch's hidden states (B, S, D), on the CPU."""
         D, dtype, size = self.parent.D, self.parent.dtype, self.tokens * self.parent.D
         if on_disk and self.scratch is not None:
             self.scratch.mkdir(exist_ok=True)
@@ -156,7 +156,7 @@ class Stream:
         return [part.view(*ids.shape, D) for part, ids in zip(parts, self.batches, strict=True)]
 
     def views(self, generator: torch.Generator) -> Iterator[LayerView]:
-        """Every layer in turn; ask it before the next one is taken."""
+        """Yield every layer in turn; ask each one before taking the next."""
         self.parent.model.eval()
         with torch.no_grad(), meter(self.label, self.tokens) as bar:
             self.bar: Meter = bar
@@ -175,12 +175,12 @@ class Stream:
                     self.waiting, self.beyond = self.beyond, self.waiting
 
     def carved(self, make: Callable[[], nn.Module]) -> None:
-        """Send the tokens of the current layer on through what became of it; the parent's go on by themselves."""
+        """Send the current layer's tokens on through its carved form; dense activations go on by themselves."""
         if self.activations == "carved" and self.index + 1 < self.parent.L:
             self._pass(make(), keep=True)
 
     def _pass(self, layer: nn.Module, *, keep: bool, which: Sequence[int] | None = None) -> None:
-        """Run a layer over batches that wait; ``keep`` what comes out for the next one."""
+        """Run a layer over waiting batches; ``keep`` its outputs for the next layer."""
         into = self.beyond if self.activations == "dense" else self.waiting
         for position in range(len(self.batches)) if which is None else which:
             self.position, state_BSD = position, self.waiting[position]
@@ -198,7 +198,7 @@ class Stream:
         found: list[Tensor] = []
         step = max(1, self.tokens // max(1, tokens))
         ffn = self.parent.ffns[index]
-        few = max(1, len(self.batches) // 64)  # not every batch: of these every token is looked at
+        few = max(1, len(self.batches) // 64)  # not every batch, but every token of the chosen ones
 
         class Rows:
             def add(self, x_TD: Tensor) -> None:
@@ -215,7 +215,7 @@ class Stream:
         """See :meth:`LayerView.statistics`."""
         ffn, device = self.parent.ffns[index], self.parent.device
         if parts and assign is not None:
-            raise MoesmithError("parts are moments of texts, and an assignment knows none", "Leave parts out.")
+            raise MoesmithError("parts are moments of texts, but an assignment is not by text", "Leave parts out.")
         inputs = [Sums(self.parent.D, device) for _ in range(experts)]
         channels = [Sums(self.parent.F, device) for _ in range(experts if gram else 0)]
         texts = [[Channel() for _ in range(count)] for count in self.texts if parts]
@@ -246,7 +246,7 @@ class Stream:
                         channels[expert].add(rows_NF, count)
 
         looked = [(ffn.module, Inputs()), *([(ffn.down, Hidden())] if gram or parts else [])]
-        # the tokens may go on at once, as the parent has them
+        # the tokens may go on at once, through the parent's layer
         keep = self.activations == "dense" and not self.passed
         with fast_products(self.parent.dtype), watch(*zip(*looked, strict=True)):
             self._pass(self.model.layer(index), keep=keep)

@@ -59,15 +59,15 @@ def convert(
             ``tokenizer``; its parameters are frozen.
         data: a folder of JSONL files, a YAML of Hugging Face data sets, or ``builtin``.
         out: the run's folder; the same call on it continues a run that was killed.
-        tokenizer: of a model in memory, and of nothing else.
+        tokenizer: the tokenizer of a model in memory; only given with one.
         settings: ``section.key=value`` on top of the recipe.
         budget: ``demo``, ``small`` or ``paper``.
-        reuse: other runs whose finished stages are taken over where nothing that they depend on differs.
+        reuse: other runs whose finished stages are taken over if everything that they depend on is the same.
         dtype: what models compute in: ``bf16``, ``fp16``, ``fp32``, or ``auto``, the fastest sound one on this
             machine. A run that is continued keeps the one that it began in. Weights are stored in the parent's dtype.
         device: where: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``, or ``auto``, the accelerator with the most
             free memory if the plan fits on it.
-        memory: bytes to keep to, such as ``"4GB"``; what is free if left out. A conversion without training that needs
+        memory: most bytes to use, such as ``"4GB"``; what is free if left out. A conversion without training that needs
             more is done layer by layer, with the same result.
         time: how long it may take here, such as ``"15m"``: calibration and training text are scaled to fit. The counts
             are written into the run's recipe.
@@ -76,7 +76,7 @@ def convert(
         The finished run; ``run.folder / "model"`` is a Hugging Face folder, of a stock architecture wherever one fits.
 
     Raises:
-        MoesmithError: anything the user can mend, before work starts where that is possible.
+        MoesmithError: anything the user can fix, before work starts where that is possible.
 
     Example:
         >>> import moesmith
@@ -90,10 +90,10 @@ def convert(
     overlap = check_splits(domains)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
     source = model.source if isinstance(model, Parent) else model
-    begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it lies
+    begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it is stored
     check_place(out, existing(source, data, *map(str, others)), begun, links=False)
     if time is None:
-        check_folder(out, chosen, inputs)  # once more below, with the parent's fingerprint
+        check_folder(out, chosen, inputs)  # again below, with the parent's fingerprint
     for name in ("model", "stock"):
         check_known(out / name)
     room = parse_size(memory)
@@ -138,11 +138,11 @@ def predict(
     device: Device = AUTO,
     time: str | None = None,
 ) -> dict[str, Any]:
-    """What ``moesmith plan`` prints: :class:`moesmith.conversion.plan.Plan` with the parent's and the machine's facts.
+    """Predict what ``moesmith plan`` prints: :class:`moesmith.conversion.plan.Plan`, facts of parent and machine.
 
     Args:
-        recipe, model, data, settings, budget, dtype, device, time: as :func:`convert` takes them; a ``config.json`` is
-            enough of a model.
+        recipe, model, data, settings, budget, dtype, device, time: as :func:`convert` takes them; of a model its
+            ``config.json`` is enough.
 
     Raises:
         MoesmithError: as :func:`convert`, before any work.
@@ -162,7 +162,7 @@ def predict(
 
 
 def _kept(out: Path, header: dict[str, Any] | None, dtype: DType) -> DType:
-    """The dtype that a run began to compute in, for ``auto``; what is asked for where none has begun.
+    """Return the dtype that a run began to compute in, for ``auto``; the one asked for if no run has begun.
 
     Raises:
         MoesmithError: the run computes in another dtype than the one asked for.
@@ -179,30 +179,30 @@ def _kept(out: Path, header: dict[str, Any] | None, dtype: DType) -> DType:
 
 
 def _begun(out: Path) -> dict[str, Any] | None:
-    """``run.json`` of a folder in which a stage is finished or under way."""
+    """Read ``run.json`` of a folder in which a stage is finished or under way."""
     header = out / "run.json"
     return read_json(header) if header.is_file() and any((out / "stages").glob("*")) else None
 
 
 def _skeleton(model: str | Parent, dtype: DType, device: Device, stored: torch.dtype | None = None) -> Parent:
-    """The parent itself, or its shapes and where it will compute in what, before its weights are read."""
+    """Return the parent itself, or its shapes, device and dtype before its weights are read."""
     if isinstance(model, Parent):
         return model
     try:
         skeleton = load_skeleton(model, stored)
-    except MoesmithError:  # what is wrong the weights say better
+    except MoesmithError:  # reading the weights says better what is wrong
         return load_parent(model, dtype, device=device, stored=stored)
     skeleton.choice = choose_compute(skeleton.model, dtype, device)
     return skeleton
 
 
 def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shapes: Parent, domains: int) -> Recipe:
-    """The recipe with the text that fits into ``time``, or that was found to fit when the run began; says how long.
+    """Scale the recipe's text to ``time``, or as it was scaled when the run began, and say how long the run takes.
 
-    What is left of a run that goes on is not known here, so nothing is said of it.
+    How much of a continued run is left is not known here, so nothing is said about that.
 
     Raises:
-        MoesmithError: it is no time, or too short for any text.
+        MoesmithError: ``time`` is not a time, or too short for any text.
     """
     if header is not None:
         return recipe if time is None else with_tokens(recipe, tokens_of(parse(upgraded(header), stored=True)))
@@ -216,7 +216,7 @@ def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shap
 
 
 def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: int, room: int | None) -> Parent:
-    """The parent, whole or layer by layer: as its shapes' plan and the memory there is demand."""
+    """Load the parent, whole or layer by layer, as the plan for its shapes and the available memory require."""
     choice = shapes.choice
     assert choice is not None
     if choice.dtype == torch.float16 and trains(recipe):
@@ -225,7 +225,7 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     free = free_memory(choice.device) if room is None else room
     whole = plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory
     if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
-        say(f"{choice.device} has {free / 1e9:.1f} GB free, and about {plan.memory / 1e9:.1f} GB are needed")
+        say(f"{choice.device} has {free / 1e9:.1f} GB free, but about {plan.memory / 1e9:.1f} GB are needed")
         choice = choose_compute(shapes.model, AUTO, "cpu")
     if not whole:
         need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
@@ -235,11 +235,11 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
 
 
 def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
-    """The recipe's domains of a data source.
+    """Choose the recipe's domains from a data source.
 
     Raises:
-        MoesmithError: a single domain where experts need several, more experts than domains, or published clusters
-            that do not fit them.
+        MoesmithError: there is one domain where experts need several, there are more experts than domains, or
+            published clusters do not fit the domains.
     """
     domains = load_domains(data, recipe.domains.names)
     recipe.method.check_domains([domain.name for domain in domains], data)

@@ -1,4 +1,4 @@
-"""The steps of a recipe in their order: the only place that knows it."""
+"""The order of a recipe's steps, defined only here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moesmith.run.step import Step
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
-    """What is to be done: text, the parent's own numbers, the method, training, the model, its numbers."""
+    """List a recipe's steps: text, the parent's perplexity, the method, training, the model, its perplexity."""
     made = recipe.method.steps()
     before = [step.name for step in made if step.title]
     trained: list[Step] = []

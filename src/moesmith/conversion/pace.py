@@ -1,7 +1,7 @@
 """How long a conversion takes on this machine, and how much text fits into a given time.
 
-Two speeds are measured, for a second or two: tokens through the parent's blocks, and through its output matrix. What
-every step costs is counted in those (``Step.cost``); constants beside the count were measured, see docs/lab.md.
+Two speeds are measured, in a second or two: tokens through the parent's blocks, and through its output matrix. The cost
+of every step is counted in those (``Step.cost``); constants on top of the count were measured, see docs/lab.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moesmith.parent.load import Parent
 from moesmith.run.recipe import Recipe
 from moesmith.run.shapes import Pace
 
-MEASURE = 0.5  # seconds that each speed is measured for
+MEASURE = 0.5  # seconds for which each speed is measured
 START = 12.0  # seconds to start Python, import torch and transformers, choose, measure, and read a small parent
 
 
@@ -55,8 +55,8 @@ def measure(parent: Parent) -> Pace:
 
 
 def _rate(work: Any, tokens: int) -> float:
-    """Tokens per second of the median round, so that a machine busy for a moment does not decide it."""
-    float(work())  # makes kernels
+    """Measure tokens per second by the median round, so that a machine busy for a moment does not decide it."""
+    float(work())  # compiles kernels
     started = time.perf_counter()
     rounds: list[float] = []
     while not rounds or time.perf_counter() - started < MEASURE:
@@ -67,21 +67,21 @@ def _rate(work: Any, tokens: int) -> float:
 
 
 def parse_time(text: str) -> float:
-    """Seconds from ``15m``, ``1.5h``, ``90s`` or ``1h30m``.
+    """Parse seconds from ``15m``, ``1.5h``, ``90s`` or ``1h30m``.
 
     Raises:
-        MoesmithError: it is no time.
+        MoesmithError: the text is not a time.
     """
     units, words = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}, text.lower()
     if not re.fullmatch(r"(\s*\d+(\.\d+)?\s*[smhd])+\s*", words):
-        raise MoesmithError(f"{text!r} is no time", "Write it like 15m, 1h30m or 90s.")
+        raise MoesmithError(f"{text!r} is not a time", "Write it like 15m, 1h30m or 90s.")
     return sum(float(number) * units[unit] for number, unit in re.findall(r"([\d.]+)\s*([smhd])", words))
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
-    """A recipe with its calibration and training text times ``factor``, evaluation text at most as it is.
+    """Scale a recipe's calibration and training text by ``factor``; evaluation text is never increased.
 
-    Whole windows of every domain, whole steps of every training stage, at least one of each.
+    Counts are whole windows of every domain and whole steps of every training stage, at least one of each.
     """
     training, counts = _training(recipe), {}
     for key, tokens in tokens_of(recipe).items():
@@ -93,19 +93,19 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
 
 
 def tokens_of(recipe: Recipe) -> dict[str, int]:
-    """The counts that :func:`scaled` changes, as settings: ``section.tokens`` to tokens."""
+    """List the counts that :func:`scaled` changes, as settings: ``section.tokens`` to tokens."""
     calibrated = any("domains.window" in step.windows() for step in steps_of(recipe))
     names = [*(["domains"] if calibrated else []), "affinity", "evaluate", *_training(recipe)]
     return {f"{name}.tokens": getattr(recipe, name).tokens for name in names if hasattr(recipe, name)}
 
 
 def _training(recipe: Recipe) -> dict[str, Any]:
-    """The training sections of a recipe that it runs."""
+    """Return the training sections that a recipe runs."""
     return {step.trains: step.loop for step in steps_of(recipe) if step.trains}
 
 
 def with_tokens(recipe: Recipe, counts: Mapping[str, int]) -> Recipe:
-    """The recipe with such counts in place of its own."""
+    """Replace the recipe's counts by ``counts``."""
     changed = {}
     for key, tokens in counts.items():
         name = key.partition(".")[0]

@@ -1,7 +1,7 @@
-"""What a conversion will need, worked out before any work: parameters, memory, disk, tokens, wall time.
+"""Compute before any work what a conversion will need: parameters, memory, disk, tokens, wall time.
 
-Shape arithmetic on the parent's config: the weights need not be there. What is not arithmetic are the constants below,
-which are rough, and times (``conversion/pace.py``).
+This is shape arithmetic on the parent's config, without the weights, except for the constants below, which are rough,
+and times (``conversion/pace.py``).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ COMPANIONS = 10**6  # bytes of tokenizer, configs, manifests and card
 class Plan:
     """Predictions for one conversion; sizes in bytes, times in seconds on this machine.
 
-    ``warnings`` are lines about what will come out otherwise than one may think, such as widths that do not quantise.
-    ``device`` and ``dtype`` are what models compute in, ``products`` the FLOPs per second that chose the dtype.
+    ``warnings`` are lines about results that may surprise, such as widths that do not quantise.
+    ``device`` and ``dtype`` are what models compute with, ``products`` the FLOPs per second that chose the dtype.
     ``memory`` is the peak with models whole in memory, ``memory_layerwise`` with one layer at a time, mapped weights
-    included; ``None`` where a stage trains.
+    included; ``None`` if a stage trains.
     """
 
     parent_parameters: int
@@ -61,7 +61,7 @@ class Plan:
     warnings: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return the plan as values for ``--json``."""
         return asdict(self) | {"seconds_total": round(sum(self.seconds.values()), 1)}
 
 
@@ -101,12 +101,12 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = 
 
 
 def shapes_of(recipe: Recipe, parent: Parent, domains: int) -> Shapes:
-    """The sizes that predictions are made of; trained experts are subsets of nothing."""
+    """Compute the sizes for predictions; trained experts are not subsets of the parent's channels."""
     return Shapes(recipe, parent, domains, trained=bool(recipe.stage2.tokens))
 
 
 def _widths(recipe: Recipe, parent: Parent, shapes: Shapes) -> list[str]:
-    """What q4_k_m will not quantise, and the ``carve.ratio`` with which it would; learned widths are not known yet."""
+    """Say what q4_k_m will not quantise, and with which ``carve.ratio`` it would; learned widths are not known yet."""
     ratio, sizes = getattr(recipe.carve, "ratio", None), shapes.sizes
     if parent.family == NATIVE or ratio is None:
         return []
@@ -126,29 +126,29 @@ def _seconds(costs: Sequence[Cost]) -> dict[str, float]:
 
 
 def _memory(s: Shapes, costs: Sequence[Cost]) -> int:
-    """Parent and sliced model, and the most that one step has beside them."""
+    """Add up parent, sliced model and the most that one step has in memory on top of them."""
     return round(BASE + s.dense * s.itemsize + s.experts * s.itemsize + s.down + max(cost.memory for cost in costs))
 
 
 def _memory_layerwise(s: Shapes, costs: Sequence[Cost]) -> int:
-    """A layer of the mapped parent, and the most that one step adds."""
+    """Add up a layer of the mapped parent and the most that one step has on top of it."""
     mapped = (s.sizes.total // s.sizes.L + s.shell) * s.stored
     return round(BASE + mapped + s.down + max(cost.layerwise or 0 for cost in costs))
 
 
 def _disk(costs: Sequence[Cost]) -> int:
-    """What steps leave."""
+    """Add up what steps leave on disk."""
     return round(sum(cost.disk for cost in costs) + COMPANIONS)
 
 
 def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace: Pace) -> Recipe:
-    """The recipe with as much text as is worked through in ``seconds`` at ``pace``.
+    """Scale the recipe to as much text as takes ``seconds`` at ``pace``.
 
     Raises:
-        MoesmithError: not even a window of each domain and a step of each stage are.
+        MoesmithError: even one window of each domain and one step of each stage take longer.
     """
 
-    shapes = shapes_of(recipe, parent, domains)  # how much text there is changes none of them
+    shapes = shapes_of(recipe, parent, domains)  # they do not depend on how much text there is
 
     def takes(factor: float) -> float:
         steps = steps_of(scaled(recipe, factor))
@@ -157,7 +157,7 @@ def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace:
     low, high = 0.0, 1.0
     if takes(low) > seconds:
         raise MoesmithError(
-            f"{recipe.name} takes at least {takes(low) / 60:.0f} min on this machine, whatever little text it is given",
+            f"{recipe.name} takes at least {takes(low) / 60:.0f} min on this machine, however little text it is given",
             "Give a longer --time, fewer domains (domains.names), or a smaller parent.",
         )
     while takes(high) < seconds and high < 2**20:
@@ -175,7 +175,7 @@ def check_room(plan: Plan, out: Path, parent: Parent, room: int | None = None) -
         plan: what will be needed.
         out: the run's folder.
         parent: the loaded parent.
-        room: bytes of memory that may be used, what is free if ``None``.
+        room: bytes of memory that may be used; what is free if ``None``.
 
     Raises:
         MoesmithError: not enough memory or disk for the plan.
@@ -186,7 +186,7 @@ def check_room(plan: Plan, out: Path, parent: Parent, room: int | None = None) -
     if need > free:
         training = "micro_batch or window of the training stages, or "
         raise MoesmithError(
-            f"the plan needs about {need / 2**30:.1f} GiB of memory and {free / 2**30:.1f} GiB are free",
+            f"the plan needs about {need / 2**30:.1f} GiB of memory, but {free / 2**30:.1f} GiB are free",
             f"Lower {training if plan.training_tokens else ''}carve.experts.",
         )
     folder = out.absolute()
@@ -195,6 +195,6 @@ def check_room(plan: Plan, out: Path, parent: Parent, room: int | None = None) -
     left = shutil.disk_usage(folder).free
     if plan.disk > left:
         raise MoesmithError(
-            f"the plan needs about {plan.disk / 2**30:.1f} GiB of disk and {folder} has {left / 2**30:.1f} GiB",
+            f"the plan needs about {plan.disk / 2**30:.1f} GiB of disk, but {folder} has {left / 2**30:.1f} GiB",
             "Free space or give an --out on another disk.",
         )

@@ -1,8 +1,8 @@
-"""A packed delta: the carving alone, on top of the untouched parent. Both together give the model back bit for bit.
+"""Pack a delta: the carving alone. Together with the untouched parent it gives the model back bit for bit.
 
 ``DELTA/`` holds the run's last carving as its stage wrote it (``carving.json``, ``carving.safetensors``), for each
 folder that the run finished (``model``, ``stock``) every file that is not weights, ``delta.json``, and ``SHA256SUMS``
-of all that. The finished folder's own ``SHA256SUMS`` travels along and says what its weights must be.
+of all that. The finished folder's own ``SHA256SUMS`` is packed too and says what its weights must be.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FOLDERS = ("model", "stock")
 WEIGHTS, CARD = ".safetensors", "README.md"
 CARVING = ("carving.json", f"carving{WEIGHTS}")
 STOCK = "stock"  # a folder's format; the other is NATIVE
-PARTS = {  # bytes of a carving by what they are for: the names of its tensors without the layer
+PARTS = {  # bytes of a carving by purpose: the names of its tensors without the layer
     "channels": ("widths", "channels"),
     "router": ("router_ED", "router_hidden", "router_gate", "noise_ED", "constant_D"),
     "bias": ("bias_ED",),
@@ -69,21 +69,21 @@ class Delta:
     name, takes, suffix = "delta", frozenset[str](), ""
 
     def explain(self, source: Source) -> str | None:
-        """A carving always fits on its parent."""
+        """Return ``None``: a carving always fits on its parent."""
         return None
 
     def lost(self, source: Source, options: Options | None) -> list[str]:
-        """The parent's weights."""
+        """Name the parent's weights."""
         return ["the parent's weights: 'moesmith unpack' needs them"]
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """:func:`pack`, which proves what it wrote."""
+        """Call :func:`pack`, which proves what it wrote."""
         facts = pack(source.run, out, source.parent)
         del facts["delta"]
         return facts
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
-        """Done in :meth:`write`: every file came out of the delta with the bytes of the run's."""
+        """Report what :meth:`write` proved: every file came out of the delta with the same bytes as the run's."""
         return {"verified": "every file, by sha256"}
 
 
@@ -91,23 +91,23 @@ class Delta:
 def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool = False) -> dict[str, Any]:
     """Write what ``run`` changed of its parent into the folder ``out``, whole or not at all, and prove it.
 
-    The proof is the reverse: the finished folders are made again from parent and delta, in a hidden folder beside
-    ``out`` that needs as much room as they do, and every file must have the bytes that the run's has.
+    The proof is the reverse: the finished folders are made again from parent and delta, in a hidden folder next
+    to ``out`` that needs as much space as they do, and every file must have the same bytes as the run's.
 
     Args:
         run: a finished run.
         out: a new or empty folder, or with ``overwrite`` a folder that moesmith wrote.
-        parent: the run's; loaded from where it was if left out.
+        parent: the run's parent; loaded from its source if left out.
         overwrite: replace what moesmith wrote.
 
     Returns:
         ``delta``, ``bytes``, ``parent_bytes``, ``model_bytes`` (of the finished folders), ``share`` of the parent's
         bytes, ``compensation``, ``folders`` with the format of each (``stock`` or ``native``), and ``parts``: bytes by
-        kind of content; what is no tensor of the carving counts as ``files``.
+        kind of content; all but the carving's tensors counts as ``files``.
 
     Raises:
-        MoesmithError: the run is not finished or damaged, its parent has changed, ``out`` may not
-            (``files/outputs.py``) or cannot be written, or the carving does not give the finished folders.
+        MoesmithError: the run is unfinished or damaged, its parent has changed, ``out`` may not be written
+            (``files/outputs.py``) or cannot be, or the carving does not give the finished folders.
     """
     opened = open_run(run)
     opened.check_finished()
@@ -162,7 +162,7 @@ def pack(run: Path, out: Path, parent: Parent | None = None, *, overwrite: bool 
 
 @takes_paths("delta", "out")
 def unpack(delta: Path, model: str | Path, out: Path) -> dict[str, Any]:
-    """Make the finished folders of a packed run again: ``out/model`` and, where the run had one, ``out/stock``.
+    """Make the finished folders of a packed run again: ``out/model`` and, if the run had one, ``out/stock``.
 
     Args:
         delta: a folder that :func:`pack` wrote.
@@ -173,8 +173,8 @@ def unpack(delta: Path, model: str | Path, out: Path) -> dict[str, Any]:
         ``folders`` with their format, ``out`` and ``bytes``.
 
     Raises:
-        MoesmithError: ``delta`` is no delta, damaged, or of a newer moesmith; ``model`` is not its parent; ``out``
-            holds something, is read or cannot be written; a file came out otherwise than it was packed.
+        MoesmithError: ``delta`` is not a delta, damaged, or of a newer moesmith; ``model`` is not its parent; ``out``
+            holds something, is an input or cannot be written; a file came out different from what was packed.
     """
     check_place(out, existing(delta, model))
     check_folder(out, overwrite=False)
@@ -198,7 +198,7 @@ def unpack(delta: Path, model: str | Path, out: Path) -> dict[str, Any]:
 
 
 def _rebuild(parent: Parent, delta: Path, facts: Mapping[str, Any], out: Path) -> list[str]:
-    """Write the finished folders of ``delta`` below ``out``; the names of files that are not what they must be."""
+    """Write the finished folders of ``delta`` into ``out``; return the names of files that are not as they must be."""
     carving, wrong = Carving.load(delta), []
     for name, kind in facts["folders"].items():
         target = out / name
@@ -206,7 +206,7 @@ def _rebuild(parent: Parent, delta: Path, facts: Mapping[str, Any], out: Path) -
             write_shards(target, _counted(_tensors(parent, carving, kind), bar))
         lists = listed(delta / name)
         common = [path for path in (delta / FOLDERS[0]).iterdir() if path.name in lists]
-        for path in [*common, *(delta / name).iterdir()]:  # what both folders have lies in the first alone
+        for path in [*common, *(delta / name).iterdir()]:  # files of both folders are stored only in the first
             shutil.copyfile(path, target / path.name)
         wrong += [f"{name}/{file}" for file in differing(target)]
     return wrong
@@ -229,7 +229,7 @@ def _kind(folder: Path) -> str:
 
 
 def _carry(folder: Path, target: Path, first: Path) -> None:
-    """Copy what is not weights: listed files, their list, the model card; not what the first folder has already."""
+    """Copy what is not weights: listed files, their list, the model card; not what the first folder already has."""
     lists, before = listed(folder) or sums_of(folder), listed(first) if first != target else {}
     target.mkdir()
     for name in lists:
@@ -241,7 +241,7 @@ def _carry(folder: Path, target: Path, first: Path) -> None:
 
 
 def _facts(delta: Path) -> dict[str, Any]:
-    """``delta.json`` of a delta whose files are all what they were."""
+    """Read ``delta.json`` of a delta, after checking that all its files are unchanged."""
     for name in (MARK, SUMS):
         if not (delta / name).is_file():
             raise MoesmithError(f"{delta / name} is missing", "Give a whole folder made by 'moesmith pack'.")
@@ -259,7 +259,7 @@ def _size(folder: Path, pattern: str = "*") -> int:
 
 
 def _parts(carving: Path) -> dict[str, int]:
-    """Bytes of a carving's tensors by kind of content."""
+    """Count the bytes of a carving's tensors by kind of content."""
     found = dict.fromkeys(PARTS, 0)
     for name, tensor in read_tensors(carving).items():
         head, _, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""Write a model's folder: whole or not at all, weights in shards, tokenizer and generation config beside them."""
+"""Write a model's folder: whole or not at all, weights in shards, with tokenizer and generation config."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHARD_BYTES = 2**30  # a shard is in memory while it is written
 
 @contextmanager
 def whole_folder(folder: Path, *, overwrite: bool = False, sums: bool = True) -> Iterator[Path]:
-    """A hidden folder to fill, renamed to ``folder`` at the end with the list of its files (``SHA256SUMS``) in it.
+    """Yield a hidden folder to fill; at the end, list its files in ``SHA256SUMS`` and rename it to ``folder``.
 
     An error leaves ``folder`` as it was.
 
     Args:
-        folder: a new or empty folder, or with ``overwrite`` one that moesmith wrote and nobody changed.
+        folder: a new or empty folder, or with ``overwrite`` one that moesmith wrote and that is unchanged.
         overwrite: replace what moesmith wrote.
-        sums: write the list; not for a folder that holds models which have their own.
+        sums: write the list; false for a folder of models that have their own lists.
 
     Raises:
         MoesmithError: ``folder`` is a file, holds something else, or cannot be written.
@@ -38,9 +38,9 @@ def whole_folder(folder: Path, *, overwrite: bool = False, sums: bool = True) ->
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int | None = None) -> int:
-    """Write safetensors of at most ``shard_bytes`` each, with an index if there are several; total bytes of tensors.
+    """Write safetensors of at most ``shard_bytes`` each, with an index if there are several; return total tensor bytes.
 
-    :data:`SHARD_BYTES` if not given; a tensor that is larger has a file of its own.
+    The default is :data:`SHARD_BYTES`; a tensor that is larger has a file of its own.
     """
     shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
     shards: list[list[str]] = []
@@ -74,12 +74,12 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
 
 
 def write_companions(parent: Parent, folder: Path) -> None:
-    """What a model needs besides weights: tokenizer, chat template, generation config."""
+    """Write what a model needs besides weights: tokenizer, chat template, generation config."""
     try:
         parent.tokenizer.save_pretrained(folder)
     except OSError:
         raise
     except Exception as error:  # the tokenizers library reports a full disk as a plain Exception
         raise OSError(0, f"the tokenizer cannot be saved: {first_line(error)}") from error
-    if parent.model.generation_config is not None:  # as it is: its own save refuses what older models carry
+    if parent.model.generation_config is not None:  # as it is: its own save refuses fields of older models
         write_json(folder / "generation_config.json", parent.model.generation_config.to_diff_dict())

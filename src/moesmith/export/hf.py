@@ -18,19 +18,19 @@ class HuggingFace:
     name, takes, suffix = "hf", frozenset({"untie", "shard_bytes"}), ""
 
     def explain(self, source: Source) -> str | None:
-        """What no stock architecture holds."""
+        """Name what no stock architecture holds."""
         refusal = stock_refusal(source.parent, source.carving)
         return refusal[0] if refusal else None
 
     def lost(self, source: Source, options: Options | None) -> list[str]:
-        """Masks by token, exact biases."""
+        """List masks by token, exact biases."""
         return stock_losses(source)
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """The folder in the parent's dtype; see :func:`stock.write_stock`."""
+        """Write the folder in the parent's dtype; see :func:`stock.write_stock`."""
         layout = Layout(untied=options.untie, shard_bytes=options.shard_bytes)
         return write_stock(source.parent, source.carving, out, source.parent.model.dtype, layout)
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
-        """Logits in transformers."""
+        """Compare logits in transformers."""
         return verify_folder(source.parent, out, stock_reference(source.parent, source.carving), ids)

@@ -1,4 +1,4 @@
-"""A carving in moesmith's own format, with the code that runs it beside the weights."""
+"""Write a carving in moesmith's own format, with the code that runs it next to the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moesmith.parent.mapped import give_back
 from moesmith.parent.sizes import Sizes
 from moesmith.parent.structure import attention_of, attention_weights, decoder_layers
 
-CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that travel with the weights
+CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that are shipped with the weights
 
 
 class Native:
@@ -33,19 +33,19 @@ class Native:
     name, takes, suffix = "native", frozenset({"shard_bytes"}), ""
 
     def explain(self, source: Source) -> str | None:
-        """It always fits."""
+        """Return ``None``: it always fits."""
         return None
 
     def lost(self, source: Source, options: Options | None) -> list[str]:
-        """Nothing is lost."""
+        """Return nothing: nothing is lost."""
         return []
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """See :func:`write_native`."""
+        """Write the folder; see :func:`write_native`."""
         return write_native(source.parent, source.carving, out, options.shard_bytes)
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
-        """Logits in transformers, from the code that lies beside the weights' twin in this package."""
+        """Compare logits in transformers, with the code of this package, the same as next to the weights."""
         return verify_folder(source.parent, out, build(source.parent, source.carving, "sliced"), ids)
 
 
@@ -54,9 +54,9 @@ def write_native(
 ) -> dict[str, Any]:
     """Write ``folder`` in moesmith's own format, in the parent's dtype, whole or not at all.
 
-    ``from_pretrained`` gives back ``moe.build(parent, carving, "sliced")``: to the last bit, attention apart, which is
-    narrower here where it is masked there. Weights are made and written one shard at a time, of ``shard_bytes`` at most
-    (:data:`folder.SHARD_BYTES` if not given). With ``overwrite`` a model that moesmith wrote there is replaced.
+    ``from_pretrained`` gives back ``moe.build(parent, carving, "sliced")`` to the last bit, except for attention, which
+    is narrower here where it is masked there. Weights are made and written one shard at a time, of at most
+    ``shard_bytes`` (default :data:`folder.SHARD_BYTES`). With ``overwrite`` a model that moesmith wrote is replaced.
 
     Returns:
         ``architecture``, ``expert_width`` (channels of the widest expert), ``zero_channels`` (share of channels on disk
@@ -98,7 +98,7 @@ def write_native(
 
 
 def _described(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
-    """One layer as ``MoesmithConfig.layers`` says it."""
+    """Describe one layer as in ``MoesmithConfig.layers``."""
     layer, ffn = carving.layers[index], parent.ffns[index]
     shared = layer.shared
     return {
@@ -113,12 +113,12 @@ def _described(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
 
 
 def named_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder by its name on disk."""
+    """Yield every tensor of the folder by its name on disk."""
     return ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
 
 
 def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by the name that it has in the parent's architecture with our blocks, in the parent's dtype."""
+    """Yield every tensor by its name in the parent's architecture with our blocks, in the parent's dtype."""
     layers = decoder_layers(parent.model)[1]
     paths = {id(module): name for name, module in parent.model.named_modules()}
     replaced = [f"{ffn.path}." for ffn in parent.ffns]
@@ -165,7 +165,7 @@ def _union(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, 
 
 
 def _shape(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
-    """What ``native.heads.PrunedAttention`` is built from."""
+    """Return what ``native.heads.PrunedAttention`` is built from."""
     layer, carved = decoder_layers(parent.model)[1][index], carving.attention[index]
     weights = attention_weights(layer, parent.config)
     h, W = len(carved.qk_h), Sizes.of(parent).static
@@ -181,7 +181,7 @@ def _shape(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
 
 
 def _attention(parent: Parent, carving: Carving, index: int, path: str) -> Iterator[tuple[str, Tensor]]:
-    """One layer's projections without the dropped dimensions, and its gate."""
+    """Yield one layer's projections without the dropped dimensions, and its gate."""
     layer, carved = decoder_layers(parent.model)[1][index], carving.attention[index]
     for name, tensor in attention_weights(layer, parent.config).items():
         if "norm" in name:

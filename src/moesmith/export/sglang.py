@@ -1,10 +1,10 @@
-"""``--to sglang``: the dialect of a Hugging Face folder that SGLang reads rightly.
+"""``--to sglang``: the dialect of a Hugging Face folder that SGLang reads correctly.
 
 SGLang (read at 0.5.23) differs from transformers without an error: its MoE models never tie head and embedding, its
-Mixtral knows of ``rope_parameters`` only the base, its Mixtral and Qwen2-MoE take hidden_size / heads for the head's
-width, and none of the three has a sliding window. So the head is written out, a Llama whose positions are scaled goes
-into Qwen2-MoE with zero biases, and the context ends at the window. What is written is compared in transformers;
-SGLang itself, which wants a GPU, is not run here.
+Mixtral reads only the base from ``rope_parameters``, its Mixtral and Qwen2-MoE take hidden_size / heads for the head's
+width, and none of the three has a sliding window. So the head is written out, a Llama with scaled positions is written
+as Qwen2-MoE with zero biases, and the context ends at the window. What is written is compared in transformers; SGLang
+itself, which needs a GPU, is not run here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SGLang:
     name, takes, suffix = "sglang", frozenset({"untie", "shard_bytes"}), ""
 
     def explain(self, source: Source) -> str | None:
-        """What no stock architecture holds, or SGLang's reading of it ignores."""
+        """Name what no stock architecture holds, or what SGLang ignores."""
         parent, config = source.parent, source.parent.config
         if (refusal := stock_refusal(parent, source.carving)) is not None:
             return refusal[0]
@@ -45,16 +45,16 @@ class SGLang:
         return None
 
     def lost(self, source: Source, options: Options | None) -> list[str]:
-        """Masks by token, exact biases, and text beyond a sliding window."""
+        """List masks by token, exact biases, and text beyond a sliding window."""
         return [*stock_losses(source), *reach_loss(source)]
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """The folder in the parent's dtype; see :func:`stock.write_stock`."""
+        """Write the folder in the parent's dtype; see :func:`stock.write_stock`."""
         layout = Layout(dialect_of(source.parent), untied=True, context=source.context, shard_bytes=options.shard_bytes)
         return write_stock(source.parent, source.carving, out, source.parent.model.dtype, layout)
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
-        """Logits in transformers, and that nothing is left to what SGLang reads otherwise."""
+        """Compare logits in transformers, and check that SGLang would read the folder in the same way."""
         reference = stock_reference(source.parent, source.carving)
         found = verify_folder(source.parent, out, reference, ids[:, : source.reach])
         if (odd := misread(out)) is not None:
@@ -63,13 +63,13 @@ class SGLang:
 
 
 def dialect_of(parent: Parent) -> str:
-    """The architecture to write: the parent's own, or Qwen2-MoE for a Mixtral with scaled positions."""
+    """Choose the architecture to write: the parent's own, or Qwen2-MoE for a Mixtral with scaled positions."""
     scaled = parent.config.rope_parameters.get("rope_type", "default") != "default"
     return "qwen2_moe" if parent.family == "mixtral" and scaled else parent.family
 
 
 def misread(folder: Path) -> str | None:
-    """What SGLang would read otherwise than transformers in this folder; ``None`` if nothing."""
+    """Say what SGLang would read in another way than transformers in this folder; ``None`` if nothing."""
     config = read_json(folder / "config.json")
     names: set[str] = set()
     for path in folder.glob("*.safetensors"):

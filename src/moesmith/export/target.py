@@ -1,4 +1,4 @@
-"""What a target is: whether it holds a model, what it drops, how it is written and proved; and what is given to it."""
+"""What a target is: whether it holds a model, what it drops, how it is written and proved; and its inputs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from moesmith.parent.structure import attention_window
 from moesmith.run.folder import STOCK, Run, finished_of
 
 Quant = Literal["f32", "bf16", "q8_0", "q4_k_m"]
-WASTE = 0.05  # share of channels of zeros that is worth a word
+WASTE = 0.05  # share of channels of zeros that is worth mentioning
 SMALLEST = 1000  # bytes of a shard
 
 
 @dataclass(frozen=True)
 class Source:
-    """A finished run, as every target takes it.
+    """A finished run, as given to every target.
 
     Attributes:
         parent: the dense parent.
-        carving: the run's last one.
+        carving: the run's last carving.
         run: the run's folder.
         ids: held-out text of the run, (N, S) token ids.
     """
@@ -38,7 +38,7 @@ class Source:
     ids: Tensor
 
     def metrics(self, stage: str) -> dict[str, Any]:
-        """What a stage's manifest says; empty where the stage is not there."""
+        """Return the metrics in a stage's manifest; empty if there is no such stage."""
         return Run(self.run).metrics(stage)
 
     @property
@@ -50,19 +50,19 @@ class Source:
 
     @property
     def context(self) -> int | None:
-        """The context to write for a runtime without sliding windows; ``None`` where the parent has none either."""
+        """The context to write for a runtime without sliding windows; ``None`` if the parent has none either."""
         window = attention_window(self.parent.config)
         return None if window is None else min(window, self.parent.config.max_position_embeddings)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What may be asked of a target; ``None`` and ``False`` are not asked for.
+    """What may be asked of a target; ``None`` and ``False`` mean not asked for.
 
     Attributes:
         quant: type of the weights in a GGUF file.
         untie: write the output head as a tensor of its own.
-        shard_bytes: the most that one file of weights holds.
+        shard_bytes: the most bytes in one file of weights.
     """
 
     quant: Quant | None = None
@@ -71,17 +71,17 @@ class Options:
 
     @classmethod
     def parse(cls, quant: str | None, untie: bool, shard_size: str | None) -> Options:
-        """Options from the words of a command line.
+        """Parse options from the words of a command line.
 
         Raises:
-            MoesmithError: an unknown quantisation, or a size that is none.
+            MoesmithError: an unknown quantisation, or an invalid size.
         """
         if quant is not None and quant not in get_args(Quant):
             raise MoesmithError(f"--quant {quant} is not known", f"Give one of {', '.join(get_args(Quant))}.")
         return cls(quant, untie, _shard(shard_size))  # type: ignore[arg-type]
 
     def given(self) -> dict[str, str]:
-        """The options that were asked for: field and flag."""
+        """Return the options that were asked for: field and flag."""
         flags = {"quant": "--quant", "untie": "--untie", "shard_bytes": "--shard-size"}
         return {name: flag for name, flag in flags.items() if getattr(self, name) not in (None, False)}
 
@@ -98,8 +98,8 @@ class Target(Protocol):
 
     Attributes:
         name: the word after ``--to``.
-        takes: the fields of :class:`Options` that it obeys; others are refused.
-        suffix: of the file it writes; empty for a folder.
+        takes: the fields of :class:`Options` that it supports; others are refused.
+        suffix: the suffix of the file it writes; empty for a folder.
     """
 
     name: str
@@ -107,13 +107,13 @@ class Target(Protocol):
     suffix: str
 
     def explain(self, source: Source) -> str | None:
-        """The one property that forbids this target, or ``None``: it fits."""
+        """Name the one property that rules this target out, or ``None`` if it fits."""
 
     def lost(self, source: Source, options: Options | None) -> list[str]:
-        """What the source has and this target has not, with these options or (``None``) with some."""
+        """List what the source has but this target lacks, with these options or, if ``None``, with some options."""
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """Write ``out``, where nothing lies, whole or not at all.
+        """Write ``out``, which does not exist yet, whole or not at all.
 
         Returns:
             facts about what was written, JSON-able.
@@ -126,19 +126,19 @@ class Target(Protocol):
         """Load ``out`` in its runtime and compare it with the source on token ids (N, S).
 
         Returns:
-            how far apart they are, JSON-able.
+            how much they differ, JSON-able.
 
         Raises:
-            MoesmithError: they answer differently, or one does not answer. ``out`` is only read.
+            MoesmithError: they answer differently, or one fails to answer. ``out`` is only read.
         """
 
 
 def stock_losses(source: Source, home: Home | None = None) -> list[str]:
-    """What a stock architecture drops of a carving, what that cost in the run's own evaluation, and room it wastes.
+    """List what a stock architecture drops of a carving, its cost in the run's own evaluation, and wasted space.
 
     Args:
         source: the model.
-        home: how it would be written; as ``hf`` writes it if left out.
+        home: how it would be written; if left out, as ``hf`` writes it.
     """
     found, carving = [], source.carving
     home = home or home_of(source.parent.family, carving)
@@ -160,5 +160,5 @@ def stock_losses(source: Source, home: Home | None = None) -> list[str]:
 
 
 def reach_loss(source: Source) -> list[str]:
-    """What a runtime without sliding windows drops."""
+    """Say what a runtime without sliding windows drops."""
     return [] if source.reach is None else [f"text beyond {source.reach:,} tokens: it knows no sliding window"]

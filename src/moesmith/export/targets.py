@@ -31,7 +31,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in KNOWN}
 
 @takes_paths("folder")
 def source_of(folder: Path, device: Device = AUTO) -> Source:
-    """The parent as it is stored, the last carving and some held-out text of a finished run.
+    """Load the parent as it is stored, the last carving and some held-out text of a finished run.
 
     Raises:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
@@ -44,7 +44,7 @@ def source_of(folder: Path, device: Device = AUTO) -> Source:
 
 @takes_paths("folder")
 def explain_run(folder: Path, device: Device = AUTO) -> list[dict[str, Any]]:
-    """For each target whether it holds a run's model: ``target``, ``fits``, ``reason`` (``None`` if it fits), ``lost``.
+    """Say of each target if it fits a run's model: ``target``, ``fits``, ``reason`` (``None`` if it fits), ``lost``.
 
     Raises:
         MoesmithError: as :func:`source_of`.
@@ -89,7 +89,7 @@ def export_run(
         to: a name of :data:`TARGETS`.
         out: the folder or file to write, outside of the run.
         options: what is asked of the target.
-        device: where a folder is compared with the carving, in fp32.
+        device: the device on which a folder is compared with the carving, in fp32.
         overwrite: replace what moesmith wrote at ``out``, when the new one is proved.
 
     Returns:
@@ -103,7 +103,7 @@ def export_run(
         what = "no target is given" if to is None else f"there is no target {to}"
         raise MoesmithError(what, f"Give --to one of {', '.join(TARGETS)}.")
     if out is None:
-        raise MoesmithError("it is not said where to write", "Give --out.")
+        raise MoesmithError("there is no output to write to", "Give --out.")
     out = path_of("out", out)
     target = TARGETS[to]
     if odd := [flag for name, flag in options.given().items() if name not in target.takes]:
@@ -126,11 +126,11 @@ def check_out(out: Path, target: Target, run: Path, *, overwrite: bool = False) 
     """Refuse an ``out`` before any work.
 
     Raises:
-        MoesmithError: it has another suffix, is read by this command, or holds what may not be replaced.
+        MoesmithError: it has another suffix, is an input of this command, or holds what may not be replaced.
     """
     if target.suffix and (out.suffix != target.suffix or out.is_dir()):
         raise MoesmithError(
-            f"{out} is no name of a {target.suffix} file", f"Give an --out that ends in {target.suffix}."
+            f"{out} is not the name of a {target.suffix} file", f"Give an --out that ends in {target.suffix}."
         )
     check_place(out, inputs_of(run))
     if target.suffix:

@@ -1,4 +1,4 @@
-"""Does the folder compute what the carving computes? Asked of every export, answered with logits."""
+"""Check for every export, by its logits, that the folder computes what the carving computes."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
 
 
 def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor) -> dict[str, Any]:
-    """Load ``folder`` as anybody would and compare it with ``reference`` in fp32.
+    """Load ``folder`` as any user would and compare it with ``reference`` in fp32.
 
-    Two correct models part where rounding tips a router between two nearly equal experts, and that token and those
-    after it differ from there on. So tokens are compared up to their row's first such flip, and there all must agree;
-    if flips leave less than half of the tokens, the routers differ. Where the parent is run layer by layer, or an fp32
-    copy does not fit in memory, both models are: transformers then loads one layer at a time.
+    Two correct models part when rounding flips a router between two nearly equal experts: that token and those after
+    it then differ. So tokens are compared up to the first such flip in their row, and there all must agree; if flips
+    leave less than half of the tokens, the routers differ. If the parent is run layer by layer, or an fp32 copy does
+    not fit in memory, both models are run layer by layer, and transformers loads one layer at a time.
 
     Args:
         parent: its device runs the comparison.
-        folder: what ``stock.write_stock`` or ``native.write_native`` wrote. It is only read: who wrote it for somebody
-            else wrote it under a hidden name, and gives it its own when this has returned.
+        folder: what ``stock.write_stock`` or ``native.write_native`` wrote. It is only read: the caller wrote it under
+            a hidden name, and renames it when this has returned.
         reference: ``stock.stock_reference`` of the same parent and carving, or ``moe.decoder``'s model for the native
-            format. A model with exact biases cannot agree with constant channels to the last digits: where the folder
-            has none, the difference is measured, not judged.
+            format. A model with exact biases cannot agree with constant channels to the last digits: if the folder
+            has no biases, the difference is measured, not judged.
         ids: (N, S) token ids.
 
     Returns:
@@ -62,7 +62,7 @@ def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor)
 
 @contextmanager
 def judging(made: Path) -> Iterator[None]:
-    """What goes wrong while ``made`` is compared is one line, whatever it is: a kernel's refusal, memory that is full.
+    """Turn any error while ``made`` is compared, such as a kernel's refusal or full memory, into one line.
 
     Raises:
         MoesmithError: instead of any exception but an interruption.
@@ -128,7 +128,7 @@ class Result:
 
 @torch.no_grad()
 def run(model: Decoder, ids: Tensor) -> Result:
-    """A model's logits and routing for token ids (N, S) in fp32: layer by layer where an fp32 copy does not fit."""
+    """Compute a model's fp32 logits and routing for token ids (N, S), layer by layer if an fp32 copy does not fit."""
     if model.dtype != torch.float32:
         if isinstance(model, Layered) or not fits(model):
             model = cast(model, torch.float32)

@@ -1,1 +1,1 @@
-"""Ways to make a mixture of a dense model, one file each: see ``base.py`` for what a method is."""
+"""Methods to make a mixture from a dense model, one file each: ``base.py`` says what a method is."""

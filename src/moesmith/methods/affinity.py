@@ -1,7 +1,7 @@
 """Domain affinity mining: which domains belong to one expert (DIVE, arXiv:2506.09351).
 
 DIVE prunes the parent on every domain, measures each pruned model's perplexity on every domain, and clusters the
-domains whose pruned models do alike. ``scores`` is our shortcut: domains whose channel scores correlate.
+domains whose pruned models behave alike. ``scores`` is our shortcut: domains whose channel scores correlate.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Affinity:
 
 
 def normalise(perplexity: Array) -> Array:
-    """norm(p)_ij = min over calibration sets i' of p_i'j, divided by p_ij: in (0, 1], higher is better."""
+    """Normalise: norm(p)_ij = min over calibration sets i' of p_i'j, divided by p_ij: in (0, 1], higher is better."""
     return perplexity.min(axis=0, keepdims=True) / perplexity
 
 
 def perplexity_similarity(perplexity: Array, profile: Profile = "rows") -> Array:
-    """Pearson correlation between domains of the normalised perplexity matrix (n, n).
+    """Correlate domains (Pearson) by the normalised perplexity matrix (n, n).
 
     ``rows`` compares domains as calibration sets, as DIVE does, ``columns`` as test sets, ``both`` is the mean.
     """
@@ -61,9 +61,9 @@ def perplexity_similarity(perplexity: Array, profile: Profile = "rows") -> Array
 
 
 def score_similarity(scores: Sequence[Tensor]) -> Array:
-    """Pearson correlation between domains of log channel scores, the mean over domains taken off.
+    """Correlate domains (Pearson) by log channel scores, less the mean over domains.
 
-    What all domains share (a channel's size) says nothing about kinship; what is left is where they differ.
+    What all domains share (a channel's size) says nothing about similarity; what is left is where they differ.
 
     Args:
         scores: one (L, F) tensor per domain.
@@ -73,9 +73,9 @@ def score_similarity(scores: Sequence[Tensor]) -> Array:
 
 
 def _pearson(profiles: Array) -> Array:
-    """Correlation of every two rows; a row that does not vary is like no other (0).
+    """Correlate every two rows; a row that does not vary has correlation 0 with the others.
 
-    A domain that is the best calibration set for every other one has such a row: ones throughout.
+    A domain that is the best calibration set for every other one has such a row: all ones.
     """
     flat = np.ptp(profiles, axis=1) == 0
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -86,17 +86,17 @@ def _pearson(profiles: Array) -> Array:
 
 
 def cluster(similarity: Array, experts: int, method: Linkage = "average") -> tuple[Array, list[list[int]]]:
-    """Hierarchical clustering on d = 1 − r into exactly ``experts`` clusters of domain indices.
+    """Cluster domain indices hierarchically on d = 1 − r into exactly ``experts`` clusters.
 
     Raises:
         MoesmithError: more clusters than domains, or similarities that are not finite.
     """
     n = len(similarity)
     if experts > n:
-        raise MoesmithError(f"{experts} experts need at least as many domains, and there are {n}",
+        raise MoesmithError(f"{experts} experts need at least as many domains, but there are {n}",
                             "Add domains or lower carve.experts.")  # fmt: skip
     if not np.isfinite(similarity).all():
-        raise MoesmithError("two domains have no defined correlation", "Is one of them constant or repeated?")
+        raise MoesmithError("two domains have no defined correlation", "Check for a constant or repeated one.")
     if n == 1:
         return np.zeros((0, 4)), [[0]]
     distance = np.clip(1 - (similarity + similarity.T) / 2, 0, None)
@@ -110,20 +110,20 @@ def cluster(similarity: Array, experts: int, method: Linkage = "average") -> tup
 def mine(
     names: Sequence[str], similarity: Array, experts: int, method: Linkage = "average", matrix: Array | None = None
 ) -> Affinity:
-    """Clusters from a similarity matrix."""
+    """Make clusters from a similarity matrix."""
     tree, groups = cluster(similarity, experts, method)
     return Affinity(list(names), matrix, similarity, tree, [[names[i] for i in group] for group in groups])
 
 
 def published_clusters() -> dict[str, list[list[str]]]:
-    """The clusters of DIVE's code by name, e.g. ``tinyllama-50`` (DIVE's published code)."""
+    """Read the clusters of DIVE's published code by name, e.g. ``tinyllama-50``."""
     text = (files("moesmith.data") / "sets" / "clusters.yaml").read_text(encoding="utf-8")
     found: dict[str, list[list[str]]] = yaml.safe_load(text)
     return found
 
 
 def published(name: str, names: Sequence[str], experts: int) -> list[list[str]]:
-    """A published clustering restricted to the domains at hand, in the published expert order.
+    """Return a published clustering, restricted to the given domains, in the published expert order.
 
     Raises:
         MoesmithError: unknown name, a domain that it does not place, or another number of experts.

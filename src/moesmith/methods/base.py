@@ -1,4 +1,4 @@
-"""What a method is. One file declares its name, paper, settings, what it needs, and gives layers; the rest follows."""
+"""What a method is: one file declares its name, paper, settings and needs, and makes layers; the rest follows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Kept(Section):
     ratio: float = Field(0.5, description="share of FFN channels pruned from each expert, in [0, 1)")
     compensation: Compensation = "bias"
     ridge: float = Field(0.01, gt=0, description="refit: pull towards the parent's columns")
-    pool: float = Field(0.2, ge=0, le=1, description="refit: weight of the pool's Gram matrix beside the cluster's")
+    pool: float = Field(0.2, ge=0, le=1, description="refit: share of the pool in the mixed Gram matrix")
 
     @model_validator(mode="after")
     def _leaves(self) -> Kept:
@@ -55,12 +55,12 @@ class Kept(Section):
         return self
 
     def without_effect(self) -> dict[str, str]:
-        """Of a refit, where there is none."""
+        """Settings of a refit, if there is none."""
         return refit_alone(self.compensation)
 
 
 def refit_alone(compensation: str) -> dict[str, str]:
-    """Why settings of a refit do nothing; empty where there is one."""
+    """Say why settings of a refit do nothing; empty if there is a refit."""
     return {} if compensation == "refit" else dict.fromkeys(("ridge", "pool"), "carve.compensation is not refit")
 
 
@@ -72,7 +72,7 @@ class RouterSection(Section):
     noise: float = Field(5e-4, ge=0, description="factor of DIVE's training noise")
 
     def without_effect(self) -> dict[str, str]:
-        """Of the discriminant analysis, where there is none."""
+        """Settings of the discriminant analysis, if there is none."""
         return {} if self.start == "lda" else {"ridge": "router.start is not lda"}
 
 
@@ -80,13 +80,13 @@ ROUTING: Mapping[str, type[Section]] = {"router": RouterSection, "stage1": Route
 
 
 class Method:
-    """A way to make a mixture of a dense model.
+    """A way to make a mixture from a dense model.
 
     Attributes:
-        name: by which a recipe asks for it (``carve.method``).
+        name: the name by which a recipe asks for it (``carve.method``).
         title: one line for tables and cards.
         paper: where it comes from.
-        Settings: its own settings, the recipe's section ``carve``; a setting that it ignores is not among them.
+        Settings: the type of its settings, the recipe's section ``carve``, without any that it ignores.
         sections: further sections of a recipe that it reads, by name.
         recipe: the recipe that asks for it.
         settings: its own, of type ``Settings``.
@@ -104,7 +104,7 @@ class Method:
 
     @classmethod
     def sections_of(cls, carve: Mapping[str, Any]) -> Mapping[str, type[Section]]:
-        """The further sections with these settings."""
+        """Return the further sections that go with these settings."""
         return cls.sections
 
     @property
@@ -114,19 +114,19 @@ class Method:
 
     @property
     def top_k(self) -> int:
-        """Of which a token visits."""
+        """How many of them a token visits."""
         return int(getattr(self.settings, "top_k", 1))
 
     def check_domains(self, names: Sequence[str], source: str) -> None:
         """Refuse text that it cannot use.
 
         Raises:
-            MoesmithError: too few domains, or others than it knows.
+            MoesmithError: there are too few domains, or unknown ones.
         """
 
     @property
     def prunes_attention(self) -> bool:
-        """Whether attention is narrowed as well, which no stock architecture holds."""
+        """Whether attention is narrowed as well, which no stock architecture supports."""
         return False
 
     def check(self, parent: Parent) -> None:
@@ -137,15 +137,15 @@ class Method:
         """
 
     def steps(self) -> list[Step]:
-        """What is to be done, in order; a step that ends in a carving has a title."""
+        """List the steps to do, in order; a step that ends in a carving has a title."""
         raise NotImplementedError
 
     def width(self, parent: Parent) -> int:
-        """Channels of a routed expert, as far as it is known beforehand."""
+        """Return the channels of a routed expert, as far as they are known beforehand."""
         raise NotImplementedError
 
     def outline(self, parent: Parent) -> Carving:
-        """A carving of the shapes that will come out, to count before there are weights.
+        """Make a carving with the shapes to expect, to count before there are weights.
 
         Experts have as few channels in common as their widths allow.
         """
@@ -157,18 +157,18 @@ class Method:
         return Carving([Layer(routed, Linear(torch.zeros(self.experts, 0)), self.top_k)] * parent.L, F)
 
     def about(self, run: Run) -> list[str]:
-        """What it did in a run, as lines of a model card."""
+        """Say what it did in a run, as lines of a model card."""
         return [self.title]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of calibration text in every layer.
+    """What a method computes from calibration text in every layer.
 
     Attributes:
         inputs: second moments of the router's input, by expert.
         gram: the Gram matrix of the ``down_proj`` input as well.
-        passes: how often all tokens go through the layer, the way to the next one included where it is another.
+        passes: how often all tokens go through the layer, including the pass to the next layer if it is a separate one.
     """
 
     inputs: bool = True
@@ -177,11 +177,11 @@ class Needs:
 
 
 class Carver(Method):
-    """A method that carves one layer after the other from calibration text: most need no more than :meth:`carve`.
+    """A method that carves one layer after the other from calibration text; most define only :meth:`carve`.
 
     Attributes:
-        version: of its mathematics: another one makes the carving of an older run again.
-        activations: what a layer sees: the parent's (``dense``), or those behind the layers already carved
+        version: of its mathematics: a new version makes the carving of an older run again.
+        activations: what a layer sees: the parent's activations (``dense``), or those after the layers already carved
             (``carved``).
     """
 
@@ -189,38 +189,38 @@ class Carver(Method):
     activations: ClassVar[Activations] = "dense"
 
     def carve(self, view: LayerView) -> Layer:
-        """One layer's experts and router."""
+        """Make one layer's experts and router."""
         raise NotImplementedError
 
     def needs(self) -> Needs:
-        """What :meth:`carve` will ask for, so that a plan knows."""
+        """Declare what :meth:`carve` will ask for, for the plan."""
         return Needs(passes=1.0 if self.activations == "dense" else 2.0)
 
     def begin(self, job: Job) -> list[list[Tensor]]:
-        """The text that layers see, by group: (N, window) token ids; every domain a group unless a method says else."""
+        """Return the text that layers see, by group: (N, window) token ids. By default every domain is a group."""
         windows = windows_of(job.run)
         return [[windows[name]] for name in job.names]
 
     def tokens(self, shapes: Shapes) -> int:
-        """How much text :meth:`begin` gives."""
+        """Return how many tokens :meth:`begin` gives."""
         return shapes.domains * int(self.recipe.domains.tokens)
 
     def key(self, parent: Parent) -> dict[str, Any]:
-        """What the carving hangs on; JSON-able."""
+        """Return what the carving depends on; JSON-able."""
         return {"method": self.name, "version": self.version, "settings": self.settings.used()}
 
     def steps(self) -> list[Step]:
-        """Calibration text, and the carving."""
+        """List two steps: calibration text and carving."""
         return [Domains(self.recipe), Carve(self.recipe, self, "domains")]
 
     def width(self, parent: Parent) -> int:
-        """What ``ratio`` leaves of the channels; for other settings say it yourself."""
+        """Return the channels that ``ratio`` leaves; override this for other settings."""
         return kept_channels(parent.F, self.settings.ratio)
 
     def provenance(self) -> dict[str, Any]:
-        """What the carving remembers of how it was made, such as ``clusters``: domains by expert."""
+        """Return what the carving records of how it was made, such as ``clusters``: domains by expert."""
         return {}
 
     def metrics(self) -> dict[str, Any]:
-        """Numbers for the step's manifest, after :meth:`carve` has seen all layers."""
+        """Return numbers for the step's manifest, after :meth:`carve` has seen all layers."""
         return {}

@@ -1,7 +1,7 @@
 """Experts that are channels of the parent, chosen by domain: what DIVE, static masks and LLaMA-MoE share.
 
-A group of domains is an expert's text. Channels, FLAP's bias or a refitted ``down_proj``, and the router's start follow
-from one pass over it.
+A group of domains is an expert's text. Its channels, FLAP's bias or a refitted ``down_proj``, and the router's start
+are computed in one pass over it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Part = tuple[Tensor, Tensor]  # mean and variance of every channel of one layer,
 
 
 class Together(Step):
-    """Step *affinity* where no domains are told apart: every expert sees all of them."""
+    """Step *affinity* without clusters of domains: every expert sees all domains."""
 
     name = "affinity"
 
@@ -49,7 +49,7 @@ class Together(Step):
         self.method = method
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """The domains, and how many experts see them."""
+        """Return the domains, and how many experts see them."""
         return {"needed": False, "experts": self.method.experts, "names": job.names}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
@@ -60,7 +60,7 @@ class Together(Step):
 
 
 def clusters_of(run: Run) -> list[list[str]]:
-    """Domains by expert."""
+    """Read the domains by expert."""
     found: list[list[str]] = read_json(run.path("affinity") / "clusters.json")["clusters"]
     return found
 
@@ -69,7 +69,7 @@ class Channels(Carver):
     """A method whose experts keep channels of the parent.
 
     Attributes:
-        ratio: share of channels that a parent's experts lose; ``settings.ratio`` unless somebody else decides.
+        ratio: share of channels that a parent's experts lose; ``settings.ratio`` unless another method decides it.
     """
 
     ratio: Callable[[Parent], float]
@@ -79,11 +79,11 @@ class Channels(Carver):
         self.ratio = lambda parent: float(self.settings.ratio)
 
     def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
-        """The kept channels of every expert in one layer, sorted.
+        """Choose the kept channels of every expert in one layer, sorted.
 
         Args:
             view: the layer.
-            groups: channel moments of each expert's text; empty where :meth:`moments_tokens` says that none are needed.
+            groups: channel moments of each expert's text; empty if :meth:`moments_tokens` says that none are needed.
         """
         raise NotImplementedError
 
@@ -103,23 +103,23 @@ class Channels(Carver):
         return self.start is not None and self.start.start == "lda"
 
     def moments_tokens(self) -> int | None:
-        """Tokens of each domain whose channel moments are taken beforehand; ``None`` for all.
+        """Return how many tokens of each domain channel moments are taken over beforehand; ``None`` for all.
 
-        A refit passes over all text anyway and takes them again: before it nothing needs them but what groups domains.
+        A refit passes over all text anyway and takes them again: before that only the grouping of domains needs them.
         """
         return 0 if self.refit else None
 
     def grouping(self) -> Step:
-        """The step that says which domains an expert is made for."""
+        """Return the step that decides which domains an expert is made for."""
         return Together(self)
 
     def steps(self) -> list[Step]:
-        """Text, statistics, groups, and the carving."""
+        """List the steps: text, statistics, groups and carving."""
         moments = ChannelMoments(self.recipe, self.moments_tokens())
         return [Domains(self.recipe), moments, self.grouping(), Carve(self.recipe, self, "affinity")]
 
     def needs(self) -> Needs:
-        """What compensation and router ask for."""
+        """Declare what compensation and router ask for."""
         return Needs(inputs=self._needed, gram=self.refit)
 
     @property
@@ -127,14 +127,14 @@ class Channels(Carver):
         return self.refit or self.lda or self.settings.compensation == "bias"
 
     def tokens(self, shapes: Shapes) -> int:
-        """All text for a refit or a discriminant analysis; a direction in D dimensions needs tokens by D."""
+        """Count all text for a refit or a discriminant analysis; the constant direction alone needs tokens by D."""
         whole = super().tokens(shapes)
         if self.refit or self.lda:
             return whole
         return min(whole, 32 * shapes.sizes.D) if self._needed else 0
 
     def key(self, parent: Parent) -> dict[str, Any]:
-        """With the ratio that was decided, and what the router's start reads of other sections."""
+        """Add the ratio that was decided, and what the router's start reads from other sections."""
         found = super().key(parent)
         found["settings"] |= {"ratio": self.ratio(parent)}
         if self.start is not None:
@@ -142,15 +142,15 @@ class Channels(Carver):
         return found | ({"scale": self.recipe.stage1.gate_temperature} if self.lda else {})
 
     def width(self, parent: Parent) -> int:
-        """What the ratio leaves."""
+        """Return the channels that the ratio leaves."""
         return kept_channels(parent.F, self.ratio(parent))
 
     def texts(self, windows: dict[str, Tensor]) -> list[list[Tensor]]:
-        """Every expert's text."""
+        """Return every expert's text."""
         return [[windows[name] for name in names] for names in self.clusters]
 
     def begin(self, job: Job) -> list[list[Tensor]]:
-        """Every expert's text, or a little of it where that is enough; its moments where they are known."""
+        """Return every expert's text, or a part of it if that is enough; load the moments that are known."""
         self.clusters = clusters_of(job.run)
         texts = self.texts(windows_of(job.run))
         self.weights = [float(sum(map(len, text))) for text in texts]
@@ -164,13 +164,13 @@ class Channels(Carver):
         return [[thin(torch.cat(text), 32 * job.parent.D // len(texts))] for text in texts]
 
     def _known(self, job: Job, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
-        """Channel moments of all layers by group; empty where they are taken in the pass, or needed by nobody."""
+        """Load all layers' channel moments by group; empty if the pass takes them, or if they are not needed."""
         if self.moments_tokens() is not None:
             return []
         return [pool([moments_of(job.run, name) for name in names]) for names in self.clusters]
 
     def carve(self, view: LayerView) -> Layer:
-        """Channels, compensation, router."""
+        """Choose channels, compensate for the others, start the router."""
         parent, index = view.parent, view.index
         stats = view.statistics(gram=self.refit, parts=self.refit and not self.known) if self._needed else []
         if self.known:
@@ -208,16 +208,16 @@ class Channels(Carver):
         layer.router = router
 
     def provenance(self) -> dict[str, Any]:
-        """The domains of each expert."""
+        """Return the domains of each expert."""
         return {"clusters": self.clusters}
 
     def metrics(self) -> dict[str, Any]:
-        """How constant the constant direction is."""
+        """Measure how constant the constant direction is."""
         return mean_and_most(self.errors, "constant_direction_error")
 
 
 def _pooled(stats: Stats) -> Part:
-    """One layer of :func:`pool`."""
+    """Pool moments like :func:`pool`, for one layer."""
     moments = [Moments(0, mean_F[None], variance_F[None]) for mean_F, variance_F in stats.parts]
     if not moments:
         return torch.zeros(0), torch.zeros(0)
@@ -226,7 +226,7 @@ def _pooled(stats: Stats) -> Part:
 
 
 def thin(windows: Tensor, tokens: int) -> Tensor:
-    """Evenly spaced windows that hold about so many tokens."""
+    """Pick evenly spaced windows that hold about ``tokens`` tokens."""
     wanted = max(1, tokens // windows.shape[1])
     return windows[:: max(1, len(windows) // wanted)]
 
@@ -234,16 +234,16 @@ def thin(windows: Tensor, tokens: int) -> Tensor:
 def refit_experts(
     parent: Parent, index: int, experts: Sequence[Expert], grams: Sequence[Second], weights: Sequence[float], spec: Any
 ) -> None:
-    """Give every expert a ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of everybody's mixed in.
+    """Give every expert a ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of the pool's mixed in.
 
-    In the parent's stored dtype on the CPU, whatever it was computed in and where: carvings are the same everywhere.
+    It is in the parent's stored dtype on the CPU, wherever it was computed: carvings are the same everywhere.
 
     Args:
         parent: the dense model.
-        index: of the layer.
-        experts: get their ``down_DF``.
+        index: the layer's index.
+        experts: their ``down_DF`` is set.
         grams: second moments of the ``down_proj`` input of each expert's tokens.
-        weights: of each in everybody's.
+        weights: of each Gram matrix in the pool's.
         spec: ``ridge`` and ``pool`` (``base.Kept``).
     """
     down_DF = parent.ffns[index].down_DF
@@ -256,5 +256,5 @@ def refit_experts(
 
 
 def group_moments_of(parent: Parent, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
-    """Channel moments of all layers by group of texts, each text with equal weight."""
+    """Take channel moments of all layers by group of texts, each text with equal weight."""
     return [pool([channel_moments(parent, ids) for ids in text]) for text in texts]

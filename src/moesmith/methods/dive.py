@@ -1,7 +1,7 @@
 """DIVE (arXiv:2506.09351): an expert keeps the channels that matter on its own cluster of domains.
 
 The parent is pruned on every domain, each pruned model's perplexity is measured on every domain, and domains whose
-pruned models do alike share an expert. Ours besides: clusters from channel scores, and groups drawn at random as the
+pruned models behave alike share an expert. We add clusters from channel scores, and groups drawn at random as the
 control.
 """
 
@@ -58,7 +58,7 @@ class AffinitySection(Section):
         if self.method == "perplexity":
             hold_a_window(self.tokens, self.window)
         if (self.method == "published") != (self.published is not None):
-            raise ValueError("affinity.published names clusters exactly when affinity.method is published")
+            raise ValueError("set affinity.published with affinity.method published, and only then")
         return self
 
 
@@ -73,7 +73,7 @@ class ByScore(Channels):
     """Every expert keeps the channels that score highest on its own text."""
 
     def begin(self, job: Job) -> list[list[Tensor]]:
-        """Where layers share one quota, their channels are chosen beforehand."""
+        """Begin, and choose the channels beforehand if layers share one quota."""
         texts = super().begin(job)
         spec, ratio = self.settings, self.ratio(job.parent)
         self.chosen = [
@@ -82,11 +82,11 @@ class ByScore(Channels):
         return texts
 
     def moments_tokens(self) -> int | None:
-        """All where layers share one quota: it is known only when all layers have been seen."""
+        """Take all if layers share one quota: it is known only when all layers have been seen."""
         return None if self.settings.selection == "adaptive" else super().moments_tokens()
 
     def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
-        """The best-scoring channels of each group."""
+        """Choose the best-scoring channels of each group."""
         if self.chosen:
             return [layers[view.index] for layers in self.chosen]
         scores = [layer_score(view.ffn, *group, self.settings.score) for group in groups]
@@ -113,37 +113,37 @@ class Dive(ByScore):
         return found
 
     def moments_tokens(self) -> int | None:
-        """All where models are pruned on them; else what the groups are made from."""
+        """Take all if models are pruned on them, else what the groups are made from."""
         found = super().moments_tokens()
         if found is None or self.affinity.method == "perplexity":
             return None
         return 0 if self.affinity.method == "random" else min(self.affinity.tokens, self.recipe.domains.tokens)
 
     def check_domains(self, names: Sequence[str], source: str) -> None:
-        """Experts need domains to differ by."""
+        """Refuse fewer domains than experts, which differ by their domains."""
         experts = self.experts
         if self.affinity.method == "random" or experts == 1:
             return
         if len(names) < 2:
-            raise MoesmithError(f"{source} holds one domain, and experts need domains to differ by", "Add domains.")
+            raise MoesmithError(f"{source} holds one domain, but experts differ by their domains", "Add domains.")
         if len(names) < experts:
             raise MoesmithError(
-                f"{experts} experts need at least as many domains, and {source} holds {len(names)}",
+                f"{experts} experts need at least as many domains, but {source} holds {len(names)}",
                 f"Add domains or set carve.experts to {len(names)} or less.",
             )
         if self.affinity.published is not None:
             mining.published(self.affinity.published, names, experts)
 
     def grouping(self) -> Step:
-        """Clusters of domains; at random no domain is told from another."""
+        """Return the clustering step; groups drawn at random do not tell domains apart."""
         return Together(self) if self.affinity.method == "random" else Affinity(self)
 
     def key(self, parent: Parent) -> dict[str, Any]:
-        """Groups drawn at random are no stage of their own."""
+        """Add whether groups are drawn at random, which is not a stage of its own."""
         return super().key(parent) | {"random_groups": self.affinity.method == "random"}
 
     def texts(self, windows: dict[str, Tensor]) -> list[list[Tensor]]:
-        """Of each cluster; the control draws windows of the pool for each expert."""
+        """Return each cluster's text; the control draws windows from the pool for each expert."""
         if self.affinity.method != "random":
             return super().texts(windows)
         return [[ids] for ids in pool_draws(windows, self.experts, self.recipe.seed)]
@@ -154,25 +154,25 @@ class Dive(ByScore):
         return super()._known(job, texts)
 
     def about(self, run: Run) -> list[str]:
-        """In numbers."""
+        """Describe the run in numbers."""
         return [*about_experts(self), about_channels(self)]
 
 
 def about_experts(method: Method) -> list[str]:
-    """How many experts, how wide."""
+    """Say how many experts there are, and how wide."""
     spec = method.settings
     return [f"{spec.experts} experts, {spec.top_k} active per token, {1 - spec.ratio:.0%} of the FFN per expert"]
 
 
 def about_channels(method: Any) -> str:
-    """How channels were chosen."""
+    """Say how channels were chosen."""
     spec, start = method.settings, method.start
     found = f"channels: {spec.method}, score {spec.score}; compensation: {spec.compensation}"
     return found + ("" if start is None else f"; router start: {start.start}")
 
 
 def pool_draws(windows: dict[str, Tensor], experts: int, seed: int) -> list[Tensor]:
-    """The control without affinity mining: each expert gets its own draw from all domains' windows."""
+    """Draw the control without affinity mining: each expert's own draw from all domains' windows."""
     everything = torch.cat(list(windows.values()))
     size = max(1, len(everything) // experts)
     draws = []
@@ -193,11 +193,11 @@ class Affinity(Step):
 
     @property
     def mined(self) -> bool:
-        """Whether by the perplexities of pruned models."""
+        """Whether domains are compared by the perplexities of pruned models."""
         return self.spec.method == "perplexity"
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """How domains are compared; with pruned models what is pruned of them."""
+        """Return how domains are compared; with pruned models, also how these are pruned."""
         carve = self.method.settings
         found: dict[str, Any] = {"needed": True, "experts": self.method.experts, "names": job.names}
         found |= {"affinity": self.spec.used(), "score": carve.score}
@@ -206,11 +206,11 @@ class Affinity(Step):
         return found
 
     def windows(self) -> dict[str, int]:
-        """Of the text that pruned models are measured on."""
+        """Return the window of the text that pruned models are measured on."""
         return {"affinity.window": self.spec.window} if self.mined else {}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """``clusters.json``, ``affinity.csv``, ``linkage.csv``, ``matrix.csv``."""
+        """Write ``clusters.json``, ``affinity.csv``, ``linkage.csv``, ``matrix.csv``."""
         spec, names, experts = self.spec, job.names, self.method.experts
         score = self.method.settings.score
         scores = [channel_scores(job.parent, moments_of(job.run, name), score) for name in names]
@@ -237,7 +237,7 @@ class Affinity(Step):
         return {"clusters": found.clusters}
 
     def _perplexities(self, job: Job, scores: Sequence[Tensor], work: Path) -> np.ndarray:
-        """The n × n perplexities of pruned models with bias compensation; finished rows survive a kill."""
+        """Measure the n × n perplexities of pruned models with bias compensation; finished rows survive a kill."""
         spec, carve, parent = self.spec, self.method.settings, job.parent
         blocks = [evaluation_blocks(d, parent.tokenizer, spec.tokens, spec.window).blocks for d in job.domains]
         rows = []
@@ -262,7 +262,7 @@ class Affinity(Step):
         return Carving(layers, parent.F)
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Every pruned model on every domain."""
+        """Count a run of every pruned model on every domain."""
         tokens = shapes.domains**2 * self.spec.tokens if self.mined else 0
         seconds = tokens * (shapes.active / pace.blocks + LOSS / pace.head) if pace else 0.0
         return Cost("affinity", tokens, seconds)

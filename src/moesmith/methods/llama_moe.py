@@ -1,4 +1,4 @@
-"""LLaMA-MoE's independent construction (arXiv:2406.16554): each expert a random share of the channels."""
+"""LLaMA-MoE's independent construction (arXiv:2406.16554): each expert gets a random share of the channels."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class LlamaMoe(Channels):
         method: Literal["llama-moe"] = "llama-moe"
 
     def moments_tokens(self) -> int | None:
-        """Only a bias wants to know what is lost."""
+        """Take none unless there is a bias, which replaces what is lost."""
         return None if self.settings.compensation == "bias" else 0
 
     def begin(self, job: Job) -> list[list[Tensor]]:
-        """Draws of its own, the same whatever the router draws."""
+        """Begin with a generator of its own, so that the choice does not depend on what the router draws."""
         self.draws = torch.Generator().manual_seed(self.recipe.seed)
         return super().begin(job)
 
     def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
-        """Drawn, without looking at anything."""
+        """Draw the channels without looking at any statistics."""
         F, kept = view.parent.F, kept_channels(view.parent.F, self.ratio(view.parent))
         return [torch.randperm(F, generator=self.draws)[:kept].sort().values for _ in range(self.experts)]
 
     def about(self, run: Run) -> list[str]:
-        """In numbers."""
+        """Describe the run in numbers."""
         return [*about_experts(self), f"channels: drawn at random; compensation: {self.settings.compensation}"]

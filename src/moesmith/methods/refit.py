@@ -1,4 +1,4 @@
-"""What pruned channels leave behind, put back in closed form.
+"""Make up in closed form for what pruned channels computed.
 
 ``bias`` is FLAP's compensation (arXiv:2312.11983): the pruned channels' mean output. ``refit`` is ours: the
 ``down_proj`` that reproduces the dense output best, in the least-squares sense, from the kept channels alone.
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def compensation_bias(down_DF: Tensor, mean_F: Tensor, kept: Tensor) -> Tensor:
-    """b = W[:, P] μ_P over the pruned channels P, (D,) fp32 on the CPU. Exact when pruned channels are constant."""
+    """Compute b = W[:, P] μ_P over the pruned channels P, (D,) fp32 on the CPU; exact if they are constant."""
     pruned_F = torch.ones(len(mean_F), dtype=torch.bool)
     pruned_F[kept] = False
     return (down_DF.float()[:, pruned_F.to(down_DF.device)] @ mean_F[pruned_F].float().to(down_DF.device)).cpu()
 
 
 def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.01) -> Tensor:
-    """Ridge least squares of ``down_proj`` on the kept channels S, (D, F_e) fp32 on the device of ``gram_FF``.
+    """Refit ``down_proj`` on the kept channels S by ridge least squares, (D, F_e) fp32 on the device of ``gram_FF``.
 
     W' = argmin E‖W a − W' a_S‖² + λ‖W' − W_S‖² = (W C[:, S] + λ W_S)(C_SS + λ I)⁻¹ with C = E[a aᵀ] and
     λ = ``ridge`` · mean diag C_SS. With all channels kept W' = W.

@@ -1,4 +1,4 @@
-"""The methods that there are: every class with a ``name`` in this package, those of installed packages, and files."""
+"""The known methods: every class with a ``name`` in this package, those of installed packages, and of files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def register(method: type[Method]) -> type[Method]:
     """
     name = getattr(method, "name", "")
     if not isinstance(name, str) or not name or not hasattr(method, "Settings"):
-        raise MoesmithError(f"{method.__name__} is no method", "Give it a name and a class Settings.")
+        raise MoesmithError(f"{method.__name__} is not a method", "Give it a name and a class Settings.")
     other = _known.get(name)
     if other is not None and (other.__module__, other.__qualname__) != (method.__module__, method.__qualname__):
         raise MoesmithError(f"there is a method {name} already ({other.__module__})", "Give it another name.")
@@ -48,16 +48,16 @@ def _load() -> None:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method by name."""
+    """Return every method by name."""
     _load()
     return dict(sorted(_known.items()))
 
 
 def find(name: str) -> type[Method]:
-    """The method of a name.
+    """Return the method of a name.
 
     Raises:
-        MoesmithError: there is none; the nearest is named.
+        MoesmithError: there is none; the message names the nearest.
     """
     known = methods()
     if not isinstance(name, str) or name not in known:
@@ -71,24 +71,24 @@ def load_file(path: str | Path) -> None:
     """Run a Python file that registers methods of its own.
 
     Raises:
-        MoesmithError: it is no such file, cannot be run, or registers nothing.
+        MoesmithError: it is not a Python file, cannot be run, or registers nothing.
     """
     path = Path(path)
     if not path.is_file():
-        raise MoesmithError(f"there is no method file {path}", "Give a Python file.")
+        raise MoesmithError(f"there is no method file {path}", "Give an existing Python file.")
     _load()
     before = dict(_known)
     name = f"moesmith_method_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
-        raise MoesmithError(f"{path} is no Python file", "Its name must end in .py.")
+        raise MoesmithError(f"{path} is not a Python file", "Its name must end in .py.")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except MoesmithError:
         raise
-    except Exception as error:  # anything a stranger's file may raise
-        raise MoesmithError(f"{path} cannot be run: {type(error).__name__}: {error}", "Mend the file.") from error
+    except Exception as error:  # a user's file may raise anything
+        raise MoesmithError(f"{path} cannot be run: {type(error).__name__}: {error}", "Fix the file.") from error
     mine = [known for known in _known.values() if known.__module__ == name]
     if not mine and _known == before:
         raise MoesmithError(f"{path} registers no method", "Put @register over its class.")

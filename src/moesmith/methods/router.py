@@ -12,14 +12,14 @@ from moesmith.parent.accelerator import closed_form_device
 
 
 def random_router(experts: int, d_model: int, generator: torch.Generator) -> Tensor:
-    """DIVE's start: a Linear's default, uniform in ±1/√D. Returns (E, D) fp32."""
+    """Draw DIVE's start: a Linear's default, uniform in ±1/√D. Returns (E, D) fp32."""
     return (torch.rand(experts, d_model, generator=generator) * 2 - 1) / d_model**0.5
 
 
 def constant_direction(inputs: Second, ridge: float = 1e-4) -> tuple[Tensor, float]:
-    """The v that minimises E(v·x − 1)² over router inputs, (D,) on the CPU, and that mean squared error.
+    """Find the v that minimises E(v·x − 1)² over router inputs, (D,) on the CPU, and return it with that error.
 
-    The input of an RMS-normalised layer holds an almost constant direction, so v·x ≈ 1 stands in for the bias
+    The input of an RMS-normalised layer holds an almost constant direction, so v·x ≈ 1 takes the place of the bias
     that a stock gate or expert has no field for.
     """
     place = closed_form_device(inputs.gram_NN.device)
@@ -31,10 +31,10 @@ def constant_direction(inputs: Second, ridge: float = 1e-4) -> tuple[Tensor, flo
 
 
 def lda_router(groups: Sequence[Second], ridge: float = 0.01, scale: float = 1.0) -> Tensor:
-    """Linear discriminant analysis of "which group does this token come from", (E, D) fp32 on the CPU, bias folded in.
+    """Solve a linear discriminant analysis, "which group is this token from", (E, D) fp32 on the CPU, bias folded in.
 
     W_k = Σ⁻¹ μ_k and b_k = −½ μ_kᵀ Σ⁻¹ μ_k with Σ the pooled covariance within groups, equal priors. Logits are
-    only defined up to a common shift, so the experts' mean is taken off; b is folded in as W + b vᵀ
+    only defined up to a common shift, so the experts' mean is subtracted; b is folded in as W + b vᵀ
     (:func:`constant_direction`). ``scale`` multiplies the logits: with scale t the dense gate at temperature t
     starts exactly at the discriminant's posterior.
 
@@ -46,7 +46,7 @@ def lda_router(groups: Sequence[Second], ridge: float = 0.01, scale: float = 1.0
     place = closed_form_device(groups[0].gram_NN.device)
     pooled = merge(groups, [1.0] * len(groups))
     means_ED = torch.stack([group.mean_N for group in groups]).to(place).double()
-    # E over groups of E[x xᵀ] − μ_k μ_kᵀ: every group counts alike, as its expert does
+    # E over groups of E[x xᵀ] − μ_k μ_kᵀ: all groups count the same, as their experts do
     within_DD = pooled.gram_NN.to(place).double() - means_ED.T @ means_ED / len(groups)
     within_DD.diagonal().add_(ridge * within_DD.diagonal().mean())
     W_ED = torch.linalg.solve(within_DD, means_ED.T).T

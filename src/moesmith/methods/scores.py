@@ -17,7 +17,7 @@ Selection = Literal["uniform", "adaptive"]
 
 
 def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> Tensor:
-    """How much each channel matters, (L, F) fp32, higher is better. a is the ``down_proj`` input, W that matrix.
+    """Score each channel, (L, F) fp32, higher matters more; a is the input of ``down_proj``, W its matrix.
 
     * ``wifv``: Var(a_j) · ‖W[:, j]‖² — FLAP's and DIVE's score.
     * ``ifv``: Var(a_j).
@@ -29,7 +29,7 @@ def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> T
 
 
 def layer_score(ffn: FFN, mean_F: Tensor, variance_F: Tensor, score: Score = "wifv") -> Tensor:
-    """The same of one layer, (F,)."""
+    """Score the channels of one layer, (F,)."""
     down_DF = ffn.down_DF.float()  # reduced where it is: one number per channel comes to the CPU
     if score == "wifv":
         return variance_F * down_DF.square().sum(0).cpu()
@@ -44,7 +44,7 @@ def layer_score(ffn: FFN, mean_F: Tensor, variance_F: Tensor, score: Score = "wi
 
 
 def kept_channels(d_ff: int, ratio: float) -> int:
-    """Channels left when a share ``ratio`` is pruned: F - floor(ratio F), as DIVE's code counts.
+    """Count the channels left when a share ``ratio`` is pruned: F - floor(ratio F), as in DIVE's code.
 
     Raises:
         MoesmithError: nothing is left, or the ratio is not in [0, 1).
@@ -58,13 +58,13 @@ def kept_channels(d_ff: int, ratio: float) -> int:
 
 
 def top(scores_F: Tensor, ratio: float) -> Tensor:
-    """The channels of one layer with the highest scores, sorted; ties by lower index."""
+    """Choose the channels of one layer with the highest scores, sorted; ties by lower index."""
     kept = kept_channels(len(scores_F), ratio)
     return scores_F.argsort(descending=True, stable=True)[:kept].sort().values
 
 
 def choose(scores_LF: Tensor, ratio: float, selection: Selection = "uniform") -> list[Tensor]:
-    """The kept channels of each layer, sorted, from one expert's scores.
+    """Choose the kept channels of each layer, sorted, from one expert's scores.
 
     ``uniform`` keeps the same number in every layer (FLAP's UL, what DIVE uses): an exact top-k, ties by lower index.
     ``adaptive`` (FLAP's AL) standardises each layer's scores and shares one quota over all layers; every layer

@@ -1,4 +1,4 @@
-"""One static mask of all domains: FLAP (arXiv:2312.11983) and its siblings, by the score and the compensation."""
+"""One static mask for all domains: FLAP (arXiv:2312.11983) and its variants, by the score and the compensation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moesmith.run.folder import Run
 
 @register
 class Static(ByScore):
-    """The control that every mixture must beat: as many channels, the same for all tokens."""
+    """The control that every mixture must beat: the same number of channels, the same ones for all tokens."""
 
     name, title, paper = "static", "one static mask (FLAP)", "arXiv:2312.11983"
 
@@ -22,7 +22,7 @@ class Static(ByScore):
         method: Literal["static"] = "static"
 
     def about(self, run: Run) -> list[str]:
-        """In numbers."""
+        """Describe the run in numbers."""
         spec = self.settings
         return [
             f"one expert with {1 - spec.ratio:.0%} of the FFN, the same for every token",

@@ -41,13 +41,13 @@ class Domains(Step):
     reads = ("text_digest", "chat_digest")
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Names, counts, and how text is read."""
+        """Return names, counts, and how text is read."""
         spec, records = self.recipe.domains, {domain.name: domain.calibration for domain in job.domains}
         found: dict[str, Any] = {"names": job.names, "tokens": spec.tokens, "window": spec.window}
         return found | reading(records, job.parent.tokenizer)
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """``windows.safetensors``: by domain int32 (N, window)."""
+        """Write ``windows.safetensors``: int32 (N, window) by domain."""
         spec, tokenizer = self.recipe.domains, job.parent.tokenizer
         windows = {
             domain.name: sample_windows(domain, tokenizer, spec.tokens, spec.window, self.recipe.seed)
@@ -58,17 +58,17 @@ class Domains(Step):
         return {"calibration_tokens": {name: ids.numel() for name, ids in windows.items()}}
 
     def windows(self) -> dict[str, int]:
-        """Of the calibration text."""
+        """Return the window of the calibration text."""
         return {"domains.window": self.recipe.domains.window}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Token ids."""
+        """Count the token ids on disk."""
         tokens = shapes.domains * self.recipe.domains.tokens
         return Cost(tokens=tokens, disk=4 * tokens)
 
 
 def windows_of(run: Run) -> dict[str, Tensor]:
-    """Calibration windows by domain, (N, window) int64."""
+    """Read calibration windows by domain, (N, window) int64."""
     return {name: ids.long() for name, ids in read_tensors(run.path("domains") / "windows.safetensors").items()}
 
 
@@ -76,7 +76,7 @@ class ChannelMoments(Step):
     """Channel moments of the dense parent, one forward pass per domain; finished domains survive a kill.
 
     Attributes:
-        tokens: of each domain; ``None`` for all calibration text.
+        tokens: how many of each domain; ``None`` for all calibration text.
     """
 
     name = "moments"
@@ -86,11 +86,11 @@ class ChannelMoments(Step):
         self.tokens = tokens
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """How many tokens."""
+        """Return how many tokens."""
         return {} if self.tokens is None else {"tokens": self.tokens}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """``<domain>.safetensors``: count, mean and variance per layer and channel."""
+        """Write ``<domain>.safetensors``: count, mean and variance per layer and channel."""
         count = None if self.tokens is None else ceil_div(self.tokens, self.recipe.domains.window)
         windows = {name: ids[:count] for name, ids in windows_of(job.run).items()}
         for position, name in enumerate(job.names):
@@ -101,14 +101,14 @@ class ChannelMoments(Step):
         return {"tokens": sum(w.numel() for w in windows.values())}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """A forward pass."""
+        """Count a forward pass."""
         tokens = shapes.domains * (self.recipe.domains.tokens if self.tokens is None else self.tokens)
         disk = 8 * shapes.domains * shapes.sizes.L * shapes.sizes.F
         return Cost(seconds=tokens / pace.blocks if pace else 0.0, disk=disk)
 
 
 def moments_of(run: Run, name: str) -> Moments:
-    """A domain's channel moments."""
+    """Read a domain's channel moments."""
     return Moments.from_tensors(read_tensors(run.path("moments") / f"{name}.safetensors"))
 
 
@@ -122,17 +122,17 @@ class Carve(Step):
         self.method = method
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """The method's name, version, and settings."""
+        """Return the method's name, version and settings."""
         return self.method.key(job.parent)
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """A carving."""
+        """Write a carving."""
         parent, method = job.parent, self.method
         room = waiting_room(parent)
 
         def run(batch: int) -> list[Layer]:
             layers: list[Layer] = []
-            texts = method.begin(job)  # in every attempt: a method may count or draw as it goes on
+            texts = method.begin(job)  # in every attempt: a method may count or draw on the way
             generator = torch.Generator().manual_seed(self.recipe.seed)
             with Stream(parent, texts, method.activations, folder=work, room=room, batch=batch) as stream:
                 for view in stream.views(generator):
@@ -155,12 +155,12 @@ class Carve(Step):
         return found | {"overlap": round(float(iou_LEE.mean()), 4) if iou_LEE.numel() else None}
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """How much experts have in common."""
+        """Say how much experts have in common."""
         overlap = metrics.get("overlap")
         return f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """The passes and matrices that the method asks for."""
+        """Count the passes and matrices that the method asks for."""
         needs, sizes = self.method.needs(), shapes.sizes
         tokens = self.method.tokens(shapes)
         share = sizes.L * ((0.6 * sizes.F**2 if needs.gram else 0) + (sizes.D**2 if needs.inputs else 0)) / sizes.total
@@ -173,26 +173,26 @@ class Carve(Step):
 
 
 def waiting_room(parent: Parent) -> int:
-    """Bytes of memory for tokens that wait between two layers; more wait on disk."""
+    """Return the bytes of memory for tokens that wait between two layers; the rest wait on disk."""
     return (parent.memory or free_memory(torch.device("cpu"))) // 8
 
 
 def mean_and_most(values: list[float], name: str) -> dict[str, float]:
-    """Two metrics of a number that every layer has."""
+    """Make two metrics, mean and largest, of a number that every layer has."""
     return {f"{name}_mean": statistics.mean(values), f"{name}_max": max(values)} if values else {}
 
 
 def check_gram(parent: Parent, groups: int, *, gram: bool) -> None:
-    """Refuse second moments of a layer that do not fit in half of the device's free memory, or a quarter of --memory.
+    """Refuse second moments of a layer that need more than half of the device's free memory, or a quarter of --memory.
 
     Raises:
-        MoesmithError: they do not.
+        MoesmithError: they need more.
     """
     per_layer = gram_bytes(parent.D, parent.F, groups, gram=gram)
     shared = parent.memory is not None and parent.device.type == "cpu"  # --memory is the host's
     room = (parent.memory or 0) // 4 if shared else free_memory(parent.device) // 2
     if per_layer > room:
         raise MoesmithError(
-            f"the Gram matrices of one layer need {per_layer / 2**30:.1f} GiB, and {room / 2**30:.1f} GiB are for them",
+            f"the Gram matrices of one layer need {per_layer / 2**30:.1f} GiB, but have {room / 2**30:.1f} GiB",
             "Free memory, use fewer experts, or set carve.compensation to bias.",
         )

@@ -1,8 +1,9 @@
 """Masks over the head dimension of attention: where they act, and the gate that a finished carving keeps.
 
 Q and K share one mask and V and O another, both common to all heads of a layer, so grouped and multi-query attention
-need nothing special (ToMoE, arXiv:2501.15316). The masks multiply the projections' outputs, Q's and K's before a q/k
-norm and before the rotation, and the input of the output projection. Scores keep the scale of the unpruned head.
+need nothing special (ToMoE, arXiv:2501.15316). The masks multiply the outputs of the Q, K and V projections (Q and K
+before a q/k norm and before the rotation) and the input of the output projection. Scores keep the scale of the unpruned
+head.
 
 Shapes: B sequences, S positions, D model width, h head width, R gate width.
 """
@@ -21,7 +22,7 @@ from moesmith.parent.structure import OUTPUTS, attention_of, head_dim
 
 
 def rotary_width(config: Any) -> int:
-    """Rotating dimensions of a head: all of it, or the leading part of a partial rotary embedding."""
+    """Count the rotating dimensions of a head: all of them, or the leading part with a partial rotary embedding."""
     rope = getattr(config, "rope_parameters", None) or {}
     factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
     return int(head_dim(config) * factor)
@@ -32,7 +33,7 @@ class GatedLinear(nn.Module):
 
     Args:
         linear: the parent's projection.
-        gate: what holds the masks ``qk`` and ``vo`` of the current input, and the switch ``mask_output``.
+        gate: the module with the masks ``qk`` and ``vo`` of the current input, and the switch ``mask_output``.
         parts: (mask, width) of every slice of the outputs; empty when the input is masked.
         h: head width.
     """
@@ -43,7 +44,7 @@ class GatedLinear(nn.Module):
         self._gate = [gate]  # in a list: it belongs to the attention, not to each of its projections
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the projection, masked."""
+        """Apply the projection and the masks."""
         gate: Any = self._gate[0]
         if not self.parts:
             return self.linear(self._times(x, gate.vo) if gate.mask_output else x)
@@ -61,7 +62,7 @@ def _read(module: Any, args: Any, kwargs: Any) -> None:
 
 
 def install(layer: nn.Module, config: Any, gate: nn.Module) -> None:
-    """Put ``gate`` into a decoder layer's attention: its input is read once, its projections are masked.
+    """Put ``gate`` into a decoder layer's attention: it reads the input once and masks the projections.
 
     Args:
         layer: a decoder layer of a model that may be changed (``moe.share``).
@@ -94,10 +95,10 @@ class CarvedAttention:
         vo_h: dimensions of V and O that some token keeps, (h) bool; the others are gone for all.
         proj_in_RD, norm_weight_R, norm_bias_R, base_R, proj_out_hR: the gate, fp32.
         threshold: the keep threshold, fp32 scalar.
-        top_k: most V/O dimensions of a token, int64 scalar.
+        top_k: the most V/O dimensions that a token keeps, int64 scalar.
         output: whether O is masked by the query token as well, bool scalar.
         dynamic_WR: gate rows for Q and K by token (``dynamic`` attention), one per free entry; else ``None``.
-        top_k_qk: most free entries of a token for ``dynamic_WR``.
+        top_k_qk: the most free entries that a token keeps with ``dynamic_WR``.
     """
 
     qk_h: Tensor
@@ -114,16 +115,16 @@ class CarvedAttention:
     top_k_qk: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """By field name, to save; ``CarvedAttention(**tensors)`` is the reverse."""
+        """Return the tensors by field name, to save; ``CarvedAttention(**tensors)`` is the reverse."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
 
     def gate_parameters(self) -> int:
-        """Numbers of the gate that lie beside the projections; the threshold and the limits are not counted."""
+        """Count the gate's weights, stored next to the projections; the threshold and the limits do not count."""
         return sum(t.numel() for t in self.tensors().values() if t.is_floating_point() and t.dim())
 
     def removed(self, weights: Mapping[str, Tensor], *, active: bool) -> int:
-        """How many of a layer's attention parameters are gone: from the file, or from what one token uses.
+        """Count a layer's attention parameters that are gone, from the file or from what one token uses.
 
         Args:
             weights: ``structure.attention_weights`` of the layer.
@@ -135,12 +136,12 @@ class CarvedAttention:
         return sum(tensor.numel() // h * (h - kept[name]) for name, tensor in weights.items() if kept[name] < h)
 
     def without_gate(self) -> CarvedAttention:
-        """The part that does not depend on the token: what a stock architecture can hold, with zeros."""
+        """Drop the gate: the rest does not depend on the token, and a stock architecture can hold it, with zeros."""
         return CarvedAttention(self.qk_h, self.vo_h)
 
     @property
     def width_qk(self) -> int:
-        """Dimensions of a Q/K head that a token's score takes part in at most."""
+        """The most dimensions of a Q/K head that take part in a token's score."""
         if self.dynamic_WR is None or self.top_k_qk is None:
             return int(self.qk_h.sum())
         pairs, entries = len(self.qk_h) - len(self.dynamic_WR), int(self.top_k_qk)
@@ -148,18 +149,18 @@ class CarvedAttention:
 
     @property
     def width_vo(self) -> int:
-        """Dimensions of a V/O head that a token keeps at most."""
+        """The most dimensions of a V/O head that a token keeps."""
         return int(self.vo_h.sum()) if self.top_k is None else int(self.top_k)
 
 
 def narrowed(name: str, tensor: Tensor, carved: CarvedAttention) -> Tensor:
-    """A projection (``structure.attention_weights``) without the dimensions that no token keeps of a head."""
+    """Cut the head dimensions that no token keeps out of a projection (``structure.attention_weights``)."""
     kept, by_head, axis = _of_head(name, tensor, carved)
     return by_head.index_select(axis + 1, kept.nonzero()[:, 0]).flatten(axis, axis + 1)
 
 
 def zeroed(name: str, tensor: Tensor, carved: CarvedAttention) -> Tensor:
-    """The same as zeros, for an architecture that cannot narrow its heads: exact, and saves nothing."""
+    """Zero those dimensions instead, for an architecture that cannot narrow its heads: exact, but saves nothing."""
     if "norm" in name or name == "o_proj.bias":
         return tensor
     kept, by_head, axis = _of_head(name, tensor, carved)
@@ -168,7 +169,7 @@ def zeroed(name: str, tensor: Tensor, carved: CarvedAttention) -> Tensor:
 
 
 def _of_head(name: str, tensor: Tensor, carved: CarvedAttention) -> tuple[Tensor, Tensor, int]:
-    """Kept dimensions, the tensor with heads apart from their dimensions, and the axis of the heads."""
+    """Return the kept dimensions, the tensor with heads and their dimensions as two axes, and the axis of the heads."""
     kept = (carved.qk_h if name[0] in "qk" else carved.vo_h).to(tensor.device)
     axis = 1 if name == "o_proj.weight" else 0
     return kept, tensor.unflatten(axis, (-1, len(kept))), axis

@@ -26,13 +26,13 @@ from moesmith.parent.digests import model_digest
 from moesmith.parent.load import Parent
 from moesmith.parent.proof.family import NATIVE
 
-FORMAT = 3  # 2: attention; 3: layers that differ, shared experts, sums, matrices of their own
+FORMAT = 3  # 2 added attention; 3 layers that differ, shared experts, sums, experts' own matrices
 OWN = ("down_DF", "gate_FD", "up_FD")  # an expert's own matrices, each a tensor of its own in the file
 ROUTED = {"down_DF": "down", "gate_FD": "gate", "up_FD": "up"}
 
 
 def _as(parent: Parent, dtype: torch.dtype) -> str:
-    """The digest that a parent's weights have in another dtype."""
+    """Compute the digest that a parent's weights would have in another dtype."""
     rounded = ((name, tensor.to(dtype)) for name, tensor in parent.model.named_parameters())
     model: Any = SimpleNamespace(config=parent.config, named_parameters=lambda: rounded)
     return model_digest(model)
@@ -40,11 +40,11 @@ def _as(parent: Parent, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Header:
-    """What ``carving.json`` says, without the tensors beside it.
+    """What ``carving.json`` says, without the tensors in the file next to it.
 
     Attributes:
         d_ff: the parent's FFN width F.
-        gates: of every layer.
+        gates: the gate of every layer.
         compensation: ``refit``, ``bias`` or ``none``.
         provenance: where the carving came from.
     """
@@ -56,7 +56,7 @@ class Header:
 
     @classmethod
     def read(cls, folder: Path) -> Header:
-        """The header of a carving's folder, written by this version or an older one.
+        """Read the header of a carving's folder, written by this version or an older one.
 
         Raises:
             MoesmithError: the folder holds no carving, or one of a newer format.
@@ -71,24 +71,24 @@ class Header:
 
     @property
     def experts(self) -> int:
-        """Routed experts of the layer that has most."""
+        """Routed experts of the layer that has the most."""
         return max(gate.experts for gate in self.gates)
 
     @property
     def top_k(self) -> int:
-        """Routed experts that a token visits in the layer where it visits most."""
+        """Routed experts that a token visits in the layer where it visits the most."""
         return max(gate.top_k for gate in self.gates)
 
 
 @dataclass
 class Carving:
-    """A Mixture-of-Experts as a delta on its parent. Its tensors are the CPU's, wherever the parent is.
+    """A Mixture-of-Experts as a delta on its parent. Its tensors are on the CPU, wherever the parent is.
 
     Attributes:
         layers: one :class:`~moesmith.mixture.layer.Layer` per decoder layer.
         d_ff: the parent's FFN width F.
-        lora: merged by :meth:`expert_weights`; ``"{layer}.{gate|up|down}.{A|B}"`` to (E, r, in) or (E, out, r);
-            the scale alpha / r is already in B. Of the routed experts.
+        lora: of the routed experts, merged by :meth:`expert_weights`; ``"{layer}.{gate|up|down}.{A|B}"`` to
+            (E, r, in) or (E, out, r); the scale alpha / r is already in B.
         norms: parent parameter name to the trained weight or bias of a norm.
         provenance: where it came from (method, recipe, hashes), JSON-able.
         attention: one :class:`CarvedAttention` per layer where attention is pruned as well (ToMoE), else empty.
@@ -108,17 +108,17 @@ class Carving:
 
     @property
     def experts(self) -> int:
-        """Routed experts of the layer that has most."""
+        """Routed experts of the layer that has the most."""
         return max(len(layer.routed) for layer in self.layers)
 
     @property
     def top_k(self) -> int:
-        """Routed experts that a token visits in the layer where it visits most."""
+        """Routed experts that a token visits in the layer where it visits the most."""
         return max(layer.top_k for layer in self.layers)
 
     @property
     def alike(self) -> bool:
-        """Whether all layers have as many experts, of which a token visits as many."""
+        """Whether the number of experts, and of those that a token visits, is the same in all layers."""
         return len({(len(layer.routed), layer.top_k) for layer in self.layers}) == 1
 
     @property
@@ -128,7 +128,7 @@ class Carving:
 
     @property
     def compensation(self) -> str:
-        """What stands in for dropped channels: ``refit`` (``down_proj`` of their own), ``bias`` or ``none``."""
+        """What makes up for dropped channels: ``refit`` (experts' own ``down_proj``), ``bias`` or ``none``."""
         if any(expert.down_DF is not None for layer in self.layers for expert in layer.experts):
             return "refit"
         return "bias" if self.biased else "none"
@@ -136,11 +136,11 @@ class Carving:
     def check(self, parent: Parent) -> None:
         """Refuse a parent that the carving was not made from.
 
-        The digest of the parent's weights is compared where the carving's provenance names one. A parent in a wider
-        dtype is rounded for that; in a narrower one it cannot be told, and its shapes have to do.
+        The digest of the parent's weights is compared if the carving's provenance names one. A parent in a wider
+        dtype is rounded first; of one in a narrower dtype only the shapes can be compared.
 
         Raises:
-            MoesmithError: its layers or widths are others, or its weights.
+            MoesmithError: its layers, widths or weights differ.
         """
         cure = "Give the dense model that it was made from."
         found = {"layers": (len(self.layers), parent.L), "channels": (self.d_ff, parent.F)}
@@ -166,18 +166,18 @@ class Carving:
             )
 
     def widths(self) -> Tensor:
-        """Kept channels per layer and routed expert, (L, E) int64; 0 where a layer has fewer experts than another."""
+        """Count the channels kept per layer and routed expert, (L, E) int64; 0 where a layer has fewer experts."""
         found = torch.zeros(len(self.layers), self.experts, dtype=torch.int64)
         for row, layer in zip(found, self.layers, strict=True):
             row[: len(layer.routed)] = torch.tensor(layer.widths)
         return found
 
     def mask(self, layer: int) -> Tensor:
-        """The layer's channel masks, (E, F) bool."""
+        """Return the layer's channel masks, (E, F) bool."""
         return self.layers[layer].mask(self.d_ff)
 
     def overlap(self) -> Tensor:
-        """Intersection over union of every two experts' channels, (L, E, E) in [0, 1]; 0 where there is no expert."""
+        """Compare every two experts' channels: intersection over union, (L, E, E) in [0, 1]; 0 where one is missing."""
         found = torch.zeros(len(self.layers), self.experts, self.experts)
         for index, layer in enumerate(self.layers):
             mask_EF = self.mask(index).float()
@@ -188,7 +188,7 @@ class Carving:
         return found
 
     def union(self) -> Tensor:
-        """Share of the parent's channels that at least one expert keeps, (L,) in [0, 1]."""
+        """Compute the share of the parent's channels that at least one expert keeps, (L,) in [0, 1]."""
         return torch.stack([self._kept(index).float().mean() for index in range(len(self.layers))])
 
     def _kept(self, index: int) -> Tensor:
@@ -198,14 +198,14 @@ class Carving:
         return kept_F
 
     def expert_weights(self, parent: Parent, layer: int, expert: int | Expert) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One expert's merged weights in fp32: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).
+        """Merge one expert's weights in fp32: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).
 
-        On the parent's device. Its own matrices and LoRA are merged; biases are :meth:`expert_biases`.
+        The expert's own matrices and LoRA are merged, on the parent's device. Biases: :meth:`expert_biases`.
 
         Args:
             parent: the dense model.
             layer: the layer's index.
-            expert: which of the routed experts, or the shared one itself.
+            expert: a routed expert's index, or the shared expert itself.
         """
         number = expert if isinstance(expert, int) else None
         one = self.layers[layer].routed[expert] if isinstance(expert, int) else expert
@@ -229,10 +229,10 @@ class Carving:
         return weights["gate"], weights.get("up"), weights["down"]
 
     def expert_biases(self, parent: Parent, layer: int, expert: int | Expert) -> tuple[Tensor | None, Tensor | None]:
-        """One expert's biases in fp32: of its gate rows (F_e,) and of its output (D,); ``None`` where there is none.
+        """Return one expert's fp32 biases, of its gate rows (F_e,) and its output (D,); ``None`` where there is none.
 
-        The output's holds the parent's own: whole in every expert where the weights of a token's experts sum to 1, its
-        K-th part where every one counts in full, and none of it in a shared expert. The expert's own is added.
+        The output bias includes the parent's: all of it if the weights of a token's experts sum to 1, 1/K of it if
+        every chosen expert counts in full, none of it in a shared expert. The expert's own bias is added.
         """
         carved, ffn = self.layers[layer], parent.ffns[layer]
         one = carved.routed[expert] if isinstance(expert, int) else expert
@@ -248,12 +248,12 @@ class Carving:
 
     @property
     def subsets(self) -> bool:
-        """Whether experts are subsets of the parent's own channels, so that each channel need be stored once only."""
+        """Whether experts are subsets of the parent's own channels, so that each channel need be stored only once."""
         plain = all(expert.plain for layer in self.layers for expert in layer.routed)
         return self.experts > 1 and plain and not self.lora
 
     def is_native(self, parent: Parent) -> bool:
-        """Whether ``RUN/model`` is in moesmith's own format: no stock architecture holds the parent, or attention."""
+        """Whether ``RUN/model`` is in moesmith's own format: no stock architecture fits, or attention is carved."""
         return parent.family == NATIVE or bool(self.attention)
 
     def save(self, folder: str | Path) -> None:
@@ -281,7 +281,7 @@ class Carving:
         folder = path_of("folder", folder)
         header = Header.read(folder)
         tensors = read_tensors(folder / "carving.safetensors")
-        if "widths" in tensors:  # formats 1 and 2: of all layers in one tensor
+        if "widths" in tensors:  # formats 1 and 2: one tensor for all layers
             tensors |= {f"{index}.widths": row_E for index, row_E in enumerate(tensors.pop("widths"))}
 
         def part(prefix: str) -> dict[str, Tensor]:
@@ -299,7 +299,7 @@ class Carving:
 
 
 def _tensors(layer: Layer) -> dict[str, Tensor]:
-    """A layer by the names that its tensors have in a file."""
+    """Return a layer's tensors by the names that they have in a file."""
     router, shared = layer.router, layer.shared
     found = {
         "widths": torch.tensor(layer.widths, dtype=torch.int32),
@@ -324,7 +324,7 @@ def _tensors(layer: Layer) -> dict[str, Tensor]:
 
 
 def _layer(found: Mapping[str, Tensor], gate: GateSpec) -> Layer:
-    """The reverse of :func:`_tensors`."""
+    """Rebuild a layer from its tensors, the reverse of :func:`_tensors`."""
     channels = found["channels"].long().split(found["widths"].tolist())
     biases = found.get("bias_ED")
     routed = [

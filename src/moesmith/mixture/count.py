@@ -1,7 +1,7 @@
-"""How many parameters a carving has: counted here and nowhere else, and equal to the tensors in the files.
+"""Count the parameters of a carving: only here, and equal to what the tensors in the files hold.
 
-A format says how wide its experts are and what stands beside them; the rest is shape arithmetic, so that a plan can
-count before there are weights. Index lists and a gate's bool and scalar values are no weights.
+A format says how wide its experts are and what is stored next to them; the rest is shape arithmetic, so that a plan can
+count before there are weights. Index lists and a gate's bool and scalar values do not count as weights.
 
 Shapes: L layers, D model width, F_e an expert's width, E experts, K active experts.
 """
@@ -16,9 +16,9 @@ from moesmith.parent.structure import attention_weights, decoder_layers
 
 
 def active_share(parent: Parent, carving: Carving) -> float:
-    """Active parameters over the parent's, block matrices only, each layer's widest experts counted (ToMoE, eq. 8).
+    """Divide active parameters by the parent's: block matrices only, each layer's widest experts (ToMoE, eq. 8).
 
-    The number a ToMoE budget fixes; for experts of equal width it is the exact share of every token.
+    A ToMoE budget fixes this number; for experts of equal width it is the exact share of every token.
     """
     sizes = Sizes.of(parent)
     active = sum(sizes.ffn(layer.active_width) for layer in carving.layers)
@@ -27,7 +27,7 @@ def active_share(parent: Parent, carving: Carving) -> float:
 
 
 def parameters(parent: Parent, carving: Carving, native: bool | None = None) -> dict[str, int]:
-    """Parameter counts: the parent's, and the MoE's in total and active per token.
+    """Count parameters: the parent's, and the MoE's in total and active per token.
 
     The total is the number of weights in the files of ``RUN/model``, embeddings included. Active is the total without
     the experts that a token does not visit.
@@ -35,7 +35,7 @@ def parameters(parent: Parent, carving: Carving, native: bool | None = None) -> 
     Args:
         parent: the dense parent, or its shapes.
         carving: the mixture, or an outline of one.
-        native: count for our own format, or for a stock folder; ``RUN/model``'s (``Carving.is_native``) if ``None``.
+        native: count for our own format or for a stock folder; if ``None``, as ``Carving.is_native`` says.
     """
     native = carving.is_native(parent) if native is None else native
     ffn, dense = parent.ffns[0], sum(p.numel() for p in parent.model.parameters())
@@ -45,7 +45,7 @@ def parameters(parent: Parent, carving: Carving, native: bool | None = None) -> 
     else:
         home = home_of(parent.family, carving)
         total, active = home.parameters(parent.D, parent.L)
-        if home.dialect == "qwen2_moe" != parent.family:  # whose queries, keys and values have biases, zeros here
+        if home.dialect == "qwen2_moe" != parent.family:  # its queries, keys and values have biases, zeros here
             sizes = Sizes.of(parent)
             rest += parent.L * (sizes.H + 2 * sizes.H_kv) * sizes.h
     return {
@@ -61,7 +61,7 @@ def _biases(parent: Parent) -> int:
 
 
 def in_native(parent: Parent, carving: Carving) -> tuple[int, int]:
-    """What takes the networks' place in our own format, routers included, and what attention lost: (total, active).
+    """Count what replaces the networks in our own format, routers included, less what attention lost: (total, active).
 
     Experts that are subsets of one network share their channels, other experts are padded to their layer's widest,
     and attention has the dimensions that some token keeps.

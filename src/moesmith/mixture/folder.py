@@ -1,4 +1,4 @@
-"""A finished model's folder, loaded as anybody would load it: whole, or one layer at a time."""
+"""Load a finished model's folder as any user would: whole, or one layer at a time."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from moesmith.parent.checkpoint import checked, first_line, quiet
 from moesmith.parent.layerwise import Layered, layered
 from moesmith.parent.structure import decoder_layers
 
-REMAKE = "Delete the folder and run the command that made it again: the same 'moesmith convert' for a run's."
+REMAKE = "Delete the folder and run the command that made it again (for a run, the same 'moesmith convert')."
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A finished folder as anybody would load it, in evaluation mode.
+    """Load a finished folder as any user would, in evaluation mode.
 
     Raises:
         MoesmithError: it is damaged, or lacks tensors.
@@ -39,10 +39,10 @@ def load_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Layered:
-    """A finished folder of which one layer at a time is read, each by transformers' own loader as a model of one layer.
+    """Load a finished folder one layer at a time, each by transformers' own loader as a model of one layer.
 
     Raises:
-        MoesmithError: it is damaged, or lacks tensors; for a layer, when its turn comes.
+        MoesmithError: it is damaged, or lacks tensors; raised for a layer when that layer is read.
     """
     cure = "Delete it and run the same 'moesmith convert' again."
     try:
@@ -54,7 +54,7 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
 
     def read(index: int, *, shell: bool) -> PreTrainedModel:
         try:
-            # ordinary tensors whatever the caller's mode: kept slices of our own format need a version to go by
+            # ordinary tensors in any mode of the caller: our own format keeps slices by their tensors' versions
             with quiet(), torch.inference_mode(False), torch.no_grad():
                 tensors: dict[str, Tensor] = {}
                 for part in (None, index) if shell else (index,):
@@ -70,7 +70,7 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
                 )
         except Exception as error:  # as in load_folder
             raise MoesmithError(f"{folder} cannot be loaded: {first_line(error)}", cure) from error
-        if not shell:  # it has the rest of a model, one token wide, which nobody uses
+        if not shell:  # it also has an unused rest of a model, one token wide
             info = {what: [n for n in names if _place(str(n))[1] is not None] for what, names in info.items()}
         model: Any = checked((loaded, info), str(folder))
         return cast(PreTrainedModel, model.to(device).eval())
@@ -83,13 +83,13 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
 
 
 def _place(name: str) -> tuple[str, int | None]:
-    """A tensor's name as that of the first layer, and the layer's index, ``None`` outside of the layers."""
+    """Return a tensor's name as if it were in the first layer, and its layer's index, ``None`` outside the layers."""
     found = re.fullmatch(r"(.+?\.)(\d+)(\..+)", name)
     return (name, None) if found is None else (f"{found[1]}0{found[3]}", int(found[2]))
 
 
 def _layer_files(folder: Path) -> dict[int | None, dict[str, dict[str, str]]]:
-    """By layer and file: name of each tensor to its name in a model of one layer."""
+    """Map, by layer and file, each tensor's name to its name in a model of one layer."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         where = read_json(index)["weight_map"]
@@ -104,7 +104,7 @@ def _layer_files(folder: Path) -> dict[int | None, dict[str, dict[str, str]]]:
 
 
 def _one_layer(config: Any, index: int, shell: bool) -> PreTrainedConfig:
-    """The config of a model that has layer ``index`` alone; without the shell its vocabulary is one token."""
+    """Make the config of a model that has only layer ``index``; without the shell its vocabulary is one token."""
     fields: dict[str, Any] = {"num_hidden_layers": 1}
     if not shell:
         fields |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}

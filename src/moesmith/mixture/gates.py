@@ -1,4 +1,4 @@
-"""Gate semantics as data; the modules that obey them travel with the weights (``native/gate.py``).
+"""Gate semantics as data; the modules that follow them are shipped with the weights (``native/gate.py``).
 
 A gate turns router logits into "which experts, with what weight". Runtimes disagree on the details
 without an error message (docs/gates.md), so the details are a value that is stored with the carving,
@@ -20,15 +20,15 @@ Logits = Literal["linear", "biased", "hidden"]
 class GateSpec(BaseModel):
     """How router logits become expert weights: the K largest logits decide, and
 
-    * ``average``: their softmax are the weights, which sum to 1 (DIVE, arXiv:2506.09351). The softmax over all experts,
-      cut to K and divided by its sum, gives the same; that is the one gate on which transformers, vLLM, SGLang and
-      llama.cpp agree.
+    * ``average``: their softmax gives the weights, which sum to 1 (DIVE, arXiv:2506.09351). The softmax over all
+      experts, cut to K and divided by its sum, gives the same; that is the one gate on which transformers, vLLM, SGLang
+      and llama.cpp agree.
     * ``sum``: every chosen expert counts in full (MoEfication, arXiv:2110.01786; CMoE, arXiv:2502.04416).
 
     Attributes:
-        experts: E.
-        top_k: K.
-        mix: the weights of the chosen.
+        experts: how many there are, E.
+        top_k: how many a token visits, K.
+        mix: the weights of the chosen experts.
         noise: factor of DIVE's training noise.
         logits: ``linear`` in x; ``biased``, with the bias of the parent's rows that the router is made of; or
             ``hidden``: what one channel per expert computes (``layer.Analytic``).
@@ -50,10 +50,10 @@ class GateSpec(BaseModel):
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> GateSpec:
-        """From a file; version 0.1 wrote the order of softmax and choice, of which its conversions used one.
+        """Read a gate from a file; version 0.1 also wrote the order of softmax and choice, but used only one order.
 
         Raises:
-            MoesmithError: a gate that is none of these.
+            MoesmithError: the weights of the gate do not sum to 1.
         """
         old = {"order": "topk-softmax", "renormalise": True, "scale": 1.0}
         same = values.get("renormalise", True) or values.get("order", "topk-softmax") == "topk-softmax"

@@ -1,13 +1,14 @@
 """Which stock architecture holds a carving, and the exact rewriting that gets it there: shapes only, no tensors.
 
-A stock expert is y = down(act(gate x) * (up x)), all experts of a model have one width, every layer has as many of
-them, a token visits as many in every layer, and the weights of the chosen sum to 1. What a carving has beyond that goes
-home by rewriting:
+A stock expert is y = down(act(gate x) * (up x)). All experts of a model have one width, every layer has the same number
+of them, a token visits the same number in every layer, and the weights of the chosen sum to 1. What a carving has
+beyond that is rewritten:
 
-* *sum*: logits scaled down far enough give each of K chosen experts the weight 1/K, in the same order; ``down`` carries
-  K. Where a runtime does not divide by the sum (Qwen2-MoE in llama.cpp), each weighs 1/E and ``down`` carries E.
-* *shared*: Qwen2-MoE's shared expert, whose sigmoid gate is one half with zero weights, ``down`` carrying 2. Elsewhere
-  the shared channels are folded into every routed expert, which is exact since the weights sum to 1, and costs room.
+* *sum*: logits scaled down far enough give each of K chosen experts the weight 1/K, in the same order, and ``down`` is
+  multiplied by K. If a runtime does not divide by the sum (Qwen2-MoE in llama.cpp), each weighs 1/E and ``down`` is
+  multiplied by E.
+* *shared*: Qwen2-MoE's shared expert, whose sigmoid gate is one half with zero weights, so ``down`` is doubled.
+  Elsewhere the shared channels are folded into every routed expert: exact, since the weights sum to 1, but larger.
 * *widths*: narrower experts are padded with channels of zeros, to the widest and to a multiple of :data:`ALIGN`.
 * *bias*: one more channel, fed by the constant direction (``export/stock/constant.py``).
 """
@@ -21,23 +22,23 @@ from moesmith.arguments import ceil_div
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer
 
-ALIGN = 32  # channels of a stock expert; quantisation blocks and grouped matrix kernels want multiples of it
+ALIGN = 32  # channels of a stock expert; quantisation blocks and grouped matrix kernels need multiples of it
 Dialect = Literal["mixtral", "qwen2_moe", "qwen3_moe"]
 
 
 def aligned(width: int, to: int = ALIGN) -> int:
-    """The next multiple of ``to``."""
+    """Round ``width`` up to a multiple of ``to``."""
     return ceil_div(width, to) * to
 
 
 @dataclass(frozen=True)
 class Home:
-    """How a carving stands in a stock folder.
+    """How a carving is stored in a stock folder.
 
     Attributes:
         dialect: the architecture, by its model type.
         experts: routed experts of a layer.
-        top_k: of which a token visits.
+        top_k: how many of them a token visits.
         width: channels of a routed expert on disk.
         shared: channels of the shared expert on disk; 0 where the architecture has none.
         folded: whether the carving's shared expert is part of every routed one.
@@ -53,7 +54,7 @@ class Home:
     divided: bool = True
 
     def parameters(self, D: int, layers: int) -> tuple[int, int]:
-        """Weights in the place of the networks, routers included: in total, and active per token."""
+        """Count the weights that replace the networks, routers included: in total, and active per token."""
         beside = self.experts * D + (3 * self.shared * D + D if self.shared else 0)
         expert = 3 * self.width * D
         return layers * (beside + self.experts * expert), layers * (beside + self.top_k * expert)
@@ -65,12 +66,12 @@ def in_full(layer: Layer) -> bool:
 
 
 def home_of(family: str, carving: Carving, *, llamacpp: bool = False) -> Home:
-    """Where a carving goes, that some stock architecture holds (``export.stock.stock_refusal``).
+    """Choose how to store a carving that some stock architecture holds (``export.stock.stock_refusal``).
 
     Args:
         family: the parent's (``Parent.family``).
         carving: the mixture, or an outline of one.
-        llamacpp: for llama.cpp, whose graph of Qwen2-MoE does not divide; that of Mixtral takes biases.
+        llamacpp: for llama.cpp, whose graph for Qwen2-MoE does not divide, and whose graph for Mixtral takes biases.
     """
     shared = max((layer.shared.width + (layer.shared.bias_D is not None) for layer in carving.layers
                   if layer.shared is not None), default=0)  # fmt: skip
@@ -83,14 +84,14 @@ def home_of(family: str, carving: Carving, *, llamacpp: bool = False) -> Home:
         dialect = "qwen2_moe"
     folded = bool(shared) and not beside
     width = max(stock_width(layer, folded) for layer in carving.layers)
-    # the architecture insists on a shared expert: an exact zero. At width 0 vLLM leaves it out and refuses its tensors
+    # the architecture requires a shared expert: exactly zero. At width 0 vLLM leaves it out and refuses its tensors
     room = aligned(max(shared, 1)) if dialect == "qwen2_moe" else 0
     return Home(dialect, carving.experts, carving.top_k, aligned(width), room, folded, not (llamacpp and beside))
 
 
 def stock_width(layer: Layer, folded: bool) -> int:
-    """Channels of a layer's routed experts in a stock folder before rounding up: those of the widest, the shared
-    expert's where it is folded in, and one for biases."""
+    """Count the channels of a layer's routed experts in a stock folder before rounding up: the widest expert's, the
+    shared expert's if it is folded in, and one for biases."""
     common = layer.shared if folded else None
     experts = [*layer.routed, *([] if common is None else [common])]
     biased = any(expert.bias_D is not None for expert in experts)
@@ -98,6 +99,6 @@ def stock_width(layer: Layer, folded: bool) -> int:
 
 
 def padding(carving: Carving, home: Home) -> float:
-    """Share of the routed experts' channels on disk that are zeros: what they lack of the widest, and of a multiple."""
+    """Compute the share of routed experts' channels on disk that are zeros, up to the widest and up to a multiple."""
     means = [stock_width(x, home.folded) - max(x.widths) + sum(x.widths) / len(x.widths) for x in carving.layers]
     return 1 - sum(means) / len(means) / home.width

@@ -26,7 +26,7 @@ Reads = Literal["gate", "hidden"]
 
 @dataclass
 class Expert:
-    """Channels of the parent's network, and what was changed of them. Its tensors are on the CPU.
+    """Channels of the parent's network, and what was changed in them. Its tensors are on the CPU.
 
     Attributes:
         channels: sorted int64 (F_e), the kept rows of gate and up and columns of down.
@@ -53,7 +53,7 @@ class Expert:
 
     @property
     def trained(self) -> bool:
-        """Whether its gate or up rows are no rows of the parent."""
+        """Whether its gate or up rows differ from the parent's."""
         return self.gate_FD is not None or self.up_FD is not None
 
 
@@ -75,12 +75,12 @@ class Linear:
 
 @dataclass
 class Analytic:
-    """A router made of the parent's own rows: each expert's logit is what one channel that stands for it computes.
+    """A router made of the parent's own rows: each expert's logit is what the one channel that represents it computes.
 
     Attributes:
         channels: int64 (E,), the channel of each expert.
         reads: ``gate``: the gate's row times x, which is a linear router; ``hidden``: the absolute value of the channel
-            after activation and up, |act(gate x) · (up x)| (CMoE, arXiv:2502.04416), which is none.
+            after activation and up, |act(gate x) · (up x)| (CMoE, arXiv:2502.04416), which is not linear.
     """
 
     channels: Tensor
@@ -90,7 +90,7 @@ class Analytic:
         return len(self.channels)
 
     def folded(self, ffn: FFN) -> Linear | None:
-        """The linear router that computes the same; ``None`` where there is none."""
+        """Return the linear router that computes the same; ``None`` if there is none."""
         if self.reads == "hidden" or ffn.gate_bias_F is not None:
             return None
         return Linear(ffn.gate_FD[self.channels.to(ffn.gate_FD.device)].float().cpu())
@@ -98,7 +98,7 @@ class Analytic:
 
 @dataclass
 class Layer:
-    """A layer's experts and who sends tokens to them.
+    """A layer's experts, and the router that sends tokens to them.
 
     Attributes:
         routed: E experts, of any widths.
@@ -120,12 +120,12 @@ class Layer:
 
     @classmethod
     def of(cls, channels: Sequence[Tensor], router_ED: Tensor, top_k: int = 1) -> Layer:
-        """A layer of experts that are plain subsets of the parent's channels."""
+        """Make a layer of experts that are plain subsets of the parent's channels."""
         return cls([Expert(kept) for kept in channels], Linear(router_ED), top_k)
 
     @property
     def experts(self) -> list[Expert]:
-        """The routed ones, and the shared one behind them."""
+        """The routed experts, then the shared one."""
         return [*self.routed, *([] if self.shared is None else [self.shared])]
 
     @property
@@ -135,11 +135,11 @@ class Layer:
 
     @property
     def active_width(self) -> int:
-        """Most channels that a token uses: those of the K widest experts, and the shared expert's."""
+        """The most channels that a token uses: those of the K widest experts, and the shared expert's."""
         return sum(sorted(self.widths)[-self.top_k :]) + (0 if self.shared is None else self.shared.width)
 
     def gate(self, ffn: FFN | None = None) -> GateSpec:
-        """The gate's semantics, as a file or a module needs them."""
+        """Describe the gate's semantics as a file or a module needs them."""
         logits: Logits = "linear"
         if isinstance(self.router, Analytic) and self.router.reads == "hidden":
             logits = "hidden"
@@ -148,34 +148,34 @@ class Layer:
         return GateSpec(experts=len(self.routed), top_k=self.top_k, mix=self.mix, noise=self.noise, logits=logits)
 
     def mask(self, d_ff: int) -> Tensor:
-        """Channel masks of the routed experts, (E, F) bool."""
+        """Return the channel masks of the routed experts, (E, F) bool."""
         mask_EF = torch.zeros(len(self.routed), d_ff, dtype=torch.bool)
         for index, expert in enumerate(self.routed):
             mask_EF[index, expert.channels] = True
         return mask_EF
 
     def check(self, D: int, d_ff: int) -> None:
-        """Refuse a layer that is none.
+        """Refuse a layer whose parts do not fit together.
 
         Args:
             D: model width.
             d_ff: channels of the parent's network.
 
         Raises:
-            MoesmithError: the router has another number of experts, K is not among them, channels are not there, or a
-                matrix has another shape.
+            MoesmithError: the router has another number of experts, there are fewer than K experts, a channel is out of
+                range, or a matrix has another shape.
         """
         experts = len(self.routed)
         if not experts or len(self.router) != experts:
             raise MoesmithError(f"has {experts} experts, and its router chooses among {len(self.router)}")
         if not 1 <= self.top_k <= experts or self.mix not in get_args(Mix):
-            raise MoesmithError(f"has top_k {self.top_k} of {experts} experts, mix {self.mix}")
+            raise MoesmithError(f"has top_k {self.top_k} of {experts} experts and mix {self.mix}")
         if isinstance(self.router, Linear) and self.router.weight_ED.shape[-1] != D:
             raise MoesmithError(f"has a router of model width {self.router.weight_ED.shape[-1]}, not {D}")
         kept = [expert.channels for expert in self.experts]
         kept += [self.router.channels] if isinstance(self.router, Analytic) else []
         if any(len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < d_ff for channels in kept):
-            raise MoesmithError("keeps channels that are not there")
+            raise MoesmithError("keeps channels that the parent does not have")
         for expert in self.experts:
             F = expert.width
             shapes = {"down_DF": (D, F), "gate_FD": (F, D), "up_FD": (F, D), "bias_D": (D,)}

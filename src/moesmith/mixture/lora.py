@@ -1,4 +1,4 @@
-"""Grouped LoRA: one low-rank pair per expert and projection, beside the sliced experts.
+"""Grouped LoRA: one low-rank pair per expert and projection, next to the sliced experts.
 
 PEFT's own adapter for 3-D expert parameters refuses dropout, which DIVE trains with, and shares
 one A between gate and up. Ours keeps DIVE's separate pairs, costs two small products per expert, and merges
@@ -20,7 +20,7 @@ from moesmith.mixture.moe import MoEBlock, SlicedExperts, moe_blocks
 class GroupedLora(nn.Module):
     """Low-rank updates of all experts of one layer.
 
-    ``A`` starts uniform as a Linear's weight (Kaiming, a = sqrt 5, as PEFT does), ``B`` at zero, so training starts
+    ``A`` starts uniform like a Linear's weight (Kaiming, a = sqrt 5, as PEFT does), ``B`` at zero, so training starts
     at the untouched experts. Shapes: gate and up A (E, r, D), B (E, F_e, r); down A (E, r, F_e), B (E, D, r). Experts
     without a gate have no pair for up.
     """
@@ -45,7 +45,7 @@ class GroupedLora(nn.Module):
             self.down_A.masked_fill_(padding_EF[:, None, :], 0)
 
     def gate_up(self, x_PD: Tensor, owner_P: Tensor) -> Tensor:
-        """The update of gate and up outputs for rows of experts ``owner_P``: (P, D) to (P, 2·F_e), F_e without up."""
+        """Compute the update of gate and up for rows of experts ``owner_P``: (P, D) to (P, 2·F_e), F_e without up."""
         x_PD = dropout(x_PD, self.dropout, self.training)  # one mask for both, where PEFT draws two
         gate_PF = self._pair(x_PD, owner_P, self.gate_A, self.gate_B)
         if self.up_A is None or self.up_B is None:
@@ -53,11 +53,11 @@ class GroupedLora(nn.Module):
         return torch.cat([gate_PF, self._pair(x_PD, owner_P, self.up_A, self.up_B)], -1)
 
     def down(self, a_PF: Tensor, owner_P: Tensor) -> Tensor:
-        """The update of the experts' outputs: (P, F_e) to (P, D)."""
+        """Compute the update of the experts' outputs: (P, F_e) to (P, D)."""
         return self._pair(dropout(a_PF, self.dropout, self.training), owner_P, self.down_A, self.down_B)
 
     def _pair(self, x_PI: Tensor, owner_P: Tensor, A_ErI: Tensor, B_EOr: Tensor) -> Tensor:
-        """Every expert's A on every row, all but the owner's zeroed, every B: two large products, no loop.
+        """Apply every A to every row, zero all but the owner's, apply every B: two large products, no loop.
 
         It computes E·r columns where r would do, which is cheaper than 2·E products with r = 8 columns each.
         """
@@ -68,9 +68,9 @@ class GroupedLora(nn.Module):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout as ``F.dropout``'s; on a CPU four mask elements come from one 64-bit draw.
+    """Apply dropout like ``F.dropout``; on a CPU four mask elements come from one 64-bit draw.
 
-    The probability is a multiple of 2⁻¹⁶ there, within 1e-5 of ``p``. So a CPU and a device draw other masks of the
+    There the probability is a multiple of 2⁻¹⁶, within 1e-5 of ``p``. So a CPU and a device draw different masks of the
     same distribution, as two kinds of device do.
     """
     if not training or p == 0 or x.device.type != "cpu":
@@ -89,7 +89,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, seed: in
 
 
 def lora_tensors(blocks: list[MoEBlock]) -> dict[str, Tensor]:
-    """The adapters as a carving stores them: ``"{layer}.{gate|up|down}.{A|B}"``, the scale in B; on the CPU."""
+    """Return the adapters as a carving stores them: ``"{layer}.{gate|up|down}.{A|B}"``, the scale in B; on the CPU."""
     tensors: dict[str, Tensor] = {}
     for index, block in enumerate(blocks):
         lora = getattr(block.experts, "lora", None)

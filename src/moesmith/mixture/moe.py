@@ -2,7 +2,7 @@
 
 *Masked*: the parent's weights times channel masks. All experts share one pass over the parent's gate and up
 projections, so a dense mixture over E experts costs about one FFN. *Sliced*: each expert's rows and columns
-cut out and stacked in 3-D tensors, so a token pays only for its K experts. Both take the Hugging Face
+are cut out and stacked in 3-D tensors, so a token pays only for its K experts. Both follow the Hugging Face
 contract ``router(x) -> (logits, weights, ids)``, ``experts(x, ids, weights) -> y``.
 
 Shapes: T tokens, D model width, F the parent's FFN width, E experts, K active experts.
@@ -68,7 +68,7 @@ class MaskedExperts(nn.Module):
             self.register_buffer("down_DR", torch.cat([d.to(device, dtype) for d in down], 1), persistent=False)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum of the experts' outputs, (T, D)."""
+        """Return the weighted sum of the experts' outputs, (T, D)."""
         a_TF = self.hidden(x_TD)
         w_TE = x_TD.new_zeros(len(x_TD), self.experts).scatter(1, ids_TK, weights_TK.to(x_TD.dtype))
         if self.refitted:
@@ -86,7 +86,7 @@ class MaskedExperts(nn.Module):
 
 
 def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The plain reading of a sparse mixture, token by token; the tests hold both forms against it."""
+    """Compute a sparse mixture in the plainest way, token by token; the tests compare both forms with it."""
     y_TD = torch.zeros_like(x_TD)
     for t in range(len(x_TD)):
         for k in range(ids_TK.shape[1]):
@@ -95,9 +95,9 @@ def experts_reference(experts: SlicedExperts, x_TD: Tensor, ids_TK: Tensor, weig
 
 
 def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrainedModel:
-    """The runnable model of a carving: the parent's architecture with a :class:`MoEBlock` in every layer.
+    """Build the runnable model of a carving: the parent's architecture with a :class:`MoEBlock` in every layer.
 
-    Weights that the carving leaves alone are shared with the parent, not copied. All parameters come frozen.
+    Weights that the carving leaves alone are shared with the parent, not copied. All parameters are frozen.
 
     Args:
         parent: the dense model the carving was made from.
@@ -106,7 +106,7 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
             LoRA, which changes each expert's own gate and up rows, and is refused where a carving changed these.
 
     Raises:
-        MoesmithError: there is no such form, or the carving is another parent's (:meth:`Carving.check`).
+        MoesmithError: there is no such form, or the carving was made from another parent (:meth:`Carving.check`).
     """
     if not isinstance(parent, Parent) or not isinstance(carving, Carving):
         raise MoesmithError("build takes a Parent and a Carving", "Give load_parent(...) and Carving.load(...).")
@@ -122,7 +122,7 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
 
 
 def decoder(parent: Parent, carving: Carving) -> Decoder:
-    """The sliced model of a carving, made layer by layer where the parent is run so."""
+    """Build the sliced model of a carving, layer by layer if the parent is run that way."""
     if not parent.layerwise:
         return build(parent, carving, "sliced")
     carving.check(parent)
@@ -132,7 +132,7 @@ def decoder(parent: Parent, carving: Carving) -> Decoder:
 
 
 def carved_layer(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> nn.Module:
-    """One decoder layer of a carving's model, all parameters frozen; what the carving leaves alone is the parent's."""
+    """Build one decoder layer of a carving's model, all frozen; what the carving leaves alone is the parent's."""
     place, layers = decoder_layers(parent.model)
     layer, prefix = share(layers[index]).requires_grad_(False), f"{place}.{index}."
     put(layer, parent.ffns[index].path.removeprefix(prefix), block(parent, carving, index, form))
@@ -143,7 +143,7 @@ def carved_layer(parent: Parent, carving: Carving, index: int, form: Form = "sli
 
 
 def _set_norms(module: nn.Module, carving: Carving, prefix: str) -> None:
-    """Put the trained norms that lie in ``module`` in their places; names in the model begin with ``prefix``."""
+    """Set the trained norms that belong to ``module``; their names in the model begin with ``prefix``."""
     known = dict(module.named_parameters())
     for name, value in carving.norms.items():
         inner = name.removeprefix(prefix)
@@ -153,13 +153,13 @@ def _set_norms(module: nn.Module, carving: Carving, prefix: str) -> None:
 
 
 def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> MoEBlock:
-    """One layer's MoE block, where and in what the parent computes; its weights may lie elsewhere."""
+    """Build one layer's MoE block on the parent's compute device and dtype; the parent's weights may be elsewhere."""
     carved, ffn = carving.layers[index], parent.ffns[index]
     routed: list[int | Expert] = [*range(len(carved.routed))]
     experts: nn.Module
     if form == "masked":
         if any(expert.trained for expert in carved.experts):
-            raise MoesmithError(f"layer {index} has experts of their own gate and up rows", "Build the sliced form.")
+            raise MoesmithError(f"layer {index} has experts with their own gate and up rows", "Build the sliced form.")
         own = any(expert.down_DF is not None for expert in carved.routed)
         down = [ffn.down_DF[:, e.channels] if e.down_DF is None else e.down_DF for e in carved.routed] if own else None
         bias_ED = _stacked([carving.expert_biases(parent, index, e)[1] for e in routed])
@@ -171,7 +171,7 @@ def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -
 
 
 def besides(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
-    """What a block has besides its routed experts: ``router``, and ``shared`` where there is one."""
+    """Build what a block has besides its routed experts: ``router``, and ``shared`` if there is one."""
     carved, dtype, device = carving.layers[index], parent.dtype, parent.device
     parts: dict[str, Any] = {"router": _router(carved, parent.ffns[index], dtype, device)}
     if carved.shared is not None:
@@ -180,7 +180,7 @@ def besides(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
 
 
 def _sliced(parent: Parent, carving: Carving, index: int, experts: Sequence[int | Expert]) -> SlicedExperts:
-    """Experts of one layer, cut out and stacked."""
+    """Cut out and stack experts of one layer."""
     dtype, device = parent.dtype, parent.device
     gate_biases, biases = zip(*(carving.expert_biases(parent, index, e) for e in experts), strict=True)
     weights = (carving.expert_weights(parent, index, e) for e in experts)
@@ -197,7 +197,7 @@ def _sliced(parent: Parent, carving: Carving, index: int, experts: Sequence[int 
 
 
 def _router(layer: Layer, ffn: FFN, dtype: torch.dtype, device: torch.device) -> Router:
-    """A layer's router as a module; an analytic one copies the parent's rows of its channels."""
+    """Build a layer's router as a module; an analytic one copies the parent's rows of its channels."""
     spec, router = layer.gate(ffn), layer.router
     if isinstance(router, Analytic) and (folded := router.folded(ffn)) is not None:
         router = folded
@@ -222,12 +222,12 @@ def _padded(parts: Sequence[Tensor]) -> Tensor:
 
 
 def moe_blocks(model: nn.Module) -> list[MoEBlock]:
-    """The model's MoE blocks, first layer first."""
+    """List the model's MoE blocks, first layer first."""
     return [module for module in model.modules() if isinstance(module, MoEBlock)]
 
 
 def shuffled(model: nn.Module, seed: int = 0) -> AbstractContextManager[None]:
-    """Hand every token another token's experts inside the ``with``: the load stays, learned routing goes."""
+    """Hand every token another token's experts inside the ``with``: the load stays, the learned routing is lost."""
     generator = torch.Generator().manual_seed(seed)
 
     def mix(_module: nn.Module, _args: Any, out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,1 +1,1 @@
-"""What a run did, to look at: the routing recorder, the figures and the HTML page."""
+"""Show what a run did: the routing recorder, the figures and the HTML page."""

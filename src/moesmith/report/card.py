@@ -1,4 +1,4 @@
-"""The model card that lies beside the weights: lineage, recipe, measured numbers."""
+"""The model card that is stored next to the weights: lineage, recipe, measured numbers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from moesmith.run.pipeline import Pipeline as Run
 
 _LOADING = (
-    "- loading: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`; the code lies beside the"
-    " weights and needs torch and transformers only. Where moesmith is installed, `import moesmith.native.modeling`"
-    " does instead of the flag",
+    "- loading: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`; the code is next to the"
+    " weights and needs only torch and transformers. If moesmith is installed, `import moesmith.native.modeling`"
+    " replaces the flag",
 )
 
 
@@ -28,19 +28,19 @@ _MARKS = re.compile(r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def inline(text: str) -> str:
-    """A user's text for a line or table cell of Markdown: shown as it is, whatever marks it holds."""
+    """Escape a user's text for a line or table cell of Markdown: it is shown as it is, whatever marks it holds."""
     return _MARKS.sub(r"\\\g<0>", plain(" ".join(text.split())))
 
 
 def code(text: str) -> str:
-    """A user's text as code in a line of Markdown: fenced by more backticks than it holds."""
+    """Write a user's text as code in a line of Markdown, fenced by more backticks than it holds."""
     text = plain(" ".join(text.split()))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def model_card(run: Run) -> str:
-    """Markdown with a metadata header, from what the run's manifests say."""
+    """Write Markdown with a metadata header from the run's manifests."""
     recipe, evaluation, carving = run.recipe, run.evaluation, run.carving()
     export = run.manifest("export")["metrics"]
     name = run.inputs["model"].rstrip("/").split("/")[-1]
@@ -97,11 +97,11 @@ def _mix(carving: Carving) -> str:
 
 
 def _twin(architecture: str, own: float, stock: float) -> str:
-    """What ``RUN/stock`` is, and what it costs."""
+    """Say what ``RUN/stock`` is, and what it costs."""
     change = f"{abs(stock / own - 1):.1%} {'higher' if stock > own else 'lower'} than this model's"
     return (
-        f"The same experts in a stock architecture (`{architecture}`, the folder `stock` of the run) load without code"
-        " of ours. No stock architecture masks attention by token: those masks are dropped there, and what all tokens"
+        f"The same experts in a stock architecture (`{architecture}`, the folder `stock` of the run) load without our"
+        " code. No stock architecture masks attention by token: those masks are dropped there, and what all tokens"
         f" drop is zero. Geometric mean of its perplexity: {stock:.2f}, {change}."
     )
 

@@ -26,10 +26,10 @@ _STAGE_COLOURS = (style.ORANGE, style.TEAL, style.BLUE, *style.EXPERT_COLOURS[3:
 def affinity_order(
     matrix: ArrayLike, names: Sequence[str], linkage: ArrayLike | None, clusters: Sequence[Sequence[str]]
 ) -> tuple[list[int], dict[str, Any] | None]:
-    """Order of rows that makes the clusters diagonal blocks, and the dendrogram that belongs to it.
+    """Order rows so that the clusters are diagonal blocks; return the order and the dendrogram that belongs to it.
 
     Leaves are turned so that neighbours are alike (optimal leaf ordering). There is no dendrogram without a
-    linkage, or when the clusters do not come from it (published ones), so that they are no branches of it.
+    linkage, or when the clusters do not come from it (published ones) and so are not its branches.
     """
     from scipy.cluster import hierarchy
 
@@ -54,7 +54,7 @@ def affinity_figure(
     linkage: ArrayLike | None = None,
     clusters: Sequence[Sequence[str]] = (),
 ) -> Figure:
-    """Correlation of domains as a heatmap in diagonal blocks, with the dendrogram above (DIVE, arXiv:2506.09351).
+    """Draw the correlation of domains as a heatmap in diagonal blocks, the dendrogram above (DIVE, arXiv:2506.09351).
 
     Args:
         matrix: (n, n) correlations.
@@ -112,13 +112,13 @@ def affinity_figure(
 
 
 def _membership(names: Sequence[str], clusters: Sequence[Sequence[str]]) -> list[int]:
-    """Each domain's cluster; domains in none come after all clusters."""
+    """Return each domain's cluster; domains without one come after all clusters."""
     of = {name: expert for expert, cluster in enumerate(clusters) for name in cluster}
     return [of.get(name, len(clusters)) for name in names]
 
 
 def _branch_colour(links: NDArray[np.float64], member: Sequence[int]) -> Any:
-    """Colour of a dendrogram branch: its cluster's, or grey above the cut."""
+    """Colour a dendrogram branch: its cluster's colour, or grey above the cut."""
     inside: dict[int, set[int]] = {leaf: {cluster} for leaf, cluster in enumerate(member)}
     for row, (left, right, *_) in enumerate(links):
         inside[len(member) + row] = inside[int(left)] | inside[int(right)]
@@ -126,7 +126,7 @@ def _branch_colour(links: NDArray[np.float64], member: Sequence[int]) -> Any:
 
 
 def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figure:
-    """Channel overlap: the experts' mean IoU matrix, and its range and the union's share over layers.
+    """Draw channel overlap: the experts' mean IoU matrix, and its range and the union's share over layers.
 
     Args:
         iou_LEE: intersection over union of every two experts, (L, E, E).
@@ -174,7 +174,7 @@ def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figu
 
 
 def overlap_layers_figure(iou_LEE: ArrayLike) -> Figure:
-    """The IoU matrix of every layer (L, E, E) as small multiples on one scale."""
+    """Draw the IoU matrix of every layer (L, E, E) as small multiples on one scale."""
     from matplotlib.colors import Normalize
 
     iou_LEE = np.asarray(iou_LEE, float)
@@ -201,7 +201,7 @@ def overlap_layers_figure(iou_LEE: ArrayLike) -> Figure:
 
 
 def stages_figure(stages: Mapping[str, Mapping[str, float]], means: Mapping[str, float]) -> Figure:
-    """Perplexity per domain after each stage, one row per domain, log axis; the parent is the upright mark.
+    """Draw perplexity per domain after each stage, one row per domain, log axis; the parent is the upright mark.
 
     Args:
         stages: label of a stage to domain to perplexity; the first is the parent.
@@ -243,7 +243,7 @@ def stages_figure(stages: Mapping[str, Mapping[str, float]], means: Mapping[str,
 
 
 def _plain_log(axis: Any, low: float, high: float) -> None:
-    """Log ticks as plain numbers, denser when the range is short."""
+    """Write log ticks as plain numbers, denser when the range is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     wide = high / low > 8
@@ -255,7 +255,7 @@ def _plain_log(axis: Any, low: float, high: float) -> None:
 
 
 def training_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
-    """Loss over tokens, one panel per stage: every step thin, the running mean thick.
+    """Draw loss over tokens, one panel per stage: every step thin, the running mean thick.
 
     Args:
         curves: title of a stage to (tokens, loss), one value per step.
@@ -276,7 +276,7 @@ def training_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure
 
 
 def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """Mean over ``reach`` steps on both sides; the window shrinks at the ends."""
+    """Average over ``reach`` steps on both sides; the window shrinks at the ends."""
     total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
     place = np.arange(len(values))
     start, stop = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
@@ -284,11 +284,11 @@ def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]
 
 
 def load_figure(load_LE: ArrayLike, threshold: float = 0.05) -> Figure:
-    """Share of choices per expert (rows) and layer (columns); white is the uniform share, a cross a dead expert.
+    """Draw choices per expert (rows) and layer (columns); white is the uniform share, a cross a dead expert.
 
     Args:
         load_LE: (L, E), rows sum to 1.
-        threshold: an expert below this part of the uniform share counts as dead.
+        threshold: an expert below this fraction of the uniform share counts as dead.
     """
     from matplotlib.colors import TwoSlopeNorm
 
@@ -311,7 +311,7 @@ def load_figure(load_LE: ArrayLike, threshold: float = 0.05) -> Figure:
 
 
 def domain_figure(share_DE: ArrayLike, names: Sequence[str], home: Sequence[int | None] | None = None) -> Figure:
-    """Which experts each domain goes to: bars per domain, the uniform share dashed (as in Drop-Upcycling's figure).
+    """Draw which experts each domain goes to: bars per domain, uniform share dashed (as in Drop-Upcycling's figure).
 
     Args:
         share_DE: (D, E), rows sum to 1.
@@ -351,7 +351,7 @@ def domain_figure(share_DE: ArrayLike, names: Sequence[str], home: Sequence[int 
 
 
 def entropy_figure(entropy_L: ArrayLike, balance_L: ArrayLike) -> Figure:
-    """Two entropies per layer over log E: of a token's router probabilities, and of the experts' load."""
+    """Draw two entropies per layer over log E: of a token's router probabilities, and of the experts' load."""
     layers = len(np.asarray(entropy_L))
     figure = style.new_figure(style.WIDTH, 2.5)
     axes = figure.add_subplot()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def chance(share_LE: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What independent random channels would give experts of these widths, per layer (L,).
+    """Compute the overlap and union that random channels would give experts of these widths, per layer (L,).
 
     Args:
         share_LE: each expert's share of the channels, (L, E).
@@ -38,13 +38,13 @@ def chance(share_LE: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64
 def layers_figure(
     share_LE: ArrayLike, union_L: ArrayLike, iou_LEE: ArrayLike, attention: Sequence[tuple[float, float]] = ()
 ) -> Figure:
-    """Per layer what the masks keep: channels, dimensions of attention, and what two experts have in common.
+    """Draw per layer what the masks keep: channels, dimensions of attention, and what two experts have in common.
 
     Args:
         share_LE: each expert's share of the channels, (L, E).
         union_L: share of the channels that any expert keeps, (L,).
         iou_LEE: intersection over union of every two experts, (L, E, E).
-        attention: per layer the kept shares of a Q/K and of a V/O head; empty where attention is whole.
+        attention: per layer the kept shares of a Q/K and of a V/O head; empty if attention is whole.
     """
     share_LE, iou_LEE = np.asarray(share_LE, float), np.asarray(iou_LEE, float)
     layers, experts = share_LE.shape
@@ -89,7 +89,7 @@ def _look(colour: str, marker: str) -> dict[str, Any]:
 
 
 def training_figure(steps: Sequence[Mapping[str, Any]], budget: float, experts: int) -> Figure:
-    """Four panels over training tokens: every step thin, the running mean thick, a target dashed.
+    """Draw four panels over training tokens: every step thin, the running mean thick, a target dashed.
 
     Args:
         steps: records of the stage's log, with ``tokens``, ``kl``, ``active``, ``union`` and ``entropy``.

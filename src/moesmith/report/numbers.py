@@ -7,7 +7,7 @@ from typing import Any
 
 
 def number(value: Any) -> str:
-    """Three or four digits, as much as a perplexity or a loss is worth; a dash for what is unknown."""
+    """Format three or four digits, enough for a perplexity or a loss; a dash for what is unknown."""
     if isinstance(value, str | bool):
         return str(value)
     if value is None or not math.isfinite(value):
@@ -20,12 +20,12 @@ def number(value: Any) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in per cent, three digits."""
+    """Format a share in per cent, three digits."""
     return f"{100 * value:.3g}\N{NO-BREAK SPACE}%"
 
 
 def big(value: float) -> str:
-    """A count with its unit: 134.5 M."""
+    """Format a count with its unit: 134.5 M."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.{2 if unit == 'B' else 1}f} {unit}"
@@ -33,7 +33,7 @@ def big(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as s, min or h."""
+    """Format seconds as s, min or h."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = seconds / 60

@@ -15,10 +15,10 @@ from moesmith.run.pipeline import MATTER
 
 @takes_paths("folder")
 def describe(folder: Path) -> dict[str, Any]:
-    """Everything ``moesmith inspect`` prints, as one JSON-able value.
+    """Collect everything ``moesmith inspect`` prints, as one JSON-able value.
 
     Raises:
-        MoesmithError: the folder is no run, or not carved yet.
+        MoesmithError: the folder is not a run, or not carved yet.
     """
     run = open_run(folder)
     carving, manifests = run.carving(), run.manifests
@@ -42,7 +42,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def versions_of(manifests: Mapping[str, Any]) -> dict[str, str]:
-    """Package → the version that made the run; where stages differ, every version with its stages."""
+    """Map each package to the version that made the run; if stages differ, to every version with its stages."""
     made: dict[str, dict[str, list[str]]] = {}
     for stage, manifest in manifests.items():
         for package, version in manifest.get("versions", {}).items():
@@ -56,7 +56,7 @@ def versions_of(manifests: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _masks(run: Run, step: str, carving: Carving) -> dict[str, Any]:
-    """What was learned, and under which budget."""
+    """Return what was learned, and under which budget."""
     manifest, before = run.manifests[step], run.carved[0] != step
     names = ("active_share", "threshold", "union", "width_ffn", "width_qk", "width_vo")
     found = {name: manifest["settings"][name] for name in ("budget", "attention")}
@@ -66,7 +66,7 @@ def _masks(run: Run, step: str, carving: Carving) -> dict[str, Any]:
 
 
 def _gate(carving: Carving) -> dict[str, Any]:
-    """What all layers have in common of routing; ``None`` where they differ."""
+    """Return the routing that all layers have in common; a field is ``None`` where they differ."""
     gates = [layer.gate().model_dump() for layer in carving.layers]
     found = {name: value if all(gate[name] == value for gate in gates) else None for name, value in gates[0].items()}
     shared = [0 if layer.shared is None else layer.shared.width for layer in carving.layers]
@@ -136,7 +136,7 @@ def show(found: dict[str, Any], *, brief: bool = False) -> None:
 
 
 def _dtypes(inputs: dict[str, Any]) -> str:
-    """What the weights are stored in, and what computed; runs of 0.1 computed in what they stored."""
+    """Say in which dtypes weights are stored and computed; runs of 0.1 computed in the stored dtype."""
     return f"stored in {inputs['dtype']}, computed in {inputs.get('compute', inputs['dtype'])}"
 
 

@@ -1,7 +1,7 @@
 """The report: one self-contained HTML page about a run, made from what its stages left on disk.
 
-Every section is built on its own. What a run does not have (a static mask has no affinity, an untrained model no
-loss) becomes one sentence in its place.
+Every section is built on its own. A section that a run has no data for (a static mask has no affinity, an untrained
+model no loss) becomes one sentence.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from moesmith.report.overview import versions_of
 from moesmith.report.source import AbsentError, Source, present
 from moesmith.run.folder import STOCK, finished_of
 
-DEAD = 0.05  # an expert is dead below this part of the uniform share
+DEAD = 0.05  # an expert is dead below this fraction of the uniform share
 
 
 @takes_paths("run", "output")
 def write_report(run: str | Path, output: str | Path | None = None, *, overwrite: bool = False) -> Path:
-    """Write the page of a run, and its figures as PNG files in ``figures`` beside it.
+    """Write the page of a run, and its figures as PNG files in ``figures`` next to it.
 
     Args:
         run: a folder made by ``moesmith convert``, finished or not.
-        output: where to write; ``RUN/report.html`` if left out, and an older one of moesmith's is replaced there.
+        output: where to write; if left out, ``RUN/report.html``, where an older report of moesmith is replaced.
         overwrite: replace what moesmith wrote at ``output``.
 
     Returns:
@@ -59,11 +59,11 @@ def write_report(run: str | Path, output: str | Path | None = None, *, overwrite
 
 
 def _page(source: Source, template: Any) -> str:
-    """The page; its figures are left in ``source.pictures``."""
+    """Build the page; its figures are written to ``source.pictures``."""
     sections = {
         "perplexity": _section(_perplexity, source, "This run has not been evaluated."),
         "affinity": _section(
-            _affinity, source, "This run did not mine affinity: no matrix decided who shares an expert."
+            _affinity, source, "This run did not mine affinity: no matrix decided which domains share an expert."
         ),
         "overlap": _section(_overlap, source, "Overlap needs a carving with two experts or more."),
         "masks": _section(_masks, source, "This run learned no masks."),
@@ -82,7 +82,7 @@ def _page(source: Source, template: Any) -> str:
 
 
 def _section(build: Callable[[Source], dict[str, Any]], source: Source, sentence: str) -> dict[str, Any]:
-    """A section's content, or ``{"absent": sentence}``; a damaged file is named there, a fault of ours goes on."""
+    """Build a section, or ``{"absent": sentence}``, which names a damaged file; faults of ours are raised."""
     try:
         return build(source)
     except AbsentError:
@@ -105,12 +105,12 @@ def _template() -> Any:
 
 
 def _own(name: str) -> str:
-    """A file that lies beside this module."""
+    """Read a file next to this module."""
     return (files("moesmith.report") / name).read_text(encoding="utf-8")
 
 
 def _line(expert: int) -> str:
-    """Underline that tells experts of one colour apart in the text."""
+    """Choose the underline that tells experts of one colour apart in the text."""
     return ("solid", "dashed", "dotted", "double")[expert // len(style.EXPERT_COLOURS) % 4]
 
 
@@ -125,7 +125,7 @@ def _summary(source: Source) -> dict[str, Any]:
     found |= {"masks": source.masks or None}
     carved = source.carved
     found |= {"experts": carved.experts if carved else None, "top_k": carved.top_k if carved else None}
-    if carved is not None:  # a method need not have a setting for it
+    if carved is not None:  # a method may have no setting for it
         found["carve"] = {"compensation": carved.compensation} | carve
     found["short"] = str(found["parent"]).rstrip("/").rsplit("/", 1)[-1]
     found |= {"before": None, "after": None, "domains": 0}
@@ -201,10 +201,10 @@ def _read_rows(path: Path) -> list[list[str]]:
 
 
 def _read_matrix(path: Path) -> tuple[list[str], NDArray[np.float64]]:
-    """A square matrix with names in the first row and column.
+    """Read a square matrix with names in the first row and column.
 
     Raises:
-        MoesmithError: it is none.
+        MoesmithError: the file holds no such matrix.
     """
     try:
         head, *rows = _read_rows(path)
@@ -298,7 +298,7 @@ def _training(source: Source) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps of a log; a last line cut off by a kill is left out."""
+    """Read the steps of a log; a last line cut off by a kill is left out."""
     check_file(path)
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines():

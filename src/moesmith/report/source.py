@@ -1,4 +1,4 @@
-"""A run's folder as the report reads it, and where its pictures go."""
+"""A run's folder as the report reads it, and where its pictures are written."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from moesmith.run.folder import Run
 
 
 class AbsentError(Exception):
-    """A section's source is not there."""
+    """The source of a section does not exist."""
 
 
 def present(path: Path) -> Path:
-    """The path, if a file lies there.
+    """Return the path if a file is there.
 
     Raises:
-        AbsentError: it does not.
+        AbsentError: there is none.
     """
     if not path.is_file():
         raise AbsentError
@@ -33,11 +33,11 @@ def present(path: Path) -> Path:
 
 @dataclass
 class Source:
-    """A run's folder: what several sections read.
+    """What several sections read from a run's folder.
 
     Attributes:
         folder: the run.
-        pictures: where every figure is left as a PNG.
+        pictures: where every figure is written as a PNG.
         header: ``run.json``.
     """
 
@@ -51,7 +51,7 @@ class Source:
         self.header = self.run.header
 
     def picture(self, figure: Any, name: str, description: str) -> Any:
-        """A figure for the page; the same lies beside it as a PNG."""
+        """Make a figure for the page, and write the same figure as a PNG."""
         from markupsafe import Markup
 
         write_atomic(
@@ -61,27 +61,27 @@ class Source:
         return Markup(style.to_svg(figure, name, description))
 
     def stage(self, name: str) -> Path:
-        """A stage's folder."""
+        """Return a stage's folder."""
         return self.folder / "stages" / name
 
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
-        """Of every finished step, in order."""
+        """The manifests of all finished steps, in order."""
         return self.run.manifests
 
     @cached_property
     def titles(self) -> dict[str, str]:
-        """What each step that made a model did."""
+        """The title of each step that made a model."""
         return {name: found["title"] for name, found in self.manifests.items() if found["title"]}
 
     @cached_property
     def experts(self) -> int:
-        """E; by the groups of domains where the carving does not say."""
+        """E, the number of experts; the number of groups of domains if the carving does not say."""
         return self.carved.experts if self.carved else len(self.clusters)
 
     @cached_property
     def carved(self) -> Header | None:
-        """What the last carving's header says; ``None`` where there is none, or a damaged one, as its section says."""
+        """The last carving's header; ``None`` if there is none or it is damaged, which its section says."""
         try:
             return Header.read(self.stage(self.run.carved[-1])) if self.run.carved else None
         except MoesmithError:
@@ -99,17 +99,17 @@ class Source:
 
     @cached_property
     def home(self) -> dict[str, int]:
-        """The expert made for each domain, or begun from it where masks were learned on top."""
+        """The expert made for each domain, or started from it if masks were learned on top."""
         return {name: expert for expert, cluster in enumerate(self.clusters) for name in cluster}
 
     @cached_property
     def learned(self) -> str:
-        """The step that learned masks; empty where none were learned."""
+        """The step that learned masks; empty if none were learned."""
         return next((name for name, found in self.manifests.items() if "threshold" in found.get("metrics", {})), "")
 
     @cached_property
     def masks(self) -> dict[str, Any]:
-        """What it measured, under which settings, and what it began from; empty where no masks were learned."""
+        """What that step measured, its settings, and what it started from; empty if no masks were learned."""
         if not self.learned:
             return {}
         manifest = self.manifests[self.learned]
@@ -135,5 +135,5 @@ class Source:
         return Routing.load(present(self.stage("evaluate") / "routing.npz"))
 
     def in_order(self, names: Sequence[str]) -> list[str]:
-        """Domains of one expert side by side, experts in order."""
+        """Sort domains so that those of one expert are together, experts in order."""
         return sorted(names, key=lambda name: self.home.get(name, len(self.clusters)))

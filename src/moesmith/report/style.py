@@ -35,22 +35,22 @@ WIDTH = 11.6  # inches: the page's 1,120 pixels
 
 
 def colour(expert: int) -> str:
-    """An expert's colour."""
+    """Return an expert's colour."""
     return EXPERT_COLOURS[expert % len(EXPERT_COLOURS)]
 
 
 def hatch(expert: int) -> str:
-    """An expert's hatch: tells experts of the same colour apart."""
+    """Return an expert's hatch, which tells experts of the same colour apart."""
     return HATCHES[expert // len(EXPERT_COLOURS) % len(HATCHES)]
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib shall not read as a formula."""
+    """Escape text so that matplotlib does not read it as a formula."""
     return text.replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure (inches) that belongs to no global state.
+    """Make an empty figure (inches) that belongs to no global state.
 
     Raises:
         MoesmithError: matplotlib is not installed.
@@ -63,7 +63,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def dress(axes: Axes, xlabel: str = "", ylabel: str = "", title: str = "", grid: str = "") -> None:
-    """Labels, thin outer lines and an optional grid ("x", "y" or "both")."""
+    """Add labels, thin outer lines and an optional grid ("x", "y" or "both")."""
     axes.set_facecolor("none")
     axes.set_xlabel(xlabel, fontsize=SIZE, color=MUTED)
     axes.set_ylabel(ylabel, fontsize=SIZE, color=MUTED)
@@ -77,7 +77,7 @@ def dress(axes: Axes, xlabel: str = "", ylabel: str = "", title: str = "", grid:
 
 
 def heatmap(axes: Axes, matrix: NDArray[Any], norm: Any, cmap: str = DIVERGING) -> Any:
-    """A matrix as coloured cells without outer lines; the picture inside the SVG is one pixel per cell."""
+    """Draw a matrix as coloured cells without outer lines; the picture inside the SVG is one pixel per cell."""
     image = axes.imshow(matrix, cmap=cmap, norm=norm, aspect="auto", interpolation="none")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -97,7 +97,7 @@ def annotate(
 
 
 def colourbar(figure: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
-    """A slim colour bar with its label."""
+    """Add a slim colour bar with its label."""
     bar = figure.colorbar(image, ax=axes, **{"fraction": 0.03, "pad": 0.015, "aspect": 30, **options})
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.set_label(label, fontsize=SIZE, color=MUTED)
@@ -105,19 +105,19 @@ def colourbar(figure: Figure, image: Any, axes: Any, label: str, **options: Any)
 
 
 def legend(axes: Any, **options: Any) -> None:
-    """A legend without a box."""
+    """Add a legend without a box."""
     axes.legend(**{"fontsize": SIZE - 0.5, "frameon": False, "labelcolor": INK, **options})
 
 
 def save(figure: Figure, target: Any, **options: Any) -> None:
-    """Write a figure; what its font lacks is a box in a PNG and text in an SVG, and nothing to tell the user."""
+    """Write a figure; characters that its font lacks are boxes in a PNG and text in an SVG, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         figure.savefig(target, **options)
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """A figure as an ``<svg>`` element for a page: text stays text, theme colours become CSS variables.
+    """Return a figure as an ``<svg>`` element for a page: text stays text, theme colours become CSS variables.
 
     Args:
         figure: the figure.

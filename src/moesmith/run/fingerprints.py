@@ -1,7 +1,7 @@
-"""What of a parent, besides its weights, a run's results depend on: fingerprints of text, chats and companion files.
+"""Fingerprints of what a run's results depend on besides the parent's weights: text, chats and companion files.
 
-``digests.tokenizer_digest`` is older: runs of moesmith 0.1 hold it, and it is compared still. It reads one probe text,
-so it cannot see every change of a tokenizer, and no change of what is written beside the weights.
+``digests.tokenizer_digest`` is older: runs of moesmith 0.1 hold it, so it is still compared. It reads one probe text,
+so it misses some changes of a tokenizer, and every change of what is written next to the weights.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from moesmith.parent.checkpoint import quiet
 from moesmith.parent.digests import PROBE
 from moesmith.parent.load import Parent
 
-STATE = ("version", "truncation", "padding")  # of a tokenizer's file: what the last call left, no property of it
+STATE = ("version", "truncation", "padding")  # in a tokenizer's file: left by the last call, no property of it
 
 
 def text_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Short sha256 of all that turns text into token ids: vocabulary, merges, normaliser, end-of-text token."""
+    """Hash (short sha256) all that turns text into token ids: vocabulary, merges, normaliser, end-of-text token."""
     return digest([_rules(tokenizer), tokenizer.eos_token_id])
 
 
 def chat_digest(tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]) -> str | None:
-    """Short sha256 of the chat template if any of the records is a conversation, else ``None``."""
+    """Hash (short sha256) the chat template if any of the records is a conversation, else return ``None``."""
     if any(chat(record) for record in records):
         return digest(tokenizer.chat_template)
     return None
 
 
 def companions_digest(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> str:
-    """Short sha256 of what a finished folder holds besides weights and config: tokenizer, chat template, generation."""
+    """Hash (short sha256) a finished folder besides weights and config: tokenizer, chat template, generation."""
     names = ("chat_template", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
     special = {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in _special(tokenizer).items()}
     facts = {name: getattr(tokenizer, name, None) for name in names}
@@ -45,7 +45,7 @@ def companions_digest(tokenizer: PreTrainedTokenizerBase, generation: Generation
 
 
 def parent_digests(parent: Parent, domains: Iterable[Any] = ()) -> dict[str, str]:
-    """The fingerprints of a parent beside those of its weights, for a run's inputs; ``domains`` are its text."""
+    """Compute a parent's fingerprints besides those of its weights, for a run's inputs; ``domains`` are the text."""
     found = {"text_digest": text_digest(parent.tokenizer)}
     found["companions_digest"] = companions_digest(parent.tokenizer, parent.model.generation_config)
     records = (record for domain in domains for split in (domain.calibration, domain.evaluation) for record in split)
@@ -54,7 +54,7 @@ def parent_digests(parent: Parent, domains: Iterable[Any] = ()) -> dict[str, str
 
 
 def folder_companions(folder: Path) -> str | None:
-    """:func:`companions_digest` of a finished folder; ``None`` if its files cannot be read."""
+    """Compute :func:`companions_digest` of a finished folder; ``None`` if its files cannot be read."""
     try:
         with quiet():
             generation = GenerationConfig.from_pretrained(folder) if _generates(folder) else None
@@ -75,6 +75,6 @@ def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return {name: part for name, part in json.loads(backend.to_str()).items() if name not in STATE}
-    # a tokenizer in Python: by what it does
+    # a tokenizer written in Python: described by what it does
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return [vocabulary, tokenizer(PROBE)["input_ids"], str(tokenizer.init_kwargs.get("sp_model_kwargs"))]

@@ -23,11 +23,11 @@ from moesmith.parent.layerwise import Decoder
 from moesmith.parent.load import Parent, load_parent
 
 STOCK = "stock"  # the name of RUN/stock in an evaluation
-FIRST = ("held-out", "corpus", "baseline")  # steps that no other step's needs put in an order
+FIRST = ("held-out", "corpus", "baseline")  # steps whose order no other step's needs decide
 
 
 def finished_of(stages: Iterable[str]) -> str:
-    """The measured stage that is ``RUN/model``: the last one, the stock twin apart."""
+    """Name the measured stage that is ``RUN/model``: the last one except the stock twin."""
     return [name for name in stages if name != STOCK][-1]
 
 
@@ -65,7 +65,7 @@ class Run:
         return self.folder / "model"
 
     def path(self, step: str) -> Path:
-        """A step's folder."""
+        """Return a step's folder."""
         return self.folder / "stages" / step
 
     def has(self, step: str) -> bool:
@@ -73,7 +73,7 @@ class Run:
         return (self.path(step) / MANIFEST).is_file()
 
     def manifest(self, step: str) -> dict[str, Any]:
-        """A finished step's manifest.
+        """Read a finished step's manifest.
 
         Raises:
             MoesmithError: there is none, or it is damaged.
@@ -82,12 +82,12 @@ class Run:
         return found
 
     def metrics(self, step: str) -> dict[str, Any]:
-        """What a step measured; empty where it is not finished."""
+        """Return what a step measured; empty if it is not finished."""
         return dict(self.manifest(step)["metrics"]) if self.has(step) else {}
 
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
-        """Of every finished step, each behind those that it needs."""
+        """The manifests of all finished steps, each after those of the steps that it needs."""
         from moesmith.run.legacy import described
 
         paths = sorted(self.folder.glob(f"stages/[!.]*/{MANIFEST}"))
@@ -105,7 +105,7 @@ class Run:
         return [name for name in self.manifests if (self.path(name) / "carving.json").is_file()]
 
     def carving(self, step: str | None = None) -> Carving:
-        """A step's carving, or the last one.
+        """Load a step's carving, or the last one.
 
         Raises:
             MoesmithError: there is none.
@@ -122,7 +122,7 @@ class Run:
 
     @property
     def clusters(self) -> list[list[str]]:
-        """Domains per expert as the first carving was made from them; empty where experts were made otherwise."""
+        """Domains per expert that the first carving was made from; empty if experts were made in another way."""
         first = Header.read(self.path(self.carved[0])) if self.carved else None
         found: list[list[str]] = first.provenance.get("clusters", []) if first else []
         return found
@@ -140,7 +140,7 @@ class Run:
         return {name: ids.long() for name, ids in blocks.items()}
 
     def training(self, section: str) -> Tensor:
-        """The sequences of a training stage, by its section of the recipe, (N, window) int32."""
+        """Read the sequences of a training stage, named by its section of the recipe, (N, window) int32."""
         return read_tensors(self.path("corpus") / "training.safetensors")[section]
 
     def check_finished(self) -> None:
@@ -155,11 +155,11 @@ class Run:
             raise MoesmithError(f"{self.folder} has no finished model", cure)
 
     def parent(self, dtype: DType | None = AUTO, device: Device = AUTO) -> Parent:
-        """The finished run's dense parent, stored as in the run.
+        """Load the finished run's dense parent, stored as in the run.
 
         Args:
-            dtype: what it computes in here, which need not be what the run computed in; ``None`` for the stored one.
-            device: where.
+            dtype: what it computes in, which need not be what the run computed in; ``None`` for the stored dtype.
+            device: where it computes.
 
         Raises:
             MoesmithError: the run is not finished, or its parent is not the one it was made from.
@@ -173,7 +173,7 @@ class Run:
                 f" not {inputs['model_digest']})",
                 "Put the original weights back, or convert again.",
             )
-        known = inputs.get("tokenizer_digest")  # runs of moesmith's first days do not say
+        known = inputs.get("tokenizer_digest")  # runs of the first moesmith versions do not say
         if known is not None and tokenizer_digest(parent.tokenizer) != known:
             raise MoesmithError(
                 f"the tokenizer of {inputs['model']} is not the one {self.folder} was made with",
@@ -182,7 +182,7 @@ class Run:
         return parent
 
     def load(self, parent: Parent, name: str = "model") -> Decoder:
-        """``RUN/model`` or ``RUN/stock``, computing as its parent does; layer by layer where the parent is run so.
+        """Load ``RUN/model`` or ``RUN/stock`` to compute as its parent does, layer by layer if the parent does.
 
         Raises:
             MoesmithError: it is damaged.
@@ -194,14 +194,14 @@ class Run:
         return load_folder(folder, dtype).to(parent.device)  # type: ignore[arg-type]
 
     def sums(self, name: str) -> str | None:
-        """The hash of the list that ``RUN/model`` or ``RUN/stock`` was finished with."""
+        """Return the hash of the list of hashes that ``RUN/model`` or ``RUN/stock`` was finished with."""
         found: str | None = self.manifest("export")["metrics"].get("sums", {}).get(name)
         return found
 
     def check_files(self, name: str = "model") -> None:
         """Compare every file of ``RUN/model`` or ``RUN/stock`` with its hash, and the list of hashes with the run's.
 
-        Runs of moesmith's first days have no such list.
+        Runs of the first moesmith versions have no such list.
 
         Raises:
             MoesmithError: a file, or the list itself, is missing or changed.
@@ -213,10 +213,10 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """A run's folder, to read.
+    """Open a run's folder for reading.
 
     Raises:
-        MoesmithError: it is no run, or one of a newer moesmith.
+        MoesmithError: it is not a run, or a newer moesmith made it.
 
     Example:
         >>> run = moesmith.open_run("runs/demo")              # doctest: +SKIP
@@ -226,5 +226,5 @@ def open_run(folder: str | Path) -> Run:
     run = Run(path_of("folder", folder))
     header = run.header
     if not isinstance(header, dict) or not {"recipe", "inputs"} <= header.keys():
-        raise MoesmithError(f"{folder} is no moesmith run", "Give a folder made by 'moesmith convert'.")
+        raise MoesmithError(f"{folder} is not a moesmith run", "Give a folder made by 'moesmith convert'.")
     return run

@@ -1,9 +1,9 @@
-"""What version 0.1 left: its recipes in the words of this version, and the keys of its steps.
+"""Read what version 0.1 wrote: its recipes in the terms of this version, and the keys of its steps.
 
-Its recipes had every section whatever the method, learned masks were told by ``masks.tokens``, and a step's key hung on
-whole sections. So a step of such a run is known by the key that 0.1 gave it, computed from the recipe as 0.1 stored it,
-if in this version that recipe would have the step that is wanted. Two kinds of keys are known: with the fingerprints of
-text and dtype (format 2), and older ones without (no format), whose manifests have to say that the rest agrees.
+Its recipes had every section whatever the method, ``masks.tokens`` said whether masks are learned, and a step's key
+depended on whole sections. So a step of such a run is recognised by the key that 0.1 gave it, computed from the recipe
+as 0.1 stored it, if that recipe has the wanted step in this version. There are two kinds of keys: with the fingerprints
+of text and dtype (format 2), and older ones without (no format), whose manifests must say that the rest agrees.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SINCE = 3  # the first format of this version's own
 
 
 def upgraded(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe of a run's header as this version would write it."""
+    """Rewrite the recipe of a run's header as this version would write it."""
     values: dict[str, Any] = dict(header["recipe"])
     if header.get("format", 1) >= SINCE:
         return values
@@ -58,7 +58,7 @@ class Legacy:
 
     Attributes:
         header: its ``run.json`` as 0.1 wrote it.
-        recipe: in the words of this version.
+        recipe: its recipe in the terms of this version.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], recipe: Recipe) -> None:
@@ -68,7 +68,7 @@ class Legacy:
 
     @classmethod
     def of(cls, folder: Path) -> Legacy | None:
-        """The run of a folder, if version 0.1 began it."""
+        """Return the run of a folder if version 0.1 began it."""
         path = folder / "run.json"
         header = read_json(path) if path.is_file() else {}
         header = header.get("before", header) if isinstance(header, dict) else {}
@@ -80,7 +80,7 @@ class Legacy:
             return None
 
     def learn(self, step: Step, job: Job, settings: Mapping[str, Any], run: Pipeline) -> None:
-        """Take note of a step that is wanted: the keys that it had, if this run's recipe has it as well."""
+        """Note the keys that a wanted step had, if this run's recipe has that step as well."""
         theirs = next((one for one in self.recipe_steps() if one.name == step.name), None)
         if theirs is None or theirs.settings(job) != settings or self.recipe.seed != run.recipe.seed:
             return
@@ -99,20 +99,20 @@ class Legacy:
         self.oldest[step.name] = digest({**facts, "needs": needs, "inputs": inputs})
 
     def recipe_steps(self) -> list[Step]:
-        """The steps of its recipe in this version."""
+        """List the steps of its recipe in this version."""
         from moesmith.conversion.order import steps_of
 
         return steps_of(self.recipe)
 
     def keys_of(self, name: str) -> list[str]:
-        """Keys by which 0.1 may have begun a step."""
+        """List the keys under which 0.1 may have begun a step."""
         return [known[name] for known in (self.keys, self.oldest) if name in known]
 
     def holds(self, step: Step, run: Pipeline, *, own: bool) -> bool:
-        """Whether its folder has this step finished.
+        """Whether this step is finished in its folder.
 
-        The oldest keys know neither tokenizer nor the dtype of the computation: the manifest has to say that they
-        agree. What it does not say counts as the same in the run's own folder only.
+        The oldest keys cover neither the tokenizer nor the dtype of the computation: the manifest must say that they
+        agree. What it does not say counts as the same only in the run's own folder.
         """
         folder = self.folder / "stages" / step.name
         if step.name in self.keys and finished(folder, self.keys[step.name]):
@@ -130,7 +130,7 @@ class Legacy:
 
 
 def old_settings(step: str, recipe: Mapping[str, Any], settings: Mapping[str, Any], job: Job) -> Any:
-    """What 0.1 hung a step on, where it is not what this version hangs it on."""
+    """Return the settings that a step's key depended on in 0.1, which may differ from this version's."""
     carve, masks = recipe["carve"], recipe.get("masks") or {"tokens": 0}
     if step == "carve":
         decided: dict[str, Any] = {}
@@ -153,7 +153,7 @@ def old_settings(step: str, recipe: Mapping[str, Any], settings: Mapping[str, An
 
 
 def _old_moments(recipe: Mapping[str, Any]) -> dict[str, int]:
-    """Over how many tokens of each domain 0.1 took moments; all if it does not say."""
+    """Return how many tokens of each domain 0.1 took moments over; empty for all of them."""
     carve, affinity = recipe["carve"], recipe["affinity"]
     learned = (recipe.get("masks") or {"tokens": 0})["tokens"] > 0
     clustered = carve["method"] == "dive" and affinity["method"] != "random"
@@ -172,7 +172,7 @@ TITLES = {
 
 
 def described(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the title and the headline that version 0.1 did not write."""
+    """Add to a manifest the title and the headline that version 0.1 did not write."""
     if "headline" in manifest:
         return dict(manifest)
     name, metrics = manifest.get("stage", ""), manifest.get("metrics", {})

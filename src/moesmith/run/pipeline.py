@@ -2,7 +2,7 @@
 
 A step's key is a hash of what it depends on: its own settings, the version of its mathematics, the seed, the parent,
 the data and the keys of the steps it needs. A finished folder with the same key is used as it is; anything else is made
-again. What version 0.1 made has keys of its own, which ``legacy.py`` knows.
+again. Steps that version 0.1 made have other keys, which ``legacy.py`` computes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ OURS = (
     "report.html",
     "bench.json",
     *LISTS,
-)  # but for finished models
+)  # except finished models
 WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
 MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
 
@@ -65,8 +65,8 @@ class Pipeline(Run):
         folder: where everything goes.
         recipe: what to do.
         inputs: fingerprints of parent and data: ``model``, ``model_digest``, ``tokenizer_digest``, ``data``,
-            ``data_digest``, ``dtype`` (of the weights), and where they are known those of ``fingerprints`` and
-            ``compute`` (the dtype that models compute in; as ``dtype`` if it is missing).
+            ``data_digest``, ``dtype`` (of the weights), and if known those of ``fingerprints`` and ``compute`` (the
+            dtype that models compute in; the same as ``dtype`` if it is missing).
         reuse: other runs whose finished steps may be taken over when their keys agree.
 
     Raises:
@@ -88,7 +88,7 @@ class Pipeline(Run):
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Open the folder and keep a second process out of it; sweep up what killed processes left half-written."""
+        """Open the folder and keep a second process out of it; delete what killed processes left half-written."""
         with folder_lock(self.folder):
             sweep(self.folder)
             header = {"format": FORMAT, "recipe": self.recipe.model_dump(mode="json"), "inputs": self.inputs}
@@ -102,7 +102,7 @@ class Pipeline(Run):
             yield
 
     def _say_versions(self) -> None:
-        """Say which finished steps other versions made: a step is used as it is, whoever made it."""
+        """Say which finished steps other versions made; they are used as they are."""
         now, others = versions(), defaultdict(list)
         for path in sorted(self.folder.glob(f"stages/[!.]*/{MANIFEST}")):
             if changed := _version_changes(read_json(path).get("versions", {}), now):
@@ -111,14 +111,14 @@ class Pipeline(Run):
             say(f"made by other versions and used as they are: {', '.join(names)} ({changed})")
 
     def step(self, step: Step, job: Job) -> Path:
-        """Make a step unless it is there.
+        """Make a step unless it is finished.
 
         Returns:
             The finished folder.
 
         Raises:
-            MoesmithError: the step's own, a finished step is damaged, or something cannot be written; what was
-            finished before stays.
+            MoesmithError: the step's own, a finished step is damaged, or something cannot be written; steps that were
+            finished before stay.
         """
         name, settings = step.name, step.settings(job)
         inputs = {k: self.inputs[k] for k in ("model_digest", "data_digest")} | self._reads(step)
@@ -131,7 +131,7 @@ class Pipeline(Run):
         final = self.path(name)
         if self._fits(step, self.folder):
             if (begun := _begun(final)) is not None and begun[0] in self._known_keys(name):
-                for left in WORKING:  # of a process killed between the rename and this
+                for left in WORKING:  # from a process killed between the rename and this
                     (final / left).unlink(missing_ok=True)
             verify_files(final)
             say(f"[{name}] done before")
@@ -151,7 +151,7 @@ class Pipeline(Run):
         return final
 
     def _reads(self, step: Step) -> dict[str, str]:
-        """Inputs of a step besides weights and data; what follows from it has them in the keys of what it needs."""
+        """Return a step's inputs besides weights and data; later steps depend on them through the keys they need."""
         found = {k: self.inputs[k] for k in step.reads if k in self.inputs}
         computed = self.inputs.get("compute", self.inputs.get("dtype"))
         if not step.tokenises and computed is not None and computed != self.inputs.get("dtype"):
@@ -166,7 +166,7 @@ class Pipeline(Run):
         return old is not None and old.holds(step, self, own=run == self.folder)
 
     def _known_keys(self, name: str) -> list[str]:
-        """Keys by which a step's folder may have been begun."""
+        """List the keys under which a step's folder may have been begun."""
         old = self.old[self.folder]
         return [self.keys[name], *(() if old is None else old.keys_of(name))]
 
@@ -196,13 +196,13 @@ class Pipeline(Run):
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of Python and of the packages that compute."""
     packages = ("moesmith", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def _begun(work: Path) -> tuple[str, dict[str, str]] | None:
-    """Key and versions by which a working folder was begun; 0.1 did not write the versions."""
+    """Read the key and versions that a working folder was begun with; 0.1 did not write the versions."""
     try:
         key, _, text = (work / ".key").read_text(encoding="utf-8").partition("\n")
         return key, json.loads(text) if text else {}
@@ -211,7 +211,7 @@ def _begun(work: Path) -> tuple[str, dict[str, str]] | None:
 
 
 def _drop_partial(work: Path) -> None:
-    """Remove an unfinished stage: its key is in it, or nothing is."""
+    """Remove an unfinished stage: a folder that holds its key, or nothing."""
     if not os.path.lexists(work):
         return
     if (
@@ -224,7 +224,7 @@ def _drop_partial(work: Path) -> None:
 
 
 def _version_changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What matters and differs, as ``torch 2.12.0, now 2.13.0``; empty if nothing does."""
+    """List versions that matter and differ, as ``torch 2.12.0, now 2.13.0``; empty if none does."""
     changed = [name for name in MATTER if name in then and then[name] != now[name]]
     return "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
 
@@ -245,7 +245,7 @@ def _take_over(source: Path, final: Path) -> None:
 
 
 def check_reuse(names: Sequence[str]) -> list[Path]:
-    """The runs that stages may be taken over from.
+    """Check and return the runs that stages may be taken over from.
 
     Raises:
         MoesmithError: a folder does not exist, or holds something else.
@@ -261,16 +261,16 @@ def check_reuse(names: Sequence[str]) -> list[Path]:
 
 
 def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> None:
-    """Refuse a folder that holds something other than this run; a run without a finished stage is no obstacle.
+    """Refuse a folder that holds something other than this run; a run without a finished stage is accepted.
 
     Args:
         folder: the run's folder.
         recipe: what is to be done in it.
-        inputs: as :class:`Run` takes them; a fingerprint that is not known yet may be missing.
+        inputs: as :class:`Pipeline` takes them; a fingerprint that is not known yet may be missing.
 
     Raises:
-        MoesmithError: it is a file, holds other files, or a run with another recipe, parent or data; what changed is
-            named.
+        MoesmithError: it is a file, or it holds other files or a run with another recipe, parent or data; the message
+            names what changed.
     """
     known = folder / "run.json"
     if not known.is_file():
@@ -283,14 +283,14 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
     changed = _changes(_work(before), recipe.same_work())
     old = before.get("inputs", {})
     for name in ("model", "data"):
-        # the same weights and text are the same wherever they lie
+        # the same weights and text are the same wherever they are stored
         was, now = (found.get(f"{name}_digest") for found in (old, inputs))
         if now is not None and was != now:
             changed.append(f"{name} was {old.get(name)} ({was}), is {inputs[name]} ({now})")
     for name, what in (("tokenizer", "tokenizer"), ("text", "tokenizer"), ("chat", "chat template")):
         was, now = (found.get(f"{name}_digest") for found in (old, inputs))
         if None not in (was, now) and was != now and not any(what in change for change in changed):
-            changed.append(f"the model's {what} was another one ({was}, is {now})")  # older runs do not say
+            changed.append(f"the model's {what} has changed (was {was}, is {now})")  # older runs do not say
     was, now = (found.get("compute", found.get("dtype")) for found in (old, inputs))
     if None not in (was, now) and was != now:
         changed.append(f"computed in {was}, is {now}")
@@ -301,26 +301,26 @@ def check_folder(folder: Path, recipe: Recipe, inputs: Mapping[str, str]) -> Non
         )
     if changed and not all(path.name in OURS or _just_begun(path) for path in folder.iterdir()):
         raise MoesmithError(
-            f"{folder} holds other files beside a run that was only begun, with other settings", "Give another --out."
+            f"{folder} holds a run with other settings that was only begun, and other files", "Give another --out."
         )
 
 
 def _work(header: Mapping[str, Any]) -> Any:
-    """What the run of a header does, in the words of this version."""
+    """Describe what the run of a header does, in the terms of this version."""
     values = upgraded(header)
     try:
         return parse(values, stored=True).same_work()
-    except MoesmithError:  # a method that is not known here, a setting that is gone: as it is
+    except MoesmithError:  # an unknown method, or a setting that is gone: compare it as it is
         return values
 
 
 def _just_begun(path: Path) -> bool:
-    """Whether a file of a run's folder can be all that is there: the lock, and a half-written ``run.json``."""
+    """Whether a file is what a run that was just begun can leave: the lock, or a half-written ``run.json``."""
     return path.name in HIDDEN or (path.name.startswith((".run.json.", f"{LOCK}.")) and path.name.endswith(".tmp"))
 
 
 def _changes(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Every leaf that differs, as ``section.key was x, is y``."""
+    """List every leaf that differs, as ``section.key was x, is y``."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return [
             change

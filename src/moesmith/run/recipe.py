@@ -1,7 +1,7 @@
 """Recipes: everything a conversion depends on, typed, with presets, budget overlays and ``--set``.
 
-A recipe's section ``carve`` is the settings of its method (``carve.method``); which further sections there are follows
-from the method as well.
+A recipe's section ``carve`` holds the settings of its method (``carve.method``); the method also decides which further
+sections there are.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Recipe(Section):
         return find(carve.method)(self)
 
     def model_copy(self, **options: Any) -> Self:
-        """A copy; its method has the settings of the copy."""
+        """Copy the recipe; the copy's method has the copy's settings."""
         found = super().model_copy(**options)
         found.__dict__.pop("method", None)
         return found
 
     def same_work(self) -> dict[str, Any]:
-        """What it does, as values: without its name, and without the settings of stages that it skips."""
+        """Return what it does, as values: without its name and the settings of stages that it skips."""
         found = self.model_dump(mode="json", exclude={"name", "description"})
         for key, value in found.items():
             if isinstance(value, dict) and "lr" in value and not value["tokens"]:
@@ -69,7 +69,7 @@ class Recipe(Section):
 
 
 def kind_of(values: Mapping[str, Any]) -> type[Recipe]:
-    """The type of a recipe with these values: its method's settings, and the sections that this reads.
+    """Return the type of a recipe with these values: its method's settings, and the sections the method reads.
 
     Raises:
         MoesmithError: there is no such method.
@@ -85,17 +85,17 @@ def kind_of(values: Mapping[str, Any]) -> type[Recipe]:
 
 @cache
 def _made(method: type[Method], sections: tuple[tuple[str, type[Section]], ...]) -> type[Recipe]:
-    """One type for all recipes of a kind, so that two with the same values are equal."""
+    """Make one type for all recipes of a kind, so that two with the same values are equal."""
     more: dict[str, Any] = {name: (kind, kind()) for name, kind in sections}
     return create_model("Recipe", __base__=Recipe, carve=(method.Settings, method.Settings()), **more)
 
 
 def parse(values: Mapping[str, Any], *, stored: bool = False) -> Recipe:
-    """A recipe from values.
+    """Make a recipe from values.
 
     Args:
         values: sections by name.
-        stored: of a run, whose settings are taken as they are.
+        stored: whether a run stored the values; they are then taken as they are.
 
     Raises:
         MoesmithError: an unknown method or key (with the nearest right one), or a value that does not fit.
@@ -113,7 +113,7 @@ def parse(values: Mapping[str, Any], *, stored: bool = False) -> Recipe:
 
 
 def presets() -> dict[str, str]:
-    """Name to one-line description of the recipes that come with moesmith."""
+    """Map the names of the recipes that come with moesmith to their one-line descriptions."""
     found = {}
     for entry in sorted((files("moesmith.run") / "presets").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):
@@ -122,10 +122,10 @@ def presets() -> dict[str, str]:
 
 
 def choose_recipe(recipe: str | Path | Recipe, budget: str | None, settings: str | Sequence[str] | None) -> Recipe:
-    """A recipe as it is, or :func:`load_recipe`.
+    """Return a :class:`Recipe` as it is, or load one with :func:`load_recipe`.
 
     Raises:
-        MoesmithError: budget or settings beside a recipe that is made already, or as :func:`load_recipe`.
+        MoesmithError: budget or settings are given with a :class:`Recipe`, or as :func:`load_recipe`.
     """
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, budget, settings)
@@ -135,7 +135,7 @@ def choose_recipe(recipe: str | Path | Recipe, budget: str | None, settings: str
 
 
 def load_recipe(name: str | Path, budget: str | None = None, settings: str | Sequence[str] | None = ()) -> Recipe:
-    """A preset, a method's name or a YAML file, with a budget overlay and ``section.key=value`` settings on top.
+    """Load a preset, a method's name or a YAML file, with a budget overlay and ``section.key=value`` settings on top.
 
     Raises:
         MoesmithError: unknown preset, budget or key (with the nearest right one), or a value that does not fit.
@@ -162,7 +162,7 @@ def load_recipe(name: str | Path, budget: str | None = None, settings: str | Seq
             nested = {part: nested}
         given = _overlay(given, nested)
     carve = given.get("carve")
-    if isinstance(carve, Mapping) and carve.keys() & {"method", "start"}:  # of the recipe what that method knows
+    if isinstance(carve, Mapping) and carve.keys() & {"method", "start"}:  # keep what that method knows
         parse(_overlay(_known(inherited, _overlay(inherited, own), {}), own))
         inherited, own = _overlay(inherited, own), {}
     own = _overlay(own, given)
@@ -174,7 +174,7 @@ def load_recipe(name: str | Path, budget: str | None = None, settings: str | Seq
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A recipe's own values, and those of its ``base``; ``above`` are the recipes that led here."""
+    """Read a recipe's own values, and those of its ``base``; ``above`` are the recipes that led here."""
     if name in above:
         raise MoesmithError(f"{name} is its own base", "Name a preset as the base.")
     if name.endswith((".yaml", ".yml")):
@@ -189,7 +189,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[
     try:
         values = yaml.safe_load(text().decode("utf-8"))
     except (*NOT_YAML, OSError) as error:
-        raise MoesmithError(f"{name} is not valid YAML: {error}", "Mend the file.") from error
+        raise MoesmithError(f"{name} is not valid YAML: {error}", "Fix the file.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise MoesmithError(f"{name} is not a recipe", "A recipe is a YAML mapping with a name and sections.")
     values = {"name": Path(name).stem, **values}
@@ -200,7 +200,7 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[
 
 
 def _of_method(name: str, known: Mapping[str, str]) -> dict[str, Any]:
-    """A recipe that is a method with its defaults."""
+    """Return the recipe that is a method with its defaults."""
     from moesmith.methods.registry import methods
 
     if name not in methods():
@@ -211,7 +211,7 @@ def _of_method(name: str, known: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _known(inherited: Mapping[str, Any], values: Mapping[str, Any], always: Mapping[str, Any]) -> dict[str, Any]:
-    """Of inherited values those that the recipe's method knows: another method's settings are none of it."""
+    """Keep the inherited values that the recipe's method knows; another method's settings are dropped."""
     kind = kind_of(values)
     found: dict[str, Any] = {}
     for name, value in inherited.items():
@@ -233,7 +233,7 @@ def _used(values: Mapping[str, Any], name: str) -> bool:
 
 
 def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, section by section."""
+    """Lay ``top`` over ``base``, section by section."""
     merged = dict(base)
     for key, value in top.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key, {}), Mapping):
@@ -244,7 +244,7 @@ def _overlay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keys(kind: type[Recipe]) -> list[str]:
-    """Every setting of a type of recipe as ``section.key``."""
+    """List every setting of a type of recipe as ``section.key``."""
     found = []
     for name, field in kind.model_fields.items():
         section = field.annotation

@@ -1,4 +1,4 @@
-"""What a recipe is made of: sections, and those that every recipe can have. A method brings its own (``methods/``)."""
+"""The base of a recipe's sections, and those that every recipe can have. A method adds its own (``methods/``)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def without_effect(self) -> dict[str, str]:
-        """Settings that do nothing beside the others: name to reason. Anything but the default is refused there."""
+        """Map settings that do nothing with the others' values to the reason; only their defaults are accepted."""
         return {}
 
     @model_validator(mode="before")
     @classmethod
     def _was(cls, values: Any, info: ValidationInfo) -> Any:
-        """What a stored recipe does not say is as it was before there was such a setting."""
+        """Fill in what a stored recipe does not say with what was done before there was such a setting."""
         if not (info.context or {}).get("stored") or not isinstance(values, dict):
             return values
         extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
@@ -39,9 +39,9 @@ class Section(BaseModel):
         return self
 
     def used(self) -> dict[str, Any]:
-        """The settings that results hang on, for a step's key.
+        """Return the settings that results depend on, for a step's key.
 
-        A setting that came later is left out while it has the value under which everything is as it was before:
+        A setting that was added later is left out while it has the value that changes nothing:
         ``Field(…, json_schema_extra={"neutral": value})``.
         """
         found = self.model_dump(mode="json")
@@ -116,7 +116,7 @@ class TrainSection(LoopSection):
 
 
 class RouterTrainSection(TrainSection):
-    """Stage 1: as any training stage, but through the dense gate unless said otherwise."""
+    """Stage 1: like any training stage, but with the dense gate by default."""
 
     gate: Literal["dense", "sparse"] = "dense"
 

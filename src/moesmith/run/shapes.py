@@ -1,4 +1,4 @@
-"""The sizes that every prediction is made of, and this machine's speed."""
+"""The sizes that every prediction is computed from, and this machine's speed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moesmith.parent.sizes import Sizes
 if TYPE_CHECKING:
     from moesmith.run.recipe import Recipe
 
-# measured costs beside counted ones, see docs/lab.md
+# measured costs on top of counted ones, see docs/lab.md
 SPARSE = 1.15  # of sorting tokens and of many small products
 BACKWARD = 1.35  # backward pass through frozen matrices, with its low-rank ones, over the forward pass
-LOSS = 1.2  # softmax over the vocabulary beside the products with the output matrix
+LOSS = 1.2  # softmax over the vocabulary on top of the products with the output matrix
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Tokens per second of this machine, in the parent's dtype on its device: through all blocks, and the head."""
+    """Tokens per second through all blocks and through the head, on this machine's device in the parent's dtype."""
 
     blocks: float
     head: float
@@ -37,14 +37,14 @@ class Shapes:
         kept: channels of an expert.
         E, K: experts of a layer, and of a token.
         refit: whether experts have a ``down_proj`` of their own.
-        trained: whether experts end as subsets of nothing, since a stage trains them.
+        trained: whether a stage trains the experts, so that they are no subsets of the parent's channels.
         itemsize, stored: bytes of a number that models compute with, and of one in the files.
         counts: parameters of the parent, in total and active.
         dense, total, stock_total: parameters of the parent, of the model, and of its stock twin.
         experts: parameters of all experts, sliced.
-        layer: of one layer of the mixture; ``shell``: of embedding and head.
+        layer, shell: parameters of one layer of the mixture, and of embedding and head.
         down: bytes of all refitted matrices.
-        share, active: of the parent's blocks, what a token uses, and the time that takes.
+        share, active: the share of the parent's blocks that a token uses, and the share of time that this takes.
     """
 
     def __init__(self, recipe: Recipe, parent: Parent, domains: int, *, trained: bool = False) -> None:
@@ -71,5 +71,5 @@ class Shapes:
         self.active = SPARSE * self.share
 
     def gram(self, groups: int, *, channels: bool) -> int:
-        """Bytes of one layer's second moments in so many groups."""
+        """Count the bytes of one layer's second moments in ``groups`` groups."""
         return gram_bytes(self.sizes.D, self.sizes.F, groups, gram=channels)

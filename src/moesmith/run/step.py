@@ -1,6 +1,6 @@
-"""A step of a conversion describes itself: its name, what it needs and hangs on, what it does, costs, and says of it.
+"""A step of a conversion describes itself: name, needs, what its result depends on, what it does, costs and reports.
 
-Pipeline, plan, keys, ``inspect``, card and report walk a recipe's steps; no list of their names stands anywhere else.
+Pipeline, plan, keys, ``inspect``, card and report walk a recipe's steps; their names are listed nowhere else.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Job:
     Attributes:
         run: the folder of the run, where finished steps are read.
         parent: the dense model.
-        domains: its text.
-        overlap: what of each domain's evaluation text is not held out.
+        domains: the text.
+        overlap: the part of each domain's evaluation text that is not held out.
     """
 
     run: Run
@@ -44,15 +44,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step will take, worked out before any work.
+    """What a step will cost, computed before any work.
 
     Attributes:
-        kind: whose sum it is part of: ``calibration``, ``affinity``, ``training``, ``export`` or ``evaluation``.
-        tokens: that it reads.
-        seconds: on this machine; 0 where no pace is given.
-        memory: bytes beside the parent, and beside the mixture where there is one already.
-        layerwise: the same where one layer is in memory at a time; ``None`` where the whole model must be.
-        disk: bytes that it leaves.
+        kind: the sum it belongs to: ``calibration``, ``affinity``, ``training``, ``export`` or ``evaluation``.
+        tokens: how many it reads.
+        seconds: on this machine; 0 if no pace is given.
+        memory: bytes on top of the parent, and of the mixture if there already is one.
+        layerwise: the same with one layer in memory at a time; ``None`` if the whole model must be in memory.
+        disk: bytes that it leaves on disk.
     """
 
     kind: str = "calibration"
@@ -64,7 +64,7 @@ class Cost:
 
 
 def trained(metrics: Mapping[str, Any]) -> str:
-    """How much a step trained, and its loss, from the metrics of its manifest."""
+    """Say how much a step trained, and its loss, from the metrics of its manifest."""
     return (
         f"{metrics['trainable']:,} parameters trained on {metrics['tokens']:,} tokens,"
         f" loss {metrics['first_loss']:.3f} -> {metrics['last_loss']:.3f}"
@@ -75,16 +75,15 @@ class Step:
     """One stage of a conversion, a folder in ``RUN/stages``.
 
     Attributes:
-        name: of its folder.
-        title: in a report, what it did, such as ``routers trained``; empty for a step that changes no model.
+        name: the name of its folder.
+        title: what it did, for a report, such as ``routers trained``; empty for a step that changes no model.
         needs: steps whose folders it reads.
-        version: of its mathematics. Another one makes the step again; a setting that came with its neutral value does
-            not.
+        version: of its mathematics. A new one makes the step again; a new setting with its neutral value does not.
         shared: whether its folder holds all that it made, so that another run may take it over.
-        reads: fingerprints of inputs that it hangs on besides weights and data.
+        reads: fingerprints of inputs that it depends on besides weights and data.
         tokenises: whether it turns text into tokens and computes nothing.
-        trains: the recipe's section with its training, of whose text it reads; empty for none.
-        recipe: what it is part of.
+        trains: the recipe's section with its training, whose text it reads; empty for none.
+        recipe: the recipe that it is part of.
     """
 
     name: ClassVar[str]
@@ -99,7 +98,7 @@ class Step:
         self.recipe, self.needs = recipe, needs
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """What its result hangs on, besides seed, inputs and what it needs; JSON-able."""
+        """Return what its result depends on besides seed, inputs and the steps it needs; JSON-able."""
         return {}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
@@ -109,17 +108,17 @@ class Step:
             metrics for the manifest, JSON-able.
 
         Raises:
-            MoesmithError: anything the user can mend.
+            MoesmithError: anything the user can fix.
         """
         raise NotImplementedError
 
     @contextmanager
     def prepared(self, job: Job) -> Iterator[None]:
-        """Around the step, whether it is to be made or not."""
+        """Wrap the step, whether it is to be made or not."""
         yield
 
     def windows(self) -> dict[str, int]:
-        """Tokens per sequence that the parent must be able to read, by setting."""
+        """Return the tokens per sequence that the parent must be able to read, by setting."""
         return {f"{self.trains}.window": self.loop.window} if self.trains else {}
 
     @property
@@ -128,9 +127,9 @@ class Step:
         return getattr(self.recipe, self.trains)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """A line for tables about what came out."""
+        """Say in one line what came out, for tables."""
         return ""
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """What it will take."""
+        """Estimate what it will cost."""
         return Cost()

@@ -53,7 +53,7 @@ class Baseline(Step):
         return {"perplexity": result["geomean"]}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """The parent on all evaluation text."""
+        """Count the parent on all evaluation text."""
         tokens = shapes.domains * self.recipe.evaluate.tokens
         return Cost("evaluation", tokens, tokens * (1 / pace.blocks + LOSS / pace.head) if pace else 0.0)
 
@@ -61,13 +61,13 @@ class Baseline(Step):
 class Export(Step):
     """Write ``RUN/model`` and compare its logits with the carving's own.
 
-    In the parent's stock MoE architecture, or in moesmith's own where no stock architecture holds the carving: a parent
-    without a gate, attention masked by token. Where the experts alone would fit a stock architecture ``RUN/stock`` is
-    written as well. Both are written and compared under hidden names, and get their own when the step's manifest lists
-    them: nothing unproved ever bears the name, and only what a manifest lists is replaced.
+    It is in the parent's stock MoE architecture, or in moesmith's own if no stock architecture holds the carving: a
+    parent without a gate, or attention masked by token. If the experts alone would fit a stock architecture,
+    ``RUN/stock`` is written as well. Both are written and compared under hidden names, and get their real names when
+    the step's manifest lists them: nothing unproved ever has that name, and only what a manifest lists is replaced.
     """
 
-    name, shared = "export", False  # the model itself lies elsewhere
+    name, shared = "export", False  # the model itself is stored elsewhere
     reads = ("companions_digest",)
 
     def __init__(self, recipe: Recipe, before: str) -> None:
@@ -75,16 +75,16 @@ class Export(Step):
         self.before = before
 
     def folders(self, job: Job) -> list[Path]:
-        """What is written."""
+        """List the folders that are written."""
         twin = has_stock(job.parent, job.run.carving(self.before))
         return [job.run.folder / name for name in ("model", *(["stock"] if twin else []))]
 
     @contextmanager
     def prepared(self, job: Job) -> Iterator[None]:
-        """Around the step: what was finished before is checked, and made again where it is gone."""
+        """Wrap the step: check what was finished before, and make it again if it is gone."""
         folders, manifest = self.folders(job), job.run.path("export") / MANIFEST
         if manifest.is_file() and not all((folder / "config.json").is_file() for folder in folders):
-            write_json(manifest, read_json(manifest) | {"key": None})  # made again; what it knows of the other holds
+            write_json(manifest, read_json(manifest) | {"key": None})  # made again; what it says of the other holds
         elif manifest.is_file():
             for folder in folders:
                 job.run.check_files(folder.name)
@@ -92,7 +92,7 @@ class Export(Step):
             yield
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """Only the manifest is here."""
+        """Write the model; the step's folder holds only the manifest."""
         target, parent = job.run.model, job.parent.as_stored()
         hidden = {folder: self.places.enter_context(_place(folder)) for folder in self.folders(job)}
         carving = job.run.carving(self.before)
@@ -106,7 +106,7 @@ class Export(Step):
 
         if parent.family != NATIVE and not carving.attention:
             metrics = stock(hidden[target])
-            if carving.biased:  # the constant channel stands in for it: say how well
+            if carving.biased:  # the constant channel replaces it: say how well
                 measured = verify_folder(parent, hidden[target], sliced, ids)
                 metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
                 say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
@@ -120,18 +120,18 @@ class Export(Step):
         return metrics | {"sums": sums} | parameters(parent, carving)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """Into what, and how exactly."""
+        """Say into what it was exported, and how exactly."""
         text = f"{metrics['architecture']}, largest logits difference {metrics['logits_difference']:.2g}"
         twin = metrics.get(STOCK)
-        return text + (f"; beside it in stock {twin['architecture']}" if twin else "")
+        return text + (f"; also in stock {twin['architecture']}" if twin else "")
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Written, loaded again, and an fp32 copy of it beside the sliced model."""
+        """Count writing and loading it again, and its fp32 copy next to the sliced model."""
         s, sizes = shapes, shapes.sizes
         again = s.dense * s.stored if s.stored != s.itemsize else 0  # the parent as it is stored, to export from
         memory = (4 + s.stored) * s.total + again
         shard = min(SHARD_BYTES, s.total * s.stored) + 8 * s.matrices * sizes.D * s.kept
-        # a layer sliced and copied, and in fp32 beside the shell
+        # a layer sliced and copied, and in fp32 next to the shell
         verify = (4 + 2 * s.itemsize) * s.layer + 4 * s.shell
         models = s.total + (s.stock_total if s.native_attention else 0)
         seconds = 6 * s.total * s.stored / COPY if pace else 0.0
@@ -140,9 +140,9 @@ class Export(Step):
 
 @contextmanager
 def _place(folder: Path) -> Iterator[Path]:
-    """A hidden name for ``RUN/model`` or ``RUN/stock``; what bears the real one is replaced if the run lists it.
+    """Give a hidden name for ``RUN/model`` or ``RUN/stock``; what has the real name is replaced if the run lists it.
 
-    The card beside the model is its owner's to edit, and stays.
+    The model's card may be edited by its owner, and stays.
     """
     check_known(folder)
     if os.path.lexists(folder / SUMS) and file_digest(folder / SUMS) != Run(folder.parent).sums(folder.name):
@@ -152,13 +152,13 @@ def _place(folder: Path) -> Iterator[Path]:
 
 
 def check_known(folder: Path) -> None:
-    """Refuse to make a model where something lies that no manifest of the run lists.
+    """Refuse to make a model in the place of something that no manifest of the run lists.
 
     Args:
         folder: ``RUN/model`` or ``RUN/stock``.
 
     Raises:
-        MoesmithError: it does.
+        MoesmithError: there is such a thing.
     """
     filled = folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if filled and not Run(folder.parent).has("export"):
@@ -166,14 +166,14 @@ def check_known(folder: Path) -> None:
 
 
 def has_stock(parent: Parent, carving: Carving) -> bool:
-    """Whether a run leaves ``RUN/stock`` beside ``RUN/model``: its attention is native, its experts are not."""
+    """Whether a run leaves ``RUN/stock`` next to ``RUN/model``: its attention is native, its experts are not."""
     return bool(carving.attention) and parent.family != NATIVE
 
 
 class Evaluate(Step):
-    """Perplexity per domain of every step's carving beside the parent's, and the finished model's routing.
+    """Perplexity per domain of every step's carving and of the parent, and the finished model's routing.
 
-    The last one is measured on ``RUN/model`` itself, loaded as anybody would load it; so is ``RUN/stock``.
+    The last carving is measured on ``RUN/model`` itself, loaded as any user would; so is ``RUN/stock``.
     """
 
     name = "evaluate"
@@ -183,11 +183,11 @@ class Evaluate(Step):
         self.made = list(made)
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Which carvings."""
+        """Return which carvings are measured."""
         return {"made": self.made}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """``evaluation.json``, ``<step>.json``, ``routing.npz``."""
+        """Write ``evaluation.json``, ``<step>.json``, ``routing.npz``."""
         run, parent, made, blocks = job.run, job.parent, self.made, job.run.held_out
         results = {"parent": read_json(run.path("baseline") / "parent.json")}
         for name in made[:-1]:
@@ -215,12 +215,12 @@ class Evaluate(Step):
         return {name: result["geomean"] for name, result in results.items()}
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """All perplexities."""
+        """Say all perplexities."""
         values = {k: v for k, v in metrics.items() if k != "seconds"}
         return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Every model on all evaluation text."""
+        """Count every model on all evaluation text."""
         tokens = len(self.made) * shapes.domains * self.recipe.evaluate.tokens
         seconds = tokens * (shapes.active / pace.blocks + LOSS / pace.head) if pace else 0.0
         held = min(HELD, tokens * shapes.sizes.D * shapes.itemsize)
@@ -229,7 +229,7 @@ class Evaluate(Step):
 
 
 def write_card(run: Pipeline) -> None:
-    """The model card, and in ``RUN/card.sha256`` what it was: one that somebody edited since stays as it is."""
+    """Write the model card, and its hash into ``RUN/card.sha256``: a card that was edited since stays as it is."""
     card = run.model / CARD
     text, list_path, name = model_card(run), run.folder / "card.sha256", card.relative_to(run.folder).as_posix()
     known = own_list(list_path) or {}

@@ -21,19 +21,19 @@ from moesmith.run.step import Cost, Job, Step
 
 
 class HeldOut(Step):
-    """Evaluation blocks of every domain, and how much of it is not held out; no training step reads them."""
+    """Evaluation blocks of every domain, and how much of them is not held out; no training step reads them."""
 
     name, tokenises = "held-out", True
     reads = ("text_digest", "chat_digest")
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Names, counts, and how text is read."""
+        """Return names, counts, and how text is read."""
         records = {domain.name: domain.evaluation for domain in job.domains}
         found: dict[str, Any] = {"names": job.names, "evaluate": self.recipe.evaluate.used()}
         return found | reading(records, job.parent.tokenizer)
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """``evaluation.safetensors``: by domain int32 (N, window)."""
+        """Write ``evaluation.safetensors``: int32 (N, window) by domain."""
         spec, tokenizer = self.recipe.evaluate, job.parent.tokenizer
         held_out = {d.name: evaluation_blocks(d, tokenizer, spec.tokens, spec.window) for d in job.domains}
         blocks = {name: packed.blocks.to(torch.int32) for name, packed in held_out.items()}
@@ -46,17 +46,17 @@ class HeldOut(Step):
         }
 
     def windows(self) -> dict[str, int]:
-        """Of the evaluation text."""
+        """Return the window of the evaluation text."""
         return {"evaluate.window": self.recipe.evaluate.window}
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """What is not held out."""
+        """Say what is not held out."""
         from moesmith.data.overlap import found_in, warnings
 
         return "; ".join(warnings(found_in(metrics)))
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Token ids."""
+        """Count the token ids on disk."""
         return Cost("evaluation", disk=4 * shapes.domains * self.recipe.evaluate.tokens)
 
 
@@ -71,13 +71,13 @@ class Corpus(Step):
         self.training = training
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Names, counts, and how text is read."""
+        """Return names, counts, and how text is read."""
         training = {name: [spec.tokens, spec.window] for name, spec in self.training.items()}
         records = {domain.name: domain.calibration for domain in job.domains}
         return {"names": job.names, "training": training} | reading(records, job.parent.tokenizer)
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """``training.safetensors``: by section int32 (N, window)."""
+        """Write ``training.safetensors``: int32 (N, window) by section."""
         sequences, epochs = {}, {}
         for offset, (name, spec) in enumerate(self.training.items()):
             packed = training_blocks(
@@ -89,7 +89,7 @@ class Corpus(Step):
         return {"training_epochs": epochs}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Token ids."""
+        """Count the token ids on disk."""
         return Cost("training", disk=4 * sum(spec.tokens for spec in self.training.values()))
 
 
@@ -97,7 +97,7 @@ def check_windows(steps: list[Step], config: Any) -> None:
     """Refuse windows that the parent cannot read.
 
     Raises:
-        MoesmithError: there is one; its setting is named.
+        MoesmithError: there is one; the message names its setting.
     """
     limit = getattr(config, "max_position_embeddings", None) or 1 << 30
     for step in steps:

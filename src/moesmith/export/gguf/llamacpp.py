@@ -1,4 +1,4 @@
-"""Questions to llama.cpp, answered by the server inside the package xllamacpp, in a process of its own.
+"""Ask llama.cpp questions, through the server in the package xllamacpp, in a process of its own.
 
 llama.cpp ends its process when an assertion fails; here that is an error message of ours, and its memory is free
 afterwards. The process imports neither torch nor transformers.
@@ -18,7 +18,7 @@ from typing import Any
 
 from moesmith.errors import MoesmithError
 
-TOP = 64  # most likely tokens that are compared at a position
+TOP = 64  # how many of the most likely tokens are compared at a position
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class Questions:
     """What to ask one model.
 
     Attributes:
-        texts: to be tokenised as text: what looks like a special token is none, and none is added.
-        marked: to be tokenised as a prompt: special tokens in them count, and none is added.
-        begun: to be tokenised as a prompt with what the file says is added to one.
-        rows: N lists of S token ids; asked for are the log-probabilities after each token.
-        lengths: how many tokens of each row are read before it is asked, one answer each; every number if empty.
+        texts: to be tokenised as text: special tokens are not recognised, and none is added.
+        marked: to be tokenised as prompts: special tokens in them are recognised, and none is added.
+        begun: to be tokenised as prompts, with the tokens that the file says are added to one.
+        rows: N lists of S token ids; the question is the log-probabilities after each token.
+        lengths: after how many tokens of each row to ask, one answer each; after every token if empty.
         prompt: token ids to be continued greedily.
         tokens: how many new tokens.
         chat: messages to put through the chat template.
-        context: room for a text, at least; what is asked needs no more if 0.
-        threads: of the CPU.
+        context: the least room for a text; if 0, what the questions need.
+        threads: CPU threads.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answers:
-    """What llama.cpp said.
+    """What llama.cpp answered.
 
     Attributes:
         texts: token ids of each text.
@@ -103,7 +103,7 @@ def _server(questions: dict[str, Any]) -> Any:
     params.n_ctx = params.n_batch = 256 * (max(longest, questions["context"]) // 256 + 1)
     params.n_parallel, params.n_gpu_layers, params.warmup = 1, 0, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = questions["threads"]
-    # cache and flash attention of the default are f16, which would be part of the difference
+    # by default cache and flash attention are f16, which would be part of the difference
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
@@ -122,7 +122,7 @@ def _answer(questions: dict[str, Any]) -> Answers:
         return found
 
     greedy = {"temperature": 0.0, "samplers": ["temperature"], "cache_prompt": True, "return_tokens": True}
-    # a token that is half a character gets no probabilities: force a whole one, which leaves the model's own alone
+    # a token that is half a character gets no probabilities: force a whole one, which leaves the model's own unchanged
     whole = {"logit_bias": [[tokenise("a")[-1], 1e6]], "n_predict": 1, "n_probs": TOP}
     rows = []
     for row in questions["rows"]:
@@ -148,7 +148,7 @@ def _answer(questions: dict[str, Any]) -> Answers:
 
 
 def main(asked: str, answer: str) -> None:
-    """Answer a file of questions in a file; ends with an exception when llama.cpp fails."""
+    """Answer a file of questions in another file; raises an exception when llama.cpp fails."""
     found = _answer(json.loads(Path(asked).read_text(encoding="utf-8")))
     Path(answer).write_text(json.dumps(asdict(found)), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""A GGUF file in q4_k_m, made from one in f32 or bf16: llama.cpp's mixture of types, quantised by ggml itself.
+"""Make a GGUF file in q4_k_m from one in f32 or bf16: llama.cpp's mixture of types, quantised by ggml itself.
 
 The package xllamacpp holds ggml's quantisers but not llama.cpp's program llama-quantize. So the types are chosen here,
 by the rules of that program, and every tensor is quantised by ``ggml_quantize_chunk`` of the library inside xllamacpp.
@@ -19,18 +19,18 @@ from moesmith.errors import MoesmithError
 
 # largest root mean square error of a quantised matrix, relative to its own: about twice that of normal numbers
 ERROR = {"Q4_K": 0.16, "Q5_0": 0.1, "Q5_1": 0.1, "Q5_K": 0.1, "Q6_K": 0.05, "Q8_0": 0.02, "F16": 0.01}
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # if rows are not a multiple of 256
 
 
 def tensor_type(name: str, row: int, layers: int, experts: int, tied: bool) -> str | None:
-    """The type of a matrix in q4_k_m.
+    """Choose the type of a matrix in q4_k_m.
 
     Args:
         name: its name in the file.
-        row: its row length: of ``ffn_down_exps`` the expert width, of ``attn_output`` heads times head_dim, else D.
+        row: its row length: the expert width for ``ffn_down_exps``, heads times head_dim for ``attn_output``, else D.
         layers: decoder layers of the model.
         experts: experts of the model; llama.cpp gives attention more bits where there are eight.
-        tied: the file has no ``output.weight``, and the embedding stands in for it.
+        tied: the file has no ``output.weight``, and the embedding takes its place.
 
     Returns:
         a name of ``gguf.GGMLQuantizationType``, or ``None`` for what stays as it is.
@@ -61,8 +61,8 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
         how many tensors are of each type.
 
     Raises:
-        MoesmithError: gguf or xllamacpp is missing, xllamacpp's library does not offer the quantiser, or a tensor does
-            not come out as what it was.
+        MoesmithError: gguf or xllamacpp is missing, xllamacpp's library does not offer the quantiser, or a tensor
+            comes out too different.
     """
     import gguf
 
@@ -112,7 +112,7 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
 
 
 def _quantiser() -> Callable[[Any, int, tuple[int, int]], Any]:
-    """``ggml_quantize_chunk`` on numpy arrays."""
+    """Return ``ggml_quantize_chunk`` for numpy arrays."""
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
     if spec is None or spec.origin is None:
         raise MoesmithError("q4_k_m is quantised by the package xllamacpp", "pip install 'moesmith[gguf]'")

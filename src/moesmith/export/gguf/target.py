@@ -1,13 +1,13 @@
 """``--to gguf``: one file for llama.cpp, by its own converter, proved in llama.cpp.
 
-Of llama.cpp's graphs that hold our models, ``llama`` with experts and ``qwen3moe`` divide the gate's weights by their
-sum, and ``qwen2moe`` does not. So Llama, Mistral and Phi-3 go through a folder with Mixtral's names to ``llama``, Qwen3
-to ``qwen3moe``, and Qwen2 as Mixtral's names plus biases to ``llama``, which takes them. Only a shared expert beside
-experts that count in full goes to ``qwen2moe``: there all weights are made 1/E (``mixture/home.py``).
+Of the graphs in llama.cpp that hold our models, ``llama`` with experts and ``qwen3moe`` divide the gate's weights by
+their sum, and ``qwen2moe`` does not. So Llama, Mistral and Phi-3 go through a folder with Mixtral's names to ``llama``,
+Qwen3 to ``qwen3moe``, and Qwen2 with Mixtral's names plus biases to ``llama``, which takes them. Only a shared expert
+next to experts that count in full goes to ``qwen2moe``: there all weights are made 1/E (``mixture/home.py``).
 
-A quantised model answers otherwise than its source, so a comparison of the two cannot tell noise from a fault.
-Therefore the same folder is first written in f32, in which llama.cpp must give the reference's probabilities; what is
-quantised from it is then held to the tolerance of its type.
+A quantised model does not answer like its source, so comparing the two cannot tell noise from a fault. Therefore the
+same folder is first written in f32, and llama.cpp must give the reference's probabilities with it; what is quantised
+from it then has to stay within the tolerance of its type.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from moesmith.files.artefact import hidden_beside, write_cure
 from moesmith.mixture.home import aligned
 from moesmith.parent.structure import head_dim
 
-SHORTEST = 8  # tokens, of a window that leaves something to compare
+SHORTEST = 8  # tokens of the shortest window that leaves something to compare
 CHAT = [{"role": "user", "content": "Who are you?"}]
 POSITIONS = 48  # of each row, asked one by one
 NEW = 24  # greedy tokens
@@ -57,7 +57,7 @@ class Gguf:
     name, takes, suffix = "gguf", frozenset({"quant", "untie"}), ".gguf"
 
     def explain(self, source: Source) -> str | None:
-        """What no stock architecture holds, or llama.cpp's graphs do not compute."""
+        """Name what no stock architecture holds, or llama.cpp's graphs do not compute."""
         parent = source.parent
         if (refusal := stock_refusal(parent, source.carving)) is not None:
             return refusal[0]
@@ -83,7 +83,7 @@ class Gguf:
             return converter_refusal(folder)
 
     def lost(self, source: Source, options: Options | None) -> list[str]:
-        """Masks by token, exact biases, text beyond a sliding window, and what q4_k_m cannot quantise."""
+        """List masks by token, exact biases, text beyond a sliding window, and what q4_k_m cannot quantise."""
         home = layout_of(source, Options()).home(source.parent, source.carving)
         found = [*stock_losses(source, home), *reach_loss(source), *mark_losses(source.parent.tokenizer)]
         if options is not None and options.quant != "q4_k_m":
@@ -93,7 +93,7 @@ class Gguf:
         return found + wide_rows(source.parent.D, heads, home.width)
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """Convert, prove in f32, quantise.
+        """Convert, prove in f32, then quantise.
 
         Raises:
             MoesmithError: it does not fit, a package is missing, the tokenizer is unknown to llama.cpp, or the f32 file
@@ -127,24 +127,24 @@ class Gguf:
         return facts | {"architecture": graph_of(source), "quant": quant, "bytes": out.stat().st_size}
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
-        """Log-probabilities and greedy tokens in llama.cpp, tokens of the text, and the chat template."""
+        """Compare log-probabilities and greedy tokens in llama.cpp, tokens of the text, and the chat template."""
         with judging(out):
             return compare(source, out, ids)
 
 
 def graph_of(source: Source) -> str:
-    """llama.cpp's name for the graph that a model goes through."""
+    """Return llama.cpp's name for the graph that runs a model."""
     home = layout_of(source, Options()).home(source.parent, source.carving)
     return {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}[home.dialect]
 
 
 def layout_of(source: Source, options: Options) -> Layout:
-    """How the folder is written that the converter reads."""
+    """Return the layout of the folder for the converter."""
     return Layout(llamacpp=True, untied=options.untie, context=source.context)
 
 
 def odd_yarn(config: Any) -> str | None:
-    """The first number of a YaRN scaling that llama.cpp does not read from a file; ``None`` if there is none."""
+    """Name the first number of a YaRN scaling that llama.cpp does not read from a file; ``None`` if there is none."""
     rope = config.rope_parameters
     level = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
     fixed = {"beta_fast": 32, "beta_slow": 1, "attention_factor": level, "truncate": True, "mscale": 0}
@@ -155,17 +155,17 @@ def odd_yarn(config: Any) -> str | None:
 
 
 def mark_losses(tokenizer: Any) -> list[str]:
-    """Special tokens that swallow white space beside them, which a GGUF file cannot say."""
+    """List special tokens that swallow white space next to them, which a GGUF file cannot say."""
     if name_for(tokenizer) != NAME:
         return []
     added = tokenizer.added_tokens_decoder.values()
     odd = sorted(token.content for token in added if token.lstrip or token.rstrip or token.single_word)
     shown = ", ".join(odd[:3]) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
-    return [f"{shown} swallow the white space beside them, which llama.cpp keeps"] if odd else []
+    return [f"{shown} swallow the white space next to them, which llama.cpp keeps"] if odd else []
 
 
 def wide_rows(D: int, heads: int, width: int) -> list[str]:
-    """Which matrices q4_k_m leaves in a larger type, their rows being no multiple of 256, and the next that would be.
+    """List matrices that q4_k_m leaves in a larger type, whose rows are no multiple of 256, and the next good size.
 
     Args:
         D: the model's width.
@@ -184,7 +184,7 @@ def wide_rows(D: int, heads: int, width: int) -> list[str]:
 
 
 def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
-    """Ask llama.cpp and the reference the same, and judge.
+    """Ask llama.cpp and the reference the same questions, and judge the answers.
 
     Returns:
         ``logprob_difference`` (median over positions of the largest difference among llama.cpp's most likely tokens),
@@ -192,7 +192,7 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
         ``argmax_agreement``, ``greedy_match`` of ``greedy_tokens``.
 
     Raises:
-        MoesmithError: another tokenizer, another chat template, or other probabilities.
+        MoesmithError: the tokens, the chat template or the probabilities differ.
     """
     import gguf
 
@@ -202,7 +202,7 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
     template = fields["tokenizer.chat_template"].contents() if "tokenizer.chat_template" in fields else None
     if template != (tokenizer.chat_template or None):
         raise _wrong(file, "its chat template is not the parent's")
-    longest = (source.reach or POSITIONS + NEW) - 1  # the server wants room for one more
+    longest = (source.reach or POSITIONS + NEW) - 1  # the server needs room for one more
     ids = ids[:, : min(POSITIONS, longest)]
     start = ids.shape[1] // 3 + 1
     new = min(NEW, longest - start)
@@ -241,7 +241,7 @@ def _number(field: Any) -> int | None:
 
 
 def chat_prompt(tokenizer: Any) -> str | None:
-    """A question as the chat template writes it; ``None`` without a template that takes one."""
+    """Write a question with the chat template; ``None`` without a template that takes one."""
     if not tokenizer.chat_template:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Does llama.cpp make the tokens that a tokenizer makes: of text, of special tokens in it, of the start of a prompt?"""
+"""Check that llama.cpp makes a tokenizer's tokens: of text, of special tokens in it, of the start of a prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MARKS = 16  # special tokens in one text
 
 
 def marked_texts(tokenizer: PreTrainedTokenizerBase, close: bool = False) -> list[str]:
-    """Texts that hold every special and every added token, between words; unless ``close`` beside white space too."""
+    """Make texts with every special and every added token between words; unless ``close``, next to white space too."""
     marks = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
     pieces = [f"One{mark}two" + ("" if close else f" {mark}\n three {mark}  four ") for mark in marks]
     return ["".join(pieces[i : i + MARKS]) for i in range(0, len(pieces), MARKS)]
@@ -18,7 +18,7 @@ def marked_texts(tokenizer: PreTrainedTokenizerBase, close: bool = False) -> lis
 def differing_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], found: list[list[int]], add_special_tokens: bool = False
 ) -> str | None:
-    """Where llama.cpp first made other tokens of texts than a tokenizer does, in words; ``None`` if nowhere."""
+    """Say where llama.cpp first made other tokens of texts than a tokenizer does; ``None`` if nowhere."""
     for text, theirs in zip(texts, found, strict=True):
         ours = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if ours != theirs:

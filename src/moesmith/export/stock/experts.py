@@ -1,4 +1,4 @@
-"""A layer's experts as a stock architecture has them: the rewriting that ``mixture/home.py`` decided on, in numbers.
+"""Compute a layer's experts as a stock architecture has them: the rewriting that ``mixture/home.py`` decided on.
 
 Shapes: D model width, F_e an expert's width, W its width on disk, E experts, K active experts.
 """
@@ -20,8 +20,8 @@ from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import STREAM, decoder_layers
 
-# Spread of the logits of one token where they are scaled down so that all chosen experts weigh alike. The weights stray
-# from 1/K by as much; fp32 softmax tells logits apart that differ by 6e-8, so less would mistake more near ties
+# Spread of one token's logits when they are scaled down so that all chosen experts weigh the same. The weights stray
+# from 1/K by as much; fp32 softmax tells apart logits that differ by 6e-8, so less would mistake more near ties
 SPREAD = 2.0**-13
 Matrices = tuple[Tensor, Tensor, Tensor]  # gate (W, D), up (W, D), down (D, W), in fp32
 
@@ -31,11 +31,11 @@ class StockLayer:
     """One layer on disk.
 
     Attributes:
-        parent: the dense model, whose rows the experts are made of.
+        parent: the dense model, from whose rows the experts are made.
         carving: what it was carved into.
-        index: of the layer.
-        home: the architecture, and what it asks of numbers. Matrices are made one expert at a time: a model's are not
-            in memory together.
+        index: the layer's index.
+        home: the architecture and its sizes. Matrices are made one expert at a time, so a model's are never all in
+            memory together.
     """
 
     parent: Parent
@@ -45,23 +45,23 @@ class StockLayer:
 
     @property
     def layer(self) -> Layer:
-        """The carving's."""
+        """The carving's layer."""
         return self.carving.layers[self.index]
 
     @property
     def level(self) -> bool:
-        """Whether all chosen experts must weigh alike."""
+        """Whether all chosen experts must weigh the same."""
         return (self.layer.mix == "sum" and self.layer.top_k > 1) or not self.home.divided
 
     def router(self) -> Tensor:
-        """(E, D) fp32."""
+        """Return the router's matrix, (E, D) fp32."""
         router = linear_router(self.parent, self.layer, self.index)
         return router.weight_ED * self._scale(router.weight_ED) if self.level else router.weight_ED
 
     def shared_gate(self) -> Tensor:
-        """The shared expert's gate (1, D), whose sigmoid is one half.
+        """Return the shared expert's gate (1, D), whose sigmoid is one half.
 
-        llama.cpp computes it as silu(z) / z, which zero does not survive: there z is as good as zero, and is not.
+        llama.cpp computes it as silu(z) / z, which fails at zero: there z is tiny instead of zero.
         """
         if self.home.divided or self.layer.shared is None:
             return torch.zeros(1, self.parent.D)
@@ -69,7 +69,7 @@ class StockLayer:
         return (weight_ED[:1] if weight_ED.any() else torch.ones(1, self.parent.D)) * self._scale(weight_ED) * SPREAD
 
     def _scale(self, weight_ED: Tensor) -> float:
-        """The power of two that brings a token's logits to about :data:`SPREAD`."""
+        """Choose the power of two that brings a token's logits to about :data:`SPREAD`."""
         # x is a norm's output, which points anywhere: each number is as large as its weight
         norm: Any = getattr(decoder_layers(self.parent.model)[1][self.index], STREAM[1])
         centred_ED = (weight_ED - weight_ED.mean(0)).double()
@@ -77,7 +77,7 @@ class StockLayer:
         return float(2.0 ** math.floor(math.log2(SPREAD / size))) if size else 1.0
 
     def routed(self, expert: int) -> Matrices:
-        """The matrices of one routed expert, ``home.width`` channels wide."""
+        """Make the matrices of one routed expert, ``home.width`` channels wide."""
         layer, home = self.layer, self.home
         parts = self._parts(layer.routed[expert], expert)
         if self.level:
@@ -87,7 +87,7 @@ class StockLayer:
         return self._padded(parts, home.width)
 
     def shared(self) -> Matrices:
-        """Of the shared expert, ``home.shared`` wide: zeros where the carving has none. Its gate is one half."""
+        """Make those of the shared expert, ``home.shared`` wide; zeros if there is none. Its gate is one half."""
         own = None if self.home.folded else self.layer.shared
         if own is None:
             zeros_WD = torch.zeros(self.home.shared, self.parent.D)
@@ -129,7 +129,7 @@ class StockLayer:
 
 
 def linear_router(parent: Parent, layer: Layer, index: int) -> Linear:
-    """The layer's router as a matrix; ``stock_refusal`` knows where there is none."""
+    """Return the layer's router as a matrix; ``stock_refusal`` refuses layers that have none."""
     router = layer.router
     found = router.folded(parent.ffns[index]) if isinstance(router, Analytic) else router
     assert found is not None, "stock_refusal knows it"

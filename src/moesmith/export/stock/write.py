@@ -1,6 +1,6 @@
 """Write a carving as an ordinary Hugging Face folder: config, tensors, and the model it must compute as.
 
-Nobody needs moesmith to load the result. Experts are written one tensor each (``experts.N.…``), the layout that
+Loading the result does not need moesmith. Experts are written one tensor each (``experts.N.…``), the layout that
 transformers of every version, vLLM, SGLang and llama.cpp's converter read. What the architectures do not have is
 rewritten exactly (``mixture/home.py``).
 
@@ -45,7 +45,7 @@ from moesmith.parent.structure import (
 
 __all__ = ["Layout", "stock_config", "stock_reference", "stock_refusal", "verify_folder", "write_stock"]
 
-GROUPED = 8  # the width that transformers' grouped matrix kernel wants a multiple of, in every dtype
+GROUPED = 8  # transformers' grouped matrix kernel needs widths that are multiples of it, in every dtype
 ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
@@ -68,15 +68,16 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a stock folder is written; as it is, the one for transformers and vLLM.
+    """How a stock folder is written; the defaults are for transformers and vLLM.
 
     Attributes:
-        dialect: ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``; the carving's home if empty. Qwen2-MoE holds Mixtral's
-            attention with zero biases.
+        dialect: ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``; if empty, the carving's home. Qwen2-MoE can hold
+            Mixtral's attention, with zero biases.
         llamacpp: for llama.cpp's converter, which takes biases under Mixtral's names (``home.home_of``).
         untied: the head is a tensor of its own although the parent shares it with the embedding.
-        context: the longest text, for runtimes without sliding windows: the window goes, which nothing shorter notices.
-        shard_bytes: the most that a file holds; :data:`folder.SHARD_BYTES` if not given.
+        context: the longest text, for runtimes without sliding windows: the window is dropped, which changes nothing
+            for shorter text.
+        shard_bytes: the most bytes in a file; :data:`folder.SHARD_BYTES` if not given.
     """
 
     dialect: str = ""
@@ -86,16 +87,16 @@ class Layout:
     shard_bytes: int | None = None
 
     def home(self, parent: Parent, carving: Carving) -> Home:
-        """Where the carving goes under this layout."""
+        """Choose how the carving is stored with this layout."""
         return home_of(self.dialect or parent.family, carving, llamacpp=self.llamacpp)
 
     def ties(self, parent: Parent, home: Home) -> bool:
-        """Whether head and embedding are one tensor in the file; llama.cpp's graph of Qwen2-MoE does not know that."""
+        """Whether head and embedding are one tensor in the file, which llama.cpp's graph of Qwen2-MoE cannot read."""
         return _tied(parent.model) and not self.untied and not (self.llamacpp and home.dialect == "qwen2_moe")
 
 
 def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
-    """The one property that no stock architecture holds, and what to do; ``None`` if one holds the carving."""
+    """Name the property that no stock architecture holds, and what to do; ``None`` if one holds the carving."""
     if parent.family == NATIVE and recomputes(parent.model):
         original = parent.config.rope_parameters["original_max_position_embeddings"]
         return (
@@ -130,7 +131,7 @@ def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
 
 
 def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) -> PreTrainedConfig:
-    """The stock architecture's config with every field of the parent that attention, embedding and tokens need.
+    """Make the stock architecture's config, with every field of the parent that attention, embedding and tokens need.
 
     Raises:
         MoesmithError: a gate that the stock architectures do not have, or a parent that only the native format holds.
@@ -170,7 +171,7 @@ def stock_tensors(
     dtype: torch.dtype,
     layout: Layout = Layout(),
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder in ``dtype``, one at a time: (name on disk, tensor on the CPU)."""
+    """Yield every tensor of the folder in ``dtype``, one at a time: (name on disk, tensor on the CPU)."""
     model, names = parent.model, {id(p): name for name, p in parent.model.named_parameters()}
     home = layout.home(parent, carving)
 
@@ -206,7 +207,7 @@ def stock_tensors(
 
 
 def _moe_tensors(layer: StockLayer) -> Iterator[tuple[str, Tensor]]:
-    """One layer's router and experts in fp32."""
+    """Yield one layer's router and experts in fp32."""
     home = layer.home
     yield ("block_sparse_moe" if home.dialect == "mixtral" else "mlp") + ".gate.weight", layer.router()
     for expert in range(home.experts):
@@ -235,7 +236,7 @@ def write_stock(
 ) -> dict[str, Any]:
     """Write ``folder`` whole or not at all: config, weights, tokenizer with chat template, generation config.
 
-    Weights are made and written one shard at a time, so a model larger than the memory left fits. With
+    Weights are made and written one shard at a time, so a model may be larger than the free memory. With
     ``overwrite`` a model that moesmith wrote there is replaced. Follow with :func:`verify_folder`.
 
     Returns:
@@ -263,10 +264,10 @@ def write_stock(
 
 
 def _add_fields(path: Path) -> None:
-    """Repeat under their names before transformers 5 what older readers would replace by defaults without a word.
+    """Repeat fields under their names before transformers 5, which older readers would silently replace by defaults.
 
-    And where the model's width is one that transformers' grouped kernel refuses, name the kernel that takes it, which
-    ``from_pretrained`` reads from the config but its own writing leaves out.
+    If transformers' grouped kernel refuses the model's width, also name the kernel that takes it, which
+    ``from_pretrained`` reads from the config but transformers' own writing leaves out.
     """
     config = read_json(path)
     if config["hidden_size"] % GROUPED:
@@ -283,8 +284,8 @@ def _add_fields(path: Path) -> None:
 
 
 def stock_reference(parent: Parent, carving: Carving) -> Decoder:
-    """What a folder of :func:`write_stock` must compute: ``moe.decoder``'s model with biases as constant channels,
-    and without the masks over attention that depend on the token."""
+    """Build what a folder of :func:`write_stock` must compute: ``moe.decoder``'s model with biases as constant
+    channels, and without the masks over attention that depend on the token."""
     static = [attention.without_gate() for attention in carving.attention]
     model = decoder(parent, replace(carving, attention=static))
     if isinstance(model, Layered):
@@ -296,7 +297,7 @@ def stock_reference(parent: Parent, carving: Carving) -> Decoder:
 
 
 def _with_channel(parent: Parent, carving: Carving, index: int, layer: nn.Module) -> nn.Module:
-    """A decoder layer with its experts' biases as constant channels."""
+    """Rebuild a decoder layer with its experts' biases as constant channels."""
     carved, (block,) = carving.layers[index], moe_blocks(layer)
     block.experts = _channelled(parent, carving, index, block.experts, carved.routed)
     if carved.shared is not None:

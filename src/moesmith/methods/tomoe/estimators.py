@@ -1,4 +1,4 @@
-"""ToMoE's straight-through Gumbel operators (arXiv:2501.15316); activations times their expert's mask, fused.
+"""ToMoE's straight-through Gumbel operators (arXiv:2501.15316), and activations times their expert's mask, fused.
 
 Noise is drawn as e ~ Exp(1); g = −log e is the Gumbel variable of the paper. A unit is kept iff o + g + b > 0, that is
 iff e · exp(−(o + b)) < 1, and its soft value is 1 / (1 + (e · exp(−(o + b)))^(1/τ)): no logarithm per element.
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# tokens whose fp32 noise exists at once: what stays in a core's cache; more where starting a kernel costs more
+# tokens whose fp32 noise exists at once: what fits in a core's cache; more where starting a kernel costs more
 CHUNK, DEVICE_CHUNK = 128, 4096
 
 
 def median_logit(bias: float) -> float:
-    """The logit o at which a unit is kept half of the time: log log 2 − b."""
+    """Return the logit o at which a unit is kept half of the time: log log 2 − b."""
     return float(torch.tensor(2.0).log().log()) - bias
 
 
 def exponential(*shape: int, like: Tensor) -> Tensor:
-    """Fresh noise e ~ Exp(1), fp32 and above 0, on ``like``'s device.
+    """Draw fresh noise e ~ Exp(1), fp32 and above 0, on ``like``'s device.
 
-    On a CPU the generator draws on one core, one number after the other: two come from one 64-bit draw here, −log u of
-    32-bit uniforms, at a quarter of the time of torch's own. So a device draws other numbers than a CPU.
+    On a CPU the generator draws on one core, one number after the other. Here two numbers come from one 64-bit draw, as
+    −log u of 32-bit uniforms, in a quarter of the time of torch's own. So a device draws other numbers than a CPU.
     """
     if like.device.type != "cpu":
         tiny = torch.finfo(torch.float32).tiny
@@ -39,25 +39,25 @@ def exponential(*shape: int, like: Tensor) -> Tensor:
 
 
 def gumbel_sigmoid(logits: Tensor, noise: Tensor, temperature: float, bias: float) -> Tensor:
-    """Hard 0/1 mask, straight through to σ((o + g + b)/τ); ``noise`` is Exp(1), broadcast against ``logits``."""
+    """Draw a hard 0/1 mask, straight through to σ((o + g + b)/τ); ``noise`` is Exp(1), broadcast against ``logits``."""
     soft = torch.sigmoid((logits + bias - noise.log()) / temperature)
     hard = (soft > 0.5).to(soft.dtype)
     return hard + (soft - soft.detach())  # in this order: exactly 0 or 1
 
 
 def gumbel_softmax(logits_TN: Tensor, noise_TN: Tensor, temperature: float) -> Tensor:
-    """One-hot argmax, straight through to softmax((r + g)/τ)."""
+    """Draw a one-hot argmax, straight through to softmax((r + g)/τ)."""
     soft_TN = ((logits_TN - noise_TN.log()) / temperature).softmax(-1)
     hard_TN = torch.zeros_like(soft_TN).scatter_(-1, soft_TN.argmax(-1, keepdim=True), 1.0)
     return hard_TN + (soft_TN - soft_TN.detach())
 
 
 class _Masked(torch.autograd.Function):
-    """v ⊙ s(token's expert) with the gradient of s through its soft value.
+    """Compute v ⊙ s(token's expert) with the gradient of s through its soft value.
 
     Mask logits o = W_D h are never formed for every token: o takes N distinct rows, and the gradient of a token's
-    decoder input is (dL/do) W_D whatever its row. What stays for the backward pass is the slope in low
-    precision, its sign saying what is kept, instead of several fp32 copies of the logits.
+    decoder input is (dL/do) W_D whatever its row. For the backward pass only the slope is stored, in low precision,
+    its sign saying what is kept, instead of several fp32 copies of the logits.
     """
 
     @staticmethod
@@ -98,11 +98,11 @@ class _Masked(torch.autograd.Function):
 
 
 def _sample(odds: Tensor, temperature: float, double: bool) -> Tensor:
-    """The slope of the mask, with the sign bit set where the mask is 0; overwrites ``odds``.
+    """Compute the slope of the mask, with the sign bit set where the mask is 0; overwrites ``odds``.
 
-    The slope of the soft value is s̃ (1 − s̃) / τ with s̃ = 1 / (1 + odds^(1/τ)); of a double mask s² it is 2 s times
-    that, nothing for a dropped channel. Slopes are never negative, so their sign is free to say what is kept, which
-    saves a tensor per layer between the passes; even a slope of 0 has one.
+    The slope of the soft value is s̃ (1 − s̃) / τ with s̃ = 1 / (1 + odds^(1/τ)); for a double mask s² it is 2 s times
+    that, 0 for a dropped channel. Slopes are never negative, so their sign is free to say what is kept, which saves a
+    tensor per layer between the passes; even a slope of 0 has a sign.
     """
     sign = 1 - odds
     soft = _power(odds, 1 / temperature).add_(1).reciprocal_()
@@ -111,14 +111,14 @@ def _sample(odds: Tensor, temperature: float, double: bool) -> Tensor:
 
 
 def _kept(x: Tensor, slope: Tensor) -> Tensor:
-    """``x`` where the slope's sign bit is clear, else 0: by bits, ten times as fast as a CPU's ``masked_fill``."""
+    """Keep ``x`` where the slope's sign bit is clear, else 0: by bits, ten times as fast as a CPU's ``masked_fill``."""
     integer, sign = {2: (torch.int16, 15), 4: (torch.int32, 31), 8: (torch.int64, 63)}[x.dtype.itemsize]
     keep = (slope.view(integer) >> sign).bitwise_not_()  # all ones or none
     return keep.bitwise_and_(x.contiguous().view(integer)).view(x.dtype)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """x to the ``exponent``, in place; half-integers, as 1/τ of the published τ, at half of a power's time."""
+    """Raise x to the ``exponent`` in place; half-integers, as for the published τ, take half of a power's time."""
     if not (2 * exponent).is_integer() or exponent < 1:
         return x.pow_(exponent)
     root = x.sqrt() if exponent % 1 else None
@@ -139,7 +139,7 @@ def masked(
     noise_NF: Tensor | None = None,
     double: bool = True,
 ) -> Tensor:
-    """Activations times the sampled mask of each token's expert, (T, F).
+    """Multiply activations by the sampled mask of each token's expert, (T, F).
 
     Args:
         v_TF: input of ``down_proj``.
@@ -162,6 +162,6 @@ def masked(
 def masked_reference(
     v_TF: Tensor, h_TR: Tensor, decoder_FR: Tensor, noise_TF: Tensor, *, temperature: float, bias: float, double: bool
 ) -> Tensor:
-    """The straight transcription with a token's own logits in plain autograd, for tests and the memory benchmark."""
+    """Compute the same directly, with each token's own logits in plain autograd, for tests and the memory benchmark."""
     mask_TF = gumbel_sigmoid(h_TR @ decoder_FR.T, noise_TF, temperature, bias)
     return v_TF * (mask_TF * mask_TF if double else mask_TF).to(v_TF.dtype)

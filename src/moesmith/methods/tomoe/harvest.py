@@ -1,8 +1,8 @@
-"""From trained masks to a carving, deterministically and at exactly the asked budget (ToMoE, arXiv:2501.15316).
+"""Turn trained masks into a carving, deterministically and at exactly the asked budget (ToMoE, arXiv:2501.15316).
 
-One threshold θ decides everything: a channel, a dimension or a pair is kept iff its logit is at least θ. What counts
-against the budget are maxima: a layer's widest expert, its hungriest token. The k-th unit of such a maximum appears
-when θ falls below the largest k-th-best logit of any expert or token, so all of them together are one sorted list of
+One threshold θ decides everything: a channel, a dimension or a pair is kept iff its logit is at least θ. Maxima count
+against the budget: a layer's widest expert, the token that keeps most. The k-th unit of such a maximum appears when θ
+falls below the largest k-th-best logit of any expert or token, so all of them together are one sorted list of
 (logit, parameters), and θ is where the list is as long as the budget.
 """
 
@@ -30,12 +30,12 @@ from moesmith.parent.structure import attention_of, decoder_layers
 
 
 def ranks(logits_XW: Tensor) -> Tensor:
-    """The largest k-th-best logit over rows, descending, (W): row maxima of width k exist iff entry k − 1 is ≥ θ."""
+    """Take the largest k-th-best logit over rows, descending, (W): some row has width k iff entry k − 1 ≥ θ."""
     return logits_XW.sort(-1, descending=True).values.amax(0)
 
 
 def floor_of(sizes: Sizes, attention: str) -> float:
-    """The smallest share of block parameters a budget can be: one channel per expert, one dimension per head."""
+    """Compute the smallest budget, a share of block parameters: one channel per expert, one dimension per head."""
     least = sizes.attention(sizes.h, sizes.h) if attention == "none" else sizes.attention(2, 1)
     return sizes.L * (least + sizes.ffn(1)) / sizes.total
 
@@ -54,7 +54,7 @@ def check_budget(sizes: Sizes, budget: float, attention: str) -> None:
 
 
 class _Curve:
-    """Rank curves of everything that counts, and their parameters."""
+    """Rank curves of everything that counts against the budget, and their parameters."""
 
     def __init__(self) -> None:
         self.values: list[Tensor] = []
@@ -62,14 +62,14 @@ class _Curve:
 
     def add(self, values_W: Tensor, cost: Tensor | float) -> None:
         values_W = values_W.cpu().double().clone()  # in this order: some devices have no fp64
-        values_W[0] = torch.inf  # nothing is ever pruned away whole
+        values_W[0] = torch.inf  # nothing is ever pruned completely
         self.values.append(values_W)
         self.costs.append(torch.as_tensor(cost, dtype=torch.float64).expand(len(values_W)))
 
     def threshold(self, parameters: float) -> float:
-        """A θ whose units cost at most ``parameters``, as low as they allow: halfway to the next unit.
+        """Find the lowest θ whose units cost at most ``parameters``, halfway to the next unit.
 
-        So nothing hangs on the last bit of a logit, and experts narrower than the widest keep what costs nothing.
+        So nothing depends on the last bit of a logit, and experts narrower than the widest keep what costs nothing.
         """
         values, order = torch.cat(self.values).sort(descending=True, stable=True)
         spent = torch.cat(self.costs)[order].cumsum(0)
@@ -77,7 +77,7 @@ class _Curve:
         if within == len(values):
             return float(values[-1])
         after = values[within]
-        if torch.isinf(after):  # less than what always stays
+        if torch.isinf(after):  # the budget is less than what always stays
             return float(values[torch.isfinite(values)].max() + 1)
         last = values[values > after][-1]  # units of equal logit come together or not at all
         if torch.isinf(last):
@@ -88,13 +88,13 @@ class _Curve:
 
 @torch.no_grad()
 def harvest(masks: Masks, parent: Parent, ids_NS: Tensor, provenance: dict[str, Any]) -> tuple[Carving, dict[str, Any]]:
-    """The carving of trained masks.
+    """Make the carving of trained masks.
 
     Args:
         masks: Θ.
         parent: the model they were trained on.
-        ids_NS: training text, on which the widths of V/O are taken; never test text.
-        provenance: goes into the carving.
+        ids_NS: training text, on which the widths of V/O are measured; never test text.
+        provenance: what the carving records of how it was made.
 
     Returns:
         The carving, and ``threshold``, ``active_share``, ``union``, ``width_qk``, ``width_vo``, ``width_ffn`` (means
@@ -145,7 +145,7 @@ def _carving(
         logits_NF = ffn.logits().float().cpu()
         order_NF = logits_NF.argsort(dim=-1, descending=True, stable=True)
         widths = (logits_NF >= threshold).sum(-1).clamp_min(1).tolist()
-        if spec.widths == "equal":  # the widest is what counts: filling up the others is free
+        if spec.widths == "equal":  # only the widest counts: filling up the others is free
             widths = [max(widths)] * len(widths)
         channels = [order_F[:width].sort().values for order_F, width in zip(order_NF, widths, strict=True)]
         layers.append(Layer.of(channels, ffn.router_ND.detach().float().cpu()))
@@ -185,8 +185,8 @@ def _attention(masks: AttentionMasks, threshold: float, token: tuple[Tensor, ...
 
 
 def _token_ranks(masks: Masks, model: nn.Module, ids_NS: Tensor) -> list[tuple[Tensor, ...]]:
-    """Per layer over a text, seen through the deterministic masks: the rank curves of V/O and of Q/K by token, and the
-    best logit of each V/O dimension."""
+    """Return per layer over a text, seen through the deterministic masks: the rank curves of V/O and of Q/K by token,
+    and the best logit of each V/O dimension."""
     sizes = masks.sizes
     found: list[Tensor | None] = [None] * masks.sizes.L
     with _attention_inputs(model, masks, found):

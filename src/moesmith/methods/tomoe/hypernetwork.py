@@ -1,4 +1,4 @@
-"""What ToMoE trains: a hypernetwork of expert embeddings, and per layer a router, a mask decoder and an attention gate.
+"""What ToMoE trains: a hypernetwork of expert embeddings; per layer a router, a mask decoder and an attention gate.
 
 Shapes: M positions (attention and feed-forward of every layer, in order), N experts, R embedding width, T tokens,
 D model width, F channels, h head width, W free entries of a Q/K mask.
@@ -21,8 +21,9 @@ from moesmith.parent.sizes import EMBEDDING, HIDDEN, LATENT, Sizes
 class Hypernetwork(nn.Module):
     """E = HN(z): embeddings of every position's experts (ToMoE, arXiv:2501.15316).
 
-    A bidirectional GRU runs over the positions, experts are its batch: layers talk to each other, experts of a layer do
-    not, and differ because their z differ. z is drawn once and stays fixed (the released code trains it by accident).
+    A bidirectional GRU runs over the positions with experts as its batch: layers exchange information, experts of a
+    layer do not, and differ because their z differ. z is drawn once and stays fixed (the released code trains it by
+    accident).
     """
 
     z_MNI: Tensor
@@ -33,7 +34,7 @@ class Hypernetwork(nn.Module):
         self.gru = nn.GRU(LATENT, HIDDEN, bidirectional=True)
 
     def forward(self) -> Tensor:
-        """(M, N, R) fp32."""
+        """Return the embeddings, (M, N, R) fp32."""
         embeddings: Tensor = self.gru(self.z_MNI)[0]
         return embeddings
 
@@ -59,15 +60,15 @@ class ExpertMasks(nn.Module):
         self.norm = nn.LayerNorm(EMBEDDING)
 
     def hidden(self, embedding_NR: Tensor) -> Tensor:
-        """Decoder input of embeddings, GELU(LN(e)), same shape."""
+        """Compute the decoder input of embeddings, GELU(LN(e)), same shape."""
         return F.gelu(self.norm(embedding_NR))
 
     def logits(self) -> Tensor:
-        """Mask logits of every expert, (N, F)."""
+        """Compute the mask logits of every expert, (N, F)."""
         return F.linear(self.hidden(self.embedding_NR), self.decoder_FR)
 
     def sample(self) -> Tensor:
-        """A fresh hard straight-through mask of every expert, (N, F); widths and union are counted on it."""
+        """Sample a fresh hard straight-through mask of every expert, (N, F); widths and union are counted on it."""
         logits_NF = self.logits()
         noise_NF = exponential(*logits_NF.shape, like=logits_NF)
         return gumbel_sigmoid(logits_NF, noise_NF, self.spec.temperature, self.spec.bias)
@@ -97,8 +98,8 @@ class ExpertMasks(nn.Module):
 class AttentionMasks(nn.Module):
     """Masks over the head dimension of one attention (ToMoE, arXiv:2501.15316): Q/K for all tokens, V/O by token.
 
-    With ``spec.attention`` = ``dynamic`` Q and K go by token as well: a score then sums over the dimensions that its
-    query and its key both keep.
+    With ``spec.attention`` = ``dynamic`` the Q/K mask depends on the token as well: a score then sums over the
+    dimensions that its query and its key both keep.
 
     Attributes:
         qk, vo: masks of the last :meth:`read`, (h) or (B, S, h); what ``attention.GatedLinear`` multiplies by.
@@ -119,15 +120,15 @@ class AttentionMasks(nn.Module):
         self.norm = nn.LayerNorm(EMBEDDING)
 
     def base(self) -> Tensor:
-        """ē, the experts' mean embedding (R)."""
+        """Return ē, the experts' mean embedding (R)."""
         return self.embedding_NR.mean(0)
 
     def static_logits(self) -> Tensor:
-        """o_0, one logit per free entry of the Q/K mask (W)."""
+        """Compute o_0, one logit per free entry of the Q/K mask (W)."""
         return F.linear(F.gelu(self.norm(self.base())), self.proj_out_WR[self.sizes.h :])
 
     def token_logits(self, x_BSD: Tensor) -> Tensor:
-        """o_v, and behind it the Q/K logits by token: (B, S, h + W)."""
+        """Compute o_v, followed by the Q/K logits by token: (B, S, h + W)."""
         inner = F.gelu(self.norm(self.base() + F.linear(x_BSD.float(), self.proj_in_RD)))
         return F.linear(inner, self.proj_out_WR)
 
@@ -172,7 +173,7 @@ class Masks(nn.Module):
             self.attention = nn.ModuleList(AttentionMasks(sizes, spec) for _ in range(gated))
 
     def draw(self) -> None:
-        """Run the hypernetwork and hand every module its embeddings."""
+        """Run the hypernetwork and give every module its embeddings."""
         embeddings_MNR = self.hyper()
         for index, module in enumerate(self.attention):
             module.embedding_NR = embeddings_MNR[2 * index]
@@ -180,5 +181,5 @@ class Masks(nn.Module):
             module.embedding_NR = embeddings_MNR[2 * index + 1]
 
     def layers(self) -> list[tuple[Any, Any]]:
-        """(feed-forward masks, attention masks or ``None``) of every layer."""
+        """List (feed-forward masks, attention masks or ``None``) of every layer."""
         return [(ffn, self.attention[i] if len(self.attention) else None) for i, ffn in enumerate(self.ffn)]

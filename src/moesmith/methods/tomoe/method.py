@@ -37,9 +37,9 @@ from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 
-CALIBRATION = 8192  # training tokens on which the widths of V/O are taken
+CALIBRATION = 8192  # training tokens on which the widths of V/O are measured
 REFIT = 131_072  # training tokens whose activations a refit sees
-DECIDED = ("experts", "top_k", "ratio", "compensation", "ridge", "pool")  # of a start, by ToMoE's own settings
+DECIDED = ("experts", "top_k", "ratio", "compensation", "ridge", "pool")  # of a start: ToMoE's own settings decide them
 
 
 @register
@@ -51,17 +51,17 @@ class Tomoe(Method):
     sections: ClassVar[Mapping[str, type[Section]]] = {"masks": MasksSection, "stage1": ROUTING["stage1"]}
 
     class Settings(Section):
-        """Experts, what they start from, and what is put back at the end."""
+        """Experts, what they start from, and how dropped channels are compensated at the end."""
 
         method: Literal["tomoe"] = "tomoe"
         experts: int = Field(8, ge=1, le=1024)
         start: dict[str, Any] | None = Field(None, description="method and settings of a carving to start from")
         compensation: Literal["none", "refit"] = "none"
         ridge: float = Field(0.01, gt=0, description="refit: pull towards the parent's columns")
-        pool: float = Field(0.2, ge=0, le=1, description="refit: weight of the pool's Gram matrix beside the cluster's")
+        pool: float = Field(0.2, ge=0, le=1, description="refit: share of the pool in the mixed Gram matrix")
 
         def without_effect(self) -> dict[str, str]:
-            """Of a refit, where there is none."""
+            """Settings of a refit, if there is none."""
             return refit_alone(self.compensation)
 
         @field_validator("start")
@@ -73,7 +73,7 @@ class Tomoe(Method):
 
     @classmethod
     def sections_of(cls, carve: Mapping[str, Any]) -> Mapping[str, type[Section]]:
-        """Its own and those of what it starts from."""
+        """Return its own sections and those of what it starts from."""
         start = carve.get("start")
         begun = find(start.get("method", "dive")).sections if isinstance(start, Mapping) else {}
         return {**cls.sections, **begun}
@@ -99,37 +99,37 @@ class Tomoe(Method):
 
     @property
     def prunes_attention(self) -> bool:
-        """Unless told not to."""
+        """Whether attention is pruned: yes unless ``masks.attention`` says no."""
         return self.spec.attention != "none"
 
     def check(self, parent: Parent) -> None:
-        """A budget must leave something, and text must teach it."""
+        """Refuse a budget that leaves nothing, and a run without training text."""
         if not self.spec.tokens:
-            raise MoesmithError("masks.tokens is 0, and masks are learned from text", "Set masks.tokens.")
+            raise MoesmithError("masks.tokens is 0, but masks are learned from text", "Set masks.tokens.")
         sizes = Sizes.of(parent)
         check_budget(sizes, self.spec.budget, self.spec.attention)
         if self.start is not None:
             expert_ratio(sizes, self.spec.budget)
 
     def check_domains(self, names: Sequence[str], source: str) -> None:
-        """As the start."""
+        """Check the domains as the start does."""
         if self.start is not None:
             self.start.check_domains(names, source)
 
     def steps(self) -> list[Step]:
-        """The start, the masks, the refit."""
+        """List the steps: the start, the masks, the refit."""
         start = [] if self.start is None else self.start.steps()
         found: list[Step] = [*start, LearnMasks(self, *(step.name for step in start[-1:]))]
         return found + ([Refit(self)] if self.settings.compensation == "refit" else [])
 
     def width(self, parent: Parent) -> int:
-        """What the budget leaves; from scratch as if attention and networks were pruned alike."""
+        """Return what the budget leaves; from scratch, as if attention and networks were pruned equally."""
         if self.start is not None:
             return self.start.width(parent)
         return parent.F - int(parent.F * (1 - self.spec.budget))
 
     def about(self, run: Run) -> list[str]:
-        """What it learned, in numbers of the run."""
+        """Say what it learned, in the run's numbers."""
         spec, found, carving = self.spec, run.metrics("masks"), run.carving("masks")
         start = "all channels"
         if self.start is not None:
@@ -155,10 +155,10 @@ class Tomoe(Method):
 
 
 def start_of(start: Mapping[str, Any]) -> Any:
-    """The settings of a start; what ToMoE's own settings decide may not be among them.
+    """Return the settings of a start; what ToMoE's own settings decide may not be among them.
 
     Raises:
-        ValueError: a setting that it does not have, or that is decided already.
+        ValueError: a setting that it does not have, or that is already decided.
     """
     method = find(str(start.get("method", "dive")))
     if not issubclass(method, Channels):
@@ -174,7 +174,7 @@ def start_of(start: Mapping[str, Any]) -> Any:
 
 
 class LearnMasks(Step):
-    """Step *masks*: train the hypernetwork over the frozen parent, and end in a carving."""
+    """Step *masks*: train the hypernetwork over the frozen parent, and make a carving."""
 
     name, title, trains = "masks", "masks learned", "masks"
 
@@ -187,7 +187,7 @@ class LearnMasks(Step):
         return self.method.spec.used() | {"experts": self.method.experts}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """A carving, ``masks.safetensors`` (all that was trained), ``log.jsonl``."""
+        """Write a carving, ``masks.safetensors`` (all that was trained) and ``log.jsonl``."""
         parent, spec, seed = job.parent, self.method.spec, self.recipe.seed
         masks = Masks(Sizes.of(parent), self.method.experts, spec, seed).to(parent.device)
         for name in self.before:
@@ -205,11 +205,11 @@ class LearnMasks(Step):
         return outcome.metrics() | facts | parameters(parent, carving)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """What was trained, and what is active."""
+        """Say what was trained, and what is active."""
         return f"{trained(metrics)}, {metrics['active_share']:.1%} active, union {metrics['union']:.3f}"
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """The whole parent, as much again for sampling and the masks' gradient, and the teacher."""
+        """Count the whole parent, the same again for sampling and the masks' gradient, and the teacher."""
         spec, sizes = self.method.spec, shapes.sizes
         seconds = spec.tokens * (3.0 / pace.blocks + 3 * LOSS / pace.head) if pace else 0.0
         memory = 2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 6 * sizes.F)
@@ -221,7 +221,7 @@ class LearnMasks(Step):
 class Refit(Step):
     """Step *refit*: every expert's ``down_proj`` refitted on the tokens that its router sends to it (ours).
 
-    Statistics are the dense parent's, as everywhere, over training text.
+    Statistics are the dense parent's, as in every step, over training text.
     """
 
     name, title = "refit", "down_proj refitted"
@@ -231,11 +231,11 @@ class Refit(Step):
         self.method = method
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Of the least squares."""
+        """Return the settings of the least squares."""
         return {"ridge": self.method.settings.ridge, "pool": self.method.settings.pool}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """The carving with refitted matrices."""
+        """Write the carving with refitted matrices."""
         parent = job.parent
         blocks = job.run.training("masks")
         ids_NS = blocks[: max(1, REFIT // self.method.spec.window)].long()
@@ -262,7 +262,7 @@ class Refit(Step):
         return {"tokens": ids_NS.numel(), "share_by_expert": (tokens / tokens.sum()).tolist()}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """A pass with Gram matrices over some training text."""
+        """Count a pass with Gram matrices over some training text."""
         tokens, sizes = min(REFIT, self.method.spec.tokens), shapes.sizes
         seconds = tokens * (1 + 0.6 * sizes.L * sizes.F**2 / sizes.total) / pace.blocks if pace else 0.0
         gram = shapes.gram(shapes.E + 2, channels=True)
@@ -270,5 +270,5 @@ class Refit(Step):
 
 
 def _sends(router_ED: Tensor) -> Any:
-    """Where a top-1 router sends tokens."""
+    """Return the assignment of tokens that a top-1 router makes."""
     return lambda x_TD, _group: torch.nn.functional.linear(x_TD, router_ED.to(x_TD.dtype)).argmax(-1)

@@ -14,12 +14,12 @@ from moesmith.training.loop import token_loss
 
 
 def log_ratio(x: Tensor, y: float, c: float = 1e-3) -> Tensor:
-    """ℓ(x, y) = log(max(x + c, y + c) / min(x + c, y + c)) = |log((x + c) / (y + c))|."""
+    """Compute ℓ(x, y) = log(max(x + c, y + c) / min(x + c, y + c)) = |log((x + c) / (y + c))|."""
     return (torch.log(x + c) - math.log(y + c)).abs()
 
 
 def active_share(masks: Masks, widths: list[Tensor]) -> Tensor:
-    """P(Θ) / P_total of the last forward pass (§3.5).
+    """Compute P(Θ) / P_total of the last forward pass (§3.5).
 
     Args:
         masks: with the attention widths of that pass.
@@ -37,10 +37,10 @@ def active_share(masks: Masks, widths: list[Tensor]) -> Tensor:
 
 
 class MaskObjective(nn.Module):
-    """Token ids (B, S) to the scalar loss 2·KL + R_P + R_U + R_L; its parameters are Θ.
+    """The map from token ids (B, S) to the scalar loss 2·KL + R_P + R_U + R_L; its parameters are Θ.
 
     Attributes:
-        measured: parts of the last loss and what they are made of, as numbers, for the training log.
+        measured: parts of the last loss and what they are computed from, as numbers, for the training log.
     """
 
     def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, masks: Masks, spec: MasksSection) -> None:
@@ -51,14 +51,14 @@ class MaskObjective(nn.Module):
 
     @property
     def measured(self) -> dict[str, float]:
-        """Parts of the last loss as numbers; one wait for the device."""
+        """Parts of the last loss as numbers, with only one wait for the device."""
         if not self._measured:
             return {}
         values = torch.stack([value.detach().float() for value in self._measured.values()]).tolist()
         return {name: round(value, 5) for name, value in zip(self._measured, values, strict=True)}
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """One forward pass of teacher and student."""
+        """Run one forward pass of teacher and student."""
         self.masks.draw()
         kl = token_loss(self.model, ids_BS, self._teacher[0], mix=1.0)
         penalty, self._measured = self.penalties()
@@ -66,7 +66,7 @@ class MaskObjective(nn.Module):
         return self.spec.kl_weight * kl + penalty
 
     def penalties(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """R_P + R_U + R_L of the last forward pass, and its budget, union, load and routing entropy."""
+        """Compute R_P + R_U + R_L of the last forward pass, and its budget, union, load and routing entropy."""
         spec, layers = self.spec, self.masks.layers()
         widths, unions, loads, entropies = [], [], [], []
         for ffn, _ in layers:

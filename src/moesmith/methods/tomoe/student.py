@@ -24,7 +24,7 @@ class MaskedFFN(nn.Module):
         self.twice = masks.spec.masking == "double" and ffn.up_FD is not None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(…, D) to (…, D)."""
+        """Map (…, D) to (…, D)."""
         (ffn,) = self._ffn
         x_TD = hidden.reshape(-1, hidden.shape[-1])
         y_TD: Tensor = ffn.down(self.masks(x_TD, ffn.hidden(x_TD), self.twice))
@@ -32,7 +32,7 @@ class MaskedFFN(nn.Module):
 
 
 def masked_model(parent: Parent, masks: Masks) -> PreTrainedModel:
-    """The parent's architecture with ``masks`` in every layer; all base weights are the parent's own, frozen.
+    """Build the parent's architecture with ``masks`` in every layer; all base weights are the parent's own, frozen.
 
     Dropout is off even in training mode: the paper's base network is in evaluation mode throughout.
     """

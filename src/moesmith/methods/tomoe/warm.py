@@ -1,4 +1,4 @@
-"""A start from a carving: decoder and router such that the first masks are the carving's (ours, not the paper's).
+"""Start from a carving: set decoder and router so that the first masks are the carving's (ours, not the paper's).
 
 The published start keeps every channel and spends its first steps on meeting the budget. Here a layer's decoder solves
 W_D · h_n = target_n for its N expert inputs h_n = GELU(LN(e_n)): kept channels just above the keep threshold, dropped
@@ -18,7 +18,7 @@ KEPT, DROPPED = 2.0, -5.0  # mask logit plus bias: kept with probability 0.9994 
 
 
 def expert_ratio(sizes: Sizes, budget: float) -> float:
-    """Share of the channels to prune from each expert so that experts and whole attention meet ``budget``.
+    """Compute the share of channels to prune from each expert so that experts and whole attention meet ``budget``.
 
     Raises:
         MoesmithError: attention alone is more than the budget.
@@ -27,7 +27,7 @@ def expert_ratio(sizes: Sizes, budget: float) -> float:
     kept = (budget * sizes.total - attention) / (sizes.L * sizes.ffn(sizes.F))
     if kept * sizes.F < 1:
         raise MoesmithError(
-            f"attention alone is {attention / sizes.total:.0%} of the parameters, and masks.budget is {budget:.0%}: a "
+            f"attention alone is {attention / sizes.total:.0%} of the parameters, but masks.budget is {budget:.0%}: a "
             "carving of the feed-forward networks cannot meet it",
             "Raise masks.budget, or leave carve.start out.",
         )
@@ -42,7 +42,7 @@ def start_from(masks: Masks, carving: Carving) -> None:
         experts: torch.nn.Module = ffn
         kept_NF = carving.mask(index)
         target_NF = torch.where(kept_NF, KEPT, DROPPED).double() - masks.spec.bias
-        # on the CPU: N rows of R numbers in fp64 are no work, and not every device has it
+        # on the CPU: N rows of R numbers are little work, and not every device has fp64
         inner_NR = experts.hidden(experts.embedding_NR).cpu().double()  # type: ignore[operator]
         decoder_RF = torch.linalg.pinv(inner_NR) @ target_NF
         experts.decoder_FR.copy_(decoder_RF.T)  # type: ignore[operator, union-attr]
