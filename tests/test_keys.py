@@ -29,10 +29,11 @@ from moesmith.parent.digests import tokenizer_digest
 from moesmith.run.fingerprints import companions_digest, folder_companions, text_digest
 from moesmith.run.folder import Run, open_run
 from moesmith.run.legacy import Legacy
-from moesmith.run.pipeline import Pipeline, check_folder, versions
+from moesmith.run.pipeline import Pipeline, check_folder
 from moesmith.run.recipe import Recipe, keys, kind_of, load_recipe, parse
 from moesmith.run.settings import Section, TrainSection
 from moesmith.run.step import Job, Step
+from moesmith.run.versions import versions
 from moesmith.testing.parents import save_tiny, tiny_parent
 
 FEW = ["stage1.tokens=512", "stage2.tokens=512"]

@@ -35,7 +35,7 @@ from moesmith.files.outputs import check_result, new_file
 from moesmith.parent.compute import AUTO, Choice, Device, DType, long_name
 from moesmith.parent.load import choose_compute
 from moesmith.run.folder import Run, open_run
-from moesmith.run.pipeline import versions
+from moesmith.run.versions import versions
 
 SIDES = ("dense", "moe")
 NAMES = {"dense": "the dense parent", "moe": "the MoE"}

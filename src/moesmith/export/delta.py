@@ -40,7 +40,7 @@ from moesmith.parent.compute import named
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.proof.family import NATIVE
 from moesmith.run.folder import open_run
-from moesmith.run.pipeline import versions
+from moesmith.run.versions import versions
 
 FORMAT = 1
 MARK = "delta.json"

@@ -26,9 +26,9 @@ from moesmith.files.artefact import check_file, write_text
 from moesmith.files.outputs import check_result, new_file, real
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
-from moesmith.report.overview import versions_of
 from moesmith.report.source import AbsentError, Source, present
 from moesmith.run.folder import STOCK, finished_of
+from moesmith.run.versions import versions_of
 
 DEAD = 0.05  # an expert is dead below this part of the uniform share
 
