@@ -21,6 +21,7 @@ from moesmith.parent.compute import AUTO, Device, DType, named
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.parent.layerwise import Decoder
 from moesmith.parent.load import Parent, load_parent
+from moesmith.run.legacy import described
 
 STOCK = "stock"  # the name of RUN/stock in an evaluation
 FIRST = ("held-out", "corpus", "baseline")  # steps that no other step's needs put in an order
@@ -88,8 +89,6 @@ class Run:
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
         """Of every finished step, each behind those that it needs."""
-        from moesmith.run.legacy import described
-
         paths = sorted(self.folder.glob(f"stages/[!.]*/{MANIFEST}"))
         left = {path.parent.name: described(read_json(path)) for path in paths}
         order: dict[str, dict[str, Any]] = {}
@@ -110,21 +109,29 @@ class Run:
         Raises:
             MoesmithError: there is none.
         """
-        if step is None:
-            step = self._carved()[-1]
-        return Carving.load(self.path(step))
+        return Carving.load(self._carved(step))
 
-    def _carved(self) -> list[str]:
-        if not (found := self.carved):
+    def carving_header(self, step: str | None = None) -> Header:
+        """What the header of :meth:`carving` says; its tensors are not read.
+
+        Raises:
+            MoesmithError: there is none.
+        """
+        return Header.read(self._carved(step))
+
+    def _carved(self, step: str | None) -> Path:
+        """The folder of a step's carving, or of the last one."""
+        if step is None and not self.carved:
             cure = "Run the same 'moesmith convert' again to continue it."
             raise MoesmithError(f"{self.folder} is not carved yet", cure)
-        return found
+        return self.path(step or self.carved[-1])
 
     @property
     def clusters(self) -> list[list[str]]:
         """Domains per expert as the first carving was made from them; empty where experts were made otherwise."""
-        first = Header.read(self.path(self.carved[0])) if self.carved else None
-        found: list[list[str]] = first.provenance.get("clusters", []) if first else []
+        found: list[list[str]] = []
+        if self.carved:
+            found = self.carving_header(self.carved[0]).provenance.get("clusters", [])
         return found
 
     @property
