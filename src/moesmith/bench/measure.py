@@ -302,7 +302,8 @@ def _picture(found: dict[str, Any], path: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         say("without a figure: it needs matplotlib (pip install 'moesmith[report]')")
         return False
-    from moesmith.bench.figure import bench_figure, save
+    from moesmith.bench.figure import bench_figure
+    from moesmith.report.style import save_png
 
-    save(bench_figure(found), path)
+    save_png(bench_figure(found), path)
     return True
