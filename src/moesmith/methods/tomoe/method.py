@@ -83,8 +83,7 @@ class Tomoe(Method):
     @property
     def spec(self) -> MasksSection:
         """How masks are learned."""
-        found: MasksSection = self.recipe.masks
-        return found
+        return self.recipe.masks
 
     @cached_property
     def start(self) -> Channels | None:
