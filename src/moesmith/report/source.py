@@ -108,8 +108,7 @@ class Source:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """``evaluation.json``."""
-        found: dict[str, Any] = read_json(present(self.run.path("evaluate") / "evaluation.json"))
-        return found
+        return read_json(present(self.run.path("evaluate") / "evaluation.json"))
 
     @cached_property
     def routing(self) -> Routing:

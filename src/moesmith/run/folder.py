@@ -45,20 +45,17 @@ class Run:
     @cached_property
     def header(self) -> dict[str, Any]:
         """``run.json``: ``format``, ``recipe``, ``inputs``, ``versions``."""
-        found: dict[str, Any] = read_json(self.folder / "run.json")
-        return found
+        return read_json(self.folder / "run.json")
 
     @property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of parent and data."""
-        found: dict[str, str] = self.header["inputs"]
-        return found
+        return self.header["inputs"]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The recipe as values, as the version that began the run wrote it."""
-        found: dict[str, Any] = self.header["recipe"]
-        return found
+        return self.header["recipe"]
 
     @property
     def model(self) -> Path:
@@ -79,8 +76,7 @@ class Run:
         Raises:
             MoesmithError: there is none, or it is damaged.
         """
-        found: dict[str, Any] = read_json(self.path(step) / MANIFEST)
-        return found
+        return read_json(self.path(step) / MANIFEST)
 
     def metrics(self, step: str) -> dict[str, Any]:
         """What a step measured; empty where it is not finished."""
@@ -137,8 +133,7 @@ class Run:
     @property
     def evaluation(self) -> dict[str, Any]:
         """``evaluation.json``: ``stages``, ``window``, ``tokens``."""
-        found: dict[str, Any] = read_json(self.path("evaluate") / "evaluation.json")
-        return found
+        return read_json(self.path("evaluate") / "evaluation.json")
 
     @property
     def held_out(self) -> dict[str, Tensor]:
@@ -202,8 +197,7 @@ class Run:
 
     def sums(self, name: str) -> str | None:
         """The hash of the list that ``RUN/model`` or ``RUN/stock`` was finished with."""
-        found: str | None = self.manifest("export")["metrics"].get("sums", {}).get(name)
-        return found
+        return self.manifest("export")["metrics"].get("sums", {}).get(name)
 
     def check_files(self, name: str = "model") -> None:
         """Compare every file of ``RUN/model`` or ``RUN/stock`` with its hash, and the list of hashes with the run's.

@@ -214,8 +214,7 @@ class Evaluate(Step):
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """All perplexities."""
-        values = {k: v for k, v in metrics.items() if k != "seconds"}
-        return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
+        return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in metrics.items())
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Every model on all evaluation text."""
