@@ -20,7 +20,7 @@ import torch
 import moesmith
 from moesmith.files.artefact import read_json
 from moesmith.parent.accelerator import peak_memory, release
-from moesmith.run.pipeline import versions
+from moesmith.run.versions import versions
 
 
 def name_of(device: torch.device) -> str:

@@ -35,8 +35,8 @@ from moesmith.conversion.plan import make_plan
 from moesmith.export.folder import write_shards
 from moesmith.files.artefact import read_json, write_json
 from moesmith.parent.load import load_skeleton
-from moesmith.run.pipeline import versions
 from moesmith.run.recipe import load_recipe
+from moesmith.run.versions import versions
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
 SHARE = 0.6  # of the finished model's bytes: what the conversion may use

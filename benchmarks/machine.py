@@ -28,7 +28,7 @@ from moesmith.evaluation.perplexity import perplexity
 from moesmith.files.artefact import read_json, write_json
 from moesmith.parent.compute import short
 from moesmith.parent.load import Parent, load_parent
-from moesmith.run.pipeline import versions
+from moesmith.run.versions import versions
 
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 DTYPES = (torch.bfloat16, torch.float32)

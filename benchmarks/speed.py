@@ -28,8 +28,8 @@ from moesmith.files.artefact import write_json
 from moesmith.mixture.lora import dropout
 from moesmith.mixture.moe import build, share
 from moesmith.parent.load import Parent, load_parent
-from moesmith.run.pipeline import versions
 from moesmith.run.settings import TrainSection
+from moesmith.run.versions import versions
 from moesmith.testing.carvings import random_carving
 from moesmith.training.loop import Masters, Student
 

@@ -32,7 +32,7 @@ from moesmith.methods.tomoe.student import masked_model
 from moesmith.mixture.folder import load_folder
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.sizes import Sizes
-from moesmith.run.pipeline import versions
+from moesmith.run.versions import versions
 from moesmith.training.loop import Masters
 
 PEAKS = ("ours", "transcribed")

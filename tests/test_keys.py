@@ -29,10 +29,11 @@ from moesmith.parent.digests import tokenizer_digest
 from moesmith.run.fingerprints import companions_digest, folder_companions, text_digest
 from moesmith.run.folder import Run, open_run
 from moesmith.run.legacy import Legacy
-from moesmith.run.pipeline import Pipeline, check_folder, versions
+from moesmith.run.pipeline import Pipeline, check_folder
 from moesmith.run.recipe import Recipe, keys, kind_of, load_recipe, parse
 from moesmith.run.settings import Section, TrainSection
 from moesmith.run.step import Job, Step
+from moesmith.run.versions import versions
 from moesmith.testing.parents import save_tiny, tiny_parent
 
 FEW = ["stage1.tokens=512", "stage2.tokens=512"]
@@ -336,14 +337,14 @@ def made(folder: Path, recipe: Recipe, *steps: Step, **inputs: str) -> Pipeline:
     return run
 
 
-def test_keys_of_the_first_version_are_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_the_first_version_are_what_they_were(tmp_path: Path) -> None:
     """As commit 1a90a56 hashed them."""
     inputs = {"model_digest": "m", "data_digest": "d", "text_digest": "t", "tokenizer_digest": "k", "dtype": "bfloat16"}
     recipe = load_recipe("dive-plus")
     header = {"recipe": recipe.model_dump(mode="json"), "inputs": inputs}
     run, legacy = Pipeline(tmp_path / "run", recipe, inputs), Legacy(tmp_path / "old", header, recipe)
     step = Made(recipe, "baseline", "held-out", settings={"x": 1})
-    monkeypatch.setattr(legacy, "recipe_steps", lambda: [step])
+    legacy.steps = [step]
     legacy.keys, legacy.oldest = {"held-out": "new"}, {"held-out": "old"}
     legacy.learn(step, Job(run, None, []), {"x": 1}, run)  # type: ignore[arg-type]
     facts = {"stage": "baseline", "settings": {"x": 1}, "seed": 42, "needs": {"held-out": "old"}}

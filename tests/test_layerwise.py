@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from conversions import convert, weights
+from recording import record_routing
 from safetensors.torch import load_file, save_file
 from test_tomoe_export import harvested
 
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import perplexities
-from moesmith.evaluation.routing import record_routing
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import stock_reference, write_stock
 from moesmith.export.verify import verify_folder

@@ -19,7 +19,7 @@ from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import perplexity
 from moesmith.export.stock.write import stock_reference
 from moesmith.files.artefact import read_json, verify_files
-from moesmith.methods.affinity import mine, perplexity_similarity
+from moesmith.methods.affinity import cluster, perplexity_similarity
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
 from moesmith.mixture.moe import build
@@ -149,7 +149,7 @@ def test_a_domain_that_is_best_everywhere_stands_alone() -> None:
     similarity = perplexity_similarity(matrix)
     assert similarity[0].tolist() == [1, 0, 0, 0]
     assert np.isfinite(similarity).all()
-    assert mine(list("abcd"), similarity, 3).clusters == [["a"], ["b"], ["c", "d"]]
+    assert cluster(similarity, 3)[1] == [[0], [1], [2, 3]]
 
 
 def test_published_clusters_place_domains_by_name(home: Path, tmp_path: Path) -> None:

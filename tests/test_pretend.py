@@ -274,8 +274,9 @@ def test_training_continues_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_measuring_and_writing_there(family: str) -> None:
     """Likelihoods, routing and generation, in bf16 as well."""
+    from recording import record_routing
+
     from moesmith.evaluation.perplexity import log_likelihoods
-    from moesmith.evaluation.routing import record_routing
     from moesmith.mixture.moe import build
     from moesmith.testing.carvings import random_carving
 

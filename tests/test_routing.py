@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recording import record_routing
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.routing import SAMPLE_TOKENS, Routing, Sample, pieces, record_routing
+from moesmith.evaluation.routing import SAMPLE_TOKENS, Routing, Sample, pieces
 from moesmith.mixture.moe import build
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent

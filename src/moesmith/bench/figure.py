@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesmith.files.artefact import write_atomic
 from moesmith.report import style
 from moesmith.report.style import INK, MUTED, SIZE
 
@@ -84,9 +82,3 @@ def _places(results: list[dict[str, Any]]) -> tuple[list[float], list[tuple[str,
         places.append(x)
         members.setdefault(name, []).append(x)
     return places, [(name, sum(xs) / len(xs)) for name, xs in members.items()]
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG file, whole or not at all."""
-    write_atomic(path, lambda p: figure.savefig(p, format="png", dpi=130, facecolor="white", bbox_inches="tight"))
-    return path

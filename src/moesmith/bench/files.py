@@ -34,7 +34,7 @@ class Files:
 
     def __init__(self, source: Source) -> None:
         self.source, self.cache = source, source.run / "bench"
-        self.versions = {name: metadata.version(name) for name in ("transformers",)}
+        self.versions = {"transformers": metadata.version("transformers")}
 
     def folders(self) -> tuple[Path, Path]:
         """Hugging Face folders of the parent, in the run's dtype, and of the MoE."""
@@ -79,8 +79,10 @@ class Files:
                 target.write(source, work, Options(quant=quant))  # type: ignore[arg-type]
                 target.verify(source, work, source.ids)
 
+        run = Run(source.run)
+        key = str(run.manifest("export")["key"]) if run.has("export") else ""
         self._once(dense, made_from, write_dense)
-        self._once(moe, made_from | {"export": _export_key(Run(source.run))}, write_moe)
+        self._once(moe, made_from | {"export": key}, write_moe)
         return dense, moe
 
     def _once(self, path: Path, made_from: dict[str, Any], write: Callable[[], None]) -> None:
@@ -105,11 +107,6 @@ class Files:
             raise
         with new_file(index, overwrite=True) as work:
             write_json(work, known | {path.name: key})
-
-
-def _export_key(run: Run) -> str:
-    """What the finished model was made from: the key of the run's export."""
-    return str(run.manifest("export")["key"]) if run.has("export") else ""
 
 
 def size(path: Path) -> int:

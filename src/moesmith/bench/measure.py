@@ -35,7 +35,7 @@ from moesmith.files.outputs import check_result, new_file
 from moesmith.parent.compute import AUTO, Choice, Device, DType, long_name
 from moesmith.parent.load import choose_compute
 from moesmith.run.folder import Run, open_run
-from moesmith.run.pipeline import versions
+from moesmith.run.versions import versions
 
 SIDES = ("dense", "moe")
 NAMES = {"dense": "the dense parent", "moe": "the MoE"}
@@ -124,6 +124,7 @@ def bench(
     with meter("bench", total) as bar:
         for cell in cells:
             runtime, quant = cell
+            sizes = {side: size(path) for side, path in zip(SIDES, pairs[cell], strict=True)}
             with ExitStack() as stack:
                 workers = [stack.enter_context(Worker(runtime, pythons[runtime], NAMES[side])) for side in SIDES]
                 for w, path in zip(workers, pairs[cell], strict=True):
@@ -131,10 +132,10 @@ def bench(
                 facts = [w.hear() for w in workers]
                 found["runtimes"].setdefault(runtime, facts[0])
                 for batch in sorted(batches):
-                    result = {"runtime": runtime, "weights": quant, "batch": batch}
+                    result = {"runtime": runtime, "weights": quant, "batch": batch, "file_bytes": sizes}
                     measured = _rounds(workers, rows[:batch], new, rounds, bar, f"{runtime} {quant} batch {batch}")
                     limit = bounds(*weights[cell], batch, prompt, new)
-                    found["results"].append(result | summary(measured, batch, prompt, new, limit) | _files(pairs[cell]))
+                    found["results"].append(result | summary(measured, batch, prompt, new, limit))
     with new_file(out, overwrite=overwrite) as work:
         write_json(work, found)
         drawn = _picture(found, work.parent / figure)
@@ -216,10 +217,6 @@ def _own(path: Path) -> bool:
     return path.is_dir() and read_json(path / "config.json")["model_type"] == "moesmith"
 
 
-def _files(pair: Sequence[Path]) -> dict[str, Any]:
-    return {"file_bytes": {side: size(path) for side, path in zip(SIDES, pair, strict=True)}}
-
-
 def prompts(run: Run, batch: int, length: int) -> list[list[int]]:
     """``batch`` stretches of the run's held-out text, ``length`` token ids each, its domains in turn.
 
@@ -241,7 +238,6 @@ def _rounds(
     """Both workers ready for the batch, one warm-up each, then the rounds."""
     units, idle = sum(map(len, rows)) + len(rows) * new, [0.0]
     seconds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    facts: dict[str, dict[str, Any]] = {}
     for number in range(rounds + 1):
         order = (0, 1) if number % 2 else (1, 0)
         for index in order:
@@ -252,8 +248,7 @@ def _rounds(
             seconds[side].append(workers[index].ask("measure", rows=rows, new=new))
             idle.append((other.cpu_seconds() - before) / (time.monotonic() - started) if number else 0.0)
             bar.advance(units, f"{label}, {NAMES[side]}")
-    for side, w in zip(SIDES, workers, strict=True):
-        facts[side] = w.ask("facts")
+    facts = {side: w.ask("facts") for side, w in zip(SIDES, workers, strict=True)}
     if max(idle) > BUSY:
         say(f"  {label}: the waiting model used {max(idle):.0%} of a core while the other was measured")
     kept = {side: found[1:] for side, found in seconds.items()}
@@ -302,7 +297,8 @@ def _picture(found: dict[str, Any], path: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         say("without a figure: it needs matplotlib (pip install 'moesmith[report]')")
         return False
-    from moesmith.bench.figure import bench_figure, save
+    from moesmith.bench.figure import bench_figure
+    from moesmith.report.style import save_png
 
-    save(bench_figure(found), path)
+    save_png(bench_figure(found), path)
     return True

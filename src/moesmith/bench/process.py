@@ -138,8 +138,7 @@ class Worker:
                 f"{self.runtime} fails with {self.name}: {said['error']}",
                 "Leave it out of --runtime, or lower --batch or --prompt.",
             )
-        found: dict[str, Any] = said["ok"] or {}
-        return found
+        return said["ok"] or {}
 
     def cpu_seconds(self) -> float:
         """Processor time of the process and its descendants until now."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from moesmith.console import show_table, show_text
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 
 
 def verdict(low: float, high: float) -> str:

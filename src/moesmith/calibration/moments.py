@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moesmith.arguments import ceil_div
-from moesmith.console import Meter, meter
+from moesmith.console import meter
 from moesmith.parent.accelerator import Sum, halving
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import last_hidden
@@ -92,14 +92,6 @@ def watch(modules: Sequence[nn.Module], sinks: Sequence[Any]) -> AbstractContext
     return hooked([(m, hook(sink)) for m, sink in zip(modules, sinks, strict=True)], before=True)
 
 
-def _run(parent: Parent, windows: Tensor, batch: int, bar: Meter) -> None:
-    """Run forward passes without the output head: no statistic needs logits."""
-    parent.model.eval()
-    with torch.no_grad():
-        for _ in last_hidden(parent.decoder, windows.split(batch), bar=bar):
-            pass
-
-
 def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str = "moments") -> Moments:
     """Compute mean and variance of every FFN channel over the tokens of ``windows`` (N, window) in one forward pass.
 
@@ -108,16 +100,14 @@ def channel_moments(parent: Parent, windows: Tensor, batch: int = 8, label: str 
 
     def run(batch: int) -> Moments:
         sinks = [Channel() for _ in parent.ffns]
-        with watch([ffn.down for ffn in parent.ffns], sinks), meter(label, windows.numel()) as bar:
-            _run(parent, windows, batch, bar)
-        return _moments(sinks)
+        with watch([ffn.down for ffn in parent.ffns], sinks), meter(label, windows.numel()) as bar, torch.no_grad():
+            for _ in last_hidden(parent.decoder, windows.split(batch), bar=bar):  # no statistic needs logits
+                pass
+        means, variances = zip(*(sink.result() for sink in sinks), strict=True)
+        return Moments(sinks[0].count, torch.stack(means), torch.stack(variances))
 
+    parent.model.eval()
     return halving(label, parent.device, batch, run)
-
-
-def _moments(sinks: Sequence[Channel]) -> Moments:
-    means, variances = zip(*(sink.result() for sink in sinks), strict=True)
-    return Moments(sinks[0].count, torch.stack(means), torch.stack(variances))
 
 
 @dataclass

@@ -109,7 +109,6 @@ def convert(
     else:
         parent = _open(model, shapes, device, chosen, len(domains), room)
     steps = steps_of(chosen)
-    chosen.method.check(parent)
     check_windows(steps, parent.config)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
     inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)} | parent_digests(parent, domains)

@@ -89,7 +89,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = 
         expert_width=shapes.kept,
         memory=_memory(shapes, costs),
         memory_layerwise=None if whole else _memory_layerwise(shapes, costs),
-        disk=_disk(costs),
+        disk=round(sum(cost.disk for cost in costs) + COMPANIONS),
         **{f"{kind}_tokens": sum(cost.tokens for cost in costs if cost.kind == kind) for kind in KINDS},
         device=str(choice.device),
         dtype=long_name(choice.dtype),
@@ -120,9 +120,9 @@ def _widths(recipe: Recipe, parent: Parent, shapes: Shapes) -> list[str]:
 
 
 def _seconds(costs: Sequence[Cost]) -> dict[str, float]:
-    found = {kind: sum(cost.seconds for cost in costs if cost.kind == kind) for kind in (*KINDS, "export")}
     order = ("calibration", "affinity", "training", "export", "evaluation")
-    return {"start": START} | {kind: round(found[kind], 1) for kind in order}
+    found = {kind: sum(cost.seconds for cost in costs if cost.kind == kind) for kind in order}
+    return {"start": START} | {kind: round(seconds, 1) for kind, seconds in found.items()}
 
 
 def _memory(s: Shapes, costs: Sequence[Cost]) -> int:
@@ -134,11 +134,6 @@ def _memory_layerwise(s: Shapes, costs: Sequence[Cost]) -> int:
     """Add up a layer of the mapped parent and the most that one step has on top of it."""
     mapped = (s.sizes.total // s.sizes.L + s.shell) * s.stored
     return round(BASE + mapped + s.down + max(cost.layerwise or 0 for cost in costs))
-
-
-def _disk(costs: Sequence[Cost]) -> int:
-    """Add up what steps leave on disk."""
-    return round(sum(cost.disk for cost in costs) + COMPANIONS)
 
 
 def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace: Pace) -> Recipe:

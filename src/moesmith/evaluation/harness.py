@@ -98,8 +98,7 @@ def run(lm: Any, tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
-    found: dict[str, Any] = evaluate(lm, tasks, limit=limit, bootstrap_iters=0)
-    return found
+    return evaluate(lm, tasks, limit=limit, bootstrap_iters=0)
 
 
 def local_tasks(parts: Sequence[Task]) -> dict[str, Any]:
@@ -149,8 +148,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
         def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.bar is not None:
                 self.bar.advance(len(inps))
-            logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
-            return logits
+            return super()._model_call(inps, *args, **kwargs)
 
     return Model(
         pretrained=model,

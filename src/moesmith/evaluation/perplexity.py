@@ -278,8 +278,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    return ids
+    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
 
 def log_likelihoods(

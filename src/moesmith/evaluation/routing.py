@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,6 @@ from transformers import PreTrainedTokenizerBase
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import check_file, write_atomic
 from moesmith.parent.hooks import hooked
-from moesmith.parent.layerwise import Decoder, Layered, last_hidden
 
 SAMPLE_TOKENS = 120
 
@@ -108,10 +107,7 @@ class Routing:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
 
-        def write(temporary: Path) -> None:
-            temporary.write_bytes(buffer.getvalue())
-
-        write_atomic(Path(path), write)
+        write_atomic(Path(path), lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
     @classmethod
     def load(cls, path: str | Path) -> Routing:
@@ -216,40 +212,6 @@ class Recorder:
             tokens_D=tokens_D,
             samples=samples,
         )
-
-
-@torch.no_grad()
-def record_routing(
-    model: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    texts_by_domain: Mapping[str, Tensor],
-    batch: int = 8,
-) -> Routing:
-    """Count the experts' choices on text.
-
-    Args:
-        model: a model of ``moe.decoder`` or a stock Hugging Face MoE (Mixtral, Qwen-MoE, ...).
-        tokenizer: for the readable sample of each domain.
-        texts_by_domain: per domain blocks of token ids (N, window) without padding.
-        batch: blocks per forward pass.
-
-    Returns:
-        Counts over every token of every block, and the routing of the first 120 tokens of each domain.
-
-    Raises:
-        MoesmithError: the model has no router, or one without the (logits, weights, ids) contract.
-    """
-    recorder, texts = Recorder(), list(texts_by_domain.values())
-    recorder.begin(texts, batch)
-    whole = model.shell if isinstance(model, Layered) else model
-    training = whole.training
-    whole.eval()
-    try:  # the language-model head has no part in routing
-        for _ in last_hidden(model, [rows for blocks in texts for rows in blocks.split(batch)], visit=recorder.visit):
-            pass
-    finally:
-        whole.train(training)
-    return recorder.result(tokenizer, list(texts_by_domain))
 
 
 def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:

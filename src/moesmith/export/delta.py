@@ -40,7 +40,7 @@ from moesmith.parent.compute import named
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.proof.family import NATIVE
 from moesmith.run.folder import open_run
-from moesmith.run.pipeline import versions
+from moesmith.run.versions import versions
 
 FORMAT = 1
 MARK = "delta.json"
@@ -203,19 +203,15 @@ def _rebuild(parent: Parent, delta: Path, facts: Mapping[str, Any], out: Path) -
     for name, kind in facts["folders"].items():
         target = out / name
         with meter(f"making {name}", facts["bytes"][name] / 1e6, "MB") as bar:
-            write_shards(target, _counted(_tensors(parent, carving, kind), bar))
+            stock = kind == STOCK
+            made = stock_tensors(parent, carving, parent.model.dtype) if stock else named_tensors(parent, carving)
+            write_shards(target, _counted(made, bar))
         lists = listed(delta / name)
         common = [path for path in (delta / FOLDERS[0]).iterdir() if path.name in lists]
         for path in [*common, *(delta / name).iterdir()]:  # files of both folders are stored only in the first
             shutil.copyfile(path, target / path.name)
         wrong += [f"{name}/{file}" for file in differing(target)]
     return wrong
-
-
-def _tensors(parent: Parent, carving: Carving, kind: str) -> Iterator[tuple[str, Tensor]]:
-    if kind == STOCK:
-        return stock_tensors(parent, carving, parent.model.dtype)
-    return named_tensors(parent, carving)
 
 
 def _counted(tensors: Iterable[tuple[str, Tensor]], bar: Meter) -> Iterator[tuple[str, Tensor]]:

@@ -75,11 +75,7 @@ def write_native(
         architectures=[MoesmithForCausalLM.__name__],
         dtype=parent.model.dtype,
     )
-    classes = {
-        "AutoConfig": MoesmithConfig,
-        "AutoModel": MoesmithModel,
-        "AutoModelForCausalLM": MoesmithForCausalLM,
-    }
+    classes = {"AutoConfig": MoesmithConfig, "AutoModel": MoesmithModel, "AutoModelForCausalLM": MoesmithForCausalLM}
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
     with whole_folder(folder, overwrite=overwrite) as work:
         size = write_shards(work, named_tensors(parent, carving), shard_bytes)
@@ -113,12 +109,10 @@ def _described(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
 
 
 def named_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the folder by its name on disk."""
-    return ((f"inner.{name}", tensor) for name, tensor in native_tensors(parent, carving))
+    """Yield every tensor of the folder, in the parent's dtype, by its name on disk.
 
-
-def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor by its name in the parent's architecture with our blocks, in the parent's dtype."""
+    That is ``inner.`` before its name in the parent's architecture with our blocks.
+    """
     layers = decoder_layers(parent.model)[1]
     paths = {id(module): name for name, module in parent.model.named_modules()}
     replaced = [f"{ffn.path}." for ffn in parent.ffns]
@@ -126,16 +120,16 @@ def native_tensors(parent: Parent, carving: Carving) -> Iterator[tuple[str, Tens
         replaced += [f"{paths[id(attention_of(layer))]}." for layer in layers]
     for name, p in parent.model.named_parameters():
         if not name.startswith(tuple(replaced)):
-            yield name, carving.norms.get(name, p.detach()).to(p.dtype)
+            yield f"inner.{name}", carving.norms.get(name, p.detach()).to(p.dtype)
     for index, ffn in enumerate(parent.ffns):
         found = _union(parent, carving, index) if carving.subsets else _stack(parent, carving, index)
-        yield from ((f"{ffn.path}.{name}", tensor) for name, tensor in found)
+        yield from ((f"inner.{ffn.path}.{name}", tensor) for name, tensor in found)
         if parent.layerwise:
             give_back()
     for index, layer in enumerate(layers if carving.attention else ()):
         path = paths[id(attention_of(layer))]
         found = _attention(parent, carving, index, path)
-        yield from ((f"{path}.{name}", tensor) for name, tensor in found)
+        yield from ((f"inner.{path}.{name}", tensor) for name, tensor in found)
 
 
 def _stack(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, Tensor]]:

@@ -19,14 +19,8 @@ from moesmith.parent.compute import AUTO, Device
 from moesmith.parent.proof.positions import text_to_compare
 from moesmith.run.folder import open_run
 
-KNOWN: list[Target] = [
-    HuggingFace(),
-    SGLang(),
-    Gguf(),
-    Native(),
-    Delta(),
-]
-TARGETS: dict[str, Target] = {target.name: target for target in KNOWN}
+KNOWN: list[Target] = [HuggingFace(), SGLang(), Gguf(), Native(), Delta()]
+TARGETS = {target.name: target for target in KNOWN}
 
 
 @takes_paths("folder")

@@ -7,7 +7,6 @@ domains whose pruned models behave alike. ``scores`` is our shortcut: domains wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
@@ -23,26 +22,6 @@ Profile = Literal["rows", "columns", "both"]
 Linkage = Literal["average", "single", "complete"]
 
 Array = np.ndarray
-
-
-@dataclass
-class Affinity:
-    """Similarity of n domains and the clusters cut from it.
-
-    Attributes:
-        names: the domains.
-        matrix: raw numbers behind the similarity: perplexities (calibrated on row, measured on column), or
-            ``None`` for score-based affinity.
-        similarity: (n, n) correlations in [-1, 1].
-        tree: SciPy linkage (n-1, 4), or ``None`` when the clusters were given.
-        clusters: names per expert; experts ordered by their first domain.
-    """
-
-    names: list[str]
-    matrix: Array | None
-    similarity: Array
-    tree: Array | None
-    clusters: list[list[str]]
 
 
 def normalise(perplexity: Array) -> Array:
@@ -88,6 +67,9 @@ def _pearson(profiles: Array) -> Array:
 def cluster(similarity: Array, experts: int, method: Linkage = "average") -> tuple[Array, list[list[int]]]:
     """Cluster domain indices hierarchically on d = 1 − r into exactly ``experts`` clusters.
 
+    Returns:
+        SciPy's linkage (n-1, 4), and the clusters in the order of their first domains.
+
     Raises:
         MoesmithError: more clusters than domains, or similarities that are not finite.
     """
@@ -107,19 +89,10 @@ def cluster(similarity: Array, experts: int, method: Linkage = "average") -> tup
     return tree, sorted(groups)
 
 
-def mine(
-    names: Sequence[str], similarity: Array, experts: int, method: Linkage = "average", matrix: Array | None = None
-) -> Affinity:
-    """Make clusters from a similarity matrix."""
-    tree, groups = cluster(similarity, experts, method)
-    return Affinity(list(names), matrix, similarity, tree, [[names[i] for i in group] for group in groups])
-
-
 def published_clusters() -> dict[str, list[list[str]]]:
     """Read the clusters of DIVE's published code by name, e.g. ``tinyllama-50``."""
     text = (files("moesmith.data") / "sets" / "clusters.yaml").read_text(encoding="utf-8")
-    found: dict[str, list[list[str]]] = yaml.safe_load(text)
-    return found
+    return yaml.safe_load(text)
 
 
 def published(name: str, names: Sequence[str], experts: int) -> list[list[str]]:

@@ -6,6 +6,7 @@ are computed in one pass over it.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesmith.calibration.moments import Moments, Second, channel_moments, merge, pool
+from moesmith.calibration.moments import Moments, Second, merge, pool
 from moesmith.calibration.stream import LayerView, Stats
 from moesmith.files.artefact import read_json, write_json
 from moesmith.methods.base import Carver, Needs, RouterSection
@@ -25,7 +26,6 @@ from moesmith.methods.steps import (
     ChannelMoments,
     Domains,
     check_gram,
-    mean_and_most,
     moments_of,
     windows_of,
 )
@@ -61,8 +61,7 @@ class Together(Step):
 
 def clusters_of(run: Run) -> list[list[str]]:
     """Read the domains by expert."""
-    found: list[list[str]] = read_json(run.path("affinity") / "clusters.json")["clusters"]
-    return found
+    return read_json(run.path("affinity") / "clusters.json")["clusters"]
 
 
 class Channels(Carver):
@@ -213,7 +212,8 @@ class Channels(Carver):
 
     def metrics(self) -> dict[str, Any]:
         """Measure how constant the constant direction is."""
-        return mean_and_most(self.errors, "constant_direction_error")
+        name, values = "constant_direction_error", self.errors
+        return {f"{name}_mean": statistics.mean(values), f"{name}_max": max(values)} if values else {}
 
 
 def _pooled(stats: Stats) -> Part:
@@ -253,8 +253,3 @@ def refit_experts(
     for expert, gram in zip(experts, grams, strict=True):
         mixed_FF = torch.lerp(gram.gram_NN, pooled_FF, spec.pool)
         expert.down_DF = refit_down(down_DF, mixed_FF, expert.channels, spec.ridge).to("cpu", parent.stored)
-
-
-def group_moments_of(parent: Parent, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
-    """Take channel moments of all layers by group of texts, each text with equal weight."""
-    return [pool([channel_moments(parent, ids) for ids in text]) for text in texts]

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moesmith.calibration.moments import Moments
+from moesmith.calibration.moments import Moments, channel_moments, pool
 from moesmith.calibration.stream import LayerView
 from moesmith.console import meter, say
 from moesmith.data.sampling import evaluation_blocks
@@ -28,7 +28,7 @@ from moesmith.files.artefact import read_json, write_json, write_text
 from moesmith.methods import affinity as mining
 from moesmith.methods.affinity import Linkage, Profile
 from moesmith.methods.base import ROUTING, Kept, Method, Routed
-from moesmith.methods.channels import Channels, Part, Together, group_moments_of
+from moesmith.methods.channels import Channels, Part, Together
 from moesmith.methods.refit import compensation_bias
 from moesmith.methods.registry import register
 from moesmith.methods.scores import Score, Selection, channel_scores, choose, layer_score, top
@@ -109,8 +109,7 @@ class Dive(ByScore):
     @property
     def affinity(self) -> AffinitySection:
         """How domains are grouped."""
-        found: AffinitySection = self.recipe.affinity
-        return found
+        return self.recipe.affinity
 
     def moments_tokens(self) -> int | None:
         """Take all if models are pruned on them, else what the groups are made from."""
@@ -150,7 +149,7 @@ class Dive(ByScore):
 
     def _known(self, job: Job, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
         if self.affinity.method == "random" and self.moments_tokens() is None:
-            return group_moments_of(job.parent, texts)
+            return [pool([channel_moments(job.parent, ids) for ids in text]) for text in texts]
         return super()._known(job, texts)
 
     def about(self, run: Run) -> list[str]:
@@ -223,18 +222,17 @@ class Affinity(Step):
         if spec.method == "published":
             assert spec.published is not None
             clusters = mining.published(spec.published, names, experts)
-            found = mining.Affinity(names, matrix, similarity, None, clusters)
         else:
-            found = mining.mine(names, similarity, experts, spec.linkage, matrix)
-        _write_matrix(work / "affinity.csv", names, found.similarity)
+            tree, groups = mining.cluster(similarity, experts, spec.linkage)
+            clusters = [[names[index] for index in group] for group in groups]
+            _write_rows(work / "linkage.csv", [[repr(float(x)) for x in row] for row in tree])
+        _write_matrix(work / "affinity.csv", names, similarity)
         if matrix is not None:
             _write_matrix(work / "matrix.csv", names, matrix)
-        if found.tree is not None:
-            _write_rows(work / "linkage.csv", [[repr(float(x)) for x in row] for row in found.tree])
-        write_json(work / "clusters.json", {"clusters": found.clusters})
-        for expert, group in enumerate(found.clusters):
-            say(f"  expert {expert}: {', '.join(group)}")
-        return {"clusters": found.clusters}
+        write_json(work / "clusters.json", {"clusters": clusters})
+        for expert, members in enumerate(clusters):
+            say(f"  expert {expert}: {', '.join(members)}")
+        return {"clusters": clusters}
 
     def _perplexities(self, job: Job, scores: Sequence[Tensor], work: Path) -> np.ndarray:
         """Measure the n × n perplexities of pruned models with bias compensation; finished rows survive a kill."""

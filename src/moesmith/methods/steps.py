@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,11 +174,6 @@ class Carve(Step):
 def waiting_room(parent: Parent) -> int:
     """Return the bytes of memory for tokens that wait between two layers; the rest wait on disk."""
     return (parent.memory or free_memory(torch.device("cpu"))) // 8
-
-
-def mean_and_most(values: list[float], name: str) -> dict[str, float]:
-    """Make two metrics, mean and largest, of a number that every layer has."""
-    return {f"{name}_mean": statistics.mean(values), f"{name}_max": max(values)} if values else {}
 
 
 def check_gram(parent: Parent, groups: int, *, gram: bool) -> None:

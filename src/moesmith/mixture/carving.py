@@ -189,13 +189,11 @@ class Carving:
 
     def union(self) -> Tensor:
         """Compute the share of the parent's channels that at least one expert keeps, (L,) in [0, 1]."""
-        return torch.stack([self._kept(index).float().mean() for index in range(len(self.layers))])
-
-    def _kept(self, index: int) -> Tensor:
-        kept_F = torch.zeros(self.d_ff, dtype=torch.bool)
-        for expert in self.layers[index].experts:
-            kept_F[expert.channels] = True
-        return kept_F
+        kept_LF = torch.zeros(len(self.layers), self.d_ff)
+        for kept_F, layer in zip(kept_LF, self.layers, strict=True):
+            for expert in layer.experts:
+                kept_F[expert.channels] = 1
+        return kept_LF.mean(1)
 
     def expert_weights(self, parent: Parent, layer: int, expert: int | Expert) -> tuple[Tensor, Tensor | None, Tensor]:
         """Merge one expert's weights in fp32: gate (F_e, D), up (F_e, D) or ``None`` without a gate, down (D, F_e).

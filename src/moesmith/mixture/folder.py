@@ -120,5 +120,4 @@ def _one_layer(config: Any, index: int, shell: bool) -> PreTrainedConfig:
     if inner.get("layer_types"):
         fields["layer_types"] = inner["layer_types"][index : index + 1]
     inner |= fields
-    one: PreTrainedConfig = type(config).from_dict(old)
-    return one
+    return type(config).from_dict(old)

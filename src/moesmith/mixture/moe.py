@@ -10,7 +10,7 @@ Shapes: T tokens, D model width, F the parent's FFN width, E experts, K active e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, get_args
 
@@ -32,7 +32,6 @@ from moesmith.parent.layerwise import Decoder, layered, share
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN, decoder_layers, put
 
-Activation = Callable[[Tensor], Tensor]
 Form = Literal["masked", "sliced"]
 
 

@@ -78,7 +78,11 @@ def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTra
         refuse_files(Path(source), source)
     place: dict[str, Any] = {} if str(device) == "cpu" else {"device_map": {"": device}}  # straight to the device
     options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True} | place
-    loaded = _from_pretrained(source, dtype, source, **options)
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:  # transformers, safetensors and the hub client each have their own error types
+        raise MoesmithError(f"{source} cannot be loaded: {first_line(error)}", AGAIN) from error
     if not Path(source).is_dir():  # a hub id: its files are there now
         refuse_files(Path(str(cached_file(source, "config.json"))).parent, source)
     model = checked(loaded, source)
@@ -89,28 +93,13 @@ def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTra
             f"{source} has an output matrix of its own, and its config says that it is the embedding",
             "Set tie_word_embeddings to false in config.json if the matrix is meant.",
         )
-    return model, _tokenizer(source, source)
-
-
-def _from_pretrained(where: str, dtype: torch.dtype, shown: str, **options: Any) -> tuple[PreTrainedModel, dict]:
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
-    except Exception as error:  # transformers, safetensors and the hub client each have their own error types
-        raise MoesmithError(
-            f"{shown} cannot be loaded: {first_line(error)}", "Fetch or save the model again."
-        ) from error
-    return loaded
-
-
-def _tokenizer(where: str, shown: str, **options: Any) -> PreTrainedTokenizerBase:
-    try:
-        with quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        what = f"The tokenizer of {shown} cannot be loaded: {first_line(error)}"
+        what = f"The tokenizer of {source} cannot be loaded: {first_line(error)}"
         raise MoesmithError(what, "A parent needs its tokenizer beside it.") from error
-    return tokenizer
+    return model, tokenizer
 
 
 def first_line(error: Exception) -> str:

@@ -58,8 +58,7 @@ def long_name(dtype: torch.dtype) -> str:
 
 def named(long: str) -> torch.dtype:
     """The reverse of :func:`long_name`, for what a run's header says."""
-    found: torch.dtype = getattr(torch, long)
-    return found
+    return getattr(torch, long)
 
 
 # --- devices

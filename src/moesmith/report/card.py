@@ -10,7 +10,7 @@ import yaml
 
 from moesmith.console import plain
 from moesmith.data.overlap import found_in, warnings
-from moesmith.mixture.carving import Carving
+from moesmith.mixture.carving import Header
 from moesmith.native.modeling import MoesmithForCausalLM
 from moesmith.run.folder import STOCK, finished_of
 
@@ -41,7 +41,7 @@ def code(text: str) -> str:
 
 def model_card(run: Run) -> str:
     """Write Markdown with a metadata header from the run's manifests."""
-    recipe, evaluation, carving = run.recipe, run.evaluation, run.carving()
+    recipe, evaluation, carved = run.recipe, run.evaluation, run.carving_header()
     export = run.manifest("export")["metrics"]
     name = run.inputs["model"].rstrip("/").split("/")[-1]
     header: dict[str, object] = {
@@ -68,7 +68,7 @@ def model_card(run: Run) -> str:
         f"- trained: {_trained(run)}",
         f"- parameters: {export['parameters_total']:,} in total, {export['parameters_active']:,} active per token;"
         f" the dense parent has {export['parent_parameters']:,}",
-        f"- gate: top-{carving.top_k} of the logits, {_mix(carving)}",
+        f"- gate: top-{carved.top_k} of the logits, {_mix(carved)}",
         *(_LOADING if native else ()),
         "",
         f"Perplexity on held-out text ({evaluation['window']}-token windows, {evaluation['tokens']:,} tokens"
@@ -90,8 +90,8 @@ def model_card(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _mix(carving: Carving) -> str:
-    if all(layer.mix == "sum" for layer in carving.layers):
+def _mix(carved: Header) -> str:
+    if all(gate.mix == "sum" for gate in carved.gates):
         return "each selected expert counts in full"
     return "softmax over the selected (weights sum to 1)"
 

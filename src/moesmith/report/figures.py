@@ -74,13 +74,11 @@ def affinity_figure(
     others = matrix[~np.eye(n, dtype=bool)] if n > 1 else matrix.ravel()
     low, centre = float(np.nanmin(others)), float(np.nanmean(others))
     norm = TwoSlopeNorm(centre, min(low, centre - 1e-3), max(1.0, centre + 1e-3))
-    image = style.heatmap(axes, matrix[np.ix_(order, order)], norm)
     style.dress(axes)
-    axes.spines[:].set_visible(False)
+    image = style.heatmap(axes, matrix[np.ix_(order, order)], norm)
     labels = [style.plain(names[i]) for i in order]
     axes.set_xticks(range(n), labels, rotation=90)
     axes.set_yticks(range(n), labels)
-    axes.tick_params(length=0)
     if n <= 12:
         style.annotate(axes, image, matrix[np.ix_(order, order)], lambda value: f"{value:.2f}".replace("0.", "."))
     member = _membership(names, clusters)
@@ -91,10 +89,8 @@ def affinity_figure(
         start, size = places[0] - 0.5, len(places)
         axes.add_patch(Rectangle((start, start), size, size, fill=False, edgecolor=style.ON_LIGHT, linewidth=1.4))
         hue = style.colour(expert)
-        beside: dict[str, Any] = {
-            "transform": axes.get_yaxis_transform(),
-            "clip_on": False,
-        }  # x in parts of the matrix's width
+        # x in parts of the matrix's width
+        beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False}
         axes.add_patch(Rectangle((1.008, start + 0.06), 0.012, size - 0.12, facecolor=hue, linewidth=0, **beside))
         axes.text(
             1.03, start + size / 2, f"E{expert}", va="center", fontsize=SIZE, color=INK, fontweight="bold", **beside
@@ -138,25 +134,17 @@ def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figu
     layers, experts, _ = iou_LEE.shape
     figure = style.new_figure(style.WIDTH, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
-    mean_EE = iou_LEE.mean(0)
     pairs_LP = iou_LEE[:, *np.triu_indices(experts, 1)] if experts > 1 else np.ones((layers, 1))
-    shown_EE = np.where(np.eye(experts, dtype=bool), np.nan, mean_EE)
-    image = style.heatmap(
-        left, shown_EE, Normalize(pairs_LP.mean(0).min() - 0.02, pairs_LP.mean(0).max() + 0.02), "Blues"
-    )
+    shown_EE = np.where(np.eye(experts, dtype=bool), np.nan, iou_LEE.mean(0))
     style.dress(left, title="Mean over layers")
-    left.spines[:].set_visible(False)
+    norm = Normalize(pairs_LP.mean(0).min() - 0.02, pairs_LP.mean(0).max() + 0.02)
+    image = style.heatmap(left, shown_EE, norm, "Blues")
     left.set_box_aspect(1)
     step = ceil_div(experts, 8)
     for set_ticks in (left.set_xticks, left.set_yticks):
         set_ticks(range(0, experts, step), [f"E{expert}" for expert in range(0, experts, step)])
-    left.tick_params(length=0)
     if experts <= 12:
-        for row, column in np.argwhere(~np.eye(experts, dtype=bool)):
-            red, green, blue, _ = image.cmap(image.norm(mean_EE[row, column]))
-            ink = style.ON_LIGHT if 0.3 * red + 0.59 * green + 0.11 * blue > 0.55 else style.ON_DARK
-            cell = f"{mean_EE[row, column]:.2f}".removeprefix("0")
-            left.text(column, row, cell, ha="center", va="center", fontsize=SIZE - 2, color=ink)
+        style.annotate(left, image, shown_EE, lambda value: "" if np.isnan(value) else f"{value:.2f}".removeprefix("0"))
     style.dress(right, "layer", "share of channels", title="Per layer", grid="y")
     x = np.arange(layers)
     right.fill_between(
@@ -267,12 +255,17 @@ def training_figure(curves: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure
     for axes, (title, (tokens, loss)) in zip(panels, curves.items(), strict=True):
         x, y = np.asarray(tokens, float), np.asarray(loss, float)
         style.dress(axes, "training tokens", "loss (nats per token)", title, grid="y")
-        axes.plot(x, y, color=style.BLUE, linewidth=0.8, alpha=0.4, label="each step")
-        axes.plot(x, running_mean(y, max(1, len(y) // 25)), color=style.BLUE, linewidth=2, label="running mean")
+        plot_steps(axes, x, y)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.margins(x=0.01)
     style.legend(panels[-1], loc="upper right")
     return figure
+
+
+def plot_steps(axes: Any, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
+    """A curve of a training log: every step thin, the running mean thick."""
+    axes.plot(x, y, color=style.BLUE, linewidth=0.8, alpha=0.4, label="each step")
+    axes.plot(x, running_mean(y, max(1, len(y) // 25)), color=style.BLUE, linewidth=2, label="running mean")
+    axes.margins(x=0.01)
 
 
 def running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
@@ -297,10 +290,8 @@ def load_figure(load_LE: ArrayLike, threshold: float = 0.05) -> Figure:
     figure = style.new_figure(style.WIDTH, min(0.3, 5 / experts) * experts + 0.9)
     axes = figure.add_subplot()
     uniform = 100 / experts
-    image = style.heatmap(axes, percent_EL, TwoSlopeNorm(uniform, 0, max(percent_EL.max(), 1.01 * uniform)))
     style.dress(axes, "layer")
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    image = style.heatmap(axes, percent_EL, TwoSlopeNorm(uniform, 0, max(percent_EL.max(), 1.01 * uniform)))
     layer_ticks(axes, layers)
     step = max(1, experts // 16)
     axes.set_yticks(range(0, experts, step), [f"E{expert}" for expert in range(0, experts, step)])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from moesmith.report import style
-from moesmith.report.figures import layer_ticks, running_mean
+from moesmith.report.figures import layer_ticks, plot_steps
 from moesmith.report.style import INK, MUTED, SIZE
 
 if TYPE_CHECKING:
@@ -111,11 +111,9 @@ def training_figure(steps: Sequence[Mapping[str, Any]], budget: float, experts: 
     for axes, (key, title, label, unit, target) in zip(grid.flat, panels, strict=True):
         y = np.array([step.get(key, np.nan) for step in steps], float) / unit
         style.dress(axes, "", label, title, grid="y")
-        axes.plot(x, y, color=style.BLUE, linewidth=0.8, alpha=0.4, label="each step")
-        axes.plot(x, running_mean(y, max(1, len(y) // 25)), color=style.BLUE, linewidth=2, label="running mean")
+        plot_steps(axes, x, y)
         if target is not None:
             axes.axhline(target, color=INK, linewidth=1, linestyle=(0, (3, 2)), label="budget, balance")
-        axes.margins(x=0.01)
         if key != "kl":
             axes.set_ylim(0, 1.05)
     for axes in grid[1]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from moesmith.arguments import takes_paths
 from moesmith.console import show_table
 from moesmith.mixture.carving import Carving
 from moesmith.run.folder import Run, open_run
-from moesmith.run.pipeline import MATTER
+from moesmith.run.versions import MATTER, versions_of
 
 
 @takes_paths("folder")
@@ -38,20 +37,6 @@ def describe(folder: Path) -> dict[str, Any]:
         "versions": versions_of(manifests),
         "stages": metrics,
         "headlines": {name: manifest["headline"] for name, manifest in manifests.items()},
-    }
-
-
-def versions_of(manifests: Mapping[str, Any]) -> dict[str, str]:
-    """Map each package to the version that made the run; if stages differ, to every version with its stages."""
-    made: dict[str, dict[str, list[str]]] = {}
-    for stage, manifest in manifests.items():
-        for package, version in manifest.get("versions", {}).items():
-            made.setdefault(package, {}).setdefault(version, []).append(stage)
-    return {
-        package: next(iter(found))
-        if len(found) == 1
-        else ", ".join(f"{version} ({', '.join(stages)})" for version, stages in found.items())
-        for package, found in made.items()
     }
 
 

@@ -26,9 +26,9 @@ from moesmith.files.artefact import check_file, write_text
 from moesmith.files.outputs import check_result, new_file, real
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
-from moesmith.report.overview import versions_of
 from moesmith.report.source import AbsentError, Source, present
-from moesmith.run.folder import STOCK, finished_of
+from moesmith.run.folder import STOCK, Run, finished_of
+from moesmith.run.versions import versions_of
 
 DEAD = 0.05  # an expert is dead below this fraction of the uniform share
 
@@ -54,7 +54,7 @@ def write_report(run: str | Path, output: str | Path | None = None, *, overwrite
     check_result(output, Path(run), overwrite=overwrite)
     template = _template()
     with new_file(output, overwrite=overwrite) as work:
-        write_text(work, _page(Source(Path(run), work.parent / "figures"), template))
+        write_text(work, _page(Source(Run(Path(run)), work.parent / "figures"), template))
     return output
 
 
@@ -115,9 +115,9 @@ def _line(expert: int) -> str:
 
 
 def _summary(source: Source) -> dict[str, Any]:
-    recipe, inputs = source.header.get("recipe", {}), source.header.get("inputs", {})
+    recipe, inputs = source.run.header.get("recipe", {}), source.run.header.get("inputs", {})
     carve = recipe.get("carve", {})
-    measured = [manifest.get("metrics", {}) for manifest in source.manifests.values()]
+    measured = [manifest.get("metrics", {}) for manifest in source.run.manifests.values()]
     counts: dict[str, Any] = next((found for found in reversed(measured) if "parent_parameters" in found), {})
     sizes = {key: counts.get(key) for key in ("parent_parameters", "parameters_total", "parameters_active")}
     found: dict[str, Any] = {"recipe": recipe.get("name", "?"), "description": recipe.get("description", "")}
@@ -167,14 +167,14 @@ def _perplexity(source: Source) -> dict[str, Any]:
         "twin": finished if STOCK in stages else None,
         "worst": max((row["ratio"] for row in rows if row["ratio"]), default=0.0),
         "home": source.home,
-        "overlap": warnings(found_in(source.manifests.get("held-out", {}).get("metrics", {}))),
+        "overlap": warnings(found_in(source.run.manifests.get("held-out", {}).get("metrics", {}))),
         "window": source.evaluation.get("window"),
         "tokens": source.evaluation.get("tokens"),
     }
 
 
 def _affinity(source: Source) -> dict[str, Any]:
-    folder = source.stage("affinity")
+    folder = source.run.path("affinity")
     names, matrix = _read_matrix(present(folder / "affinity.csv"))
     tree = folder / "linkage.csv"
     linkage = np.array(_read_rows(tree), float) if tree.is_file() else None
@@ -184,7 +184,7 @@ def _affinity(source: Source) -> dict[str, Any]:
         columns, values = _read_matrix(folder / "matrix.csv")
         best = np.nanargmin(values, axis=0)
         raw = {"names": columns, "rows": list(zip(columns, values.tolist(), strict=True)), "best": best.tolist()}
-    settings = source.header["recipe"].get("affinity", {})
+    settings = source.run.header["recipe"].get("affinity", {})
     return {
         "figure": source.picture(figure, "affinity", "Correlation between domains as a heatmap, clusters boxed"),
         "method": settings.get("method"),
@@ -256,7 +256,6 @@ def _masks(source: Source) -> dict[str, Any]:
     return {
         "figure": source.picture(figure, "masks", "Kept channels and attention dimensions, and overlap, per layer"),
         "spec": source.masks,
-        "found": source.masks,
         "d_ff": carving.d_ff,
         "head": len(carving.attention[0].qk_h) if carving.attention else None,
         "layers": layers,
@@ -265,8 +264,8 @@ def _masks(source: Source) -> dict[str, Any]:
 
 def _training(source: Source) -> dict[str, Any]:
     curves, facts, picture = {}, [], {}
-    for name, manifest in source.manifests.items():
-        path = source.stage(name) / "log.jsonl"
+    for name, manifest in source.run.manifests.items():
+        path = source.run.path(name) / "log.jsonl"
         steps = _read_log(path) if path.is_file() else []
         if not steps:
             continue
@@ -359,7 +358,7 @@ def _text(source: Source) -> dict[str, Any]:
 
 def _provenance(source: Source) -> dict[str, Any]:
     stages = []
-    for name, manifest in source.manifests.items():
+    for name, manifest in source.run.manifests.items():
         metrics = {
             key.replace("_", " "): value
             for key, value in manifest.get("metrics", {}).items()
@@ -367,11 +366,11 @@ def _provenance(source: Source) -> dict[str, Any]:
         }
         row = {"name": name, "seconds": manifest.get("seconds"), "key": manifest.get("key", ""), "metrics": metrics}
         stages.append(row | {"files": manifest.get("files", {})})
-    recipe = source.header.get("recipe", {})
+    recipe = source.run.header.get("recipe", {})
     return {
         "seed": recipe.get("seed"),
-        "inputs": source.header.get("inputs", {}),
-        "versions": versions_of(source.manifests) or source.header.get("versions", {}),
+        "inputs": source.run.header.get("inputs", {}),
+        "versions": versions_of(source.run.manifests) or source.run.header.get("versions", {}),
         "stages": stages,
         "seconds": sum(row["seconds"] or 0 for row in stages),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.routing import Routing
-from moesmith.files.artefact import read_json, write_atomic
+from moesmith.files.artefact import read_json
 from moesmith.mixture.carving import Carving, Header
 from moesmith.report import style
 from moesmith.run.folder import Run
@@ -36,43 +36,24 @@ class Source:
     """What several sections read from a run's folder.
 
     Attributes:
-        folder: the run.
-        pictures: where every figure is written as a PNG.
-        header: ``run.json``.
+        run: the run.
+        pictures: where every figure is left as a PNG.
     """
 
-    folder: Path
+    run: Run
     pictures: Path
-    header: dict[str, Any] = field(init=False)
-    run: Run = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.run = Run(self.folder)
-        self.header = self.run.header
 
     def picture(self, figure: Any, name: str, description: str) -> Any:
         """Make a figure for the page, and write the same figure as a PNG."""
         from markupsafe import Markup
 
-        write_atomic(
-            self.pictures / f"{name}.png",
-            lambda path: style.save(figure, path, format="png", dpi=130, facecolor="white", bbox_inches="tight"),
-        )
+        style.save_png(figure, self.pictures / f"{name}.png")
         return Markup(style.to_svg(figure, name, description))
-
-    def stage(self, name: str) -> Path:
-        """Return a stage's folder."""
-        return self.folder / "stages" / name
-
-    @cached_property
-    def manifests(self) -> dict[str, dict[str, Any]]:
-        """The manifests of all finished steps, in order."""
-        return self.run.manifests
 
     @cached_property
     def titles(self) -> dict[str, str]:
         """The title of each step that made a model."""
-        return {name: found["title"] for name, found in self.manifests.items() if found["title"]}
+        return {name: found["title"] for name, found in self.run.manifests.items() if found["title"]}
 
     @cached_property
     def experts(self) -> int:
@@ -83,14 +64,14 @@ class Source:
     def carved(self) -> Header | None:
         """The last carving's header; ``None`` if there is none or it is damaged, which its section says."""
         try:
-            return Header.read(self.stage(self.run.carved[-1])) if self.run.carved else None
+            return self.run.carving_header() if self.run.carved else None
         except MoesmithError:
             return None
 
     @cached_property
     def clusters(self) -> list[list[str]]:
         """Domains per expert; empty unless every domain belongs to exactly one expert."""
-        path = self.stage("affinity") / "clusters.json"
+        path = self.run.path("affinity") / "clusters.json"
         if not path.is_file():
             return []
         clusters: list[list[str]] = read_json(path).get("clusters", [])
@@ -105,16 +86,17 @@ class Source:
     @cached_property
     def learned(self) -> str:
         """The step that learned masks; empty if none were learned."""
-        return next((name for name, found in self.manifests.items() if "threshold" in found.get("metrics", {})), "")
+        manifests = self.run.manifests.items()
+        return next((name for name, found in manifests if "threshold" in found.get("metrics", {})), "")
 
     @cached_property
     def masks(self) -> dict[str, Any]:
         """What that step measured, its settings, and what it started from; empty if no masks were learned."""
         if not self.learned:
             return {}
-        manifest = self.manifests[self.learned]
+        manifest = self.run.manifests[self.learned]
         start = "random" if self.run.carved[0] == self.learned else "carving"
-        return {"start": start} | manifest.get("settings", {}) | {"start": start} | manifest["metrics"]
+        return manifest.get("settings", {}) | {"start": start} | manifest["metrics"]
 
     @cached_property
     def carving(self) -> Carving:
@@ -126,13 +108,12 @@ class Source:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """``evaluation.json``."""
-        found: dict[str, Any] = read_json(present(self.stage("evaluate") / "evaluation.json"))
-        return found
+        return read_json(present(self.run.path("evaluate") / "evaluation.json"))
 
     @cached_property
     def routing(self) -> Routing:
         """What the recorder saw."""
-        return Routing.load(present(self.stage("evaluate") / "routing.npz"))
+        return Routing.load(present(self.run.path("evaluate") / "routing.npz"))
 
     def in_order(self, names: Sequence[str]) -> list[str]:
         """Sort domains so that those of one expert are together, experts in order."""

@@ -6,12 +6,14 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moesmith.errors import MoesmithError
+from moesmith.files.artefact import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,16 +86,15 @@ def heatmap(axes: Axes, matrix: NDArray[Any], norm: Any, cmap: str = DIVERGING) 
     return image
 
 
-def annotate(
-    axes: Axes, image: Any, matrix: NDArray[Any], text: Callable[[float], str], size: float = SIZE - 2
-) -> None:
-    """Write every cell's number in black or white, whichever reads better on its colour."""
+def annotate(axes: Axes, image: Any, matrix: NDArray[Any], text: Callable[[float], str]) -> None:
+    """Write every cell's number in black or white, whichever reads better on its colour; nothing for an empty text."""
     for (row, column), value in np.ndenumerate(matrix):
+        if not (words := text(value)):
+            continue
         red, green, blue, _ = image.cmap(image.norm(value))
         bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.55
-        axes.text(
-            column, row, text(value), ha="center", va="center", fontsize=size, color=ON_LIGHT if bright else ON_DARK
-        )
+        ink = ON_LIGHT if bright else ON_DARK
+        axes.text(column, row, words, ha="center", va="center", fontsize=SIZE - 2, color=ink)
 
 
 def colourbar(figure: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
@@ -114,6 +115,12 @@ def save(figure: Figure, target: Any, **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font")
         figure.savefig(target, **options)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, whole or not at all."""
+    options: dict[str, Any] = {"format": "png", "dpi": 130, "facecolor": "white", "bbox_inches": "tight"}
+    write_atomic(path, lambda temporary: save(figure, temporary, **options))
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:

@@ -37,7 +37,8 @@ def chat_digest(tokenizer: PreTrainedTokenizerBase, records: Iterable[Record]) -
 def companions_digest(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None) -> str:
     """Hash (short sha256) a finished folder besides weights and config: tokenizer, chat template, generation."""
     names = ("chat_template", "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
-    special = {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in _special(tokenizer).items()}
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+    special = {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in named.items()}
     facts = {name: getattr(tokenizer, name, None) for name in names}
     settings = {} if generation is None else generation.to_diff_dict()
     settings = {name: value for name, value in settings.items() if name[0] != "_" and name != "transformers_version"}
@@ -57,18 +58,11 @@ def folder_companions(folder: Path) -> str | None:
     """Compute :func:`companions_digest` of a finished folder; ``None`` if its files cannot be read."""
     try:
         with quiet():
-            generation = GenerationConfig.from_pretrained(folder) if _generates(folder) else None
+            generates = (folder / "generation_config.json").is_file()
+            generation = GenerationConfig.from_pretrained(folder) if generates else None
             return companions_digest(AutoTokenizer.from_pretrained(folder), generation)
     except Exception:  # transformers has many error types: what cannot be read is not what we look for
         return None
-
-
-def _generates(folder: Path) -> bool:
-    return (folder / "generation_config.json").is_file()
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
 
 
 def _rules(tokenizer: PreTrainedTokenizerBase) -> Any:

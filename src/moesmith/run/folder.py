@@ -21,6 +21,7 @@ from moesmith.parent.compute import AUTO, Device, DType, named
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.parent.layerwise import Decoder
 from moesmith.parent.load import Parent, load_parent
+from moesmith.run.legacy import described
 
 STOCK = "stock"  # the name of RUN/stock in an evaluation
 FIRST = ("held-out", "corpus", "baseline")  # steps whose order no other step's needs decide
@@ -44,20 +45,17 @@ class Run:
     @cached_property
     def header(self) -> dict[str, Any]:
         """``run.json``: ``format``, ``recipe``, ``inputs``, ``versions``."""
-        found: dict[str, Any] = read_json(self.folder / "run.json")
-        return found
+        return read_json(self.folder / "run.json")
 
     @property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of parent and data."""
-        found: dict[str, str] = self.header["inputs"]
-        return found
+        return self.header["inputs"]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The recipe as values, as the version that began the run wrote it."""
-        found: dict[str, Any] = self.header["recipe"]
-        return found
+        return self.header["recipe"]
 
     @property
     def model(self) -> Path:
@@ -78,8 +76,7 @@ class Run:
         Raises:
             MoesmithError: there is none, or it is damaged.
         """
-        found: dict[str, Any] = read_json(self.path(step) / MANIFEST)
-        return found
+        return read_json(self.path(step) / MANIFEST)
 
     def metrics(self, step: str) -> dict[str, Any]:
         """Return what a step measured; empty if it is not finished."""
@@ -88,8 +85,6 @@ class Run:
     @cached_property
     def manifests(self) -> dict[str, dict[str, Any]]:
         """The manifests of all finished steps, each after those of the steps that it needs."""
-        from moesmith.run.legacy import described
-
         paths = sorted(self.folder.glob(f"stages/[!.]*/{MANIFEST}"))
         left = {path.parent.name: described(read_json(path)) for path in paths}
         order: dict[str, dict[str, Any]] = {}
@@ -110,28 +105,35 @@ class Run:
         Raises:
             MoesmithError: there is none.
         """
-        if step is None:
-            step = self._carved()[-1]
-        return Carving.load(self.path(step))
+        return Carving.load(self._carved(step))
 
-    def _carved(self) -> list[str]:
-        if not (found := self.carved):
+    def carving_header(self, step: str | None = None) -> Header:
+        """What the header of :meth:`carving` says; its tensors are not read.
+
+        Raises:
+            MoesmithError: there is none.
+        """
+        return Header.read(self._carved(step))
+
+    def _carved(self, step: str | None) -> Path:
+        """The folder of a step's carving, or of the last one."""
+        if step is None and not self.carved:
             cure = "Run the same 'moesmith convert' again to continue it."
             raise MoesmithError(f"{self.folder} is not carved yet", cure)
-        return found
+        return self.path(step or self.carved[-1])
 
     @property
     def clusters(self) -> list[list[str]]:
         """Domains per expert that the first carving was made from; empty if experts were made in another way."""
-        first = Header.read(self.path(self.carved[0])) if self.carved else None
-        found: list[list[str]] = first.provenance.get("clusters", []) if first else []
+        found: list[list[str]] = []
+        if self.carved:
+            found = self.carving_header(self.carved[0]).provenance.get("clusters", [])
         return found
 
     @property
     def evaluation(self) -> dict[str, Any]:
         """``evaluation.json``: ``stages``, ``window``, ``tokens``."""
-        found: dict[str, Any] = read_json(self.path("evaluate") / "evaluation.json")
-        return found
+        return read_json(self.path("evaluate") / "evaluation.json")
 
     @property
     def held_out(self) -> dict[str, Tensor]:
@@ -195,8 +197,7 @@ class Run:
 
     def sums(self, name: str) -> str | None:
         """Return the hash of the list of hashes that ``RUN/model`` or ``RUN/stock`` was finished with."""
-        found: str | None = self.manifest("export")["metrics"].get("sums", {}).get(name)
-        return found
+        return self.manifest("export")["metrics"].get("sums", {}).get(name)
 
     def check_files(self, name: str = "model") -> None:
         """Compare every file of ``RUN/model`` or ``RUN/stock`` with its hash, and the list of hashes with the run's.

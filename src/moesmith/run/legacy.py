@@ -9,6 +9,7 @@ of text and dtype (format 2), and older ones without (no format), whose manifest
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class Legacy:
 
     def learn(self, step: Step, job: Job, settings: Mapping[str, Any], run: Pipeline) -> None:
         """Note the keys that a wanted step had, if this run's recipe has that step as well."""
-        theirs = next((one for one in self.recipe_steps() if one.name == step.name), None)
+        theirs = next((one for one in self.steps if one.name == step.name), None)
         if theirs is None or theirs.settings(job) != settings or self.recipe.seed != run.recipe.seed:
             return
         if any(need not in self.keys for need in step.needs):
@@ -98,7 +99,8 @@ class Legacy:
         needs = {need: self.oldest[need] for need in step.needs}
         self.oldest[step.name] = digest({**facts, "needs": needs, "inputs": inputs})
 
-    def recipe_steps(self) -> list[Step]:
+    @cached_property
+    def steps(self) -> list[Step]:
         """List the steps of its recipe in this version."""
         from moesmith.conversion.order import steps_of
 

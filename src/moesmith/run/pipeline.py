@@ -7,10 +7,8 @@ again. Steps that version 0.1 made have other keys, which ``legacy.py`` computes
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import time
 from collections import defaultdict
@@ -42,20 +40,12 @@ from moesmith.run.folder import Run
 from moesmith.run.legacy import Legacy, upgraded
 from moesmith.run.recipe import Recipe, parse
 from moesmith.run.step import Job, Step
+from moesmith.run.versions import version_changes, versions
 
 LISTS = ("card.sha256", "report.html.sha256", "bench.json.sha256")
-OURS = (
-    "run.json",
-    "run.log",
-    "stages",
-    "bench",
-    "figures",
-    "report.html",
-    "bench.json",
-    *LISTS,
-)  # except finished models
+# names in a run's folder that are ours, those of finished models apart
+OURS = ("run.json", "run.log", "stages", "bench", "figures", "report.html", "bench.json", *LISTS)
 WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
-MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
 
 
 class Pipeline(Run):
@@ -105,7 +95,7 @@ class Pipeline(Run):
         """Say which finished steps other versions made; they are used as they are."""
         now, others = versions(), defaultdict(list)
         for path in sorted(self.folder.glob(f"stages/[!.]*/{MANIFEST}")):
-            if changed := _version_changes(read_json(path).get("versions", {}), now):
+            if changed := version_changes(read_json(path).get("versions", {}), now):
                 others[changed].append(path.parent.name)
         for changed, names in others.items():
             say(f"made by other versions and used as they are: {', '.join(names)} ({changed})")
@@ -181,7 +171,7 @@ class Pipeline(Run):
             work.mkdir()
             write_text(work / ".key", f"{key}\n{json.dumps(now)}")
             begun = key, now
-        if changed := _version_changes(begun[1], now):
+        if changed := version_changes(begun[1], now):
             say(f"[{name}] was begun by other versions and goes on ({changed})")
         started = time.monotonic()
         metrics = dict(step.make(job, work))
@@ -193,12 +183,6 @@ class Pipeline(Run):
         commit(work, final, manifest | {"seconds": seconds, "metrics": metrics}, drop=WORKING)
         self.__dict__.pop("manifests", None)
         say(f"[{name}] {seconds:,.1f} s")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that compute."""
-    packages = ("moesmith", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def _begun(work: Path) -> tuple[str, dict[str, str]] | None:
@@ -221,12 +205,6 @@ def _drop_partial(work: Path) -> None:
     ):
         raise MoesmithError(f"{work} is not a stage that moesmith began", "Delete it or move it away.")
     shutil.rmtree(work)
-
-
-def _version_changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """List versions that matter and differ, as ``torch 2.12.0, now 2.13.0``; empty if none does."""
-    changed = [name for name in MATTER if name in then and then[name] != now[name]]
-    return "; ".join(f"{name} {then[name]}, now {now[name]}" for name in changed)
 
 
 def _take_over(source: Path, final: Path) -> None:

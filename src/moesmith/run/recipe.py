@@ -76,9 +76,10 @@ def kind_of(values: Mapping[str, Any]) -> type[Recipe]:
     """
     from moesmith.methods.registry import find
 
-    carve = values.get("carve") or {}
-    method = find(carve.get("method", DEFAULT)) if isinstance(carve, Mapping) else find(DEFAULT)
-    sections = method.sections_of(carve if isinstance(carve, Mapping) else {})
+    given = values.get("carve")
+    carve = given if isinstance(given, Mapping) else {}
+    method = find(carve.get("method", DEFAULT))
+    sections = method.sections_of(carve)
     made: Callable[..., type[Recipe]] = _made  # mypy does not know that types can be hashed
     return made(method, tuple(sections.items()))
 

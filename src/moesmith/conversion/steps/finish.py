@@ -74,31 +74,29 @@ class Export(Step):
         super().__init__(recipe, before, "held-out")
         self.before = before
 
-    def folders(self, job: Job) -> list[Path]:
-        """List the folders that are written."""
-        twin = has_stock(job.parent, job.run.carving(self.before))
-        return [job.run.folder / name for name in ("model", *(["stock"] if twin else []))]
-
     @contextmanager
     def prepared(self, job: Job) -> Iterator[None]:
         """Wrap the step: check what was finished before, and make it again if it is gone."""
-        folders, manifest = self.folders(job), job.run.path("export") / MANIFEST
+        carving, manifest = job.run.carving(self.before), job.run.path("export") / MANIFEST
+        names = ("model", "stock") if has_stock(job.parent, carving) else ("model",)
+        folders = [job.run.folder / name for name in names]
         if manifest.is_file() and not all((folder / "config.json").is_file() for folder in folders):
             write_json(manifest, read_json(manifest) | {"key": None})  # made again; what it says of the other holds
         elif manifest.is_file():
-            for folder in folders:
-                job.run.check_files(folder.name)
-        with ExitStack() as self.places:
+            for name in names:
+                job.run.check_files(name)
+        with ExitStack() as places:
+            self._ready = carving, folders, places
             yield
+        del self._ready
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write the model; the step's folder holds only the manifest."""
         target, parent = job.run.model, job.parent.as_stored()
-        hidden = {folder: self.places.enter_context(_place(folder)) for folder in self.folders(job)}
-        carving = job.run.carving(self.before)
+        carving, folders, places = self._ready
+        hidden = {folder: places.enter_context(_place(folder)) for folder in folders}
         ids = text_to_compare(parent.config, next(iter(job.run.held_out.values())))
         sliced = decoder(parent, carving)
-        sums = {}
 
         def stock(folder: Path) -> dict[str, Any]:
             written = write_stock(parent, carving, folder, parent.model.dtype)
@@ -216,8 +214,7 @@ class Evaluate(Step):
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """Say all perplexities."""
-        values = {k: v for k, v in metrics.items() if k != "seconds"}
-        return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in values.items())
+        return "perplexity " + ", ".join(f"{stage} {value:.2f}" for stage, value in metrics.items())
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Count every model on all evaluation text."""

@@ -10,6 +10,7 @@ import torch
 
 from moesmith.console import say
 from moesmith.data.encoding import check_chats, reading, spelled
+from moesmith.data.overlap import found_in, warnings
 from moesmith.data.sampling import evaluation_blocks, must_hold, training_blocks
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import write_tensors
@@ -51,8 +52,6 @@ class HeldOut(Step):
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """Say what is not held out."""
-        from moesmith.data.overlap import found_in, warnings
-
         return "; ".join(warnings(found_in(metrics)))
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:

@@ -118,8 +118,7 @@ def _answer(questions: dict[str, Any]) -> Answers:
             return json.load(reply)
 
     def tokenise(text: str, special: bool = False, added: bool = False) -> list[int]:
-        found: list[int] = post("/tokenize", content=text, add_special=added, parse_special=special)["tokens"]
-        return found
+        return post("/tokenize", content=text, add_special=added, parse_special=special)["tokens"]
 
     greedy = {"temperature": 0.0, "samplers": ["temperature"], "cache_prompt": True, "return_tokens": True}
     # a token that is half a character gets no probabilities: force a whole one, which leaves the model's own unchanged

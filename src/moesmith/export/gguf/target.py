@@ -230,14 +230,11 @@ def compare(source: Source, file: Path, ids: Tensor) -> dict[str, Any]:
     if prompt is not None and answers.chat != prompt:
         raise _wrong(file, f"its chat template makes {str(answers.chat)[:80]!r} of a question and not {prompt[:80]!r}")
     for mark in ("bos", "eos"):
-        theirs = _number(fields.get(f"tokenizer.ggml.{mark}_token_id"))
+        field = fields.get(f"tokenizer.ggml.{mark}_token_id")
+        theirs = None if field is None else int(field.contents())
         if (ours := getattr(tokenizer, f"{mark}_token_id")) is not None and ours != theirs:
             raise _wrong(file, f"its {mark} token is {theirs} and not {ours}")
     return _judge(source, file, ids, start, answers, TOLERANCE[kind])
-
-
-def _number(field: Any) -> int | None:
-    return None if field is None else int(field.contents())
 
 
 def chat_prompt(tokenizer: Any) -> str | None:

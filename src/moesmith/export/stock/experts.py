@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,30 @@ from moesmith.parent.structure import STREAM, decoder_layers
 # from 1/K by as much; fp32 softmax tells apart logits that differ by 6e-8, so less would mistake more near ties
 SPREAD = 2.0**-13
 Matrices = tuple[Tensor, Tensor, Tensor]  # gate (W, D), up (W, D), down (D, W), in fp32
+
+
+class Parts(NamedTuple):
+    """An expert in fp32, its bias apart."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+    bias_D: Tensor | None
+
+    def times(self, factor: float) -> Parts:
+        """The expert whose output is ``factor`` times as large."""
+        bias_D = None if self.bias_D is None else self.bias_D * factor
+        return self._replace(down_DF=self.down_DF * factor, bias_D=bias_D)
+
+    def beside(self, other: Parts) -> Parts:
+        """The expert that computes the sum of both."""
+        biases = [bias_D for bias_D in (self.bias_D, other.bias_D) if bias_D is not None]
+        return Parts(
+            torch.cat([self.gate_FD, other.gate_FD]),
+            torch.cat([self.up_FD, other.up_FD]),
+            torch.cat([self.down_DF, other.down_DF], 1),
+            torch.stack(biases).sum(0) if biases else None,
+        )
 
 
 @dataclass
@@ -81,9 +105,9 @@ class StockLayer:
         layer, home = self.layer, self.home
         parts = self._parts(layer.routed[expert], expert)
         if self.level:
-            parts = self._times(parts, layer.top_k if home.divided else home.experts)
+            parts = parts.times(layer.top_k if home.divided else home.experts)
         if home.folded and layer.shared is not None:
-            parts = self._joined(parts, self._parts(layer.shared, layer.shared))
+            parts = parts.beside(self._parts(layer.shared, layer.shared))
         return self._padded(parts, home.width)
 
     def shared(self) -> Matrices:
@@ -92,32 +116,14 @@ class StockLayer:
         if own is None:
             zeros_WD = torch.zeros(self.home.shared, self.parent.D)
             return zeros_WD, zeros_WD, zeros_WD.T.contiguous()
-        return self._padded(self._times(self._parts(own, own), 2), self.home.shared)
+        return self._padded(self._parts(own, own).times(2), self.home.shared)
 
-    def _parts(self, expert: Expert, which: int | Expert) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _parts(self, expert: Expert, which: int | Expert) -> Parts:
         gate_FD, up_FD, down_DF = self.carving.expert_weights(self.parent, self.index, which)
         assert up_FD is not None, "stock_config refuses such a parent"
-        return gate_FD, up_FD, down_DF, expert.bias_D
+        return Parts(gate_FD, up_FD, down_DF, expert.bias_D)
 
-    @staticmethod
-    def _times(
-        parts: tuple[Tensor, Tensor, Tensor, Tensor | None], factor: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        gate_FD, up_FD, down_DF, bias_D = parts
-        return gate_FD, up_FD, down_DF * factor, None if bias_D is None else bias_D * factor
-
-    @staticmethod
-    def _joined(
-        one: tuple[Tensor, Tensor, Tensor, Tensor | None], other: tuple[Tensor, Tensor, Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        matrices = (
-            torch.cat(pair, dim) for pair, dim in zip(zip(one[:3], other[:3], strict=True), (0, 0, 1), strict=True)
-        )
-        biases = [bias_D for bias_D in (one[3], other[3]) if bias_D is not None]
-        gate_FD, up_FD, down_DF = matrices
-        return gate_FD, up_FD, down_DF, torch.stack(biases).sum(0) if biases else None
-
-    def _padded(self, parts: tuple[Tensor, Tensor, Tensor, Tensor | None], width: int) -> Matrices:
+    def _padded(self, parts: Parts, width: int) -> Matrices:
         gate_FD, up_FD, down_DF, bias_D = parts
         if bias_D is not None:
             gate_D, up_D, (down_D,) = constant_channel(self.parent.ffns[self.index], self.layer, [bias_D])

@@ -188,13 +188,12 @@ def _token_ranks(masks: Masks, model: nn.Module, ids_NS: Tensor) -> list[tuple[T
     """Return per layer over a text, seen through the deterministic masks: the rank curves of V/O and of Q/K by token,
     and the best logit of each V/O dimension."""
     sizes = masks.sizes
-    found: list[Tensor | None] = [None] * masks.sizes.L
+    found: list[Tensor | None] = [None] * sizes.L
     with _attention_inputs(model, masks, found):
         for ids_1S in ids_NS.split(1):
             base: Any = model
             base.base_model(input_ids=ids_1S.to(base.device), use_cache=False)
-    whole = [curve for curve in found if curve is not None]
-    return [curve.cpu().split([sizes.h, sizes.static, sizes.h]) for curve in whole]
+    return [curve.cpu().split([sizes.h, sizes.static, sizes.h]) for curve in found if curve is not None]
 
 
 def _attention_inputs(model: Any, masks: Masks, found: list[Tensor | None]) -> AbstractContextManager[None]:

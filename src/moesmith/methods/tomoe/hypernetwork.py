@@ -35,8 +35,12 @@ class Hypernetwork(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the embeddings, (M, N, R) fp32."""
-        embeddings: Tensor = self.gru(self.z_MNI)[0]
-        return embeddings
+        return self.gru(self.z_MNI)[0]
+
+
+def _sampled(logits: Tensor, spec: MasksSection) -> Tensor:
+    """Draw a hard straight-through mask with fresh noise."""
+    return gumbel_sigmoid(logits, exponential(*logits.shape, like=logits), spec.temperature, spec.bias)
 
 
 class ExpertMasks(nn.Module):
@@ -69,9 +73,7 @@ class ExpertMasks(nn.Module):
 
     def sample(self) -> Tensor:
         """Sample a fresh hard straight-through mask of every expert, (N, F); widths and union are counted on it."""
-        logits_NF = self.logits()
-        noise_NF = exponential(*logits_NF.shape, like=logits_NF)
-        return gumbel_sigmoid(logits_NF, noise_NF, self.spec.temperature, self.spec.bias)
+        return _sampled(self.logits(), self.spec)
 
     def forward(self, x_TD: Tensor, v_TF: Tensor, double: bool) -> Tensor:
         """Route tokens and mask their channels: (T, F). Routing and masks are computed in fp32."""
@@ -139,19 +141,13 @@ class AttentionMasks(nn.Module):
         if spec.attention == "hybrid":
             static_W = self.static_logits()
             # the published code draws the static mask's noise anew for every token
-            static = static_W if spec.noise == "expert" else static_W.expand(*x_BSD.shape[:2], -1)
-            qk_logits = static
+            qk_logits = static_W if spec.noise == "expert" else static_W.expand(*x_BSD.shape[:2], -1)
         else:
             qk_logits = logits[..., h:]
-        vo = gumbel_sigmoid(logits[..., :h], self._noise(logits[..., :h]), spec.temperature, spec.bias)
-        free = gumbel_sigmoid(qk_logits, self._noise(qk_logits), spec.temperature, spec.bias)
-        qk = expand_pairs(free, self.sizes.h, self.sizes.rotary)
+        vo = _sampled(logits[..., :h], spec)
+        qk = expand_pairs(_sampled(qk_logits, spec), h, self.sizes.rotary)
         self.width_vo, self.width_qk = vo.sum(-1).amax(), qk.sum(-1).amax()
         self.vo, self.qk = vo.to(x_BSD.dtype), qk.to(x_BSD.dtype)
-
-    @staticmethod
-    def _noise(logits: Tensor) -> Tensor:
-        return exponential(*logits.shape, like=logits)
 
 
 class Masks(nn.Module):

@@ -18,6 +18,7 @@ from moesmith.files.artefact import write_tensors
 from moesmith.methods.base import ROUTING, Method, refit_alone
 from moesmith.methods.channels import Channels, refit_experts
 from moesmith.methods.registry import find, register
+from moesmith.methods.scores import kept_channels
 from moesmith.methods.steps import check_gram, waiting_room
 from moesmith.methods.tomoe.harvest import check_budget, harvest
 from moesmith.methods.tomoe.hypernetwork import Masks
@@ -32,6 +33,7 @@ from moesmith.parent.accelerator import halving
 from moesmith.parent.load import Parent
 from moesmith.parent.sizes import Sizes
 from moesmith.run.folder import Run
+from moesmith.run.recipe import DEFAULT
 from moesmith.run.settings import Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
@@ -75,14 +77,13 @@ class Tomoe(Method):
     def sections_of(cls, carve: Mapping[str, Any]) -> Mapping[str, type[Section]]:
         """Return its own sections and those of what it starts from."""
         start = carve.get("start")
-        begun = find(start.get("method", "dive")).sections if isinstance(start, Mapping) else {}
+        begun = find(start.get("method", DEFAULT)).sections if isinstance(start, Mapping) else {}
         return {**cls.sections, **begun}
 
     @property
     def spec(self) -> MasksSection:
         """How masks are learned."""
-        found: MasksSection = self.recipe.masks
-        return found
+        return self.recipe.masks
 
     @cached_property
     def start(self) -> Channels | None:
@@ -126,7 +127,7 @@ class Tomoe(Method):
         """Return what the budget leaves; from scratch, as if attention and networks were pruned equally."""
         if self.start is not None:
             return self.start.width(parent)
-        return parent.F - int(parent.F * (1 - self.spec.budget))
+        return kept_channels(parent.F, 1 - self.spec.budget)
 
     def about(self, run: Run) -> list[str]:
         """Say what it learned, in the run's numbers."""
@@ -160,7 +161,7 @@ def start_of(start: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: a setting that it does not have, or that is already decided.
     """
-    method = find(str(start.get("method", "dive")))
+    method = find(str(start.get("method", DEFAULT)))
     if not issubclass(method, Channels):
         raise ValueError(f"masks cannot start from {method.name}")
     if decided := [name for name in DECIDED if name in start]:

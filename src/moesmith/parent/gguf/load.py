@@ -35,7 +35,7 @@ from moesmith.errors import MoesmithError
 from moesmith.parent.checkpoint import checked, first_line, quiet
 from moesmith.parent.gguf.file import dtype_of, handed_over, open_gguf
 from moesmith.parent.gguf.proof import LAYERS, beyond, prove_gguf
-from moesmith.parent.gguf.rope import FACTORS, rope_parameters
+from moesmith.parent.gguf.rope import CURE, FACTORS, rope_parameters
 
 KINDS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -92,7 +92,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.sliding_window_pattern": (1,),
     "attention.temperature_scale": (0.0,),
 }
-CURE = "Give the model as a folder in safetensors."
 
 
 def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -123,7 +122,7 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, P
     except Exception as error:
         what = f"The tokenizer of {path} cannot be loaded: {first_line(error)}"
         raise MoesmithError(what, CURE) from error
-    tokenizer = _without_invented(tokenizer, vocabulary_size(reader))
+    tokenizer = _without_invented(tokenizer, len(reader.fields["tokenizer.ggml.tokens"].data))
     prove_gguf(path, reader, first, model, twin, tokenizer)
     return model, tokenizer
 
@@ -150,11 +149,6 @@ def _known(path: Path, keys: dict[str, Any]) -> str:
         known = ", ".join(KINDS)
         raise MoesmithError(f"{path.name} is of llama.cpp's architecture {architecture!r}, not of {known}", CURE)
     return architecture
-
-
-def vocabulary_size(reader: Any) -> int:
-    """How many tokens the file's vocabulary has."""
-    return len(reader.fields["tokenizer.ggml.tokens"].data)
 
 
 def _without_invented(tokenizer: Any, size: int) -> PreTrainedTokenizerBase:

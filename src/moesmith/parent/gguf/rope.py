@@ -9,9 +9,12 @@ what Llama 3.1's rule makes; so the rule's parameters are found from the divisor
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from moesmith.errors import MoesmithError
+
+if TYPE_CHECKING:
+    from moesmith.parent.gguf.load import Keys
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (FREQS, LONG, SHORT)
@@ -19,21 +22,7 @@ CURE = "Give the model as a folder in safetensors."
 EXACT = 1e-5  # relative: the divisors are kept in f32
 
 
-class Taken(Protocol):
-    """The keys of a file's architecture (``gguf_parent.Keys``)."""
-
-    file: str
-    prefix: str
-    left: dict[str, Any]
-
-    def take(self, name: str, default: Any = None) -> Any:
-        """A key's value."""
-
-    def unknown(self, name: str, value: Any) -> MoesmithError:
-        """The refusal of a key."""
-
-
-def rope_parameters(keys: Taken, width: int, context: int, factors: dict[str, list[float]]) -> dict[str, Any]:
+def rope_parameters(keys: Keys, width: int, context: int, factors: dict[str, list[float]]) -> dict[str, Any]:
     """transformers' ``rope_parameters`` for what llama.cpp computes.
 
     Args:
@@ -83,7 +72,7 @@ def rope_parameters(keys: Taken, width: int, context: int, factors: dict[str, li
     return found
 
 
-def _yarn(keys: Taken, factor: float, original: int, attention: float) -> dict[str, Any]:
+def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[str, Any]:
     """YaRN. llama.cpp multiplies queries and keys by 0.1 ln(factor) + 1, and by its attention factor besides.
 
     Of the keys ``yarn_…`` its graphs of these architectures read none, so another value than theirs is refused: it is

@@ -13,10 +13,11 @@ Shapes: B batch, S positions, D model width, H heads, W head width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from moesmith.errors import MoesmithError
@@ -134,22 +135,7 @@ def prove_stock(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module) -> Non
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise MoesmithError(OTHER_LOGITS, KINDS)
     norms = [{name: getattr(layer, name) for name in STREAM} for layer in layers]
-    witness = Witness(model, ffns, norms, final, rope, like := "the stock architectures'")
-    demand, seen, stream = witness.demand, witness.seen, witness.stream
-    for i in range(len(layers)):
-        attention, ffn_out = seen[f"out attention {i}"], seen[f"out ffn {i}"]
-        demand(f"input to layer {i}", seen[f"in layer {i}"], stream)
-        for name, residual in zip(STREAM, (stream, stream + attention), strict=True):
-            demand(f"{name} of layer {i}", seen[f"out {name} {i}"], rms_norm(residual, norms[i][name], config))
-        demand(f"attention input of layer {i}", seen[f"in attention {i}"], seen[f"out {STREAM[0]} {i}"])
-        demand(f"feed-forward input of layer {i}", seen[f"in ffn {i}"], seen[f"out {STREAM[1]} {i}"])
-        witness.demand_rope(i)
-        witness.demand_attention(i)
-        demand(f"residual sum of layer {i}", seen[f"out layer {i}"], stream + attention + ffn_out)
-        stream = seen[f"out layer {i}"]
-    demand("final norm", seen["out final norm"], rms_norm(stream, final, config))
-    demand("last hidden state", witness.hidden, seen["out final norm"])
-    prove_positions(model, ffns, rope, like)
+    _prove(model, ffns, rope, norms, final, lambda x, norm: rms_norm(x, norm, config), "the stock architectures'")
 
 
 @torch.no_grad()
@@ -168,20 +154,36 @@ def prove_parallel(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module) -> 
         what = f"The parent's networks have no gate, and its layers or its end have {counts} layer norms instead of one"
         raise MoesmithError(what, KINDS)
     *norms, final = [norm for (norm,) in found]
-    shown: list[dict[str, nn.Module]] = [{"norm": norm} for norm in norms]
-    witness = Witness(model, ffns, shown, final, rope, like := "a parallel decoder's")
+    _prove(model, ffns, rope, [{"norm": norm} for norm in norms], final, layer_norm, "a parallel decoder's")
+
+
+def _prove(
+    model: PreTrainedModel,
+    ffns: list[FFN],
+    rope: nn.Module,
+    norms: list[dict[str, nn.Module]],
+    final: nn.Module,
+    formula: Callable[[Tensor, Any], Tensor],
+    like: str,
+) -> None:
+    """Hold a decoder of residual sums against its formulas; ``formula`` is what a norm computes of its input.
+
+    ``norms`` are each layer's by name: the one before attention, then the network's where it has one of its own.
+    """
+    witness = Witness(model, ffns, norms, final, rope, like)
     demand, seen, stream = witness.demand, witness.seen, witness.stream
-    for i, norm in enumerate(norms):
+    for i, named in enumerate(norms):
+        attention, ffn_out, names = seen[f"out attention {i}"], seen[f"out ffn {i}"], [*named]
         demand(f"input to layer {i}", seen[f"in layer {i}"], stream)
-        demand(f"norm of layer {i}", seen[f"out norm {i}"], layer_norm(stream, norm))
-        demand(f"attention input of layer {i}", seen[f"in attention {i}"], seen[f"out norm {i}"])
-        demand(f"feed-forward input of layer {i}", seen[f"in ffn {i}"], seen[f"out norm {i}"])
+        for name, residual in zip(names, (stream, stream + attention), strict=False):
+            demand(f"{name} of layer {i}", seen[f"out {name} {i}"], formula(residual, named[name]))
+        demand(f"attention input of layer {i}", seen[f"in attention {i}"], seen[f"out {names[0]} {i}"])
+        demand(f"feed-forward input of layer {i}", seen[f"in ffn {i}"], seen[f"out {names[-1]} {i}"])
         witness.demand_rope(i)
         witness.demand_attention(i)
-        ours = stream + seen[f"out attention {i}"] + seen[f"out ffn {i}"]
-        demand(f"residual sum of layer {i}", seen[f"out layer {i}"], ours)
+        demand(f"residual sum of layer {i}", seen[f"out layer {i}"], stream + attention + ffn_out)
         stream = seen[f"out layer {i}"]
-    demand("final norm", seen["out final norm"], layer_norm(stream, final))
+    demand("final norm", seen["out final norm"], formula(stream, final))
     demand("last hidden state", witness.hidden, seen["out final norm"])
     prove_positions(model, ffns, rope, like)
 

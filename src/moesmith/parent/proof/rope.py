@@ -59,8 +59,7 @@ def stock_rope(family: str, config: Any) -> nn.Module:
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=carried(config),
     )
-    module: nn.Module = module_class(made)
-    return module
+    return module_class(made)
 
 
 def unread(config: Any) -> list[str]:
