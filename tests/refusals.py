@@ -37,9 +37,9 @@ class World:
 
 # how a line goes on that tells what to do, or what would be right
 CURE = re.compile(
-    r"[.?;] (Add|Choose|Delete|Fetch|Free|Give|Leave|Lower|Mend|Name|Put|Raise|Run|Save|Set|Wait|Write|give|raise)\b"
+    r"[.?;] (Add|Choose|Delete|Fetch|Fix|Free|Give|Leave|Lower|Mend|Name|Put|Raise|Run|Save|Set|Wait|Write)\b"
     r"|Did you mean '|Is this a folder made by|Known by name: |[.] (It|A) \w+ \w+|[.] moesmith (converts|starts)"
-    r"|[.] See '|[.] Upgrade moesmith"
+    r"|[.] See '|[.] Upgrade moesmith|[.?;] (give|raise)\b"
 )
 
 

@@ -121,7 +121,7 @@ def test_statistics_go_on_with_smaller_batches(monkeypatch: pytest.MonkeyPatch, 
     assert again[0].count == whole[0].count == IDS.numel()  # what the failed passes saw is not counted
     torch.testing.assert_close(again[0].var_LF, whole[0].var_LF)
     torch.testing.assert_close(again[1], whole[1])
-    assert "out of memory on cpu, once more with 4 windows at a time" in capsys.readouterr().err
+    assert "out of memory on cpu, trying again with 4 windows at a time" in capsys.readouterr().err
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def test_a_carving_starts_again_with_smaller_batches(
     capsys.readouterr()
     with small_layers(job.parent, 2) as sizes:
         small = dict(step.make(job, tmp_path / "small"))
-    assert "out of memory on cpu, once more with 4 windows at a time" in capsys.readouterr().err
+    assert "out of memory on cpu, trying again with 4 windows at a time" in capsys.readouterr().err
     assert {4, 2} <= set(sizes)
     shares = [numbers.pop("share_by_expert", 0) for numbers in (small, whole)]
     assert shares[0] == pytest.approx(shares[1], rel=1e-4)

@@ -142,7 +142,7 @@ def test_a_bad_method_file(world: World, case: str, command: str) -> None:
 TEXTS: dict[str, tuple[str, str]] = {
     "empty": ("", r"sum\.train\.jsonl is empty. It needs one JSON object per line"),
     "blank lines": ("\n \n", r"sum\.train\.jsonl is empty"),
-    "malformed": ('{"text": "a"}\n{"text": "b"', r"sum\.train\.jsonl:2: the line is not JSON.*Mend or remove the line"),
+    "malformed": ('{"text": "a"}\n{"text": "b"', r"sum\.train\.jsonl:2: the line is not JSON.*Fix or remove the line"),
     "not an object": ('{"text": "a"}\n\n["b"]\n', r"sum\.train\.jsonl:3: the line must be a JSON object, not list"),
     "unknown kind": ('{"words": "a"}\n', r"sum\.train\.jsonl:1: no known kind of record has the fields words"),
     "no text": ('{"text": " "}\n', r"sum\.train\.jsonl:1: the record holds no text"),
@@ -274,7 +274,7 @@ def test_a_second_process_in_the_folder(world: World, finished: Path) -> None:
     shutil.copytree(finished, world.out)
     with open(world.out / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        says = r"another process works in \S+run\. Wait for it, or stop it"
+        says = r"another process is working in \S+run\. Wait for it, or stop it"
         convert_is_refused(world, says, [], "dive-plus")
 
 

@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint(begun: World, left: float) -> None:
     *said, line = answer.err.splitlines()
     assert all(part.startswith(("[", "computes in")) or "trainable" in part for part in said)  # stages done, and this
     refused(
-        Answer(2, "", line), r"\.masks\.partial/checkpoint\.safetensors cannot be read: .* Delete the folder it lies"
+        Answer(2, "", line), r"\.masks\.partial/checkpoint\.safetensors cannot be read: .* Delete the folder it is in"
     )
     assert snapshot(begun.out) == before
     shutil.rmtree(partial(begun))  # as it says

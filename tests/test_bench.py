@@ -254,7 +254,7 @@ REFUSALS: list[tuple[list[object], str]] = [
     (["--runtime", "onnx"], "--runtime onnx is not known"),
     (["--runtime", "transformers,vllm", "--vllm-python", "/nowhere/python"], "vLLM is not installed for /nowhere"),
     (["--quant", "q3"], "--quant q3 is not known"),
-    (["--batch", "1,two"], "--batch two is no number"),
+    (["--batch", "1,two"], "--batch two is not a number"),
     (["--batch", "8,8"], "--batch names nothing, or something twice"),
     (["--batch", "0"], "a number below 1"),
     (["--prompt", "500", "--new", "20", "--runtime", "transformers"], "521 tokens are more than the model's 512"),

@@ -125,11 +125,11 @@ def test_every_split_reads_chats_through_the_template() -> None:
         (None, "the parent has no chat template .* Give a parent with a template, or records with the field text"),
         (
             "{{ raise_exception('roles must alternate') }}",
-            "refuses a chat that begins 'Hi': roles must alternate. Mend",
+            "refuses a chat that begins 'Hi': roles must alternate. Fix",
         ),
-        ("{{ messages[0]['content'] + 1 }}", "refuses a chat that begins 'Hi': .* Mend or leave out records like it"),
-        ("{{ '' }}", "the chat template makes no text of it. Mend or leave out"),
-        ("{% for %}", "refuses a chat that begins 'Hi': .* Mend"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses a chat that begins 'Hi': .* Fix or leave out records like it"),
+        ("{{ '' }}", "the chat template makes no text of it. Fix or leave out"),
+        ("{% for %}", "refuses a chat that begins 'Hi': .* Fix"),
     ],
 )
 def test_what_a_template_cannot_read_is_refused_by_record(template: str, says: str) -> None:
@@ -140,7 +140,7 @@ def test_what_a_template_cannot_read_is_refused_by_record(template: str, says: s
 
 def test_half_a_character_in_a_role_is_refused() -> None:
     record = {"messages": [{"role": "\ud800", "content": "Hi"}]}
-    with pytest.raises(MoesmithError, match=r"evaluation record 1: .* surrogates not allowed\. Mend"):
+    with pytest.raises(MoesmithError, match=r"evaluation record 1: .* surrogates not allowed\. Fix"):
         check_chats(Domain("talk", (), (record,)), chatting())
 
 

@@ -66,14 +66,14 @@ def test_what_is_no_text_is_refused_by_place(tmp_path: Path, ending: str, where:
     WRITE[ending](path, [{"text": "a"}, {"text": float("nan")}])
     with pytest.raises(MoesmithError) as refusal:
         read_records(path)
-    assert str(refusal.value).startswith(f"{path}{where}: 'text' must be text, not nan. Mend or remove the ")
+    assert str(refusal.value).startswith(f"{path}{where}: 'text' must be text, not nan. Fix or remove the ")
 
 
 @pytest.mark.parametrize("value", [float("nan"), b"bytes", 3])
 def test_what_is_no_text_in_parquet_is_refused_by_row(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "x.parquet"
     parquet(path, [{"text": value}])
-    with pytest.raises(MoesmithError, match=r"x\.parquet, row 1: 'text' must be text, not .* Mend or remove the row"):
+    with pytest.raises(MoesmithError, match=r"x\.parquet, row 1: 'text' must be text, not .* Fix or remove the row"):
         read_records(path)
 
 
@@ -180,7 +180,7 @@ def test_names_that_differ_in_capitals_alone_are_refused(tmp_path: Path) -> None
     for name in ("Law", "law"):
         for split in ("train", "test"):
             (tmp_path / f"{name}.{split}.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(MoesmithError, match="'law', which differs from 'Law' in capitals alone"):
+    with pytest.raises(MoesmithError, match="'law', which differs from 'Law' only in capitals"):
         load_domains(str(tmp_path))
     assert [domain.name for domain in load_domains(str(tmp_path), ["law"])] == ["law"]
 

@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0, "llama.rope.scaling.yarn_beta_fast": 8.0},
         r"the key llama\.rope\.scaling\.yarn_beta_fast = 8",
     ),
-    "an adapter": ({"general.type": "adapter"}, "holds no model but a file of the type 'adapter'"),
+    "an adapter": ({"general.type": "adapter"}, "is a file of the type 'adapter', not a model"),
     "a part": ({"split.count": 2}, "is one of 2 parts of a model.*Join them"),
     "another architecture": ({"llama.context_length": None}, r"has no key llama\.context_length"),
 }
@@ -250,7 +250,7 @@ def test_faults_are_far_outside(name: str, scaled: Path, tmp_path: Path, monkeyp
         return config
 
     monkeypatch.setattr(parent_module, "config_of", config_of)
-    with pytest.raises(MoesmithError, match=r"x\.gguf answers otherwise in llama\.cpp than as it was read"):
+    with pytest.raises(MoesmithError, match=r"x\.gguf answers differently in llama\.cpp than as it was read"):
         load_gguf(file, torch.bfloat16)
     assert found[-1] > 10 * proof_module.TIGHT
 
@@ -264,7 +264,7 @@ def test_a_tensor_unpacked_wrongly_beyond_the_twin_is_caught(tmp_path: Path, mon
         "_weight",
         lambda name, *rest: real(name, *rest).flip(0) if "2.ffn_up" in name else real(name, *rest),
     )
-    with pytest.raises(MoesmithError, match="answers otherwise"):
+    with pytest.raises(MoesmithError, match="answers differently"):
         load_gguf(file, torch.float32)
 
 

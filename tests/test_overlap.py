@@ -77,9 +77,7 @@ def test_a_quoted_licence_is_counted_but_not_said() -> None:
     found = {"a": Overlap(100, 0, 9, 0, 0.009, "a"), "b": Overlap(100, 0, 9, 0, 0.01, "b")}
     (line,) = warnings(found)
     assert line == f"not all {HELD} b 1.0% in calibration text (0 of 100 records whole, 9 in part, most from b)"
-    assert warnings({"a": Overlap(100, 0, 0, 7, 0.0, "")}) == [
-        "evaluation text that stands there twice: a 7 of 100 records"
-    ]
+    assert warnings({"a": Overlap(100, 0, 0, 7, 0.0, "")}) == ["evaluation text that occurs twice: a 7 of 100 records"]
 
 
 # Whole commands -----------------------------------------------------------------------------------------------------
@@ -115,7 +113,7 @@ def test_a_few_copies_are_said_kept_and_shown(world: World) -> None:
     said = "(5 of 45 records whole, 0 in part, most from sum)"
     assert answer.err.startswith("not all evaluation text is held out: sum 11.1% in calibration text ")
     assert said in answer.err
-    assert "evaluation text that stands there twice: sum 1 of 45 records" in answer.err
+    assert "evaluation text that occurs twice: sum 1 of 45 records" in answer.err
     facts = read_json(world.out / "stages" / "held-out" / "manifest.json")["metrics"]["overlap"]
     assert facts["sum"]["copied"] == 5
     assert facts["count"] == {"records": 40, "copied": 0, "quoting": 0, "repeated": 0, "share": 0.0, "source": ""}

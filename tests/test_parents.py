@@ -146,7 +146,7 @@ SMALL: dict[str, Any] = {
 MISFITS: dict[str, tuple[PreTrainedConfig, str]] = {
     "no gate (Conv1D)": (GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "no gated feed-forward.*c_fc"),
     "no gate (Linear)": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32), "no gated feed-forward.*fc1"),
-    "experts": (MixtralConfig(**SMALL), "Mixture-of-Experts already"),
+    "experts": (MixtralConfig(**SMALL), "already a Mixture-of-Experts"),
     "multipliers": (GraniteConfig(**SMALL, residual_multiplier=0.2), "residual_multiplier = 0.2"),
     "norm plus one": (GemmaConfig(**SMALL, head_dim=8), "input to layer 0|input_layernorm"),
     "norms after": (Olmo2Config(**SMALL), "other norms"),

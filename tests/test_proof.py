@@ -153,7 +153,7 @@ def test_fields_that_nobody_reads_are_named(tmp_path: Path, capsys: pytest.Captu
     assert tiny_parent("llama").family == "mixtral"
     assert "nothing reads" not in "".join(capsys.readouterr())
     tiny_parent("llama", scale_emb=12)
-    assert "nothing reads scale_emb of its config" in "".join(capsys.readouterr())
+    assert "nothing reads scale_emb in its config" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -50,7 +50,7 @@ def test_a_second_process_is_told_who_works_there(tmp_path: Path) -> None:
     other.start()
     try:
         assert ready.wait(60)
-        says = rf"^process {other.pid} on {socket.gethostname()} works in \S+run\. Wait for it, or stop it\.$"
+        says = rf"^process {other.pid} on {socket.gethostname()} is working in \S+run\. Wait for it, or stop it\.$"
         with pytest.raises(MoesmithError, match=says), folder_lock(tmp_path / "run"):
             pass
     finally:
@@ -63,7 +63,7 @@ def test_a_second_process_is_told_who_works_there(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_not_said_of_another(tmp_path: Path) -> None:
     (tmp_path / HOLDER).write_text(json.dumps({"pid": 2**22 + 1, "host": socket.gethostname(), "started": 1.0}))
-    with filelock.FileLock(tmp_path / LOCK), pytest.raises(MoesmithError, match=r"^another process works in"):
+    with filelock.FileLock(tmp_path / LOCK), pytest.raises(MoesmithError, match=r"^another process is working in"):
         folder_lock(tmp_path).__enter__()
 
 
@@ -75,7 +75,9 @@ def test_a_file_system_without_locks_is_said_and_worked_on(
         said = capfd.readouterr().err
         assert "has no locks" in said
         assert said.count("\n") == 1
-        with pytest.raises(MoesmithError, match=rf"process {os.getpid()} on \S+ works in .*delete \S+{MARK} if it is"):
+        with pytest.raises(
+            MoesmithError, match=rf"process {os.getpid()} on \S+ is working in .*delete \S+{MARK} if it is"
+        ):
             folder_lock(tmp_path / "run").__enter__()
     assert {path.name for path in (tmp_path / "run").iterdir()} == set()
 
@@ -89,7 +91,7 @@ def test_the_mark_of_a_killed_process_does_not_block_for_ever(tmp_path: Path, wi
     (tmp_path / MARK).write_text(f"{pid}\n{host}\n")
     (tmp_path / HOLDER).write_text(json.dumps({"pid": pid, "host": host, "started": 1.0}))
     if holder == "elsewhere":
-        with pytest.raises(MoesmithError, match=rf"process {pid} on another-machine works in .*delete \S+{MARK}"):
+        with pytest.raises(MoesmithError, match=rf"process {pid} on another-machine is working in .*delete \S+{MARK}"):
             folder_lock(tmp_path).__enter__()
         assert (tmp_path / MARK).exists()
     else:

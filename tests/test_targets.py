@@ -262,7 +262,10 @@ def test_bad_words_are_refused(
 
 def test_what_holds_no_model_is_not_written_over(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    for out, says in ((tmp_path, "holds something else: it has no SHA256SUMS"), (tmp_path / "notes", "is no folder")):
+    for out, says in (
+        (tmp_path, "holds something else: it has no SHA256SUMS"),
+        (tmp_path / "notes", "is not a folder"),
+    ):
         with pytest.raises(MoesmithError, match=says):
             check_out(out, TARGETS["hf"], finished)
     (tmp_path / "a.gguf").mkdir()

@@ -229,7 +229,7 @@ def test_a_partial_stage_that_nobody_began(home: Path, run: Path) -> None:
         (OSError(errno.EACCES, "Permission denied"), "Give a folder that you may write in"),
         (OSError(errno.EMFILE, "Too many open files"), r"Raise the number .*ulimit -n"),
         (OSError(0, "I/O error: Read-only file system (os error 30)"), "Give a folder on a disk that is not read-only"),
-        (OSError(0, "something of a library's own"), "Mend that and run"),
+        (OSError(0, "something of a library's own"), "Fix that and run"),
     ],
 )
 def test_cures_fit_what_the_system_says(tmp_path: Path, error: OSError, says: str) -> None:

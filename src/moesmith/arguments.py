@@ -1,6 +1,6 @@
-"""What a Python caller may hand over: paths as text or ``Path``, one of something or several, a model in memory.
+"""Check what a Python caller passes: paths as text or ``Path``, one value or several, a model in memory.
 
-The command line checks its words itself; from Python anything can come, and what is wrong is said in one line.
+The command line checks its own arguments; from Python anything can come, and one line says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# how torchrun and accelerate, then three MPIs, tell a process how many there are and which one it is
+# how torchrun and accelerate, then three MPIs, tell a process how many processes there are and which one it is
 LAUNCHERS = {
     "WORLD_SIZE": "RANK",
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
@@ -31,7 +31,7 @@ LAUNCHERS = {
 
 
 def first_process() -> bool:
-    """Whether this process is the one that speaks, where a launcher started several."""
+    """Whether this process is the one that prints: the only one, or the first that a launcher started."""
     return all(os.environ.get(rank, "0") == "0" for rank in LAUNCHERS.values())
 
 
@@ -51,10 +51,10 @@ def refuse_many_processes() -> None:
 
 
 def path_text(what: str, value: Any) -> str:
-    """A path, or a name that stands in its place, as text.
+    """Return a path, or a name given instead of one, as text.
 
     Raises:
-        MoesmithError: it is neither text nor a path, or empty.
+        MoesmithError: it is neither text nor a path, or it is empty.
     """
     if not isinstance(value, str | os.PathLike):
         raise MoesmithError(f"{what} is {_kind(value)}", "Give text or a pathlib.Path.")
@@ -65,12 +65,12 @@ def path_text(what: str, value: Any) -> str:
 
 
 def path_of(what: str, value: Any) -> Path:
-    """As :func:`path_text`, as a path."""
+    """Check a path as :func:`path_text` does, and return it as a ``Path``."""
     return Path(path_text(what, value))
 
 
 def several(what: str, value: Any) -> list[str]:
-    """Texts or paths, none of them, or one that stands for a list of one.
+    """Return a list of texts from a list of texts or paths, a single one, or ``None`` (an empty list).
 
     Raises:
         MoesmithError: it is something else.
@@ -85,7 +85,7 @@ def several(what: str, value: Any) -> list[str]:
 
 
 def takes_paths(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function whose arguments of these names are paths take text for them as well; ``None`` stays ``None``.
+    """Let a function take text as well as paths for the arguments of these names; ``None`` stays ``None``.
 
     Raises (when called):
         MoesmithError: such an argument is neither text nor a path.
@@ -109,10 +109,10 @@ def takes_paths(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def parent_or_source(model: Any, tokenizer: Any = None) -> Parent | str:
-    """What ``convert`` is to convert: a parent, made from a model in memory if need be, or where one lies.
+    """Return what ``convert`` converts: a parent, made from a model in memory if need be, or where to load one from.
 
     Raises:
-        MoesmithError: it is nothing of the kind, a tokenizer is missing or superfluous, or the model does not fit
+        MoesmithError: it is neither, a tokenizer is missing or superfluous, or the model does not fit
             (:meth:`moesmith.Parent.from_model`).
     """
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,7 +127,7 @@ def parent_or_source(model: Any, tokenizer: Any = None) -> Parent | str:
             raise MoesmithError("a model in memory comes without its tokenizer", "Give it as tokenizer=.")
         return Parent.from_model(model, tokenizer, model.config._name_or_path or "memory")
     if tokenizer is not None:
-        raise MoesmithError("a tokenizer is given beside a parent that has its own", "Leave tokenizer out.")
+        raise MoesmithError("a tokenizer is given with a parent that has its own", "Leave tokenizer out.")
     if isinstance(model, Parent):
         return model
     if not isinstance(model, str | os.PathLike):
@@ -143,7 +143,7 @@ def _kind(value: Any) -> str:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up."""
+    """Divide a by b and round up."""
     return -(-a // b)
 
 
@@ -151,10 +151,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 
 
 def parse_size(text: str | float | None, what: str = "no size of memory") -> int | None:
-    """``4GB``, ``3.5 GiB`` or a number of bytes; ``None`` stays ``None``.
+    """Return the bytes that ``4GB``, ``3.5 GiB`` or a number of bytes means; ``None`` stays ``None``.
 
     Raises:
-        MoesmithError: it is no size.
+        MoesmithError: it is not a size.
     """
     if text is None:
         return None

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one call, a table or JSON out. No logic lives here."""
+"""The command line: each command reads its arguments, makes one call and prints a table or JSON. No logic is here."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Budget = Annotated[str | None, typer.Option(help="demo, small or paper")]
 RunFolder = Annotated[Path, typer.Argument(help="a folder made by 'moesmith convert'")]
 Dtype = Annotated[str, typer.Option(help="what models compute in: auto (the fastest sound one here), bf16, fp16, fp32")]
 Device = Annotated[
-    str, typer.Option(help="where: auto (the accelerator with the most free memory), cpu, cuda, mps, xpu")
+    str, typer.Option(help="where models compute: auto (the accelerator with most free memory), cpu, cuda, mps, xpu")
 ]
 Time = Annotated[str | None, typer.Option(help="scale calibration and training text to what fits in e.g. 15m or 2h")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what moesmith wrote there and nobody changed")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what moesmith wrote there, if unchanged since")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 RecipeName = Annotated[str, typer.Argument(help="a preset, a method's name, or a YAML file")]
 MethodFile = Annotated[Path | None, typer.Option(help="a Python file with a method of your own; it is run")]
@@ -40,8 +40,8 @@ MethodFile = Annotated[Path | None, typer.Option(help="a Python file with a meth
 @app.callback()
 def common(
     context: typer.Context,
-    quiet: Annotated[bool, typer.Option("--quiet", help="print errors and results alone")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="print what libraries log and warn of, too")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print only errors and results")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="also print what libraries log and warn about")] = False,
 ) -> None:
     """Turn a dense language model into a Mixture-of-Experts, and prove what it did."""
     context.with_resource(volume(quiet=quiet, verbose=verbose))
@@ -52,11 +52,11 @@ def presets(as_json: Json = False) -> None:
     """List the recipes that come with moesmith."""
     from moesmith.run.recipe import presets as known
 
-    found = known()
+    result = known()
     if as_json:
-        show_json(found)
+        show_json(result)
     else:
-        show_table("presets", ["name", "what it does"], list(found.items()))
+        show_table("presets", ["name", "what it does"], list(result.items()))
 
 
 @app.command()
@@ -76,30 +76,30 @@ def plan(
     from moesmith.conversion.convert import predict
 
     _register(method_file)
-    found = predict(recipe, model, data, settings=settings, budget=budget, dtype=dtype, device=device, time=time)
+    result = predict(recipe, model, data, settings=settings, budget=budget, dtype=dtype, device=device, time=time)
     if as_json:
-        show_json(found)
+        show_json(result)
         return
     rows: list[tuple[str, str]] = [
-        ("parameters of the parent", f"{found['parent_parameters']:,}"),
-        ("parameters in total", f"{found['parameters_total']:,}"),
-        ("parameters active per token", f"{found['parameters_active']:,}"),
-        ("architecture", found["architecture"]),
-        ("channels per expert", f"{found['expert_width']:,}"),
-        ("peak memory", f"{found['memory'] / 2**30:.1f} GiB"),
-        ("peak memory, layer by layer", _gigabytes(found["memory_layerwise"])),
-        ("disk", f"{found['disk'] / 2**30:.2f} GiB"),
-        ("domains", f"{found['domains']}"),
-        ("computes in", found["computes"]),
+        ("parameters of the parent", f"{result['parent_parameters']:,}"),
+        ("parameters in total", f"{result['parameters_total']:,}"),
+        ("parameters active per token", f"{result['parameters_active']:,}"),
+        ("architecture", result["architecture"]),
+        ("channels per expert", f"{result['expert_width']:,}"),
+        ("peak memory", f"{result['memory'] / 2**30:.1f} GiB"),
+        ("peak memory, layer by layer", _gigabytes(result["memory_layerwise"])),
+        ("disk", f"{result['disk'] / 2**30:.2f} GiB"),
+        ("domains", f"{result['domains']}"),
+        ("computes in", result["computes"]),
     ]
-    for name, seconds in found["seconds"].items():
-        tokens = f"{found[f'{name}_tokens']:,} tokens, " if f"{name}_tokens" in found else ""
+    for name, seconds in result["seconds"].items():
+        tokens = f"{result[f'{name}_tokens']:,} tokens, " if f"{name}_tokens" in result else ""
         rows.append((name, f"{tokens}about {duration(seconds)}"))
-    rows.append(("wall time on this machine", f"about {duration(found['seconds_total'])}"))
-    show_table(f"plan of {found['recipe']}", ["", ""], rows)
-    for line in found["warnings"]:
+    rows.append(("wall time on this machine", f"about {duration(result['seconds_total'])}"))
+    show_table(f"plan of {result['recipe']}", ["", ""], rows)
+    for line in result["warnings"]:
         say(line, logging.WARNING)
-    for setting in found["fitted"]:
+    for setting in result["fitted"]:
         say(f"--set {setting}")
 
 
@@ -122,9 +122,9 @@ def convert(
     data: Data = "builtin",
     settings: Settings = [],  # noqa: B006
     budget: Budget = None,
-    reuse: Annotated[list[Path], typer.Option(help="a run whose fitting stages are taken over; repeatable")] = [],  # noqa: B006
+    reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
     memory: Annotated[
-        str | None, typer.Option(help="keep to so much memory, e.g. 4GB; what is free if left out")
+        str | None, typer.Option(help="memory to use at most, e.g. 4GB; what is free if left out")
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -153,7 +153,7 @@ def evaluate(
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Evaluate the finished model beside its dense parent."""
+    """Evaluate the finished model and its dense parent."""
     from moesmith.evaluation.compare import compare
     from moesmith.files.outputs import check_result, new_file
 
@@ -174,11 +174,11 @@ def inspect(run: RunFolder, as_json: Json = False) -> None:
     """Show a run's carving, gate and stages."""
     from moesmith.report.overview import describe, show
 
-    found = describe(run)
+    result = describe(run)
     if as_json:
-        show_json(found)
+        show_json(result)
     else:
-        show(found)
+        show(result)
 
 
 @app.command()
@@ -186,7 +186,7 @@ def generate(
     run: RunFolder,
     prompt: str,
     tokens: Annotated[int, typer.Option(min=1, help="new tokens")] = 60,
-    chat: Annotated[bool, typer.Option(help="put the prompt through the chat template")] = False,
+    chat: Annotated[bool, typer.Option(help="apply the chat template to the prompt")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
@@ -206,7 +206,7 @@ def export(
     untie: Annotated[bool, typer.Option("--untie", help="write the output head as a tensor of its own")] = False,
     shard_size: Annotated[str | None, typer.Option(help="the most one file holds, such as 5GB")] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="say which targets hold this model; write nothing")
+        bool, typer.Option("--explain", help="say which targets can hold this model; write nothing")
     ] = False,
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -217,16 +217,16 @@ def export(
     from moesmith.export.targets import explain_run, export_run, rows_of
 
     if explain:
-        found: Any = explain_run(run, device)
+        result: Any = explain_run(run, device)
     else:
         parsed = Options.parse(quant, untie, shard_size)
-        found = export_run(run, to, out_path, parsed, device, overwrite=overwrite)
+        result = export_run(run, to, out_path, parsed, device, overwrite=overwrite)
     if as_json:
-        show_json(found)
+        show_json(result)
     elif explain:
-        show_table(f"targets of {run}", ["target", "fits", "why not, or what is lost"], rows_of(found))
+        show_table(f"targets of {run}", ["target", "fits", "why not, or what is lost"], rows_of(result))
     else:
-        show_table(f"{out_path}", ["", ""], [(name.replace("_", " "), value) for name, value in found.items()])
+        show_table(f"{out_path}", ["", ""], [(name.replace("_", " "), value) for name, value in result.items()])
 
 
 @app.command()
@@ -237,30 +237,30 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option(help="comma-separated: sequences at once")] = "1,8,32",
     prompt: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 512,
-    new: Annotated[int, typer.Option(min=1, help="tokens that each sequence is continued by")] = 64,
-    quant: Annotated[str, typer.Option(help="comma-separated: types of the weights in llama.cpp")] = "bf16,q8_0",
+    new: Annotated[int, typer.Option(min=1, help="new tokens per sequence")] = 64,
+    quant: Annotated[str, typer.Option(help="comma-separated: weight types for llama.cpp")] = "bf16,q8_0",
     rounds: Annotated[int, typer.Option(min=1, help="how often each model is measured")] = 3,
-    vllm_python: Annotated[str | None, typer.Option(help="Python of the environment that vLLM lives in")] = None,
+    vllm_python: Annotated[str | None, typer.Option(help="Python of the environment that has vLLM")] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="JSON file; RUN/bench.json if left out")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Measure speed, memory and size of the finished model beside its dense parent, in turn."""
+    """Measure speed, memory and size of the finished model and its dense parent, in turn."""
     from moesmith.bench.measure import bench as measure
     from moesmith.bench.measure import numbers, words
     from moesmith.bench.table import show
 
     runtimes = None if runtime is None else words(runtime)
     batches, quants = numbers("--batch", batch), words(quant)
-    found = measure(
+    result = measure(
         run, runtimes, batches, prompt, new, quants, rounds, vllm_python, out_file, dtype, device, overwrite=overwrite
     )
     if as_json:
-        show_json(found)
+        show_json(result)
     else:
-        show(found)
+        show(result)
 
 
 @app.command()
@@ -282,16 +282,16 @@ def pack(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Pack what a run changed of its parent: the finished model without the parent's weights."""
+    """Pack what a run changed in its parent: the finished model without the parent's weights."""
     from moesmith.export.delta import pack as write
 
-    found = write(run, out_folder, overwrite=overwrite)
+    result = write(run, out_folder, overwrite=overwrite)
     if as_json:
-        show_json(found)
+        show_json(result)
         return
-    rows = [(name, size, size / found["parent_bytes"]) for name, size in found["parts"].items()]
-    rows += [("delta", found["bytes"], found["share"]), ("parent", found["parent_bytes"], 1.0)]
-    rows.append(("finished model", found["model_bytes"], found["model_bytes"] / found["parent_bytes"]))
+    rows = [(name, size, size / result["parent_bytes"]) for name, size in result["parts"].items()]
+    rows += [("delta", result["bytes"], result["share"]), ("parent", result["parent_bytes"], 1.0)]
+    rows.append(("finished model", result["model_bytes"], result["model_bytes"] / result["parent_bytes"]))
     show_table(f"{out_folder}", ["", "bytes", "of the parent"], rows)
 
 
@@ -302,19 +302,19 @@ def unpack(
     out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the finished model")],
     as_json: Json = False,
 ) -> None:
-    """Make the finished model again from a packed delta and its parent."""
+    """Rebuild the finished model from a packed delta and its parent."""
     from moesmith.export.delta import unpack as write
 
-    found = write(delta, model, out_folder)
+    result = write(delta, model, out_folder)
     if as_json:
-        show_json(found)
+        show_json(result)
     else:
-        rows = [(f"{out_folder / name}", kind) for name, kind in found["folders"].items()]
+        rows = [(f"{out_folder / name}", kind) for name, kind in result["folders"].items()]
         show_table(f"{delta}", ["folder", "format"], rows)
 
 
 def refuse_empty(words: list[str]) -> None:
-    """Refuse an option whose value is empty: mostly a variable of a script that was not set; as a path it means here.
+    """Refuse an option with an empty value: usually a script's unset variable; as a path it means the current folder.
 
     Raises:
         MoesmithError: there is one.

@@ -1,6 +1,6 @@
-"""What a person sees while moesmith works: lines, progress with time left, aligned tables; and the log of a run.
+"""Print what a person sees while moesmith works: lines, progress with time left, aligned tables. Write a run's log.
 
-Everything is shown literally: brackets and colons of a name are no markup, its control characters cannot drive the
+Everything is shown literally: brackets and colons in a name are not markup, its control characters cannot drive the
 terminal, and what the output's encoding lacks is written as an escape. Every line goes to the logger ``moesmith`` too.
 """
 
@@ -27,9 +27,9 @@ from moesmith.arguments import first_process
 from moesmith.errors import MoesmithError
 
 LOGGER = logging.getLogger("moesmith")
-LOGGER.addHandler(logging.NullHandler())  # or Python would print warnings a second time
-_shown = logging.INFO  # from which level on lines are printed
-# what libraries are told by the environment, before they are imported
+LOGGER.addHandler(logging.NullHandler())  # without it Python would print warnings a second time
+_shown = logging.INFO  # lines of this level and above are printed
+# what the environment tells libraries, before they are imported
 _TALKATIVE = {"TRANSFORMERS_VERBOSITY": "info"}
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -39,15 +39,15 @@ _QUIET = {
 _LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
 console = Console(stderr=True, **_LITERAL)
 out = Console(soft_wrap=True, **_LITERAL)
-# what moves a cursor, and what turns the reading direction around; line ends and tabs are left
+# characters that move a cursor or reverse the reading direction, without line ends and tabs
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def plain(text: str, file: IO[str] | None = None) -> str:
-    """Text as it may be written to a terminal or log: control characters and what the encoding lacks as escapes.
+    """Make text safe for a terminal or log: control characters and what the encoding lacks become escapes.
 
     Args:
-        text: anything, of a user or a model.
+        text: anything, from a user or a model.
         file: where it goes; standard output if left out.
     """
     return _escaped(text, getattr(sys.stdout if file is None else file, "encoding", None) or "utf-8")
@@ -63,11 +63,11 @@ def _escape(character: str) -> str:
 
 
 def say(message: str, level: int = logging.INFO) -> None:
-    """One line for the person who waits (standard error), and for the log.
+    """Print one line for the person who waits (standard error), and log it.
 
     Args:
         message: the line.
-        level: one of ``logging``: a quiet command prints errors alone, a verbose one debug lines too.
+        level: a level of ``logging``: a quiet command prints only errors, a verbose one debug lines too.
     """
     if level >= _shown:
         console.print(plain(message, sys.stderr), soft_wrap=True)
@@ -75,17 +75,17 @@ def say(message: str, level: int = logging.INFO) -> None:
 
 
 def log(message: str, level: int = logging.INFO) -> None:
-    """One line for the logger ``moesmith`` alone, shown as literally as on a terminal."""
+    """Give one line to the logger ``moesmith`` alone, as literally as on a terminal."""
     LOGGER.log(level, "%s", _escaped(message, "utf-8"))
 
 
 @contextmanager
 def volume(*, quiet: bool = False, verbose: bool = False) -> Iterator[None]:
-    """How much is printed during the body of a ``with``; tables and other results always are.
+    """Set how much is printed inside a ``with``; tables and other results always are.
 
     Args:
-        quiet: errors alone; no progress, no warnings of libraries.
-        verbose: debug lines too, and what libraries log and warn of.
+        quiet: only errors; no progress, no warnings from libraries.
+        verbose: debug lines too, and what libraries log and warn about.
 
     Raises:
         MoesmithError: both are asked for.
@@ -123,7 +123,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 class _Libraries(logging.Handler):
-    """Says what other loggers than ours are given, with their name."""
+    """Says what loggers other than ours are given, with their names."""
 
     def emit(self, record: logging.LogRecord) -> None:
         library, line = record.name.partition(".")[0], f"{record.name}: {record.getMessage().strip()}"
@@ -136,7 +136,7 @@ class _Libraries(logging.Handler):
 @contextmanager
 def _libraries_speak() -> Iterator[None]:
     root, handler = logging.getLogger(), _Libraries()
-    sources = (root, logging.getLogger("transformers"))  # whose records do not reach the root
+    sources = (root, logging.getLogger("transformers"))  # transformers' records do not reach the root
     levels = {logger: logger.level for logger in (root, LOGGER)}
     for source in sources:
         source.addHandler(handler)
@@ -156,11 +156,11 @@ def _libraries_speak() -> Iterator[None]:
 
 
 class _RunLog(logging.StreamHandler[IO[str]]):
-    """Appends time, level and line to a file until that fails once; it never raises."""
+    """Appends time, level and line to a file until writing fails once; once open, it never raises."""
 
     def __init__(self, path: Path) -> None:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise OSError(0, "it is no ordinary file")
+            raise OSError(0, "it is not an ordinary file")
         super().__init__(open(path, "a", encoding="utf-8"))  # noqa: SIM115
         self.path = path
 
@@ -169,7 +169,7 @@ class _RunLog(logging.StreamHandler[IO[str]]):
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S%z", time.localtime(record.created))
-        # the lines of one message are indented: no name can make a line of its own
+        # further lines of a message are indented, so that no name in it can look like a message of its own
         return f"{stamp} {record.levelname} " + _escaped(text, "utf-8").replace("\n", "\n    ")
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -178,7 +178,7 @@ class _RunLog(logging.StreamHandler[IO[str]]):
         _no_log(self.path, error)
 
     def close(self) -> None:
-        with suppress(OSError):  # what a full disk did not take
+        with suppress(OSError):  # a full disk does not take the rest
             self.stream.close()
         super().close()
 
@@ -190,11 +190,11 @@ def _no_log(path: Path, error: BaseException | None) -> None:
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Write every line that is said during the body of a ``with`` to a file as well, also where it is not printed.
+    """Write every line that is said inside a ``with`` to a file as well, even where it is not printed.
 
-    Each gets the time and its level; an error that ends the body is the last one, a fault with its traceback. The file
-    is continued if it is there. A file that cannot be written, from the start or later, is one warning and no error.
-    Of several processes only the first one writes.
+    Each line gets the time and its level; an error that ends the body is the last line, a fault with its traceback. An
+    existing file is continued. If the file cannot be written, from the start or later, there is one warning and no
+    error. Of several processes only the first one writes.
 
     Args:
         path: ``run.log`` in a folder that exists.
@@ -270,7 +270,7 @@ def _cell(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: ``45 s``, ``14 min``, ``3.2 h``."""
+    """Write a time as people say it: ``45 s``, ``14 min``, ``3.2 h``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"

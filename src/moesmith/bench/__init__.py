@@ -1,1 +1,1 @@
-"""``moesmith bench``: the dense parent and the MoE in turn, in the runtimes where people run models."""
+"""Measure the dense parent and the MoE in turn (``moesmith bench``), in the runtimes where people run models."""

@@ -1,11 +1,11 @@
-"""What a mixture can gain at most: bytes that a decode step reads, and FLOPs that a prompt costs, dense over MoE.
+"""Bound what a mixture can gain: bytes that a decode step reads, and FLOPs that a prompt costs, dense over MoE.
 
-Both are counted from the tensors of the very files that a runtime loads, so every type and every padding is in them. A
-decode step of b sequences reads attention, norms, routers and the head once, and of a layer's E experts those that some
-sequence chose. With K choices per token that are independent and uniform these are E (1 - (1 - K/E)^b) experts: more
-than real text chooses, whose tokens agree. To that comes the cache of every sequence's context. A prompt costs two
-FLOPs per weight and token, those of K experts only, plus the scores of attention; the head is computed for the last
-token alone.
+Both are counted from the tensors of the files that a runtime loads, so they include every type and every padding. A
+decode step of b sequences reads attention, norms, routers and the head once, and in each layer those of the E experts
+that some sequence chose. If each token chose K experts independently and uniformly, these would be E (1 - (1 - K/E)^b)
+experts; real text chooses fewer, because its tokens agree. The step also reads the cache of every sequence's context. A
+prompt costs two FLOPs per weight and token, with the weights of K experts only, plus the scores of attention; the head
+is computed only for the last token.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Count:
     """An amount of weights, as bytes or as entries of matrices.
 
     Attributes:
-        always: what every step uses: attention, norms, routers, a dense network.
-        head: the output matrix; the embedding where it is tied.
-        expert: one expert, its layers added up.
-        experts: all experts as they are stored; less than E times one where they share channels.
+        always: the weights that every step uses: attention, norms, routers, a dense network.
+        head: the output matrix, or the embedding where it is tied.
+        expert: one expert, summed over the layers.
+        experts: all experts as they are stored; less than E times one expert where they share channels.
     """
 
     always: float
@@ -40,7 +40,7 @@ class Count:
     experts: float = 0.0
 
     def used(self, distinct: float) -> float:
-        """With ``distinct`` experts of every layer."""
+        """Return the amount that a step uses with ``distinct`` experts in every layer."""
         return self.always + self.head + min(self.expert * distinct, max(self.experts, self.expert))
 
 
@@ -49,13 +49,13 @@ class Weights:
     """A model's weights in one runtime.
 
     Attributes:
-        bytes: as the runtime reads them.
-        entries: of matrices.
-        experts: E; 1 for a dense model.
-        active: K.
+        bytes: bytes that the runtime reads.
+        entries: entries of matrices.
+        experts: E, the experts of a layer; 1 for a dense model.
+        active: K, the experts that a token chooses.
         cache: bytes of the key/value cache per token of context, all layers.
         scores: FLOPs of attention per token and position that it attends to, all layers.
-        window: positions a token attends to at most, or ``None``.
+        window: the most positions that a token attends to, or ``None``.
     """
 
     bytes: Count
@@ -67,31 +67,31 @@ class Weights:
     window: int | None
 
     def distinct(self, tokens: int) -> float:
-        """Expected experts of a layer that some of ``tokens`` tokens choose, choices uniform and independent."""
+        """Return how many experts of a layer ``tokens`` tokens are expected to choose, uniformly and independently."""
         return self.experts * (1 - (1 - self.active / self.experts) ** tokens)
 
     def step_bytes(self, batch: int, context: float) -> float:
-        """Bytes that a decode step of ``batch`` sequences with ``context`` tokens each reads."""
+        """Count the bytes that a decode step reads for ``batch`` sequences with ``context`` tokens each."""
         return self.bytes.used(self.distinct(batch)) + batch * self.cache * min(context, self.window or math.inf)
 
     def prompt_flops(self, length: int) -> float:
-        """FLOPs of one prompt up to its first new token."""
+        """Count the FLOPs of one prompt up to its first new token."""
         attended = sum(min(place, self.window or place) for place in range(1, length + 1))
         body = self.entries.always + self.entries.expert * self.active
         return 2 * body * length + 2 * self.entries.head + self.scores * attended
 
 
 def bounds(dense: Weights, moe: Weights, batch: int, prompt: int, new: int) -> dict[str, Any]:
-    """The largest ratio MoE : dense of tokens per second by arithmetic, and what it comes from.
+    """Compute the largest ratio MoE : dense of tokens per second that arithmetic allows, and what it comes from.
 
     Args:
         dense, moe: the two models.
         batch: sequences at once.
-        prompt: tokens of each.
+        prompt: tokens of each prompt.
         new: tokens decoded after them; the context is that of the middle step.
 
     Returns:
-        ``prefill`` and ``decode``, each with ``bound`` and, of ``dense`` and ``moe``, FLOPs per prompt token and bytes
+        ``prefill`` and ``decode``, each with ``bound`` and, for ``dense`` and ``moe``, FLOPs per prompt token or bytes
         per step.
     """
     flops = [model.prompt_flops(prompt) / prompt for model in (dense, moe)]
@@ -106,12 +106,12 @@ Tensors = Iterable[tuple[str, list[int], float]]  # name, shape, bytes
 
 
 def of_folder(folder: Path, config: Any, dtype: torch.dtype) -> Weights:
-    """A Hugging Face folder whose weights are loaded in ``dtype``.
+    """Measure the weights of a Hugging Face folder that is loaded in ``dtype``.
 
     Args:
-        folder: config and safetensors.
+        folder: the one with config and safetensors.
         config: the parent's loaded config, for attention.
-        dtype: in memory.
+        dtype: the weights' dtype in memory.
     """
     own = read_json(folder / "config.json")
     gate = own.get("gate") or {}  # moesmith's own format
@@ -130,7 +130,7 @@ def of_folder(folder: Path, config: Any, dtype: torch.dtype) -> Weights:
 
 
 def of_gguf(file: Path, config: Any) -> Weights:
-    """A GGUF file in llama.cpp, whose cache is in f16.
+    """Measure the weights of a GGUF file in llama.cpp, whose cache is in f16.
 
     Args:
         file: the model.
@@ -150,7 +150,7 @@ def of_gguf(file: Path, config: Any) -> Weights:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors that a folder is loaded from; some published folders hold the weights a second time."""
+    """List the safetensors that a folder is loaded from; some published folders hold the weights a second time."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
@@ -163,7 +163,7 @@ def _safetensors(folder: Path, dtype: torch.dtype) -> Tensors:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
                 shape = part.get_shape()
-                if str(part.get_dtype()).startswith(("F", "BF")):  # index lists are no weights
+                if str(part.get_dtype()).startswith(("F", "BF")):  # index lists are not weights
                     yield name, shape, math.prod(shape) * dtype.itemsize
 
 

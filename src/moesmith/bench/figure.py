@@ -1,4 +1,4 @@
-"""The measurements as bars: tokens per second, dense and MoE, the ratio written on them and the bound as a mark."""
+"""Draw the measurements as bars: tokens per second, dense and MoE, with the ratio written above and a bound marked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 BAR = 0.38
 PHASES = {"prefill": "prefill, tokens per second (log scale)", "decode": "decode, tokens per second (log scale)"}
-LOSS = style.EXPERT_COLOURS[5]  # of a ratio below 1
+LOSS = style.EXPERT_COLOURS[5]  # the colour of a ratio below 1
 
 
 def bench_figure(found: dict[str, Any]) -> Figure:
-    """Two panels, prefill and decode; groups of bars by runtime and type of the weights, in a group by batch.
+    """Draw two panels, prefill and decode: a group of bars per runtime and type of the weights, by batch in a group.
 
     Args:
         found: what ``measure.bench`` returns.
@@ -73,7 +73,7 @@ def bench_figure(found: dict[str, Any]) -> Figure:
 
 
 def _places(results: list[dict[str, Any]]) -> tuple[list[float], list[tuple[str, float]]]:
-    """Where each result's bars stand, and the groups' names with their middles."""
+    """Place each result's bars, and return the groups' names with their middles too."""
     places: list[float] = []
     members: dict[str, list[float]] = {}
     for result in results:

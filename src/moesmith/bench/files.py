@@ -1,4 +1,4 @@
-"""What each runtime loads: folders and GGUF files of the parent and the MoE, made once and kept in ``RUN/bench``."""
+"""Make what each runtime loads: folders and GGUF files of the parent and the MoE, made once, kept in ``RUN/bench``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moesmith.parent.checkpoint import quiet
 from moesmith.parent.compute import long_name
 from moesmith.run.folder import STOCK, Run
 
-KEYS = "made.json"  # file → key of what it was made from
+KEYS = "made.json"  # in it: file → key of what that was made from
 
 
 class Files:
@@ -37,7 +37,7 @@ class Files:
         self.versions = {"transformers": metadata.version("transformers")}
 
     def folders(self) -> tuple[Path, Path]:
-        """Hugging Face folders of the parent, in the run's dtype, and of the MoE."""
+        """Return Hugging Face folders of the parent, in the run's dtype, and of the MoE."""
         parent, model = self.source.parent, self.source.parent.model
         folder = Path(parent.source)
         if folder.is_dir() and read_json(folder / "config.json").get("dtype") == long_name(model.dtype):
@@ -53,16 +53,16 @@ class Files:
         return out, self.source.run / "model"
 
     def stock(self) -> tuple[Path, Path]:
-        """As :meth:`folders`, the MoE in the stock architecture where the run has a twin in one."""
+        """Return what :meth:`folders` does, but the MoE in a stock architecture where the run has a twin in one."""
         dense, moe = self.folders()
         twin = self.source.run / STOCK
         return dense, twin if (twin / "config.json").is_file() else moe
 
     def ggufs(self, quant: str) -> tuple[Path, Path]:
-        """GGUF files of the parent and of the MoE; the MoE's is proved in llama.cpp when it is made.
+        """Return GGUF files of the parent and of the MoE; the MoE's is proved in llama.cpp when it is made.
 
         Raises:
-            MoesmithError: the converter does not take one of them, or llama.cpp answers otherwise than the carving.
+            MoesmithError: the converter does not take one of them, or llama.cpp answers differently from the carving.
         """
         source, target = self.source, Gguf()
         dense, moe = (self.cache / f"{name}-{quant}.gguf" for name in ("dense", "moe"))
@@ -86,7 +86,7 @@ class Files:
         return dense, moe
 
     def _once(self, path: Path, made_from: dict[str, Any], write: Callable[[], None]) -> None:
-        """Write ``path`` unless it is there, made from the same; what is replaced is ours and unchanged."""
+        """Write ``path`` unless it is there, made from the same; only what is ours and unchanged is replaced."""
         index = self.cache / KEYS
         try:
             check_file(index, overwrite=True)
@@ -110,5 +110,5 @@ class Files:
 
 
 def size(path: Path) -> int:
-    """Bytes of a model's weights on disk: the GGUF file, or the folder's safetensors."""
+    """Return the bytes of a model's weights on disk: the GGUF file, or the folder's safetensors."""
     return sum(os.path.getsize(p) for p in (weight_files(path) if path.is_dir() else [path]))

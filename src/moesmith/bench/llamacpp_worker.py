@@ -1,4 +1,4 @@
-"""llama.cpp: the server inside xllamacpp, one slot per sequence, asked over HTTP; times are the server's own."""
+"""Run llama.cpp: the server inside xllamacpp, one slot per sequence, asked over HTTP; times are the server's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import xllamacpp
 
 
 class Model:
-    """One GGUF file; the server is started anew for each batch, so that its cache is as large as the batch needs."""
+    """One GGUF file; the server is restarted for each batch, so that its cache is as large as the batch needs."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.path, self.threads, self.context = job["path"], job["threads"], job["context"]
@@ -21,7 +21,7 @@ class Model:
         self.batch = 0
 
     def facts(self) -> dict[str, Any]:
-        """Versions and what the library was built for."""
+        """Report versions and what the library was built for."""
         return {
             "versions": {"xllamacpp": metadata.version("xllamacpp")},
             "system": str(xllamacpp.get_system_info()),
@@ -32,7 +32,7 @@ class Model:
         """Start a server with as many slots as sequences."""
         if batch == self.batch:
             return
-        self.server = None  # the old one's memory goes first
+        self.server = None  # free the old one's memory first
         params = xllamacpp.CommonParams()
         params.model.path = self.path
         slot = 256 * (self.context // 256 + 1)  # llama.cpp rounds a sequence's cells up to this
@@ -40,15 +40,15 @@ class Model:
         params.n_gpu_layers, params.verbosity = 0, 0
         params.n_threads_http = batch + 2
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
-        params.cache_ram_mib = 0  # no prompt of an earlier round is kept
+        params.cache_ram_mib = 0  # prompts of earlier rounds are not kept
         params.swa_full = True  # a sliding window's cells stay, so that a prompt can be continued
         self.server, self.batch = xllamacpp.Server(params), batch
 
     def measure(self, rows: list[list[int]], new: int) -> dict[str, Any]:
-        """Seconds of all prompts up to each one's first token, and of ``new`` further tokens of all sequences together.
+        """Time, in seconds, all prompts up to each one's first token, and ``new`` further tokens of all sequences.
 
-        First every slot reads its prompt and stops after one token. Then the same prompts come again: a slot has all
-        but the last token, so that all sequences start to decode in the same step.
+        First every slot reads its prompt and stops after one token. Then the same prompts are sent again: a slot still
+        has all but the last token, so that all sequences start to decode in the same step.
         """
         started = time.perf_counter()
         self._ask(rows, 1, False)

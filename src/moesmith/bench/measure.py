@@ -1,7 +1,7 @@
-"""``moesmith bench``: parent and MoE alive side by side in one runtime, asked in turn, round by round.
+"""Measure parent and MoE (``moesmith bench``): both run side by side in one runtime, asked in turn, round by round.
 
-The machine's speed drifts; both sides of a ratio are therefore taken within a round, and who begins changes from round
-to round. Reported are medians over the rounds, and the ratio with its smallest and largest round.
+The machine's speed drifts; so both sides of a ratio are measured within one round, and they take turns at going first.
+Medians over the rounds are reported, and the ratio with its smallest and largest round.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from moesmith.run.versions import versions
 
 SIDES = ("dense", "moe")
 NAMES = {"dense": "the dense parent", "moe": "the MoE"}
-BUSY = 0.05  # processor time per second of an idle worker that is worth a word
+BUSY = 0.05  # processor time per second of an idle worker from which on it is reported
 
 
 @takes_paths("folder", "out")
@@ -58,24 +58,24 @@ def bench(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Measure a finished run's speed beside its parent's; writes the result as JSON, and a figure in ``figures``.
+    """Measure the speed of a finished run and its parent; write the result as JSON, and a figure in ``figures``.
 
     Args:
         folder: a finished run.
         runtimes: names of ``process.RUNTIMES``; ``None`` for those that are installed and take the model.
         batches: sequences at once.
         prompt: tokens of each prompt, taken from the run's held-out text.
-        new: tokens that each sequence is continued by.
-        quants: types of the weights in llama.cpp.
+        new: new tokens per sequence.
+        quants: weight types for llama.cpp.
         rounds: how often each model is measured.
         vllm_python: the interpreter of vLLM's environment.
-        out: the JSON file; ``RUN/bench.json`` when ``None``. The figure has its name and lies in ``figures`` beside it.
+        out: the JSON file; ``RUN/bench.json`` when ``None``. The figure has its name and is in ``figures`` next to it.
         dtype: what transformers computes in; the fastest here for ``auto``.
-        device: where transformers does.
+        device: where transformers computes.
         overwrite: replace what moesmith wrote there.
 
     Returns:
-        what the file holds (docs/speed.md).
+        The contents of the file (docs/speed.md).
 
     Raises:
         MoesmithError: the run is not finished, ``out`` may not be written, a runtime is unknown, not installed, cannot
@@ -117,7 +117,7 @@ def bench(
         "cache_bytes": cache * context * max(batches),
     }
     names = {runtime: long_name(kind) for runtime, kind in types.items()}
-    del source, files  # the parent's memory: the workers hold their own
+    del source, files  # frees the parent's memory: the workers hold their own
     found: dict[str, Any] = {"run": str(folder), "prompt": prompt, "new": new, "rounds": rounds, "threads": threads()}
     found |= {"machine": machine(), "versions": versions(), "runtimes": {}, "results": []}
     total = len(cells) * sum(batches) * (prompt + new) * (rounds + 1) * 2
@@ -145,18 +145,18 @@ def bench(
 
 
 def words(text: str) -> list[str]:
-    """The words of a comma-separated list."""
+    """Split a comma-separated list into its words."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """The numbers of a comma-separated list.
+    """Split a comma-separated list into its numbers.
 
     Raises:
-        MoesmithError: a word is none.
+        MoesmithError: a word is not a number.
     """
     if odd := [word for word in words(text) if not word.isdigit()]:
-        raise MoesmithError(f"{option} {odd[0]} is no number", "Give a list such as 1,8,32.")
+        raise MoesmithError(f"{option} {odd[0]} is not a number", "Give a list such as 1,8,32.")
     return [int(word) for word in words(text)]
 
 
@@ -172,7 +172,7 @@ def _check(runtimes: Sequence[str] | None, batches: Sequence[int], quants: Seque
 
 
 def _installed(runtimes: Sequence[str] | None, vllm_python: str | None) -> dict[str, str]:
-    """Interpreter of each runtime; without a choice, of those that are there."""
+    """Return the interpreter of each runtime; without a choice, of those that are installed."""
     found = {}
     for runtime in RUNTIMES if runtimes is None else runtimes:
         try:
@@ -185,7 +185,7 @@ def _installed(runtimes: Sequence[str] | None, vllm_python: str | None) -> dict[
 
 
 def _takes(runtime: str, source: Source, wanted: bool) -> bool:
-    """Whether a runtime can hold the run's model; what was wanted and cannot be had is an error."""
+    """Whether a runtime can hold the run's model; if it was ``wanted`` and cannot, that is an error."""
     reason = Gguf().explain(source) if runtime == "llama.cpp" else None
     if reason is None:
         return True
@@ -218,7 +218,7 @@ def _own(path: Path) -> bool:
 
 
 def prompts(run: Run, batch: int, length: int) -> list[list[int]]:
-    """``batch`` stretches of the run's held-out text, ``length`` token ids each, its domains in turn.
+    """Cut ``batch`` stretches from the run's held-out text, ``length`` token ids each, its domains in turn.
 
     A mixture's speed depends on which experts the tokens of a batch choose, so the text is real. A domain whose text is
     used up begins again.
@@ -235,7 +235,7 @@ def prompts(run: Run, batch: int, length: int) -> list[list[int]]:
 def _rounds(
     workers: Sequence[Worker], rows: list[list[int]], new: int, rounds: int, bar: Meter, label: str
 ) -> dict[str, Any]:
-    """Both workers ready for the batch, one warm-up each, then the rounds."""
+    """Prepare both workers for the batch, run one warm-up each, then the rounds."""
     units, idle = sum(map(len, rows)) + len(rows) * new, [0.0]
     seconds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
@@ -256,12 +256,12 @@ def _rounds(
 
 
 def summary(measured: dict[str, Any], batch: int, prompt: int, new: int, limit: dict[str, Any]) -> dict[str, Any]:
-    """Rounds as medians and ratios.
+    """Sum up the rounds as medians and ratios.
 
     Returns:
         ``prefill`` and ``decode``: tokens per second of ``dense`` and ``moe`` (medians), their ``ratio`` (median of the
-        rounds', with ``ratio_min`` and ``ratio_max``), ``verdict``, and what :func:`bounds` says; ``first_token`` in
-        seconds and ``memory`` in bytes of both; the rounds themselves.
+        rounds', with ``ratio_min`` and ``ratio_max``), ``verdict``, and what :func:`bounds` returns; ``first_token`` in
+        seconds and ``memory`` in bytes for both; the rounds themselves.
     """
     seconds, found = measured["seconds"], {}
     for phase, tokens in (("prefill", batch * prompt), ("decode", batch * new)):
@@ -282,7 +282,7 @@ def summary(measured: dict[str, Any], batch: int, prompt: int, new: int, limit: 
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory and what else runs, as far as the system tells."""
+    """Report processor, cores, memory and the load before, as far as the system says."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.isfile("/proc/cpuinfo") else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return {

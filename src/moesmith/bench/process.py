@@ -1,4 +1,4 @@
-"""A worker's process seen from here: start it, ask it, end it."""
+"""Start a worker's process, ask it, and end it."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ VLLM_PYTHON = "MOESMITH_VLLM_PYTHON"
 
 
 def threads() -> int:
-    """Threads that every runtime gets: ``OMP_NUM_THREADS`` if it is set, else all cores of this process."""
+    """Return how many threads every runtime gets: ``OMP_NUM_THREADS`` if it is set, else all cores of this process."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdigit() and int(given) > 0 else cores()
 
 
 def cores() -> int:
-    """Cores that this process may use; all of the machine's where the system does not say."""
+    """Return how many cores this process may use; all of the machine's where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def interpreter(runtime: str, vllm_python: str | None) -> str:
-    """The interpreter in which a runtime is installed.
+    """Return the interpreter in which a runtime is installed.
 
     Raises:
-        MoesmithError: no such runtime is known, or it is not installed.
+        MoesmithError: the runtime is not known, or it is not installed.
     """
     if runtime not in RUNTIMES:
         raise MoesmithError(f"--runtime {runtime} is not known", f"Give some of {','.join(RUNTIMES)}.")
@@ -75,7 +75,7 @@ class Worker:
 
     def __init__(self, runtime: str, python: str, name: str) -> None:
         self.runtime, self.name = runtime, name
-        # an idle pool of threads shall sleep, not spin: the other model is measured then
+        # an idle pool of threads must sleep, not spin: the other model is measured then
         env = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
         env |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         env |= {"OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -101,7 +101,7 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(OSError):
-            self.process.stdin.close()  # the worker's sign to end
+            self.process.stdin.close()  # tells the worker to end
         try:
             self.process.wait(PATIENCE if kind is None else 1)
         except subprocess.TimeoutExpired:
@@ -141,7 +141,7 @@ class Worker:
         return said["ok"] or {}
 
     def cpu_seconds(self) -> float:
-        """Processor time of the process and its descendants until now."""
+        """Return the processor time of the process and its descendants until now."""
         return worker.cpu_seconds(self.process.pid)
 
     def _last_words(self) -> str:

@@ -1,4 +1,4 @@
-"""The measurements as tables, and in words where the mixture loses."""
+"""Print the measurements as tables, and say in words where the mixture loses."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MIB = 2**20
 
 
 def verdict(low: float, high: float) -> str:
-    """Who is faster, from the ratio MoE : dense in the worst and the best round."""
+    """Say which model is faster, from the ratio MoE : dense in the worst and the best round."""
     if low > 1:
         return "MoE wins"
     return "MoE loses" if high < 1 else "no clear winner"
 
 
 def speed_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Rows of the table of tokens per second: one per runtime, type of the weights, batch and phase."""
+    """Make the rows of the table of tokens per second: one per runtime, type of the weights, batch and phase."""
     return [
         (
             *(result[name] for name in ("runtime", "weights", "batch")),
@@ -34,7 +34,7 @@ def speed_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def size_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Rows of the table of time to first token, memory and files, dense and MoE."""
+    """Make the rows of the table of time to first token, memory and files, dense and MoE."""
     return [
         (
             *(result[name] for name in ("runtime", "weights", "batch")),
@@ -47,7 +47,7 @@ def size_rows(found: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def sentences(found: dict[str, Any]) -> list[str]:
-    """What the tables mean: where the MoE loses or the rounds do not tell, and which kernels it used."""
+    """Say what the tables mean: where the MoE loses or the rounds do not decide, and which kernels it used."""
     lines = []
     for result in found["results"]:
         where = f"{result['runtime']} {result['weights']} at batch {result['batch']}"
@@ -69,7 +69,7 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print everything."""
+    """Print tables and sentences."""
     columns = ["runtime", "weights", "batch"]
     say = f"{found['run']}: tokens per second, prompts of {found['prompt']}, {found['new']} new tokens"
     say += f", {found['threads']} threads, {found['rounds']} rounds"

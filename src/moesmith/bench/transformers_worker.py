@@ -1,4 +1,4 @@
-"""transformers: a greedy loop with a cache by hand, so that prefill and decode are timed apart."""
+"""Run transformers: our own greedy loop with a cache, so that prefill and decode are timed separately."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-GATHERED = 2**28  # elements; batched_mm copies the weights of a token's experts for every token
-TRIAL = 4  # decode steps by which an implementation of the experts is judged
+GATHERED = 2**28  # most elements that batched_mm may gather: it copies the weights of a token's experts for every token
+TRIAL = 4  # decode steps that time an implementation of the experts
 
 
 class Model:
     """One model folder, in the dtype asked for.
 
     Where transformers has several implementations of the experts, :meth:`resize` times each on the first rows that it
-    is given, for prefill and decode apart, and keeps the fastest.
+    is given, for prefill and decode separately, and keeps the fastest.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ class Model:
             try:
                 import moesmith.native.modeling  # noqa: F401  registers moesmith's own architecture
             except ImportError:
-                trust = True  # the same code lies beside the weights
+                trust = True  # the same code is stored next to the weights
         model: Any = AutoModelForCausalLM.from_pretrained(
             job["path"], dtype=getattr(torch, job["dtype"]), trust_remote_code=trust
         )
@@ -42,7 +42,7 @@ class Model:
         self.per_token = max((p[0].numel() for p in stacked), default=0)
 
     def facts(self) -> dict[str, Any]:
-        """Versions, attention kernel, and the experts' implementation as chosen for the present batch."""
+        """Report versions, attention kernel, and the experts' implementation chosen for the present batch."""
         return {
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "attention": self.model.config._attn_implementation,
@@ -59,7 +59,7 @@ class Model:
         self.choice, self.tried = {}, {}
 
     def measure(self, rows: list[list[int]], new: int) -> dict[str, Any]:
-        """Seconds of the prompt up to its first new token, and of ``new`` further steps."""
+        """Time, in seconds, the prompt up to its first new token, and ``new`` further steps."""
         ids_BS = torch.tensor(rows, device=self.device)
         if self.kinds and not self.choice:
             self._choose(ids_BS)
@@ -97,9 +97,9 @@ class Model:
     @torch.inference_mode()
     def _choose(self, ids_BS: torch.Tensor) -> None:
         times: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
-        cache, last_B1 = self._prefill(ids_BS)  # the first to be tried shall not pay for cold memory
+        cache, last_B1 = self._prefill(ids_BS)  # so that the first one tried does not pay for cold memory
         for kind in self.kinds:
-            # gathers (tokens, experts' weights): for prompts the copies alone would outgrow memory
+            # it gathers (tokens, experts' weights): for prompts the copies alone would outgrow memory
             if kind == "batched_mm" and ids_BS.numel() * self.per_token > GATHERED:
                 continue
             self.model.set_experts_implementation(kind)

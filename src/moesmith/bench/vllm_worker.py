@@ -1,4 +1,4 @@
-"""vLLM: offline batches, its engine driven step by step, so that prefill and decode are timed apart."""
+"""Run vLLM: offline batches, its engine driven step by step, so that prefill and decode are timed separately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import torch
 import vllm
 
-MARGIN = 1.2  # of the cache that the longest batch needs
+MARGIN = 1.2  # factor over the cache that the longest batch needs
 
 
 class Model:
@@ -22,7 +22,7 @@ class Model:
 
     def __init__(self, job: dict[str, Any]) -> None:
         gib = MARGIN * job["cache_bytes"] / 2**30
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(gib + 0.999)))  # whole GiB, no less than one
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, int(gib + 0.999)))  # whole GiB, at least one
         self.numbers = itertools.count()
         self.llm = vllm.LLM(
             model=job["path"],
@@ -37,7 +37,7 @@ class Model:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Versions, and whether the model is compiled."""
+        """Report versions, and whether the model is compiled."""
         config = self.llm.llm_engine.vllm_config
         return {
             "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
@@ -47,13 +47,13 @@ class Model:
         }
 
     def resize(self, batch: int) -> None:
-        """Nothing to do: the engine takes any number of sequences."""
+        """Do nothing: the engine takes any number of sequences."""
 
     def measure(self, rows: list[list[int]], new: int) -> dict[str, Any]:
-        """Seconds of all prompts up to each one's first token, and of ``new`` further tokens of all sequences.
+        """Time, in seconds, all prompts up to each one's first token, and ``new`` further tokens of all sequences.
 
-        The scheduler may let the first prompts go on while the last are still read. What is decoded until then is no
-        part of decoding here: the time of the rest is scaled to all tokens.
+        The scheduler may continue the first prompts while the last are still read. Tokens decoded by then do not count
+        as decoding here: the time of the rest is scaled to all tokens.
         """
         engine = self.llm.llm_engine
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=new + 1, ignore_eos=True, detokenize=False)

@@ -1,12 +1,12 @@
-"""A process that holds one model in one runtime and answers jobs: JSON lines in, JSON lines out.
+"""Hold one model in one runtime and answer jobs, as a process of its own: JSON lines in, JSON lines out.
 
-It is run as a script, ``python worker.py transformers``, by whichever interpreter has the runtime: standard library
-only, and nothing of moesmith is imported. The runtime is the file ``<runtime>_worker.py`` beside it, with a class:
+It is run as a script, ``python worker.py transformers``, by the interpreter that has the runtime: it imports only
+the standard library, nothing of moesmith. The runtime is the file ``<runtime>_worker.py`` next to it, with a class:
 
     Model(job)              load ``path`` in ``dtype``, with ``threads``, for ``batch`` sequences of ``context`` tokens
-    .facts()                what to say about it: versions, kernels
+    .facts()                what to report about it: versions, kernels
     .resize(batch)          get ready for this many sequences at once
-    .measure(rows, new)     lists of token ids, so many new tokens each: ``prefill_seconds`` and ``decode_seconds``
+    .measure(rows, new)     lists of token ids, ``new`` tokens more for each: ``prefill_seconds``, ``decode_seconds``
 
 An answer is ``{"ok": ...}`` or ``{"error": "one line"}``. The worker ends when its standard input does.
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 
 def tree(root: int) -> list[int]:
-    """A process and all its descendants, by their numbers."""
+    """List a process and all its descendants, by their numbers."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -38,7 +38,7 @@ def tree(root: int) -> list[int]:
 
 
 def cpu_seconds(root: int) -> float:
-    """Processor time that a process and its descendants have used until now, in user and kernel."""
+    """Return the processor time that a process and its descendants have used until now, in user and kernel."""
     ticks = 0
     for pid in tree(root):
         try:
@@ -50,16 +50,16 @@ def cpu_seconds(root: int) -> float:
 
 
 def forget_peak() -> None:
-    """Start the count of the peak memory anew, for this process and its descendants."""
+    """Restart the count of peak memory, for this process and its descendants."""
     for pid in tree(os.getpid()):
         try:
             Path(f"/proc/{pid}/clear_refs").write_text("5")
-        except OSError:  # not ours to clear: the peak is then that of the whole life
+        except OSError:  # not ours to clear: the peak is then that since its start
             continue
 
 
 def peak_memory() -> int:
-    """Bytes of memory at its peak (VmHWM), the descendants' added."""
+    """Return the bytes of peak memory (VmHWM), the descendants' added."""
     total = 0
     for pid in tree(os.getpid()):
         try:
@@ -71,7 +71,7 @@ def peak_memory() -> int:
 
 
 def answer(runtime: Any, model: Any, job: dict[str, Any]) -> tuple[Any, Any]:
-    """Do one job; returns the model and what to say."""
+    """Do one job; return the model and the answer."""
     if job["do"] == "load":
         model = runtime.Model(job)
         return model, model.facts()
@@ -88,7 +88,7 @@ def answer(runtime: Any, model: Any, job: dict[str, Any]) -> tuple[Any, Any]:
 def main(name: str) -> None:
     """Serve jobs for one runtime until standard input ends."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints shall not be read as an answer
+    os.dup2(2, 1)  # so that nothing a library prints is read as an answer
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]  # our names hide no package's
     runtime = model = None
@@ -102,7 +102,7 @@ def main(name: str) -> None:
                 spec.loader.exec_module(runtime)
             model, value = answer(runtime, model, json.loads(line))
             said = {"ok": value}
-        except Exception as error:  # whatever a runtime raises belongs to who asked
+        except Exception as error:  # whatever a runtime raises is reported to the asker
             text = f"{type(error).__name__}: {error}".strip()
             said = {"error": text.splitlines()[0][:300]}
         out.write(json.dumps(said) + "\n")

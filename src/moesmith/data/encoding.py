@@ -1,4 +1,4 @@
-"""From texts and chats to token ids: control tokens where a chat template writes them, and nowhere else.
+"""Turn texts and chats into token ids: control tokens where a chat template writes them, and nowhere else.
 
 A text that spells a control token (``<|im_end|>`` on a web page, ``<filename>`` in a program's help) is read as the
 characters it is made of. A chat goes through the parent's own chat template, whose control tokens are the real ones;
@@ -22,14 +22,14 @@ from moesmith.errors import MoesmithError
 from moesmith.files.artefact import digest
 
 BATCH = 64  # texts per tokenizer call
-MARK = "\ue000{}\ue001"  # stands for a spelled control token while the template is filled in; private use, no letter
+MARK = "\ue000{}\ue001"  # replaces a spelled control token while the template is filled in; private-use characters
 TODAY = datetime(2024, 7, 26)  # for templates that write the date (Llama 3's own fallback): text must not change by day
 
 
 def encoded(
     sources: Iterable[str | Chat], tokenizer: PreTrainedTokenizerBase, eos: bool = False
 ) -> Iterator[list[int]]:
-    """Token ids of texts and chats, each by itself.
+    """Yield the token ids of texts and chats, each by itself.
 
     Args:
         sources: texts get the special tokens that the tokenizer adds; chats those that their template writes.
@@ -37,7 +37,7 @@ def encoded(
         eos: end each with the end-of-text token, if there is one, and if a chat's template wrote none.
 
     Raises:
-        MoesmithError: a chat, and the tokenizer has no chat template, or its template refuses the chat.
+        MoesmithError: the tokenizer has no chat template for a chat, or its template refuses the chat.
     """
     rest = iter(sources)
     end: int | None = tokenizer.eos_token_id if eos else None
@@ -51,7 +51,7 @@ def encoded(
 
 
 def _plain(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool = True) -> list[list[int]]:
-    # verbose=False: records longer than the model's context are meant; they are cut into windows afterwards.
+    # verbose=False: records longer than the model's context are intended; they are cut into windows afterwards.
     options: dict[str, Any] = {"return_attention_mask": False, "verbose": False, "add_special_tokens": special}
     if not isinstance(tokenizer, MistralCommonBackend):  # that one never reads control tokens in a text
         options["split_special_tokens"] = True
@@ -59,9 +59,9 @@ def _plain(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool =
 
 
 def chat_ids(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a chat as its parent's template lays it out.
+    """Return the token ids of a chat as its parent's template lays it out.
 
-    Where a message spells a control token, what stands before, in and behind it is tokenised apart.
+    Where a message spells a control token, the text before, in and after it is tokenised separately.
 
     Raises:
         MoesmithError: as :func:`encoded`.
@@ -76,7 +76,7 @@ def chat_ids(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _laid_out(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A chat as its template lays it out, cut at the control tokens that messages spell: every second piece is one."""
+    """Lay out a chat by its template, cut at the control tokens that messages spell: every second piece is one."""
     if not getattr(tokenizer, "chat_template", None):
         what = "the data holds chats, and the parent has no chat template to read them with"
         raise MoesmithError(what, "Give a parent with a template, or records with the field text.")
@@ -92,17 +92,17 @@ def _laid_out(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     try:
         template = _dated(tokenizer.get_chat_template())
         text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-        text.encode()  # half of a surrogate pair in a role or a tool's name
-    except Exception as error:  # jinja's, the template's own, or a type that it did not expect
+        text.encode()  # refuses half of a surrogate pair in a role or a tool's name
+    except Exception as error:  # jinja's, the template's own, or one about a type that it did not expect
         reason = str(error).partition("\n")[0] or type(error).__name__
         what = f"the parent's chat template refuses a chat that begins {messages[0]['content'][:40]!r}: {reason}"
-        raise MoesmithError(what, "Mend or leave out records like it.") from error
+        raise MoesmithError(what, "Fix or leave out records like it.") from error
     pieces = re.split(MARK.format(r"(\d+)"), text)
     return [spelled[int(piece)] if index % 2 else piece for index, piece in enumerate(pieces)]
 
 
 def _dated(template: str) -> str:
-    """A template with a clock that stands still, where it asks for the date."""
+    """Give a template that asks for the date a clock that always says :data:`TODAY`."""
     formats = re.findall(r"""strftime_now\(\s*["']([^"']+)["']""", template)
     dates = json.dumps({form: TODAY.strftime(form) for form in formats})
     clock = "{% macro strftime_now(format) %}{{ " + dates + "[format] }}{% endmacro %}\n"
@@ -110,14 +110,14 @@ def _dated(template: str) -> str:
 
 
 def control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """What matches the spelling of any control token, the longest first; ``None`` where there are none."""
+    """Return a pattern for the spelling of any control token, the longest first; ``None`` where there are none."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     names = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))) if names else None
 
 
 def spelled(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many records spell a control token in their text, chats not counted."""
+    """Count the records that spell a control token in their text, chats not counted."""
     pattern = control_pattern(tokenizer)
     if pattern is None:
         return 0
@@ -125,7 +125,7 @@ def spelled(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> in
 
 
 def check_chats(domain: Domain, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fill in the template of every chat of a domain, to know that it can be.
+    """Check that the template can be filled in for every chat of a domain.
 
     Raises:
         MoesmithError: it cannot; domain, split and record are named.
@@ -142,17 +142,17 @@ def check_chats(domain: Domain, tokenizer: PreTrainedTokenizerBase) -> None:
             if not "".join(laid_out).strip():
                 raise MoesmithError(
                     f"domain {domain.name}, {split} record {number}: the chat template makes no text of it",
-                    "Mend or leave out records like it.",
+                    "Fix or leave out records like it.",
                 )
 
 
 def reading(records: Mapping[str, Sequence[Record]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What else token ids depend on: the template of chats, and that spelled control tokens are plain characters.
+    """Say what else token ids depend on: the template of chats, and that spelled control tokens are plain characters.
 
-    Nothing where there are neither: moesmith once read such tokens as control tokens, all other text as it does today.
+    Empty where there are neither: older versions read such tokens as control tokens, and all other text as today.
     """
-    found = {name: spelled(of, tokenizer) for name, of in records.items()}
-    settings: dict[str, Any] = {"spelled": found} if any(found.values()) else {}
+    counts = {name: spelled(of, tokenizer) for name, of in records.items()}
+    settings: dict[str, Any] = {"spelled": counts} if any(counts.values()) else {}
     if any(chat(record) for of in records.values() for record in of):
         settings["chat_template"] = digest(tokenizer.chat_template)
     return settings

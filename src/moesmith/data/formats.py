@@ -1,4 +1,4 @@
-"""Files of records: JSON lines, plain or compressed with gzip, a JSON list, Parquet."""
+"""Read files of records: JSON lines, plain or compressed with gzip, a JSON list, Parquet."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read a file of records in the format that its name ends in, one of ``FORMATS``.
+    """Read a file of records in the format that its name's ending says, one of ``FORMATS``.
 
     Raises:
-        MoesmithError: the file cannot be read or holds no record, or something in it is no record (file and line, or
-            row, are named); or a Parquet file and ``pyarrow`` is not installed.
+        MoesmithError: the file cannot be read or holds no record, or something in it is not a record (file and line,
+            or row, are named); or it is a Parquet file and ``pyarrow`` is not installed.
     """
     if path.name.endswith(".parquet"):
         return _checked(path, _parquet_rows(path), "row")
@@ -30,7 +30,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def read_jsonl(path: str | Path) -> list[Record]:
-    """Read a file of JSON lines, one record per line; blank lines are passed over. ``.gz`` is unpacked.
+    """Read a file of JSON lines, one record per line; blank lines are skipped. ``.gz`` is unpacked.
 
     Raises:
         MoesmithError: the file cannot be read or holds no record, or a line is not a record; file and line are named.
@@ -39,12 +39,12 @@ def read_jsonl(path: str | Path) -> list[Record]:
 
 
 def find_records(folder: Path, name: str) -> list[Path]:
-    """The files of records called ``name`` in a folder, in any format."""
+    """Find the files of records called ``name`` in a folder, in any format."""
     return [path for path in (folder / f"{name}{ending}" for ending in FORMATS) if path.is_file()]
 
 
 def records_file(folder: Path, name: str) -> Path:
-    """The one file of records called ``name`` in a folder; the name that it would have as JSON lines if there is none.
+    """Return the file of records called ``name`` in a folder; if there is none, the name that it has as JSON lines.
 
     Raises:
         MoesmithError: there are two, in different formats.
@@ -57,7 +57,7 @@ def records_file(folder: Path, name: str) -> Path:
 
 
 def _checked(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> list[Record]:
-    """Every item as a record; ``unit`` is what an item is called where it is no line."""
+    """Check that every item is a record; ``unit`` is what an item is called where it is not a line."""
     records = []
     for number, item in items:
         if isinstance(item, bytes) and not item.strip():
@@ -66,10 +66,10 @@ def _checked(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> li
             record = _json(item) if isinstance(item, bytes) else item
             if not isinstance(record, dict):
                 raise ValueError(f"the {unit or 'line'} must be a JSON object, not {type(record).__name__}")
-            as_text(record), fields(record)  # tells what is wrong with it
+            as_text(record), fields(record)  # raises where something is wrong with it
         except (ValueError, RecursionError) as error:
             where = f"{path}, {unit} {number}" if unit else f"{path}:{number}"
-            raise MoesmithError(f"{where}: {error}", f"Mend or remove the {unit or 'line'}.") from error
+            raise MoesmithError(f"{where}: {error}", f"Fix or remove the {unit or 'line'}.") from error
         records.append(record)
     if not records:
         raise MoesmithError(f"{path} is empty", "It needs one JSON object per line.")
@@ -86,19 +86,19 @@ def _json(text: bytes) -> Any:
 
 
 def _list(path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON list, counted from 1."""
+    """Read the items of a JSON list, counted from 1."""
     try:
         found = json.loads(_bytes(path).decode())
     except (ValueError, RecursionError) as error:
-        cure = "Mend it; a file with one object per line is called .jsonl."
+        cure = "Fix it; a file with one object per line is called .jsonl."
         raise MoesmithError(f"{path} is not JSON ({error})", cure) from error
     if not isinstance(found, list):
-        raise MoesmithError(f"{path} must hold a list of JSON objects, not {type(found).__name__}", "Mend the file.")
+        raise MoesmithError(f"{path} must hold a list of JSON objects, not {type(found).__name__}", "Fix the file.")
     return iter(enumerate(found, start=1))
 
 
 def _bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked, without a byte-order mark."""
+    """Read a file's bytes, unpacked, without a byte-order mark."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.name.endswith(".gz") else data
@@ -110,7 +110,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a Parquet file, counted from 1; a value that is missing is a field that is not there."""
+    """Read the rows of a Parquet file, counted from 1; the field of a missing value is left out."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,10 +1,10 @@
-"""Domains from Hugging Face data sets, described in a YAML file.
+"""Load domains from Hugging Face data sets that a YAML file describes.
 
 One entry per domain::
 
     race: {hub: ehovy/race, config: all, split: train, eval_split: validation, fields: [article], mode: long}
 
-``fields`` are the columns DIVE's sampler draws one of; ``template`` lays a row out as the text that perplexity and
+DIVE's sampler draws one of the columns in ``fields``; ``template`` lays a row out as the text that perplexity and
 training see ("{question}\\n{answer}"; without it: the fields, one per line). A single field whose cells are lists of
 messages is read as chats. Loading goes through ``datasets``, which reads data files and runs no code of a data set.
 """
@@ -40,22 +40,22 @@ class HubSet(BaseModel):
     template: str = ""
     mode: Mode = ""
     group: str = ""
-    rows: int = 20000  # at most so many rows of a split, drawn at random with a fixed seed
+    rows: int = 20000  # at most this many rows of a split, drawn at random with a fixed seed
 
 
 def hub_domains(path: Path, names: Sequence[str] | None = None) -> list[Domain]:
     """Load the domains a YAML file describes, sorted by name, or those named in their order.
 
     Raises:
-        MoesmithError: the file is not what this module reads (file and key are named), an unknown name, ``datasets``
-            is not installed, or a data set cannot be had or lacks a split or column.
+        MoesmithError: the file is not what this module reads (file and key are named), a name is unknown, ``datasets``
+            is not installed, or a data set cannot be loaded or lacks a split or column.
     """
     sets = read_sets(path)
     return [_load(name, sets[name], path) for name in choose(sorted(sets), names, str(path))]
 
 
 def read_sets(path: Path) -> dict[str, HubSet]:
-    """The descriptions in a YAML file."""
+    """Read the descriptions in a YAML file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -102,7 +102,7 @@ def _records(name: str, entry: HubSet, split: str, path: Path) -> tuple[Record, 
         data = datasets.load_dataset(
             entry.hub, entry.config, data_files=entry.data_files, split=split, revision=entry.revision
         )
-    except Exception as error:  # the library raises its own, the hub's and the network's
+    except Exception as error:  # the library raises its own errors, the hub's and the network's
         reason = str(error).partition("\n")[0]
         raise MoesmithError(
             f"{path}: {name}: data set {entry.hub}, split {split}, cannot be loaded: {reason}",
@@ -130,10 +130,10 @@ def _records(name: str, entry: HubSet, split: str, path: Path) -> tuple[Record, 
 
 
 def _record(row: dict[str, Any], entry: HubSet) -> Record | None:
-    """A row as a record; ``None`` where a field is empty, as in the unanswered rows many sets have.
+    """Turn a row into a record; ``None`` where a field is empty, as in the unanswered rows many sets have.
 
     Raises:
-        ValueError: a cell is no text.
+        ValueError: a cell is not text.
     """
     if len(entry.fields) == 1 and not entry.template and _is_chat(messages := row[entry.fields[0]]):
         record = {"conversations" if "from" in messages[0] else "messages": messages}
@@ -154,7 +154,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _cell(value: Any, column: str) -> str:
-    """A cell as text; a number that is none (NaN) is a missing value.
+    """Turn a cell into text; NaN is a missing value.
 
     Raises:
         ValueError: it is neither text nor a number nor a list of such.

@@ -1,8 +1,8 @@
-"""What evaluation text shares with calibration text, in one domain or between two, and with itself.
+"""Measure what evaluation text shares with calibration text, within a domain or between two, and with itself.
 
-Two records are the same when they differ in case, white space and Unicode forms (NFKC) alone. Of records that are
-not, lines of 13 words or more are compared: 13-grams are what GPT-3's authors looked for (Brown et al. 2020, appendix
-C), and a line is the unit in which documents quote each other. A share is one of characters: text is what is measured.
+Two records are the same when they differ only in case, white space and Unicode forms (NFKC). Of other records, lines
+of 13 words or more are compared: GPT-3's authors looked for 13-grams (Brown et al. 2020, appendix C), and documents
+quote each other by lines. A share counts characters, because text is what is measured.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from moesmith.console import say
 from moesmith.data.records import Domain, Record, as_text
 from moesmith.errors import MoesmithError
 
-WORDS = 13  # of a line that is compared by itself
+WORDS = 13  # fewest words of a line that is compared by itself
 LIMIT = 0.5  # share of a domain's evaluation text that calibration may hold
-WORTH_A_LINE = 0.01  # share below which quoted lines (licences, instructions) are counted, but not said
+WORTH_A_LINE = 0.01  # share below which quoted lines (licences, instructions) are counted, but not reported
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Overlap:
     """What a domain's evaluation split shares with the calibration splits of all domains.
 
     Attributes:
-        records: evaluation records.
-        copied: those of them that are calibration records.
-        quoting: others, with a line of 13 words or more that calibration text holds.
-        repeated: those that an earlier evaluation record of any domain is equal to.
+        records: how many evaluation records there are.
+        copied: how many of them are calibration records.
+        quoting: how many others have a line of 13 words or more that calibration text holds.
+        repeated: how many are equal to an earlier evaluation record of any domain.
         share: part of the evaluation text, by characters, that calibration text holds.
         source: the domain whose calibration split holds most of the copies, or of the lines; empty if none does.
     """
@@ -43,12 +43,12 @@ class Overlap:
     source: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For a manifest."""
+        """Return the numbers for a manifest."""
         return asdict(self) | {"share": round(self.share, 4)}
 
 
 def found_in(metrics: Mapping[str, Any]) -> dict[str, Overlap]:
-    """The overlaps that stage *held-out* left in its metrics; none in runs from before it did."""
+    """Read the overlaps that stage *held-out* left in its metrics; the oldest runs have none."""
     return {name: Overlap(**facts) for name, facts in metrics.get("overlap", {}).items()}
 
 
@@ -56,8 +56,8 @@ def overlaps(evaluated: Sequence[Domain], calibrated: Sequence[Domain] | None = 
     """Compare the evaluation splits of domains with calibration splits.
 
     Args:
-        evaluated: whose evaluation splits.
-        calibrated: whose calibration splits; the same domains if left out.
+        evaluated: the domains of the evaluation splits.
+        calibrated: the domains of the calibration splits; the same if left out.
     """
     wholes: dict[int, str] = {}  # hash of a text → the first domain that has it
     lines: dict[int, str] = {}
@@ -95,7 +95,7 @@ def _overlap(domain: Domain, wholes: dict[int, str], lines: dict[int, str], seen
 
 
 def _lines(record: Record) -> list[str]:
-    """A record's lines as they are compared."""
+    """Return a record's lines as they are compared."""
     text = unicodedata.normalize("NFKC", as_text(record)).casefold()
     return [" ".join(line.split()) for line in text.split("\n") if line.strip()]
 
@@ -105,7 +105,7 @@ def _long(line: str) -> bool:
 
 
 def check_splits(domains: Sequence[Domain]) -> dict[str, Overlap]:
-    """Refuse domains whose evaluation text is calibration text for the most part, and say where some of it is.
+    """Refuse domains whose evaluation text is mostly calibration text, and say where some of it is.
 
     Returns:
         what :func:`overlaps` found.
@@ -116,7 +116,7 @@ def check_splits(domains: Sequence[Domain]) -> dict[str, Overlap]:
     found = overlaps(domains)
     if worst := [name for name, overlap in found.items() if overlap.share >= LIMIT]:
         overlap = found[worst[0]]
-        also = f" (so it is with {', '.join(worst[1:])})" if worst[1:] else ""
+        also = f" (the same holds for {', '.join(worst[1:])})" if worst[1:] else ""
         raise MoesmithError(
             f"{overlap.share:.0%} of the evaluation text of domain '{worst[0]}' is not held out: calibration text of"
             f" '{overlap.source}' holds it, {overlap.copied} of {overlap.records} records word for word{also}",
@@ -128,19 +128,19 @@ def check_splits(domains: Sequence[Domain]) -> dict[str, Overlap]:
 
 
 def warnings(found: dict[str, Overlap]) -> list[str]:
-    """What a person should know, a line for each kind of overlap there is; quotations below 1 % are not said."""
+    """Say what a person should know, a line for each kind of overlap; quotations below 1 % are not reported."""
     lines = []
     held = {n: o for n, o in found.items() if o.copied or o.share >= WORTH_A_LINE}
     if held:
         lines.append("not all evaluation text is held out: " + "; ".join(f"{n} {said(o)}" for n, o in held.items()))
     if repeated := {n: o for n, o in found.items() if o.repeated}:
         counts = "; ".join(f"{n} {o.repeated} of {o.records} records" for n, o in repeated.items())
-        lines.append(f"evaluation text that stands there twice: {counts}")
+        lines.append(f"evaluation text that occurs twice: {counts}")
     return lines
 
 
 def said(overlap: Overlap) -> str:
-    """An overlap in words, for a line about its domain."""
+    """Say an overlap in words, for a line about its domain."""
     return (
         f"{overlap.share:.1%} in calibration text ({overlap.copied} of {overlap.records} records whole,"
         f" {overlap.quoting} in part, most from {overlap.source})"

@@ -1,7 +1,7 @@
-"""Records: the JSON objects text comes in, and the text of each.
+"""Read the text of records, the JSON objects that text comes in.
 
-What a record is (a passage, a question with choices, a program, ...) is told by the fields it has, never by the name
-of its set. The formats are listed in ``KINDS``; unknown extra fields are ignored.
+The fields of a record say what it is (a passage, a question with choices, a program, ...), never the name of its set.
+The formats are listed in ``KINDS``; unknown extra fields are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Record = dict[str, Any]
 Chat = list[dict[str, Any]]  # messages, each with at least "role" and "content", both texts
 Mode = Literal["", "long", "concat"]
 
-# kind → the fields that tell it; the first kind whose fields are all there wins.
+# kind → the fields that identify it; the first kind whose fields are all there wins.
 KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "multiple_choice": ("question", "choices"),
@@ -35,8 +35,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations",),
 }
-NUMERIC = ("answer", "target", "solution", "output", "response")  # fields that may hold a number for text
-# who speaks in ShareGPT's "from" → a role that chat templates know
+NUMERIC = ("answer", "target", "solution", "output", "response")  # fields that may hold a number instead of text
+# the speaker in ShareGPT's "from" → a role that chat templates know
 SPEAKERS = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
@@ -54,9 +54,9 @@ class Domain:
 
     Attributes:
         calibration: records for moments and training.
-        evaluation: records for perplexity; how many of them calibration has too, ``overlap`` counts.
+        evaluation: records for perplexity; ``overlap`` counts how many of them calibration has too.
         group: the field the domain belongs to, such as "mathematics"; may be empty.
-        mode: how DIVE's sampler takes windows (``sampling.sample_windows``); empty: from the records' lengths.
+        mode: how DIVE's sampler takes windows (``sampling.sample_windows``); if empty, the records' lengths decide.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Domain:
 
 
 def kind(record: Record) -> str:
-    """The kind of a record, a key of ``KINDS``.
+    """Return the kind of a record, a key of ``KINDS``.
 
     Raises:
         ValueError: the record has the fields of no kind.
@@ -75,16 +75,16 @@ def kind(record: Record) -> str:
     for name, needed in KINDS.items():
         if all(field in record for field in needed):
             return name
-    found = ", ".join(sorted(map(str, record))) or "none"
-    raise ValueError(f"no known kind of record has the fields {found}")
+    names = ", ".join(sorted(map(str, record))) or "none"
+    raise ValueError(f"no known kind of record has the fields {names}")
 
 
 def as_text(record: Record) -> str:
-    """The whole record as one natural text: passage, question, reasoning and right answer, code, or instruction.
+    """Write the whole record as one natural text: passage, question, reasoning and right answer, code, or instruction.
 
     A multiple-choice record reads with its right choice only; where the answer is unknown (``null``), all choices
-    follow the question. The result is what perplexity is measured on and what the model is trained on, but for a
-    chat: that is read through the parent's chat template (``encoding``), and here it is its messages, one per line.
+    follow the question. The result is what perplexity is measured on and what the model is trained on, except
+    that a chat is read through the parent's chat template (``encoding``); here it is its messages, one per line.
 
     Raises:
         ValueError: the record is of no known kind, a field has the wrong type, or there is no text in it.
@@ -95,12 +95,12 @@ def as_text(record: Record) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("the text holds half of a surrogate pair, which is no character") from error
+        raise ValueError("the text holds half of a surrogate pair, which is not a character") from error
     return text
 
 
 def fields(record: Record) -> list[str | Chat]:
-    """The texts of a record of which DIVE's sampler draws one.
+    """Return a record's texts; DIVE's sampler draws one of them.
 
     A data set's description names them (``fields`` in its YAML); a pair of sentences has two; every other record is
     taken whole, so that calibration sees the text that evaluation measures.
@@ -117,7 +117,7 @@ def fields(record: Record) -> list[str | Chat]:
 
 
 def whole(record: Record) -> str | Chat:
-    """What a model reads of a record: its text, or the messages of a chat.
+    """Return what a model reads of a record: its text, or the messages of a chat.
 
     Raises:
         ValueError: as ``as_text``.
@@ -126,14 +126,14 @@ def whole(record: Record) -> str | Chat:
 
 
 def chat(record: Record) -> Chat | None:
-    """The messages of a record that is a chat; ``None`` for every other record.
+    """Return the messages of a record that is a chat; ``None`` for every other record.
 
     ``messages`` as chat APIs have them (``role``, ``content``: text, or a list of parts of type text) and ShareGPT's
     ``conversations`` (``from``, ``value``) come out alike. Further entries of a message (``tool_calls``, ...) are left
     as they are, for the template.
 
     Raises:
-        ValueError: it is no list of such messages.
+        ValueError: it is not a list of such messages.
     """
     name = kind(record)
     if name not in ("messages", "conversations"):
@@ -159,7 +159,7 @@ def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _content(content: Any, name: str) -> str:
-    """A message's text; parts are joined by line breaks, as servers do for templates that take texts only."""
+    """Return a message's text; parts are joined by line breaks, as servers do for templates that take texts only."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -197,7 +197,7 @@ def _text(record: Record) -> str:
         case _:
             reasoning, answer_text = _lines(record, *REASONING), _string(record, "answer")
             head = _joined(_lines(record, "context", "question"), reasoning)
-            # A worked solution mostly ends with its answer; then it is not said twice.
+            # A worked solution mostly ends with its answer, which is then not repeated.
             said = answer_text in reasoning.rstrip().rpartition("\n")[2]
             return head if said else _joined(head, answer_text)
 
@@ -212,14 +212,14 @@ def _multiple_choice(record: Record) -> str:
     if len(BLANK.findall(question)) == 1:
         answered = [BLANK.sub(lambda _: choice, question), reasoning]
     elif not (context or reasoning or question.rstrip().endswith(("?", ".", ":", "!", "。", "？"))):
-        answered = [f"{question.rstrip()} {choice.lstrip()}"]  # the choice goes on with the sentence
+        answered = [f"{question.rstrip()} {choice.lstrip()}"]  # the choice continues the sentence
     else:
         answered = [question, reasoning, choice]
     return _joined(context, *answered)
 
 
 def _answer(record: Record, choices: list[str]) -> int | None:
-    """The index of the right choice; ``None`` where it is not known."""
+    """Return the index of the right choice; ``None`` where it is not known."""
     answer = record.get("answer")
     if answer is None:
         return None
@@ -258,11 +258,11 @@ def _joined(*parts: str) -> str:
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Refuse names of domains that cannot be what they also become: names of files and of tensors, a column's head.
+    """Refuse names of domains that cannot also name files, tensors and a table's columns.
 
     Raises:
         MoesmithError: a name is empty or long, begins with a dot, holds a slash or a character that is not printable,
-            or differs from another one in capitals alone.
+            or differs from another one only in capitals.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -270,9 +270,9 @@ def check_names(names: Sequence[str], where: str) -> None:
         if not name.strip() or name != name.strip() or len(name.encode(errors="replace")) > 120:
             what = "is empty, begins or ends with white space, or is longer than 120 bytes"
         elif name.startswith(".") or "/" in name or "\\" in name or not _printable(name) or name == "__metadata__":
-            what = "begins with a dot, holds a slash or a character that cannot be printed, or is taken"
+            what = "begins with a dot, holds a slash or a character that cannot be printed, or is reserved"
         elif (other := seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)) != name:
-            what = f"differs from {other!r} in capitals alone, which some file systems take for the same"
+            what = f"differs from {other!r} only in capitals, which some file systems ignore"
         if what:
             raise MoesmithError(f"{where} has a domain called {name!r:.80}, which {what}", "Give it another name.")
 
@@ -282,10 +282,10 @@ def _printable(name: str) -> bool:
 
 
 def choose(known: Sequence[str], names: Sequence[str] | None, where: str) -> list[str]:
-    """The domains asked for, in the order asked; all of them when ``names`` is ``None``.
+    """Return the domains asked for, in the order asked; all of them when ``names`` is ``None``.
 
     Raises:
-        MoesmithError: a name is not known (the nearest known one is given) or stands twice, or the list is empty.
+        MoesmithError: a name is not known (the nearest known one is given) or is given twice, or the list is empty.
     """
     if names is None:
         return list(known)

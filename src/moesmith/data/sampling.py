@@ -1,4 +1,4 @@
-"""From records to token windows: DIVE's calibration sampler, and packing for evaluation and training."""
+"""Turn records into token windows: DIVE's calibration sampler, and packing for evaluation and training."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Packed:
 
 
 def sample_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: int, window: int, seed: int) -> Tensor:
-    """Calibration windows as DIVE's published code draws them, ``tokens // window`` of them.
+    """Draw ``tokens // window`` calibration windows as DIVE's published code draws them.
 
-    A domain of long texts draws a random record until it is longer than the window, and takes a random window of it.
-    A domain of short texts appends random records, each tokenised by itself (with its own BOS where the tokenizer
-    adds one), until they are longer than the window, and takes a random window. Where records have several fields,
-    one is drawn for the window and used for all its records. No EOS, no separators. A domain is long by its ``mode``,
-    else when its median record is longer than the window.
+    In a domain of long texts, random records are drawn until one is longer than the window, and a random window of it
+    is taken. In a domain of short texts, random records, each tokenised by itself (with its own BOS where the tokenizer
+    adds one), are joined until they are longer than the window, and a random window is taken. Where records have
+    several fields, one is drawn for the window and used for all its records. No EOS, no separators. A domain is long
+    by its ``mode``, else when its median record is longer than the window.
 
     Args:
         domain: its calibration split is used.
@@ -56,7 +56,7 @@ def sample_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: i
         (N, window) int64 token ids.
 
     Raises:
-        MoesmithError: fewer tokens asked for, or in the domain, than one window; a domain of mode "long" without a
+        MoesmithError: fewer tokens are asked for, or are in the domain, than one window; a domain of mode "long" has no
             record longer than the window.
     """
     count = _whole_windows(tokens, window)
@@ -74,7 +74,7 @@ def sample_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: i
 
 
 def must_hold(domain: Domain, tokenizer: PreTrainedTokenizerBase, calibration: int, evaluation: int) -> None:
-    """Read as many records of each split as it takes to know that it holds a window of so many tokens.
+    """Check that each split holds a window of so many tokens, reading only as many records as that takes.
 
     Raises:
         MoesmithError: it does not.
@@ -156,7 +156,7 @@ def pack(
     Args:
         texts: texts or chats, each tokenised by itself (``encoding``).
         window: tokens per block.
-        limit: stop reading when so many tokens are there; the blocks hold at most this many.
+        limit: stop reading at this many tokens; the blocks hold at most this many.
         eos: end each text with the tokenizer's end-of-text token, if it has one.
 
     Returns:
@@ -166,13 +166,13 @@ def pack(
 
 
 def evaluation_blocks(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: int, window: int) -> Packed:
-    """Blocks of the evaluation split, whole records in file order, at most ``tokens`` tokens.
+    """Cut blocks from the evaluation split, whole records in file order, at most ``tokens`` tokens.
 
-    Where the split holds more than that, the records are a fixed random choice from all of it (the same at every
-    call), then put in file order: files are often sorted, by language or subject, and their start is not the domain.
+    If the split holds more than that, the records are a fixed random choice from all of it (the same at every call),
+    put in file order: files are often sorted, by language or subject, and their start does not represent the domain.
 
     Raises:
-        MoesmithError: fewer tokens asked for, or in the split, than one window.
+        MoesmithError: fewer tokens are asked for, or are in the split, than one window.
     """
     limit = _whole_windows(tokens, window) * window
     order = list(range(len(domain.evaluation)))
@@ -193,13 +193,13 @@ def evaluation_blocks(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens
 def training_blocks(
     domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, tokens: int, window: int, seed: int
 ) -> Packed:
-    """An even mix of the calibration splits: as many blocks from each domain (to within one), shuffled.
+    """Mix the calibration splits evenly: as many blocks from each domain (to within one), shuffled.
 
     A block holds records of one domain. A domain with too little text is read again, in another order;
     ``Packed.epochs`` says how often each was read.
 
     Raises:
-        MoesmithError: fewer tokens than one window, or a domain without any token.
+        MoesmithError: there are fewer tokens than one window, or a domain has no token.
     """
     count = _whole_windows(tokens, window)
     parts, epochs = [], {}
@@ -221,7 +221,7 @@ def training_blocks(
 
 
 def _epochs(domain: Domain, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[list[int]]:
-    """Tokenised calibration records in random order, again and again."""
+    """Yield tokenised calibration records in random order, again and again."""
     records: list[Record] = list(domain.calibration)
     while True:
         rng.shuffle(records)

@@ -1,8 +1,8 @@
-"""Domains: named texts with a calibration and an evaluation split, and the way from them to token windows.
+"""Load domains: named texts with a calibration and an evaluation split, and all that makes token windows of them.
 
-This is the module to import from: reading is here, records in ``records``, files of them in ``formats``, their tokens
-in ``encoding``, sampling and packing in ``sampling``, what splits share in ``overlap``, the built-in domains in
-``builtin``, Hugging Face data sets in ``hub``.
+This is the module to import from: reading is here, records are in ``records``, files of them in ``formats``, their
+tokens in ``encoding``, sampling and packing in ``sampling``, what splits share in ``overlap``, the built-in domains in
+``builtin``, Hugging Face data sets in ``hf_datasets``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 BUILTIN = "builtin"
 SHIPPED = {"paper24": Path(__file__).parent / "sets" / "paper24.yaml"}
-SPLITS = {"train": "calibration", "test": "evaluation"}  # as files are named → what the split is for
+SPLITS = {"train": "calibration", "test": "evaluation"}  # a split's name in files → what it is for
 
 
 def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -> list[Domain]:
@@ -52,14 +52,14 @@ def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -
 
     Args:
         source: ``builtin``; a folder of ``<name>.train.jsonl`` (calibration) with ``<name>.test.jsonl`` (evaluation),
-            or of files in another of ``FORMATS``; a ``.yaml`` file describing Hugging Face data sets (see ``hub``); or
-            ``paper24``, DIVE's own 24 sets.
-        names: which domains, in this order. By default all, sorted by name; in a folder, sets with only one of the
-            two files are then passed over.
+            or of files in another of ``FORMATS``; a ``.yaml`` file that describes Hugging Face data sets
+            (``hf_datasets``); or ``paper24``, DIVE's own 24 sets.
+        names: which domains, in this order. By default all, sorted by name; in a folder, sets with only one of the two
+            files are then skipped.
 
     Raises:
-        MoesmithError: nothing of that name, no complete set, an unknown name (the nearest one is given), a set asked
-            for that has only one split, or an empty or malformed file (with its line).
+        MoesmithError: there is nothing of that name, no complete set, an unknown name (the nearest one is given), a
+            named set with only one split, or an empty or malformed file (with its line).
     """
     source, names = path_text("data", source), None if names is None else several("names", names)
     if source == BUILTIN:
@@ -75,7 +75,7 @@ def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -
 
 
 def source_digest(source: str | Path, names: Sequence[str] | None = None) -> str:
-    """A short hash of the files ``load_domains`` would read, to notice changed inputs.
+    """Return a short hash of the files ``load_domains`` would read, to notice changed inputs.
 
     For Hugging Face data sets it covers their description, not the data: give a ``revision`` to fix those.
 
@@ -109,7 +109,7 @@ def _locate(source: str) -> Path:
 
 
 def _files(folder: Path, names: Sequence[str] | None) -> dict[str, tuple[Path, Path]]:
-    """Set → its calibration and evaluation file."""
+    """Map each set to its calibration and evaluation file."""
     found: dict[str, set[str]] = {split: set() for split in SPLITS}
     for path in folder.iterdir():
         for split in SPLITS:
@@ -128,7 +128,7 @@ def _files(folder: Path, names: Sequence[str] | None) -> dict[str, tuple[Path, P
 
 
 def _split(folder: Path, name: str, split: str) -> Path:
-    """The one file of a split."""
+    """Return the file of a split."""
     file = records_file(folder, f"{name}.{split}")
     if not file.is_file():
         raise MoesmithError(
@@ -138,7 +138,7 @@ def _split(folder: Path, name: str, split: str) -> Path:
 
 
 def _groups(folder: Path) -> dict[str, str]:
-    """Set → field, from ``index.json``; nothing depends on it, so a file of another shape says nothing."""
+    """Map each set to its field by ``index.json``; nothing depends on it, so a file of another shape is ignored."""
     try:
         return {
             entry["set"]: str(entry["domain"])

@@ -1,1 +1,1 @@
-"""Measurements of a model: perplexity, tasks, routing."""
+"""Measure a model: perplexity, tasks, routing."""

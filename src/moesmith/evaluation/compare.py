@@ -1,4 +1,4 @@
-"""The finished model beside its dense parent: evaluation tables and continuations of a prompt."""
+"""Compare the finished model with its dense parent: evaluation tables and continuations of a prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moesmith.run.folder import open_run
 
 @takes_paths("folder")
 def models_of(folder: Path, dtype: DType = AUTO, device: Device = AUTO) -> tuple[Parent, PreTrainedModel]:
-    """A run's dense parent and its finished model, computing alike.
+    """Load a run's dense parent and its finished model, with the same dtype and device.
 
     Raises:
         MoesmithError: as ``Run.parent``, or the finished model is damaged.
@@ -53,14 +53,14 @@ def compare(
         limit: items per task.
         tokens: evaluation tokens per domain, and of WikiText-2.
         dtype: what both compute in; the fastest here for ``auto``.
-        device: where.
+        device: where both compute.
 
     Returns:
         ``{"results": [{"task", "metric", "parent", "moe"}, ...], "dtype", "device", ...}``, JSON-able.
 
     Raises:
-        MoesmithError: as :func:`models_of` and, before any model is loaded, an unknown task, or a file that is missing
-            or malformed.
+        MoesmithError: as :func:`models_of`; and, before any model is loaded, a task is unknown, or a file is missing or
+            malformed.
     """
     tasks, data = several("tasks", tasks), None if data is None else path_text("data", data)
     if not tasks:
@@ -75,7 +75,7 @@ def compare(
     for task in sorted({"lambada", "wikitext2"} & set(tasks)):
         if local is None:
             raise MoesmithError(f"{task} needs a file of that name", "Give --data a folder that holds it.")
-        read_records(records_file(local, f"{task}.test"))  # a file that will not do is refused now
+        read_records(records_file(local, f"{task}.test"))  # an unusable file is refused now
     names = header["recipe"]["domains"]["names"] if data is None else None
     domains = load_domains(source, names) if "domains" in tasks else []
     overlap = _overlap(domains, header, data is None) if domains else {}
@@ -111,11 +111,11 @@ def compare(
 
 
 def _overlap(domains: Sequence[Domain], header: Mapping[str, Any], own: bool) -> dict[str, Any]:
-    """What the domains' evaluation text shares with what the run was calibrated and trained on; some of it is said."""
+    """Measure what the domains' evaluation text shares with what the run was calibrated and trained on; warn of it."""
     try:
         calibrated = domains if own else load_domains(header["inputs"]["data"], header["recipe"]["domains"]["names"])
     except MoesmithError as error:
-        say(f"whether the run was calibrated on this text is not known: {error}")
+        say(f"it is not known whether the run was calibrated on this text: {error}")
         return {}
     found = overlaps(domains, calibrated)
     for line in warnings(found):
@@ -127,7 +127,7 @@ def _overlap(domains: Sequence[Domain], header: Mapping[str, Any], own: bool) ->
 def continuations(
     folder: Path, prompt: str, tokens: int, chat: bool, dtype: DType = AUTO, device: Device = AUTO
 ) -> dict[str, str]:
-    """Greedy continuations of a prompt by the dense parent and the MoE."""
+    """Continue a prompt greedily with the dense parent and the MoE."""
     parent, moe = models_of(folder, dtype, device)
     tokenizer = parent.tokenizer
     if chat:

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness in process: tasks from local JSONL through our templates, and its own registry.
+"""Run lm-evaluation-harness in process: tasks from local JSONL through our templates, and its own registry.
 
-The model in memory is handed over as it is. Local tasks reach the harness as task configurations whose data set is
+The harness gets the model in memory as it is. Local tasks reach the harness as task configurations whose data set is
 already loaded, so nothing is downloaded, cached or written for them.
 """
 
@@ -35,7 +35,7 @@ def find_tasks(tasks: Sequence[str], data: Path | None = None) -> Found:
     ``<task>.train.jsonl``); any other name is looked up in the harness's registry, whose data sets it may download.
 
     Args:
-        tasks: names.
+        tasks: their names.
         data: folder of local records.
 
     Raises:
@@ -64,12 +64,12 @@ def run_tasks(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        tasks: what :func:`find_tasks` found.
-        limit: first so many items of each task only (of a task in parts: as many of each part as makes that number).
-        batch: sequences of 512 tokens per forward pass; of shorter ones there are more.
+        tasks: what :func:`find_tasks` returned.
+        limit: run only this many items of each task, the first ones (of a task in parts: an equal number of each part).
+        batch: sequences of 512 tokens per forward pass; more if they are shorter.
 
     Returns:
-        per task its metrics and the number of ``items``; a registered tag gives a row per task behind it.
+        for each task its metrics and the number of ``items``; a registered tag gives a row for each of its tasks.
     """
     training = model.training
     with silenced():
@@ -91,7 +91,7 @@ def run_tasks(
 
 
 def run(lm: Any, tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """The harness's raw result, samples included; ``tasks`` as its ``TaskManager.load`` returns them."""
+    """Return the harness's raw result, samples included; ``tasks`` as its ``TaskManager.load`` returns them."""
     from lm_eval.evaluator import evaluate
 
     for task in tasks["tasks"].values():
@@ -102,7 +102,7 @@ def run(lm: Any, tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:
 
 
 def local_tasks(parts: Sequence[Task]) -> dict[str, Any]:
-    """The harness's task objects of a local task, by name."""
+    """Make the harness's task objects of a local task, by name."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -119,9 +119,9 @@ def local_tasks(parts: Sequence[Task]) -> dict[str, Any]:
 
 
 def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
-    """The harness's wrapper of a model in memory, with our progress bar and fp32 probabilities.
+    """Wrap a model in memory for the harness, with our progress bar and fp32 probabilities.
 
-    The tokenizer is copied, for the harness may give it a padding token.
+    The tokenizer is copied, because the harness may give it a padding token.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -160,7 +160,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
 
 def _registered(names: Sequence[str]) -> dict[str, Any]:
-    """The harness's own tasks by the name they were asked for. Reads its registry only when there is a name."""
+    """Load the harness's own tasks, by the names asked for; its registry is read only when there is a name."""
     if not names:
         return {}
     from lm_eval.tasks import TaskManager
@@ -188,7 +188,7 @@ def _load(manager: Any, name: str) -> Any:
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """A row of the harness's results without its aliases and standard errors."""
+    """Return a row of the harness's results without aliases and standard errors."""
     kept = {
         (metric if name == "none" else f"{metric} ({name})"): float(value)
         for key, value in row.items()
@@ -199,7 +199,7 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _pooled(found: dict[str, Any], parts: Sequence[Task]) -> dict[str, float]:
-    """The metrics of a local task: the mean over its parts, weighted by their items."""
+    """Compute the metrics of a local task: the mean over its parts, weighted by their items."""
     rows = [_metrics(found["results"][part.name]) for part in parts]
     total = sum(row["items"] for row in rows)
     return {m: sum(row[m] * row["items"] for row in rows) / total for m in parts[0].metrics} | {"items": total}
@@ -207,9 +207,9 @@ def _pooled(found: dict[str, Any], parts: Sequence[Task]) -> dict[str, float]:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Keep the log lines of the harness and the hub, and a progress bar per set of prompts, to themselves.
+    """Silence the log lines of the harness and the hub, and a progress bar per set of prompts.
 
-    Errors arrive as exceptions.
+    Errors still arrive as exceptions.
     """
     import lm_eval.api.task as prompts
 

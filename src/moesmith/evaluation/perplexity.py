@@ -1,6 +1,6 @@
-"""How well a model predicts text: perplexity of blocks, of domains and of WikiText-2, and LAMBADA's last words.
+"""Measure how well a model predicts text: perplexity of blocks, domains and WikiText-2, and LAMBADA's last words.
 
-The hidden states come from the backbone and meet the output head a few hundred tokens at a time, so that the logits
+The output head is applied to the hidden states of a few hundred tokens at a time, so that the logits
 of a window (tokens × vocabulary in fp32) never exist as a whole. Everything runs in evaluation mode, without autograd,
 in the model's own dtype; probabilities are taken in fp32 and summed in double precision.
 """
@@ -33,7 +33,7 @@ WINDOWS = (512, 1024, 2048)  # WikiText-2 lengths of DIVE's published test scrip
 
 @contextmanager
 def evaluating(model: Decoder) -> Iterator[None]:
-    """Evaluation mode without autograd for the body of a ``with``; the model's own mode comes back after it."""
+    """Inside the ``with``, put the model in evaluation mode without autograd; its own mode comes back afterwards."""
     if isinstance(model, Layered):  # its layers are made in evaluation mode
         model = model.shell
     training = model.training
@@ -46,7 +46,7 @@ def evaluating(model: Decoder) -> Iterator[None]:
 
 
 def _logits(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """fp32 logits (≤ CHUNK, vocabulary) of the next token, chunk by chunk, each with the rows it belongs to."""
+    """Yield fp32 logits (≤ CHUNK, vocabulary) of the next token, chunk by chunk, each with the rows it belongs to."""
     head: Any = model.get_output_embeddings()
     chunk = CHUNK if hidden_TD.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, len(hidden_TD), chunk):
@@ -55,24 +55,24 @@ def _logits(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]
 
 
 def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    """Final hidden states (B, S, D)."""
+    """Compute the final hidden states (B, S, D)."""
     return model.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state
 
 
 def token_nll(
     model: Decoder, blocks: Tensor, batch: int = 8, *, label: str | None = None, bar: Meter | None = None
 ) -> Tensor:
-    """Negative log-likelihood, in nats, of every token given those before it in its window.
+    """Compute the negative log-likelihood, in nats, of every token given those before it in its window.
 
     Args:
         model: a causal language model.
         blocks: token ids (N, window), int64.
         batch: windows per forward pass.
         label: show progress under this name.
-        bar: or add the tokens to a progress bar that is already there.
+        bar: add the tokens to this progress bar instead.
 
     Returns:
-        (N, window − 1) in fp32 on the CPU; the first token of a window is predicted by nothing.
+        (N, window − 1) in fp32 on the CPU; the first token of a window is not predicted.
 
     Raises:
         MoesmithError: there is no window, or it is too short to predict anything.
@@ -83,13 +83,13 @@ def token_nll(
 
 
 class Listener(Protocol):
-    """What watches the layers while text is read, such as ``report.routing.Recorder``."""
+    """Watches the layers while text is read, such as ``evaluation.routing.Recorder``."""
 
     def begin(self, texts: Sequence[Tensor], batch: int) -> None:
-        """The texts begin, from their first, ``batch`` windows at a time; called anew when they do so once more."""
+        """Expect the texts from the first on, ``batch`` windows at a time; called again when they are read anew."""
 
     def visit(self, index: int, layer: nn.Module) -> AbstractContextManager[Any]:
-        """Entered around a layer's work (``layerwise.Visit``)."""
+        """Return what to enter around a layer's work (``layerwise.Visit``)."""
 
 
 def _nlls(
@@ -101,7 +101,7 @@ def _nlls(
 def _text_nlls(
     model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None, listener: Listener | None
 ) -> list[Tensor]:
-    """:func:`token_nll` of several texts; run layer by layer, they go through a layer together."""
+    """Compute :func:`token_nll` of several texts; run layer by layer, they go through a layer together."""
     if not all(len(blocks) and blocks.shape[1] > 1 for blocks in texts):
         raise MoesmithError("There is not one whole window of text to predict", "Give more text or a shorter window.")
     for blocks in texts:
@@ -122,14 +122,14 @@ def _text_nlls(
                 F.cross_entropy(logits_CV, targets_T[part], reduction="none")
                 for part, logits_CV in _logits(model, hidden_TD)
             ]
-            out_BS.copy_(torch.cat(found).view_as(out_BS))  # the batch's one wait for the device
+            out_BS.copy_(torch.cat(found).view_as(out_BS))  # the batch's only wait for the device
     return nlls
 
 
 def perplexity(model: Decoder, blocks: Tensor, batch: int = 8, *, label: str | None = None) -> float:
-    """exp of the mean negative log-likelihood over all predicted tokens of ``blocks`` (N, window).
+    """Compute exp of the mean negative log-likelihood over all predicted tokens of ``blocks`` (N, window).
 
-    The mean over windows of each window's mean loss, as in DIVE's published test script; infinite where the
+    It is the mean over windows of each window's mean loss, as in DIVE's published test script; infinite where the
     exponential overflows. Raises as ``token_nll``.
     """
     return _exp_mean(token_nll(model, blocks, batch, label=label))
@@ -148,7 +148,7 @@ def perplexities(
     bar: Meter | None = None,
     listener: Listener | None = None,
 ) -> dict[str, float]:
-    """:func:`perplexity` of several named texts under one progress bar: a new one, or ``bar``.
+    """Compute :func:`perplexity` of several named texts under one progress bar: a new one, or ``bar``.
 
     A ``listener`` watches the layers in the same pass.
     """
@@ -159,7 +159,7 @@ def perplexities(
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """exp of the mean logarithm of positive numbers; the usual mean of perplexities."""
+    """Compute exp of the mean logarithm of positive numbers; the usual mean of perplexities."""
     return statistics.geometric_mean(values)
 
 
@@ -171,7 +171,7 @@ def domain_perplexities(
     window: int,
     batch: int = 8,
 ) -> dict[str, float]:
-    """Perplexity on at most ``tokens`` tokens of each domain's evaluation split, in windows of ``window``.
+    """Compute perplexity on at most ``tokens`` tokens of each domain's evaluation split, in windows of ``window``.
 
     Raises:
         MoesmithError: a domain has less evaluation text than one window.
@@ -183,14 +183,14 @@ def domain_perplexities(
 def _field(record: Record, name: str, path: Path, number: int) -> str:
     value = record.get(name)
     if not isinstance(value, str):
-        raise MoesmithError(f"{path}: record {number} has no text under {name!r}", "Mend or remove the record.")
+        raise MoesmithError(f"{path}: record {number} has no text under {name!r}", "Fix or remove the record.")
     return value
 
 
 def wikitext2_text(path: Path) -> str:
-    """The one string the literature tokenizes: the lines of the raw test file joined by blank lines.
+    """Return the one string the literature tokenizes: the lines of the raw test file joined by blank lines.
 
-    The records of ``path`` joined by nothing are the raw file. The usual loader yields one row per line, with its line
+    The records of ``path``, concatenated, are the raw file. The usual loader yields one row per line, with its line
     end unless the line is blank, and every published script joins those rows with ``"\\n\\n"``.
     """
     raw = "".join(_field(r, "text", path, n) for n, r in enumerate(read_records(path), 1))
@@ -207,18 +207,18 @@ def wikitext2(
     tokens: int | None = None,
     batch: int = 8,
 ) -> dict[int, float]:
-    """WikiText-2 perplexity by window length, as DIVE's published code has it.
+    """Compute WikiText-2 perplexity by window length, as DIVE's published code does.
 
-    One stream of tokens with no special ones but those the tokenizer puts at its start, windows that do not overlap,
-    the remainder dropped.
+    The text is one stream of tokens, without special ones except those the tokenizer puts at its start; windows do not
+    overlap, and the remainder is dropped.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         data: folder that holds ``wikitext2.test.jsonl``.
-        windows: lengths to report; those longer than the model's context are left out, and said so.
-        tokens: stop after so many tokens of the stream, for a quick look.
-        batch: windows of 512 tokens per forward pass; longer ones are fewer.
+        windows: lengths to report; those longer than the model's context are left out, with a message.
+        tokens: stop after this many tokens of the stream, for a quick look.
+        batch: windows of 512 tokens per forward pass; fewer if they are longer.
 
     Raises:
         MoesmithError: the file is missing or malformed, or the text is shorter than a window.
@@ -237,13 +237,13 @@ def wikitext2(
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Most tokens the model was made for (its config's word, else the tokenizer's, else 2048)."""
+    """Return the most tokens that the model was made for (as its config says, else its tokenizer, else 2048)."""
     length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     return int(length) if length < 1e9 else 2048  # a tokenizer without a limit says 1e30
 
 
 class Likelihood(NamedTuple):
-    """What a model says of a continuation after its context."""
+    """How likely a model finds a continuation after its context."""
 
     total: float  # log-probability of the whole continuation, nats
     greedy: bool  # every token of it is the most likely one
@@ -251,10 +251,10 @@ class Likelihood(NamedTuple):
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of context and continuation, split as lm-evaluation-harness splits them.
+    """Turn context and continuation into token ids, split as lm-evaluation-harness splits them.
 
-    Spaces at the end of a context go to the continuation, both are tokenized together, and what follows as many
-    tokens as the context alone has is the continuation. After an empty context comes bos (or eos).
+    Spaces at the end of a context move to the continuation, and both are tokenized together; the tokens after as many
+    as the context alone has are the continuation. An empty context is replaced by bos (or eos).
     """
     moved = [(c.rstrip(), c[len(c.rstrip()) :] + continuation) for c, continuation in pairs]
     contexts = list(dict.fromkeys(context for context, _ in moved if context))
@@ -271,7 +271,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
         if not before or not after or before == [None]:
             raise MoesmithError(
                 f"The tokenizer leaves nothing to predict in {continuation!r} after {context[-40:]!r}",
-                "Mend or remove the record.",
+                "Fix or remove the record.",
             )
         encoded.append((before, after))
     return encoded
@@ -289,7 +289,7 @@ def log_likelihoods(
     *,
     label: str | None = None,
 ) -> list[Likelihood]:
-    """Log-likelihood of each continuation after its context, token for token what lm-evaluation-harness computes.
+    """Compute each continuation's log-likelihood after its context, token for token as lm-evaluation-harness does.
 
     Pairs whose input is the same (all but the last token) share one row; rows go through the model longest first.
 
@@ -297,11 +297,11 @@ def log_likelihoods(
         model: a causal language model.
         tokenizer: its tokenizer.
         pairs: (context, continuation) texts; the space between them belongs to the continuation.
-        batch: sequences of 512 tokens per forward pass; of shorter ones there are more.
+        batch: sequences of 512 tokens per forward pass; more if they are shorter.
         label: show progress under this name.
 
     Raises:
-        MoesmithError: a continuation has no token of its own, or more than the model's context.
+        MoesmithError: a continuation has no token of its own, or more tokens than the model's context.
     """
 
     def run(rows: int) -> list[Likelihood]:
@@ -319,7 +319,7 @@ def _likelihoods(
 ) -> list[Likelihood]:
     longest, known = context_length(model, tokenizer), rows_of(model)
     cut: list[int] = []
-    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input → pairs it answers, each with its tokens
+    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input → the pairs it serves, each with its tokens
     for index, (before, after) in enumerate(_encode(tokenizer, pairs)):
         if len(after) > longest:
             raise MoesmithError(
@@ -337,7 +337,7 @@ def _likelihoods(
         for inputs in _batches(sorted(rows, key=len, reverse=True), batch * WINDOW):
             ids_BS = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.int64)
             for row_S, ids in zip(ids_BS, inputs, strict=True):
-                row_S[: len(ids)] = torch.tensor(ids)  # padded on the right, where no token before it looks
+                row_S[: len(ids)] = torch.tensor(ids)  # padded on the right, which earlier tokens do not see
             asked = [(row, index, after) for row, ids in enumerate(inputs) for index, after in rows[ids]]
             wanted_T3 = torch.tensor(
                 [
@@ -357,7 +357,7 @@ def _likelihoods(
 
 
 def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target (T) and whether it is the most likely token (T), on the CPU."""
+    """Compute each target's log-probability (T) and whether it is the most likely token (T), on the CPU."""
     log, greedy = [], []
     for part, logits_CV in _logits(model, hidden_TD):
         target_C = target_T[part]
@@ -367,7 +367,7 @@ def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple
 
 
 def _batches(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Runs of ``inputs``, which get shorter, that fill at most ``tokens`` when padded to the first of the run."""
+    """Split ``inputs``, longest first, into batches that fill at most ``tokens`` when padded to their first."""
     start = 0
     while start < len(inputs):
         stop = start + max(1, tokens // len(inputs[start]))
@@ -378,13 +378,13 @@ def _batches(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequenc
 def lambada(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None = None, batch: int = 8
 ) -> dict[str, Any]:
-    """LAMBADA: perplexity of the last word, exp(−mean log-likelihood of whole words), and greedy accuracy.
+    """Compute LAMBADA: perplexity of the last word, exp(−mean log-likelihood of whole words), and greedy accuracy.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         data: folder that holds ``lambada.test.jsonl`` with ``context`` and ``target``.
-        limit: first so many items only.
+        limit: use only this many items, the first ones.
         batch: sequences of 512 tokens per forward pass.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Which expert took which token: a recorder for our own blocks and for stock Hugging Face MoE models.
+"""Record which expert took which token, in our own blocks and in stock Hugging Face MoE models.
 
-The recorder hooks the routers themselves. ``output_router_logits`` is not used: many architectures drop it
-on the way out. Shapes: D domains, L layers, E experts, K active experts, T tokens.
+The recorder hooks the routers themselves. ``output_router_logits`` is not used, because many architectures do
+not return it. Shapes: D domains, L layers, E experts, K active experts, T tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Routing:
     """Counts of a router's choices over text.
 
     Attributes:
-        domains: D names.
+        domains: names of the D domains.
         counts_DLE: how often each expert was chosen, (D, L, E) int64; a token counts K times.
         entropy_DL: mean entropy of the router's softmax over all E experts, in nats, (D, L).
         tokens_D: tokens seen per domain.
@@ -64,7 +64,7 @@ class Routing:
 
     @property
     def experts(self) -> int:
-        """E."""
+        """The number of experts, E."""
         return int(self.counts_DLE.shape[2])
 
     @property
@@ -73,7 +73,7 @@ class Routing:
         return _shares(self.counts_DLE.sum(0))
 
     def share(self, layer: int | None = None) -> NDArray[np.float64]:
-        """Each expert's share of a domain's choices, in one layer or over all layers, (D, E); rows sum to 1."""
+        """Compute each expert's share of a domain's choices, in one layer or over all layers, (D, E); rows sum to 1."""
         return _shares(self.counts_DLE.sum(1) if layer is None else self.counts_DLE[:, layer])
 
     @property
@@ -88,7 +88,7 @@ class Routing:
         return self._over_log(-(load_LE * np.log(np.where(load_LE > 0, load_LE, 1))).sum(-1))
 
     def dead(self, threshold: float = 0.05) -> list[tuple[int, int, float]]:
-        """Experts chosen less than ``threshold`` times the uniform share: (layer, expert, load)."""
+        """List experts chosen less than ``threshold`` times the uniform share: (layer, expert, load)."""
         load_LE = self.load_LE
         return [
             (int(layer), int(e), float(load_LE[layer, e]))
@@ -140,7 +140,7 @@ def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _routers(model: nn.Module) -> list[nn.Module]:
-    """The routers in layer order: the ``router`` or ``gate`` beside an ``experts`` module."""
+    """Find the routers in layer order: the ``router`` or ``gate`` next to an ``experts`` module."""
     routers = []
     for module in model.modules():
         if isinstance(getattr(module, "experts", None), nn.Module):
@@ -151,9 +151,9 @@ def _routers(model: nn.Module) -> list[nn.Module]:
 
 
 class Recorder:
-    """What every layer's router chooses while a model reads text; whoever runs the model calls :meth:`visit`.
+    """Records what every layer's router chooses while a model reads text; the code that runs it calls :meth:`visit`.
 
-    Evaluation and recording so share one pass (``evaluate.perplexities``).
+    So evaluation and recording share one pass (``perplexity.perplexities``).
     """
 
     def __init__(self) -> None:
@@ -162,9 +162,9 @@ class Recorder:
         self.seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def begin(self, texts: Sequence[Tensor], batch: int) -> None:
-        """Get ready for texts (N, window), read one after the other, ``batch`` windows at a time.
+        """Get ready for texts (N, window), read one after another, ``batch`` windows at a time.
 
-        What was recorded before is forgotten.
+        Earlier records are forgotten.
         """
         self.texts, self.samples, self.seen = list(texts), [], {}
         for blocks in texts:
@@ -187,7 +187,7 @@ class Recorder:
         seen.append((_counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE), sample_TK.cpu()))
 
     def result(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> Routing:
-        """What was recorded, texts named in their order.
+        """Return what was recorded; ``names`` are those of the texts, in order.
 
         Raises:
             MoesmithError: the model has no router.
@@ -215,22 +215,22 @@ class Recorder:
 
 
 def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-    """How often each expert is among the ids, (E,) int64."""
+    """Count how often each expert is among the ids, (E,) int64."""
     return torch.bincount(ids_TK.flatten(), minlength=logits_TE.shape[-1])
 
 
 def _entropy(logits_TE: Tensor) -> Tensor:
-    """Sum over tokens of the entropy of softmax(logits), in nats, float64 on the CPU."""
+    """Sum the entropy of softmax(logits) over tokens, in nats, float64 on the CPU."""
     log_TE = logits_TE.float().log_softmax(-1)
     return -(log_TE.exp() * log_TE).sum(-1).cpu().double().sum()  # in this order: some devices have no fp64
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The readable part that each token adds to the text; joined, the pieces are the decoded text."""
-    found, done = [], ""
+    """Return the readable part that each token adds to the text; joined, the pieces are the decoded text."""
+    parts, done = [], ""
     for end in range(1, len(ids) + 1):
         text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
         whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
-        found.append(text[len(done) :] if whole else "")
+        parts.append(text[len(done) :] if whole else "")
         done = text if whole else done
-    return found
+    return parts

@@ -1,4 +1,4 @@
-"""Multiple-choice and cloze tasks with a template of ours: ``tasks/*.yaml`` and the records beside it on disk."""
+"""Load multiple-choice and cloze tasks that have a template of ours: ``tasks/*.yaml`` and local files of records."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Task:
     """A task with its records.
 
     Attributes:
-        name: as the user says it; a part of a task has its subject behind it (``mmlu_anatomy``).
+        name: as the user gives it; a part of a task has its subject appended (``mmlu_anatomy``).
         template: its YAML, a task configuration of lm-evaluation-harness without the data set.
         test: records to answer.
         train: records to draw examples from; empty for a zero-shot task.
@@ -35,7 +35,7 @@ class Task:
 
     @property
     def shots(self) -> int:
-        """Examples before each question: what the task asks for, or all there are."""
+        """Examples before each question: as many as the task asks for, or all there are."""
         return min(self.template.get("num_fewshot", 0), len(self.train))
 
     @property
@@ -45,12 +45,12 @@ class Task:
 
 
 def task_names() -> list[str]:
-    """Names of the tasks that come with a template."""
+    """List the names of the tasks that come with a template."""
     return sorted(Path(entry.name).stem for entry in TEMPLATES.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_task(name: str, data: Path | None) -> list[Task]:
-    """The task of a template with a local file ``<name>.test.jsonl``; its parts, when it is scored by subject.
+    """Load the task of a template with a local file ``<name>.test.jsonl``; its parts, when it is scored by subject.
 
     Empty when there is no such template or no such file.
 
@@ -72,7 +72,7 @@ def load_task(name: str, data: Path | None) -> list[Task]:
 
 
 def _parts(task: Task) -> list[Task]:
-    """One task per value of the field named by ``metadata.split_by``, in order of appearance, or the task itself."""
+    """Split a task by the values of the field ``metadata.split_by``, in order of appearance, or return it whole."""
     key = task.template["metadata"].get("split_by")
     if key is None:
         return [task]
@@ -88,12 +88,12 @@ def _parts(task: Task) -> list[Task]:
 
 
 def _answered(path: Path, template: dict[str, Any]) -> tuple[Record, ...]:
-    """The records of a file that have an answer; each is checked."""
+    """Check each record of a file, and return those that have an answer."""
     records = read_records(path)
     cloze = template["output_type"] == "loglikelihood"
     for number, record in enumerate(records, 1):
         if problem := _cloze_problem(record) if cloze else _choice_problem(record):
-            raise MoesmithError(f"{path}: record {number} has {problem}", "Mend or remove the record.")
+            raise MoesmithError(f"{path}: record {number} has {problem}", "Fix or remove the record.")
     answered = tuple(record for record in records if cloze or record["answer"] is not None)
     if not answered:
         raise MoesmithError(f"{path} has no record with an answer", "Give the labelled file.")
@@ -117,5 +117,5 @@ def _choice_problem(record: Record) -> str:
 
 
 def share(limit: int | None, parts: int) -> int | None:
-    """How many items of each part make up ``limit`` items of the whole, rounded up."""
+    """Return how many items of each part make up ``limit`` items of the whole, rounded up."""
     return None if limit is None else ceil_div(limit, parts)

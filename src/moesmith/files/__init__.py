@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, where a command may write, and one process in a folder."""
+"""Write files whole or not at all, only where a command may write, with one process in a folder."""

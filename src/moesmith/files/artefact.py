@@ -1,12 +1,12 @@
-"""Files that appear whole or not at all: atomic writes, hashes, and the list of what a finished folder holds.
+"""Write files whole or not at all: atomic writes, hashes, and the list of what a finished folder holds.
 
-Everything moesmith leaves on disk goes through this module. A file is written beside its final name,
-flushed to the disk and renamed; a folder is filled under a hidden name and renamed when the list of its files is
-in it. A process killed at any moment therefore leaves either the old state or the new one.
+Everything moesmith leaves on disk goes through this module. A file is written next to its final name,
+flushed to the disk and renamed; a folder is filled under a hidden name and renamed when it holds the list of its
+files. A process killed at any moment therefore leaves either the old state or the new one.
 
 A stage's list is in its manifest; a folder that others read as well (a model, a packed delta) has ``SHA256SUMS``, which
 ``sha256sum -c`` understands. Whatever reads a listed file compares it with its hash first. The first line of the list
-says that moesmith wrote it: what it names, unchanged, is ours to replace (``files/outputs.py``), and nothing else is.
+says that moesmith wrote it: moesmith may replace what it names, if unchanged (``files/outputs.py``), and nothing else.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from moesmith.errors import MoesmithError
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
 RUN = "run.json"
-FORMAT = 3  # of a run's files (1: keys without the tokenizer, and no such number; 2: every section in every recipe)
-SIGNED = "# written by moesmith; sha256 of the lines below: "  # sha256sum passes over lines that begin so
-OLD = ".old"  # what is moved aside
-TEMPORARY = ".moesmith.tmp"  # how every hidden name of unfinished work ends: nobody else's does
+FORMAT = 3  # of a run's files (1: keys without the tokenizer, no format number; 2: every section in every recipe)
+SIGNED = "# written by moesmith; sha256 of the lines below: "  # sha256sum skips lines that begin with #
+OLD = ".old"  # ends the name of what is moved aside
+TEMPORARY = ".moesmith.tmp"  # ends every hidden name of unfinished work, and no other name
 ROOM = "Free disk space and run the same command again."
 CURES = {  # by what the system says
     errno.ENOSPC: ROOM,
@@ -65,20 +65,20 @@ _UMASK = _umask()
 
 
 def write_cure(error: OSError) -> str:
-    """What to do about an error of the file system: what mends a full disk does not mend a read-only one."""
+    """Say how to fix an error of the file system: what helps with a full disk does not help with a read-only one."""
     told = re.search(r"os error (\d+)", str(error))  # as libraries written in Rust say it
     code = int(told[1]) if told else error.errno
-    return CURES.get(code or 0, "Mend that and run the same command again.")
+    return CURES.get(code or 0, "Fix that and run the same command again.")
 
 
 def digest(value: Any) -> str:
-    """A short sha256 of any JSON-able value, independent of key order."""
+    """Return a short sha256 of any JSON-able value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes (hex)."""
+    """Return the sha256 of a file's bytes (hex)."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -86,7 +86,7 @@ def file_digest(path: Path) -> str:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it into place.
 
-    What is at ``path`` is replaced: the name is one that only moesmith writes, or ``files/outputs.py`` was asked first.
+    What is at ``path`` is replaced: the name is one that only moesmith writes, or ``files/outputs.py`` has allowed it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -94,7 +94,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files for their owner alone
+        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
     except OSError as error:
         raise MoesmithError(f"cannot write {path}: {error.strerror or error}", write_cure(error)) from error
@@ -115,11 +115,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a broken file is named.
+    """Read JSON; the error names a broken file.
 
     Raises:
-        MoesmithError: the file is missing, not JSON, or not the one that its folder lists; a run's, in a format that a
-            newer moesmith writes.
+        MoesmithError: the file is missing, not JSON, or not the one that its folder lists; or it is a run's, in a
+            format that a newer moesmith writes.
     """
     check_file(path)
     try:
@@ -162,25 +162,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise MoesmithError(f"{path} cannot be read: {error}", "Delete the folder it lies in and run again.") from error
+        raise MoesmithError(f"{path} cannot be read: {error}", "Delete the folder it is in and run again.") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The string metadata of a safetensors file."""
+    """Read the string metadata of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except Exception as error:
-        raise MoesmithError(f"{path} cannot be read: {error}", "Delete the folder it lies in and run again.") from error
+        raise MoesmithError(f"{path} cannot be read: {error}", "Delete the folder it is in and run again.") from error
 
 
 def commit(work: Path, final: Path, manifest: Mapping[str, Any], drop: Sequence[str] = ()) -> None:
     """Turn a filled working folder into a finished artefact: hash its files, add the manifest, rename it.
 
-    Files named in ``drop`` are working state: they stay until the rename has made the artefact final, then go.
+    Files named in ``drop`` are working state: they are deleted once the rename has made the artefact final.
 
     Raises:
-        MoesmithError: at ``final`` lies what moesmith did not leave there (:func:`check_left`).
+        MoesmithError: ``final`` holds what moesmith did not leave there (:func:`check_left`).
     """
     sweep(work)
     names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
@@ -194,7 +194,7 @@ def commit(work: Path, final: Path, manifest: Mapping[str, Any], drop: Sequence[
 
 
 def check_left(final: Path, drop: Sequence[str] = ()) -> None:
-    """Refuse to replace a stage's folder that is not as its manifest says; one that is absent or empty may be filled.
+    """Refuse to replace a stage's folder that differs from its manifest; one that is absent or empty may be filled.
 
     Raises:
         MoesmithError: a file in it is not listed or has changed.
@@ -210,7 +210,7 @@ def check_left(final: Path, drop: Sequence[str] = ()) -> None:
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[None]:
-    """Move what lies at ``path`` aside while something else takes its place; back after an error, gone at the end."""
+    """Move what is at ``path`` aside while something else takes its place; put it back after an error, else delete."""
     if not os.path.lexists(path):
         yield
         return
@@ -228,15 +228,15 @@ def aside(path: Path) -> Iterator[None]:
 
 
 def hidden_beside(path: Path) -> Path:
-    """A new hidden folder beside ``path`` for unfinished work: nobody else's, since it was not there before."""
+    """Make a new hidden folder next to ``path`` for unfinished work: it is ours, since it did not exist before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix=f".{path.name[:100]}.", suffix=TEMPORARY, dir=path.parent))
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half-written below ``folder``, known by its hidden name.
+    """Remove what killed processes left half-written below ``folder``, recognised by its hidden name.
 
-    What had been moved aside for something that never came gets its name back.
+    What was moved aside for something that never came gets its name back.
     """
     for left in sorted(folder.rglob(f".*{TEMPORARY}")):
         if left.is_dir() and not left.is_symlink():
@@ -249,7 +249,7 @@ def sweep(folder: Path) -> None:
 
 
 def finished(folder: Path, key: str) -> dict[str, Any] | None:
-    """The manifest of a finished artefact made from the inputs behind ``key``; ``None`` if it is not there."""
+    """Read the manifest of a finished artefact made from the inputs behind ``key``; ``None`` if it is not there."""
     if not (folder / MANIFEST).is_file():
         return None
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
@@ -257,24 +257,24 @@ def finished(folder: Path, key: str) -> dict[str, Any] | None:
 
 
 def sums_of(folder: Path) -> dict[str, str]:
-    """sha256 by name of every file below ``folder``, its ``SHA256SUMS`` apart."""
+    """Compute the sha256 of every file below ``folder`` except its ``SHA256SUMS``, by name."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return {name: file_digest(folder / name) for name in names if name != SUMS}
 
 
 def write_sums(folder: Path, sums: Mapping[str, str] | None = None) -> None:
-    """Write ``SHA256SUMS``: every file below ``folder``, or as ``sums`` says (:func:`write_list`)."""
+    """Write ``SHA256SUMS``: every file below ``folder``, or those in ``sums`` (:func:`write_list`)."""
     write_list(folder / SUMS, sums_of(folder) if sums is None else sums)
 
 
 def write_list(path: Path, sums: Mapping[str, str]) -> None:
-    """Write a line with hash and name for each file, below one that says whose list it is; names from its folder on."""
+    """Write each file's hash and name, relative to the list's folder, below a line that says whose list it is."""
     lines = "".join(f"{value}  {name}\n" for name, value in sums.items())
     write_text(path, f"{SIGNED}{hashlib.sha256(lines.encode()).hexdigest()}\n{lines}")
 
 
 def own_list(path: Path) -> dict[str, str] | None:
-    """sha256 by name of what a list of moesmith's names; ``None`` if there is no list, or not as moesmith left it."""
+    """Read the sha256 by name in a list of moesmith's; ``None`` if there is no list, or not as moesmith left it."""
     if path.is_symlink() or not path.is_file():
         return None
     first, _, lines = path.read_text(encoding="utf-8", errors="replace").partition("\n")
@@ -286,7 +286,7 @@ def own_list(path: Path) -> dict[str, str] | None:
 
 
 def listed(folder: Path) -> dict[str, str]:
-    """sha256 by name of the files that a finished folder was left with; empty where nothing lists them.
+    """Read the sha256 by name of the files that a finished folder was left with; empty where nothing lists them.
 
     Raises:
         MoesmithError: the list itself is damaged.
@@ -305,7 +305,7 @@ def listed(folder: Path) -> dict[str, str]:
 
 
 def strangers(folder: Path, names: Collection[str]) -> list[str]:
-    """What lies below ``folder`` beside the files of these names: other files, links, folders that hold none."""
+    """List what is below ``folder`` apart from the files of these names: other files, links, folders that hold none."""
     above = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     found = []
     for path in sorted(folder.rglob("*")):
@@ -316,7 +316,7 @@ def strangers(folder: Path, names: Collection[str]) -> list[str]:
 
 
 def differing(folder: Path, expected: Mapping[str, str] | None = None) -> list[str]:
-    """Names that a folder lists, or as given, whose files are missing or have other bytes."""
+    """Return those of the ``expected`` names (default: all a folder lists) whose files are missing or have changed."""
     expected = listed(folder) if expected is None else expected
     sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in expected}
     found = []
@@ -333,7 +333,7 @@ def verify_files(folder: Path, cure: str = "") -> None:
 
     Args:
         folder: a stage, a model, a packed delta.
-        cure: what to do about it; to convert again if left out.
+        cure: how to fix it; to convert again if left out.
 
     Raises:
         MoesmithError: a file is missing or changed; it is named.

@@ -1,10 +1,10 @@
-"""Where a command may write: never over what it reads, never over what moesmith did not write and list.
+"""Check where a command may write: never over what it reads, never over what moesmith did not write and list.
 
-A folder of ours holds ``SHA256SUMS``, a file of ours has ``NAME.sha256`` beside it: lists (``artefact.write_list``)
-that ``sha256sum -c`` understands. What such a list names and what has not changed since is ours, and is replaced where
-that is asked for. One more file in the folder, one other byte, a list that somebody else made: then it stays as it is.
+A folder of ours holds ``SHA256SUMS``, a file of ours has ``NAME.sha256`` next to it: lists (``artefact.write_list``)
+that ``sha256sum -c`` understands. What such a list names is ours if it has not changed since, and is replaced on
+request. With one more file in the folder, one other byte, or a list that somebody else made, it stays as it is.
 
-What is replaced is moved aside until the new one is in place, and is back after an error. A process killed between
+What is replaced is moved aside until the new one is in place, and put back after an error. A process killed between
 these two moves leaves both in hidden folders that end in ``.moesmith.tmp``, the old one as ``NAME.old``.
 """
 
@@ -36,14 +36,14 @@ from moesmith.files.artefact import (
 
 OTHER = "Give another --out"
 ASK = "Give --overwrite (in Python overwrite=True) to replace what moesmith wrote there, or another --out."
-OF_A_RUN = ("run.json", "stages", "model", "stock", "bench", "figures")  # names in its folder that have a meaning
+OF_A_RUN = ("run.json", "stages", "model", "stock", "bench", "figures")  # names that a run's folder uses
 
 
 def inputs_of(run: Path, *more: str | Path | None) -> list[Path]:
-    """What a command about a run reads: the run, its parent and data where they lie on this machine, and ``more``.
+    """List what a command about a run reads: the run, its parent and data if they are on this machine, and ``more``.
 
     Raises:
-        MoesmithError: the folder is no run.
+        MoesmithError: the folder is not a run.
     """
     header = read_json(run / "run.json")
     named = header.get("inputs", {}) if isinstance(header, dict) else {}
@@ -51,24 +51,24 @@ def inputs_of(run: Path, *more: str | Path | None) -> list[Path]:
 
 
 def existing(*named: str | Path | None) -> list[Path]:
-    """Those of the names that lie on this machine, and the folder into which the hub is downloaded."""
+    """Return the named paths that exist on this machine, and the folder into which the hub is downloaded."""
     names = [os.path.expanduser(name) for name in (*named, HF_HUB_CACHE) if isinstance(name, str | Path)]
     return [Path(name) for name in names if name and os.path.exists(name)]
 
 
 def real(path: Path) -> Path:
-    """Where a path leads, links followed."""
+    """Return where a path leads when links are followed."""
     return Path(os.path.realpath(path))
 
 
 def check_place(out: Path, inputs: Iterable[Path], home: Path | None = None, *, links: bool = True) -> None:
-    """Refuse to write at, in or around what a command reads, and at or around the places where a person lives.
+    """Refuse to write at, in or around what a command reads, and at or around the root, home and current folder.
 
     Args:
         out: a file or a folder; it need not exist.
         inputs: files and folders.
-        home: a folder of which ``out`` may be a direct part although it is read.
-        links: look for files of ``out`` that are files of the inputs under another name.
+        home: a folder that ``out`` may be directly in although it is read.
+        links: whether to look for files of ``out`` that are files of the inputs under another name.
 
     Raises:
         MoesmithError: ``out`` is one of these by its real path or as another name of the same file.
@@ -81,7 +81,7 @@ def check_place(out: Path, inputs: Iterable[Path], home: Path | None = None, *, 
         known = real(path)
         around, inside = _within(known, there), _within(there, known)
         if around or (inside and (home is None or there.parent != real(home))):
-            relation = "lies in" if not around else "is" if inside else "holds"
+            relation = "is in" if not around else "is" if inside else "holds"
             raise MoesmithError(f"{out} {relation} {path}, which this command reads", f"{OTHER}.")
     if linked := {_node(path) for path in _ours(there) if path.stat().st_nlink > 1} if links else ():
         for path in (file for known in inputs for file in _files(real(known))):
@@ -90,14 +90,14 @@ def check_place(out: Path, inputs: Iterable[Path], home: Path | None = None, *, 
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether a real path is another one or lies below it, whatever name it goes by (mounted twice, in capitals)."""
+    """Whether a real path is ``folder`` or is below it, under whatever name (mounted twice, in capitals)."""
     if folder in (path, *path.parents):
         return True
     return folder.is_dir() and any(each.exists() and each.samefile(folder) for each in (path, *path.parents))
 
 
 def _ours(path: Path) -> list[Path]:
-    """A file, or the files that a list of ours names in a folder: no others are ever replaced."""
+    """Return a file, or the files that a list of ours names in a folder: no others are ever replaced."""
     paths = [path / name for name in own_list(path / SUMS) or ()] if path.is_dir() else [path]
     return [each for each in paths if each.is_file()]
 
@@ -111,7 +111,7 @@ def _places() -> Iterator[tuple[str, Path]]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """A file, or every file below a folder."""
+    """Yield a file, or every file below a folder."""
     for found in path.rglob("*") if path.is_dir() else (path,):
         if found.is_file():
             yield found
@@ -123,11 +123,11 @@ def _node(path: Path) -> tuple[int, int]:
 
 
 def foreign(folder: Path, apart: Collection[str] = (), *, thorough: bool = True) -> str | None:
-    """Why a folder is not what moesmith left; ``None`` if it is.
+    """Say why a folder is not as moesmith left it; ``None`` if it is.
 
     Args:
         folder: one that exists.
-        apart: names of files that may lie there in whatever state.
+        apart: names of files that may be there in any state.
         thorough: compare the hashes too.
     """
     sums = own_list(folder / SUMS)
@@ -144,13 +144,13 @@ def check_folder(out: Path, *, overwrite: bool, apart: Collection[str] = ()) -> 
     """Refuse a folder that may not be written; one that is absent or empty may.
 
     Raises:
-        MoesmithError: a file, something that is not ours, or ours without ``overwrite``.
+        MoesmithError: ``out`` is there and of the other kind, not ours, or ours without ``overwrite``.
     """
     there = real(out)
     if not os.path.lexists(there) or (there.is_dir() and not any(there.iterdir())):
         return
     if not there.is_dir():
-        raise MoesmithError(f"{out} exists and is no folder", f"{OTHER}.")
+        raise MoesmithError(f"{out} exists and is not a folder", f"{OTHER}.")
     if (why := foreign(there, apart, thorough=overwrite)) is not None:
         raise MoesmithError(f"{out} exists and holds something else: {why}", f"{OTHER}, or move it away.")
     if not overwrite:
@@ -159,12 +159,12 @@ def check_folder(out: Path, *, overwrite: bool, apart: Collection[str] = ()) -> 
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool = False, apart: Collection[str] = ()) -> Iterator[Path]:
-    """A hidden path of the same name to write a folder to; renamed to ``out`` at the end, gone after an error.
+    """Give a hidden path of the same name to write a folder to; it is renamed to ``out``, or deleted after an error.
 
     Args:
         out: a new or empty folder, or with ``overwrite`` one of ours.
         overwrite: replace what moesmith wrote.
-        apart: names of files that are nobody's business: taken along from the old folder where the new one has none.
+        apart: names of files that are not checked, and are copied from the old folder where the new one has none.
 
     Raises:
         MoesmithError: as :func:`check_folder`, or ``out`` cannot be written.
@@ -173,7 +173,7 @@ def new_folder(out: Path, *, overwrite: bool = False, apart: Collection[str] = (
     there = real(out)
     with _hidden(out, there) as work:
         yield work
-        check_folder(out, overwrite=overwrite, apart=apart)  # it may have become somebody's meanwhile
+        check_folder(out, overwrite=overwrite, apart=apart)  # somebody may have written there meanwhile
         for name in apart:
             if (there / name).is_file() and not (work / name).exists():
                 shutil.copyfile(there / name, work / name)
@@ -182,7 +182,7 @@ def new_folder(out: Path, *, overwrite: bool = False, apart: Collection[str] = (
 
 
 def list_of(out: Path) -> Path:
-    """The list that proves a single file ours: it names the file and what was written beside it."""
+    """Return the path of the list that proves a file ours: it names the file and what was written with it."""
     return out.with_name(f"{out.name}.sha256")
 
 
@@ -192,7 +192,7 @@ def check_file(out: Path, *, overwrite: bool, beside: Iterable[str] = ()) -> Non
     Args:
         out: the file.
         overwrite: replace what moesmith wrote.
-        beside: names of other files that are written with it, from its folder on.
+        beside: names of other files that are written with it, relative to its folder.
 
     Raises:
         MoesmithError: a folder, something that is not ours, or ours without ``overwrite``.
@@ -218,7 +218,7 @@ def check_file(out: Path, *, overwrite: bool, beside: Iterable[str] = ()) -> Non
 def check_result(
     out: Path, run: Path, *more: str | Path | None, overwrite: bool = False, beside: Iterable[str] = ()
 ) -> None:
-    """Refuse a file for something about a run; it may lie directly in the run's folder.
+    """Refuse a file for something about a run; it may be directly in the run's folder.
 
     Args:
         out: the file.
@@ -228,7 +228,7 @@ def check_result(
         beside: as in :func:`check_file`.
 
     Raises:
-        MoesmithError: the folder is no run; as :func:`check_place` and :func:`check_file`.
+        MoesmithError: the folder is not a run; as :func:`check_place` and :func:`check_file`.
     """
     check_place(out, inputs_of(run, *more), run)
     there = real(out)
@@ -239,8 +239,8 @@ def check_result(
 
 @contextmanager
 def new_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A hidden path of the same name to write a file to, alone in a folder: at the end all that was written there, in
-    folders too, takes its place beside ``out``, with the list of it. After an error nothing has changed.
+    """Give a hidden path of the same name to write a file to, alone in a folder: at the end all that was written there,
+    in folders too, is moved next to ``out``, with its list. After an error nothing has changed.
 
     Args:
         out: the file.
@@ -270,7 +270,7 @@ def new_file(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _taken_back() -> Iterator[list[Path]]:
-    """A list for files that have just been put in their places; after an error they go."""
+    """Give a list for files that have just been put in their places; after an error they are deleted."""
     placed: list[Path] = []
     try:
         yield placed
@@ -282,7 +282,7 @@ def _taken_back() -> Iterator[list[Path]]:
 
 @contextmanager
 def _hidden(out: Path, there: Path) -> Iterator[Path]:
-    """``NAME`` in a hidden folder beside ``there``, gone at the end; errors speak of ``out``."""
+    """Give ``NAME`` in a hidden folder next to ``there`` that is deleted at the end; errors name ``out`` instead."""
     try:
         hidden = hidden_beside(there)
     except OSError as error:

@@ -1,5 +1,6 @@
-"""What travels with the weights in moesmith's own format: torch and transformers only, and relative imports.
+"""Define the models of moesmith's own format, in files that go with the weights: torch and transformers only.
 
-``export/native.py`` copies these files beside the weights, so that the folder loads with ``trust_remote_code=True``
-where moesmith is not installed. ``import moesmith.native.modeling`` registers the same classes where it is.
+``export/native.py`` copies these files next to the weights, so that the folder loads with ``trust_remote_code=True``
+where moesmith is not installed; their imports of each other are relative. Where it is installed,
+``import moesmith.native.modeling`` registers the same classes.
 """

@@ -1,4 +1,4 @@
-"""Experts in their sliced form, and the block that takes a feed-forward network's place.
+"""Compute experts in their sliced form, and the block that takes a feed-forward network's place.
 
 Shapes: T tokens, D model width, F_e an expert's width, E experts, K active experts, U channels of any expert, P rows
 sorted by expert, each expert padded.
@@ -18,9 +18,9 @@ ALIGN, ALIGN_TRAINING = 16, 64  # rows
 
 
 def groupable(x: Tensor, *widths: int) -> bool:
-    """Whether one kernel does all experts' products, so that the host need not know how many rows each has.
+    """Whether one kernel can do all experts' products, so that the host need not know how many rows each has.
 
-    On a CPU a product per expert is faster. CUDA has the kernel in bf16, for rows of whole 16 bytes.
+    On a CPU a product per expert is faster. CUDA has the kernel in bf16, for rows that are a multiple of 16 bytes.
     """
     if x.device.type != "cuda" or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
         return False
@@ -57,14 +57,14 @@ class SlicedExperts(nn.Module):
         self.lora: Any = None  # lora.GroupedLora, set by lora.add_lora
 
     def expert(self, x_ND: Tensor, index: int) -> Tensor:
-        """One expert on its own tokens: (N, D) to (N, D)."""
+        """Run one expert on its own tokens: (N, D) to (N, D)."""
         return self._run(x_ND, [len(x_ND) if e == index else 0 for e in range(len(self.gate_up_proj))])
 
     def _run(self, x_PD: Tensor, counts: list[int] | Tensor, owner_P: Tensor | None = None) -> Tensor:
-        """Rows sorted by expert through their experts: (P, D) to (P, D).
+        """Run rows, sorted by expert, through their experts: (P, D) to (P, D).
 
-        ``counts`` are the rows of each expert, or on the device, for :func:`groupable` products, where each expert's
-        rows end (int32), with each row's expert ``owner_P``.
+        ``counts`` are the rows of each expert; for :func:`groupable` products they are a tensor on the device that says
+        where each expert's rows end (int32), with each row's expert ``owner_P``.
         """
         gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_bias_EF, owner_P)
         if self.lora is not None:
@@ -98,18 +98,18 @@ class SlicedExperts(nn.Module):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum of the selected experts' outputs, (T, D): sort by expert, one product per expert, pick back."""
+        """Sum the selected experts' weighted outputs, (T, D): sort by expert, one product per expert, sort back."""
         (experts, rows, D), K = self.gate_up_proj.shape, ids_TK.shape[1]
         ids_S = ids_TK.flatten()
         rows_SD = x_TD if K == 1 else x_TD.repeat_interleave(K, 0)
-        if groupable(x_TD, D, rows // (1 + self.gated)):  # the host waits for nothing
+        if groupable(x_TD, D, rows // (1 + self.gated)):  # the host does not wait for the device
             owner_S, order_S = ids_S.sort(stable=True)
             back_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
             ends_E = torch.searchsorted(owner_S, torch.arange(experts, device=ids_S.device), right=True, out_int32=True)
             return self._mix(self._run(rows_SD[order_S], ends_E, owner_S)[back_S], weights_TK)
         counts_E = torch.bincount(ids_S, minlength=experts)
-        # a CPU's matrix kernels are made per shape: rounding rows up lets few of them serve every batch. Training makes
-        # three products of each shape, and every step brings new ones; inference loses more by empty rows
+        # a CPU's matrix kernels are built per shape: rounding rows up lets few of them serve every batch. Training
+        # makes three products of each shape, and every step brings new shapes; inference loses more to empty rows
         align = (ALIGN_TRAINING if torch.is_grad_enabled() else ALIGN) if x_TD.device.type == "cpu" else 1
         padded_E = (counts_E + align - 1) // align * align
         order_S = ids_S.argsort(stable=True)
@@ -122,20 +122,20 @@ class SlicedExperts(nn.Module):
 
     @staticmethod
     def _mix(y_SD: Tensor, weights_TK: Tensor) -> Tensor:
-        """Each token's K outputs, weighted and added: (T·K, D) to (T, D)."""
+        """Weight and add each token's K outputs: (T·K, D) to (T, D)."""
         y_SD = y_SD * weights_TK.reshape(-1, 1).to(y_SD.dtype)
         return y_SD if weights_TK.shape[1] == 1 else y_SD.view(*weights_TK.shape, -1).sum(1)
 
 
 class UnionExperts(SlicedExperts):
-    """Experts that are subsets of one network's channels: every channel stored once, an index list per expert.
+    """Experts that are subsets of one network's channels: every channel is stored once, with an index list per expert.
 
     The slices are picked on first use and kept, since picking them for every call would cost more than the products.
 
     Attributes:
         gate_UD, up_UD, down_DU: the channels that any expert keeps; no ``up_UD`` without a gate.
         gate_bias_U: bias of the rows of a network without a gate, or ``None``.
-        index_EF: each expert's channels, int32, the end filled with -1.
+        index_EF: each expert's channels, int32, padded with -1.
     """
 
     index_EF: Tensor
@@ -197,10 +197,10 @@ class UnionExperts(SlicedExperts):
 
 
 class MoEBlock(nn.Module):
-    """A router and its experts in the place of a feed-forward network: (…, D) to (…, D).
+    """A router and its experts, which replace a feed-forward network: (…, D) to (…, D).
 
     Attributes:
-        router: tokens to weights and ids of experts.
+        router: maps tokens to weights and ids of experts.
         experts: the routed experts, in any form.
         shared: an expert that every token uses with weight 1, or ``None``.
     """

@@ -1,4 +1,4 @@
-"""Gates as modules: router logits become expert weights and ids, as the stored semantics say.
+"""Turn router logits into expert weights and ids, as the stored semantics say.
 
 Shapes: T tokens, D model width, E experts, K active experts.
 """
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 
 def select(logits_TE: Tensor, spec: Any) -> tuple[Tensor, Tensor]:
-    """The sparse gate: weights (T, K) in fp32 and expert ids (T, K), largest first.
+    """Compute the sparse gate: weights (T, K) in fp32 and expert ids (T, K), largest first.
 
     Averaged experts have the softmax of the kept logits as weights, which sums to 1; added ones have the weight 1 each.
     """
     logits_TE = logits_TE.float()
-    # a CPU selects in short rows many times slower than it finds their maximum
+    # a CPU is many times slower at selecting in short rows than at finding their maximum
     top_TK, ids_TK = logits_TE.max(-1, keepdim=True) if spec.top_k == 1 else logits_TE.topk(spec.top_k, dim=-1)
     return torch.ones_like(top_TK) if added(spec) else top_TK.softmax(-1), ids_TK
 
 
 def added(spec: Any) -> bool:
-    """Whether chosen experts count in full; files of moesmith 0.1 have no such word, and average."""
+    """Whether chosen experts count in full; files of moesmith 0.1 do not say, and their experts are averaged."""
     return getattr(spec, "mix", "average") == "sum"
 
 
 def straight_through(weights_TK: Tensor, ids_TK: Tensor, logits_TE: Tensor) -> Tensor:
-    """Leave the weights' values alone and give the router a gradient.
+    """Keep the weights' values and give the router a gradient.
 
     With K = 1 a renormalised weight is the constant 1 and its gradient is zero. Multiplying by s / s.detach(),
     with s the softmax mass of the selected experts, keeps the forward value to the last bit and lets
@@ -48,14 +48,14 @@ class Router(nn.Module):
     ``spec.noise`` adds Gaussian noise scaled by softplus(noise · x).
 
     Attributes:
-        weight: (E, D) router matrix, in the model's dtype; of an analytic router the gate rows of its channels.
+        weight: (E, D) router matrix, in the model's dtype; in an analytic router the gate rows of its channels.
         noise: (E, D) noise matrix or ``None``.
         up: (E, D) up rows of an analytic router's channels, or ``None``.
-        bias: (E,) what their network adds before the activation, or ``None``.
-        activation: of an analytic router that reads the network's hidden channels, else ``None``.
-        temperature: dense gate's temperature in training, or ``None`` for the sparse gate.
+        bias: (E,) what the network of these channels adds before the activation, or ``None``.
+        activation: activation of an analytic router that reads the network's hidden channels, else ``None``.
+        temperature: the dense gate's temperature in training, or ``None`` for the sparse gate.
         gradient: ``"straight-through"`` or ``"none"``, used by the sparse gate in training.
-        forced: an expert every token is sent to (an oracle for measurements), or ``None``.
+        forced: an expert that every token is sent to (an oracle for measurements), or ``None``.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Router(nn.Module):
         self.forced: int | None = None
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """Without noise, (T, E) fp32: W x, or |act(gate x) · (up x)| of the channels that stand for experts."""
+        """Logits without noise, (T, E) fp32: W x, or |act(gate x) · (up x)| of the channels that stand for experts."""
         logits_TE = F.linear(x_TD, self.weight, self.bias)
         if self.activation is None:
             return logits_TE.float()
@@ -98,7 +98,7 @@ class Router(nn.Module):
         if self.training and self.temperature is not None:
             ids_E = torch.arange(self.spec.experts, device=x_TD.device)
             weights_TE = (logits_TE / self.temperature).softmax(-1)
-            if added(self.spec):  # as much in all as the K that will be chosen
+            if added(self.spec):  # the same sum as the K that will be chosen
                 weights_TE = weights_TE * self.spec.top_k
             return logits_TE, weights_TE, ids_E.expand(len(x_TD), -1)
         weights_TK, ids_TK = select(logits_TE, self.spec)

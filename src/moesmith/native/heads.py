@@ -1,4 +1,4 @@
-"""Attention with fewer dimensions per head: the deterministic gate, and the attention that really is narrower.
+"""Compute attention with fewer dimensions per head: the deterministic gate, and the attention that is narrower.
 
 Shapes: B sequences, S positions, D model width, H query heads, h head width, w and u kept dimensions of Q/K and V/O,
 R gate width, W free entries of a Q/K mask.
@@ -15,18 +15,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 def expand_pairs(free: Tensor, h: int, rotary: int) -> Tensor:
-    """Free entries (…, h − rotary/2) of a Q/K mask to the head dimension (…, h).
+    """Expand the free entries (…, h − rotary/2) of a Q/K mask to the head dimension (…, h).
 
     With the rotate-half convention dimensions i and i + rotary/2 form one plane, so they share an entry; only then do
-    masking and rotating commute. What does not rotate has an entry of its own.
+    masking and rotating commute. A dimension that does not rotate has an entry of its own.
     """
     pairs, rest = free.split([rotary // 2, h - rotary], -1)
     return torch.cat([pairs, pairs, rest], -1)
 
 
 def keep(logits: Tensor, threshold: Tensor, most: int) -> Tensor:
-    """Kept dimensions (…, h) bool: logits at or above the threshold, at most ``most``, at least the best one."""
-    if logits.device.type == "cpu":  # where asking is free and selecting in short rows is slow: only rows that need it
+    """Choose the kept dimensions (…, h) bool: logits at or above the threshold, at most ``most``, at least the best."""
+    if logits.device.type == "cpu":  # checking is free here, and selecting in short rows slow: only where needed
         kept = logits >= threshold
         counts = kept.sum(-1)
         wrong = (counts == 0) | (counts > most)
@@ -43,10 +43,10 @@ def _select(logits: Tensor, threshold: Tensor, most: int) -> Tensor:
 
 
 class HeadGate(nn.Module):
-    """Which dimensions of a head a token keeps; ``attention.CarvedAttention`` says what the tensors are.
+    """Decides which dimensions of a head a token keeps; ``attention.CarvedAttention`` says what the tensors are.
 
     Attributes:
-        qk, vo: masks of the last :meth:`read`, (h) or (B, S, h).
+        qk, vo: masks from the last :meth:`read`, (h) or (B, S, h).
         mask_output: whether O is masked by the query token as well.
     """
 
@@ -61,7 +61,7 @@ class HeadGate(nn.Module):
             self.register_buffer(name, tensor)
 
     def read(self, x_BSD: Tensor) -> None:
-        """Compute the masks of the attention's input, in fp32."""
+        """Compute the masks for the attention's input, in fp32."""
         own: Any = self
         self.qk, self.vo = own.qk_h.to(x_BSD.dtype), own.vo_h.to(x_BSD.dtype)
         self.mask_output = "output" in self.names and bool(own.output)
@@ -79,7 +79,7 @@ class HeadGate(nn.Module):
 
 
 class PrunedAttention(nn.Module):
-    """Causal rotary attention with w dimensions per Q/K head and u per V/O head, the scale of the whole head kept.
+    """Causal rotary attention with w dimensions per Q/K head and u per V/O head, scaled as for the whole head.
 
     Attributes:
         head_gate: masks by token, over the whole head; only kept dimensions are used.
@@ -91,13 +91,13 @@ class PrunedAttention(nn.Module):
     k_norm: Tensor | None
 
     def __init__(self, config: Any, index: int, shape: dict[str, Any]) -> None:
-        """Empty, to be filled by ``from_pretrained``.
+        """Make it empty, to be filled by ``from_pretrained``.
 
         Args:
-            config: the parent's.
-            index: the layer.
+            config: the parent's config.
+            index: the layer's number.
             shape: ``qk`` (w), ``vo`` (u), ``pairs`` (kept planes of the rotation), ``biases`` (letters of the
-                projections that have one), ``norms`` (bool) and ``gate`` (tensor name to shape and dtype).
+                projections with a bias), ``norms`` (bool) and ``gate`` (tensor name to shape and dtype).
         """
         super().__init__()
         heads, kv, D = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
@@ -125,7 +125,7 @@ class PrunedAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the parent's attention: the output (B, S, D), and the scores where the implementation gives them."""
+        """Do what the parent's attention does: output (B, S, D), and scores where the implementation gives them."""
         gate: Any = self.head_gate
         gate.read(hidden_states)
         kept_qk, kept_vo = gate.qk_h.nonzero()[:, 0], gate.vo_h.nonzero()[:, 0]
@@ -142,7 +142,7 @@ class PrunedAttention(nn.Module):
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        # kernels want one width, and vLLM's cache the whole head's: zeros change no score
+        # kernels need one width, and vLLM's cache the whole head's: zeros change no score
         width = self.h if self.config._attn_implementation == "vllm" else max(q.shape[-1], v.shape[-1])
         q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
@@ -154,7 +154,7 @@ class PrunedAttention(nn.Module):
         return self.o_proj(out.flatten(-2)), scores
 
     def _norm(self, y: Tensor, weight: Tensor | None) -> Tensor:
-        """The parent's RMS norm of a head whose dropped dimensions are zero."""
+        """Apply the parent's RMS norm to a head whose dropped dimensions are zero."""
         if weight is None:
             return y
         scale = torch.rsqrt(y.float().pow(2).sum(-1, keepdim=True) / self.h + self.config.rms_norm_eps)
@@ -169,7 +169,7 @@ class PrunedAttention(nn.Module):
 def _eager(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, dropout: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention with scores, (B, S, H, width)."""
+    """Compute attention, (B, S, H, width), and its scores."""
     k, v = (part.repeat_interleave(module.num_key_value_groups, 1) for part in (k, v))
     scores = q @ k.mT * scaling
     if mask is not None:

@@ -1,11 +1,11 @@
-"""moesmith's own format: the parent's architecture with our MoE blocks, for what no stock architecture can hold.
+"""Load moesmith's own format: the parent's architecture with our MoE blocks, for what no stock architecture can hold.
 
-Networks without a gate live here, a compensation bias is exact, every layer keeps its own expert width, experts that
-are subsets of one network store every channel once, and attention is pruned. This file lies beside the weights:
+It holds networks without a gate and exact compensation biases, every layer keeps its own expert width, experts that are
+subsets of one network store every channel once, and attention is pruned. This file is stored next to the weights:
 
     >>> AutoModelForCausalLM.from_pretrained("folder", trust_remote_code=True)      # doctest: +SKIP
 
-Where moesmith is installed, ``import moesmith.native.modeling`` makes the flag needless.
+Where moesmith is installed, the flag is not needed after ``import moesmith.native.modeling``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .experts import MoEBlock, SlicedExperts, UnionExperts
 from .gate import Router
 from .heads import PrunedAttention
 
-# fields of the parent's config that tools read from any model's
+# fields of the parent's config that tools read from any model's config
 READABLE = (
     "vocab_size",
     "hidden_size",
@@ -43,16 +43,16 @@ READABLE = (
 
 
 class MoesmithConfig(PreTrainedConfig):
-    """What rebuilds a carved model; the fields in :data:`READABLE` can be read from it too.
+    """All that rebuilds a carved model; the fields in :data:`READABLE` can be read from it too.
 
     Attributes:
         parent: the parent's config as a dictionary.
-        layers: of each layer ``path`` (the feed-forward network's name in the parent), ``gate`` (the fields of
+        layers: for each layer ``path`` (the feed-forward network's name in the parent), ``gate`` (the fields of
             ``moesmith.mixture.gates.GateSpec``), ``width`` (of its widest expert; narrower ones are padded with zeros),
             ``union`` (channels that any routed expert keeps, where these are subsets of one network, else ``None``),
-            ``bias`` (whether routed experts have a bias of their output), ``shared`` (width of the shared expert, or 0)
+            ``bias`` (whether routed experts have an output bias), ``shared`` (width of the shared expert, or 0)
             and ``shared_bias``.
-        attention: shape of each layer's pruned attention and its name (``path``), or ``None``.
+        attention: the shape and name (``path``) of each layer's pruned attention, or ``None``.
         activation: name of the activation in ``ACT2FN``.
         gated: whether the networks are gated.
         has_gate_bias: whether experts have a bias before the activation.
@@ -73,7 +73,7 @@ class MoesmithConfig(PreTrainedConfig):
     has_bias: bool = False
 
     def described(self) -> list[dict[str, Any]]:
-        """``layers``, also of a folder that version 0.1 wrote."""
+        """Return ``layers``, also for a folder that version 0.1 wrote."""
         if self.layers is not None or not self.paths:
             return self.layers or []
         unions: list[int | None] = [*self.unions] if self.unions else [None] * len(self.paths)
@@ -84,16 +84,16 @@ class MoesmithConfig(PreTrainedConfig):
         ]
 
     def __getattr__(self, name: str) -> Any:
-        parent = self.__dict__.get("parent")  # through __dict__: a copy is asked for fields before it has any
+        parent = self.__dict__.get("parent")  # through __dict__: a copy's fields are read before it has any
         if name in READABLE and parent is not None:
-            if name == "head_dim" and parent.get(name) is None:  # code that rotates asks for it and computes with it
+            if name == "head_dim" and parent.get(name) is None:  # code that rotates reads it and computes with it
                 return parent["hidden_size"] // parent["num_attention_heads"]
             return parent.get(name)
         raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
 
 
 class _Native(PreTrainedModel):
-    """What both classes declare."""
+    """Declares what both classes share."""
 
     config_class = MoesmithConfig
     base_model_prefix = "inner"
@@ -114,7 +114,7 @@ class MoesmithModel(_Native):
         self.post_init()
 
     def get_decoder(self) -> Any:
-        """The parent's decoder, our blocks in it."""
+        """The parent's decoder, with our blocks in it."""
         return self.get_submodule(self.decoder)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -122,7 +122,7 @@ class MoesmithModel(_Native):
         return self.get_decoder().get_input_embeddings()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's decoder."""
+        """Do what the parent's decoder does."""
         return self.get_decoder()(*args, **kwargs)
 
 
@@ -152,18 +152,18 @@ class MoesmithForCausalLM(_Native, GenerationMixin):
         return self.inner.get_output_embeddings()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's class."""
+        """Do what the parent's class does."""
         return self.inner(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent's class, with this model's generation config."""
+        """Do what the parent's class does, with this model's generation config."""
         self.inner.generation_config = self.generation_config
         return self.inner.generate(*args, **kwargs)
 
 
 def _empty(config: MoesmithConfig) -> Any:
-    """The architecture, its experts still to be filled in by ``from_pretrained``."""
+    """Build the architecture; ``from_pretrained`` fills in its experts."""
     fields = dict(config.parent or {})
     old = CONFIG_MAPPING[fields.pop("model_type")](**fields)
     old.intermediate_size = 1  # the parent's own networks are replaced at once
@@ -177,7 +177,7 @@ def _empty(config: MoesmithConfig) -> Any:
 
 
 def _block(config: MoesmithConfig, layer: dict[str, Any], D: int) -> MoEBlock:
-    """One layer's empty block."""
+    """Build one layer's empty block."""
     gate, width, union = SimpleNamespace(**layer["gate"]), layer["width"], layer["union"]
     E, activation, gated, biased = gate.experts, ACT2FN[config.activation], config.gated, config.has_gate_bias
 
@@ -200,7 +200,7 @@ def _block(config: MoesmithConfig, layer: dict[str, Any], D: int) -> MoEBlock:
             torch.empty(E, D) if layer["bias"] else None,
             torch.empty(union) if biased else None,
         )
-    rows: Any = ()  # of the parent, which the router is made of
+    rows: Any = ()  # the parent's, from which the router is made
     if (logits := getattr(gate, "logits", "linear")) != "linear":
         hidden = logits == "hidden"
         up_ED, bias_E = torch.empty(E, D) if gated and hidden else None, torch.empty(E) if biased else None

@@ -1,1 +1,1 @@
-"""The dense side: a parent is loaded, examined, proved, and run whole or one layer at a time."""
+"""Load a dense parent, examine it, prove what it computes, and run it whole or one layer at a time."""

@@ -1,4 +1,4 @@
-"""What the numerics ask of the device they run on: whether it has fp64, its memory, and what if that is full."""
+"""Ask a device about fp64 and its memory, retry with less when that is full, and sum more precisely than fp32."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def has_double(device: torch.device) -> bool:
 
 
 def closed_form_device(device: torch.device) -> torch.device:
-    """Where linear systems are solved: on the device, or on the CPU where the device has no fp64.
+    """Return the device that solves linear systems: the given one, or the CPU where that has no fp64.
 
-    Such devices lack half of the decompositions as well, and a system is one matrix per layer.
+    Devices without fp64 lack half of the decompositions as well, and a system is one matrix per layer.
     """
     return device if has_double(device) else torch.device("cpu")
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of the device; of one that shares the system's memory, or does not say, at most the system's."""
+    """Return the device's free bytes; if it shares the system's memory, or does not say, at most the system's."""
     system = psutil.virtual_memory().available
     if device.type == "cpu":
         return system
     module = torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):  # CUDA, XPU
         return int(module.mem_get_info(device)[0])
-    if hasattr(module, "recommended_max_memory"):  # MPS: the system's memory, of which a part is for the GPU
+    if hasattr(module, "recommended_max_memory"):  # MPS: a part of the system's memory is for the GPU
         return min(system, int(module.recommended_max_memory()) - int(module.driver_allocated_memory()))
     return system
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that tensors took on the device so far, or what it holds now, or ``None`` where it does not say."""
+    """Return the most bytes that tensors took on the device so far, else what it holds now, else ``None``."""
     module = torch.get_device_module(device)
     for name in ("max_memory_allocated", "driver_allocated_memory"):
         if device.type != "cpu" and hasattr(module, name):
@@ -63,19 +63,19 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Hand the allocator's reserve back, so that smaller blocks can be made of it."""
-    empty = getattr(torch.get_device_module(device), "empty_cache", None)  # torch.accelerator's lacks Apple's
+    """Return the allocator's reserve to the device, so that smaller blocks can be made of it."""
+    empty = getattr(torch.get_device_module(device), "empty_cache", None)  # torch.accelerator's leaves Apple's out
     if empty is not None:
         empty()
 
 
 def halving(what: str, device: torch.device, batch: int, run: Callable[[int], T]) -> T:
-    """``run(batch)``, again from its start with half of the batch whenever the device is out of memory.
+    """Call ``run(batch)``, and again from its start with half of the batch whenever the device is out of memory.
 
     Args:
         what: names the work in messages.
         device: where it runs.
-        batch: windows per forward pass to begin with.
+        batch: windows per forward pass at first.
         run: the work; it must leave nothing behind when it raises.
 
     Raises:
@@ -89,20 +89,20 @@ def halving(what: str, device: torch.device, batch: int, run: Callable[[int], T]
                 raise
             if batch == 1:
                 raise full(what, device) from None
-        batch //= 2  # behind the except: the error's traceback holds the tensors of the attempt
+        batch //= 2  # after the except: the error's traceback holds the tensors of the attempt
         release(device)
-        say(f"{what}: out of memory on {device}, once more with {batch} windows at a time")
+        say(f"{what}: out of memory on {device}, trying again with {batch} windows at a time")
 
 
 def full(what: str, device: torch.device) -> MoesmithError:
-    """What to raise when the smallest batch does not fit."""
+    """Return the error to raise when the smallest batch does not fit."""
     return MoesmithError(f"{what}: {device} is out of memory with a single sequence at a time", CURE)
 
 
 class Sum:
-    """A running sum of fp32 tensors of one shape, beyond fp32's precision on every device.
+    """A running sum of fp32 tensors of one shape, more precise than fp32 on every device.
 
-    In fp64 where the device has it, else as a pair of fp32 numbers: the sum, and what rounding took from it so far
+    It is kept in fp64 where the device has it, else as two fp32 numbers: the sum, and what rounding took from it so far
     (Knuth's two-sum, which is exact for every two numbers). An addition then errs by about 2⁻⁴⁷ of the sum.
     """
 
@@ -119,7 +119,7 @@ class Sum:
         total = self.high + x
         mine = total - self.high
         lost = (self.high - (total - mine)) + (x - mine) + self.low
-        self.high = total + lost  # the pair stays apart: low is what fits into no bit of high
+        self.high = total + lost  # low keeps what fits into no bit of high
         self.low = lost - (self.high - total)
 
     def value(self) -> Tensor:

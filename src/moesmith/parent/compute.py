@@ -1,8 +1,8 @@
-"""Where and in what models compute: a device, and a dtype that may be another one than the weights are stored in.
+"""Choose the device and the dtype that models compute in; the weights may be stored in another dtype.
 
-A parent's weights are *stored* in the dtype of its files: digests, carvings and exports are made of those. What a model
-*computes* in is chosen per machine: a CPU without bf16 units emulates bf16 at a fraction of its fp32 speed, one
-with them runs it faster. So the products of the parent's own shapes are timed, and the fastest sound dtype wins.
+A parent's weights are *stored* in the dtype of its files: digests, carvings and exports are made from those. What a
+model *computes* in is chosen per machine: a CPU without bf16 units emulates bf16 at a fraction of its fp32 speed, one
+with them runs it faster. So products of the parent's own shapes are timed, and the fastest sound dtype wins.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 AUTO = "auto"
 ACCELERATORS = ("cuda", "xpu", "mps")
 HALF_RANGE = 65504.0  # the largest fp16 number
-HEADROOM = 16  # activations of unseen text may be so many times larger than those that were looked at
-PRODUCT = 5e8  # FLOPs of a timed product at most: a fraction of a second where bf16 is emulated
+HEADROOM = 16  # activations of unseen text may be this many times larger than those that were examined
+PRODUCT = 5e8  # most FLOPs of a timed product: a fraction of a second where bf16 is emulated
 ROUNDS = 3
 
 DType = str | torch.dtype
@@ -33,10 +33,10 @@ Device = str | torch.device
 
 
 def parse_dtype(name: DType | None) -> torch.dtype | None:
-    """``bf16``, ``fp16``, ``fp32``, their long names or a ``torch.dtype``; ``None`` for ``auto``.
+    """Return the dtype for ``bf16``, ``fp16``, ``fp32``, a long name or a ``torch.dtype``; ``None`` for ``auto``.
 
     Raises:
-        MoesmithError: no dtype that models compute in.
+        MoesmithError: models do not compute in it.
     """
     if name is None or name == AUTO:
         return None
@@ -47,17 +47,17 @@ def parse_dtype(name: DType | None) -> torch.dtype | None:
 
 
 def short(dtype: torch.dtype) -> str:
-    """``bf16`` for ``torch.bfloat16``, and so on."""
+    """Return a dtype's short name: ``bf16`` for ``torch.bfloat16``, and so on."""
     return next((name for name, known in DTYPES.items() if known == dtype), long_name(dtype))
 
 
 def long_name(dtype: torch.dtype) -> str:
-    """``bfloat16`` for ``torch.bfloat16``, as headers and configs have it."""
+    """Return a dtype's name in headers and configs: ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def named(long: str) -> torch.dtype:
-    """The reverse of :func:`long_name`, for what a run's header says."""
+    """Return the dtype of a :func:`long_name`, such as a run's header has."""
     return getattr(torch, long)
 
 
@@ -65,7 +65,7 @@ def named(long: str) -> torch.dtype:
 
 
 def accelerators() -> list[torch.device]:
-    """Every accelerator of this machine that torch can use."""
+    """List every accelerator of this machine that torch can use."""
     found = []
     for kind in ACCELERATORS:
         module: Any = getattr(torch, kind, None)
@@ -75,10 +75,10 @@ def accelerators() -> list[torch.device]:
 
 
 def choose_device(name: Device = AUTO) -> torch.device:
-    """The device that is named; for ``auto`` the accelerator with the most free memory, or the CPU.
+    """Return the named device; for ``auto`` the accelerator with the most free memory, or the CPU.
 
     Raises:
-        MoesmithError: there is no such device here; those there are, are named.
+        MoesmithError: there is no such device here; the error names those there are.
     """
     known = accelerators()
     if name == AUTO:
@@ -92,7 +92,7 @@ def choose_device(name: Device = AUTO) -> torch.device:
         if device.index is None and mine:
             return max(mine, key=free_memory)
         if device not in mine:
-            built = "" if torch.version.cuda or device.type != "cuda" else ": this torch was built for the CPU alone"
+            built = "" if torch.version.cuda or device.type != "cuda" else ": this torch was built for the CPU only"
             raise MoesmithError(f"there is no device {name} here{built}", f"Give one of {_named(known)}.")
     return device
 
@@ -106,11 +106,11 @@ def _named(known: Sequence[torch.device]) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes where, and why.
+    """The device and the dtype that were chosen, and why.
 
     Attributes:
-        device: where.
-        dtype: in what.
+        device: where models compute.
+        dtype: what they compute in.
         rates: FLOPs per second of the parent's products by dtype, where they were measured.
     """
 
@@ -127,10 +127,10 @@ class Choice:
 
 
 def product_rates(D: int, F: int, device: torch.device, dtypes: Sequence[torch.dtype]) -> dict[torch.dtype, float]:
-    """FLOPs per second of a feed-forward network's products in each dtype, (T, D) by (D, F) and back.
+    """Measure FLOPs per second of a feed-forward network's products in each dtype, (T, D) by (D, F) and back.
 
-    The best of a few rounds in which dtypes take turns, so that a machine which is busy for a moment does not decide
-    it. Large networks are timed by a part of them.
+    The best of a few rounds counts. Dtypes take turns in them, so that a machine that is busy for a moment does not
+    decide the result. Only a part of a large network is timed.
     """
     D, F = min(D, 4096), min(F, 8192)
     T = max(16, min(512, int(PRODUCT / (4 * D * F))))
@@ -148,8 +148,8 @@ def product_rates(D: int, F: int, device: torch.device, dtypes: Sequence[torch.d
             for dtype, (x_TD, up_FD, down_DF) in sides.items():
                 started = time.perf_counter()
                 y_TD = nn.functional.linear(nn.functional.linear(x_TD, up_FD), down_DF)
-                float(y_TD[0, 0])  # an accelerator works on by itself: wait for it
-                if turn:  # the first turn makes kernels
+                float(y_TD[0, 0])  # an accelerator works asynchronously: wait for it
+                if turn:  # the first turn builds kernels
                     best[dtype] = max(best[dtype], 4 * T * D * F / (time.perf_counter() - started))
     return best
 
@@ -157,10 +157,10 @@ def product_rates(D: int, F: int, device: torch.device, dtypes: Sequence[torch.d
 def choose_dtype(
     D: int, F: int, device: torch.device, stored: torch.dtype, half: Callable[[], bool] | None = None
 ) -> Choice:
-    """The fastest sound dtype for a parent of width ``D`` and ``F``.
+    """Choose the fastest sound dtype for a parent of widths ``D`` and ``F``.
 
     bf16 has the range of fp32 and is what language models are trained in, so both are sound for every parent. fp16 is
-    sound where its range was checked: ``half`` says whether it was, asked only if fp16 is the fastest.
+    sound where its range suffices: ``half`` checks that, and is called only if fp16 is the fastest.
     """
     dtypes = [torch.bfloat16, torch.float32, *([] if half is None else [torch.float16])]
     rates = product_rates(D, F, device, dtypes)
@@ -173,7 +173,7 @@ def choose_dtype(
 
 @torch.no_grad()
 def fits_half(model: PreTrainedModel, ids_BS: Tensor) -> bool:
-    """Whether weights and activations stay far inside of fp16's range, on the text ``ids_BS`` (B, S)."""
+    """Whether weights and activations stay far inside fp16's range, on the text ``ids_BS`` (B, S)."""
     largest = 0.0
 
     def look(_module: nn.Module, _args: Any, out: Any) -> None:
@@ -190,7 +190,7 @@ def fits_half(model: PreTrainedModel, ids_BS: Tensor) -> bool:
 
 
 def move(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Bring a model's weights to a device and a dtype, in place and one tensor at a time.
+    """Move a model's weights to a device and a dtype, in place and one tensor at a time.
 
     Buffers keep their dtype: rotary frequencies are fp32 whatever the weights are.
     """

@@ -1,4 +1,4 @@
-"""Digests of a parent's weights and tokenizer, and the refusal of weights that are no numbers."""
+"""Compute digests of a parent's weights and tokenizer, and refuse weights that are not finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moesmith.parent.mapped import give_back
 
 
 def _weights(model: PreTrainedModel, mapped: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter; if they are mapped, the pages of one are dropped before the next."""
+    """Yield every parameter; if they are mapped, drop the pages of one before the next."""
     for named in model.named_parameters():
         yield named
         if mapped:
@@ -24,7 +24,7 @@ def _weights(model: PreTrainedModel, mapped: bool) -> Iterator[tuple[str, Tensor
 
 
 def refuse_not_finite(model: PreTrainedModel, source: str, *, mapped: bool = False) -> None:
-    """Refuse weights with NaN or infinity; the tensor is named."""
+    """Refuse weights with NaN or infinity; the error names the tensor."""
     for name, tensor in _weights(model, mapped):
         low, high = tensor.detach().aminmax()  # NaN spreads to both
         if not (low.isfinite() and high.isfinite()):
@@ -35,7 +35,7 @@ def refuse_not_finite(model: PreTrainedModel, source: str, *, mapped: bool = Fal
 
 
 def model_digest(model: PreTrainedModel, *, mapped: bool = False) -> str:
-    """Short sha256 of a model's weights (names, dtypes, bytes) and config."""
+    """Return a short sha256 of a model's weights (names, dtypes, bytes) and config."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in UNHASHED}
     whole = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in _weights(model, mapped):
@@ -45,7 +45,7 @@ def model_digest(model: PreTrainedModel, *, mapped: bool = False) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Short sha256 of a tokenizer by what it does: its vocabulary, and the ids of a text of many kinds."""
+    """Return a short sha256 of what a tokenizer does: its vocabulary, and the ids that it gives a mixed text."""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     text = json.dumps([vocabulary, tokenizer(PROBE)["input_ids"]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

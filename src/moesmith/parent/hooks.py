@@ -1,4 +1,4 @@
-"""Hooks on modules while a ``with`` lasts, and what an attention's or a layer's hook sees."""
+"""Put hooks on modules for the duration of a ``with``, and find the hidden states among what a hook is given."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def hooked(
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hidden states among a call's arguments: the first one, or by name; ``None`` where there are none."""
+    """Return the hidden states among a call's arguments: the first one, or by name; ``None`` where there are none."""
     return args[0] if args else kwargs.get("hidden_states")

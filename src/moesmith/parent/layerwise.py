@@ -1,9 +1,9 @@
-"""Run a decoder of which one layer at a time is in memory: the batches wait between layers, not the layers in memory.
+"""Run a decoder with one layer in memory at a time, while the batches' hidden states wait between layers.
 
 A :class:`Layered` decoder makes each layer when its turn comes. :func:`last_hidden` runs it, or an ordinary model, over
 batches of token ids. The model's own code embeds, masks, rotates and normalises: it runs once per batch up to the first
-layer and once from behind the last. Every layer sees every batch as an ordinary forward pass would, so the result is
-the same to the last bit.
+layer and once from after the last. Every layer sees every batch as in an ordinary forward pass, so the result is the
+same to the last bit.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from moesmith.console import Meter
 from moesmith.parent.mapped import give_back
 from moesmith.parent.structure import decoder_layers, put
 
-HELD = 2**28  # bytes of hidden states that wait between two layers
+HELD = 2**28  # most bytes of hidden states that wait between two layers
 Module = TypeVar("Module", bound=nn.Module)
-# what to do while a layer runs: its index and the layer to a context manager, such as one that holds hooks on it
+# maps a layer's index and the layer to a context manager for the time it runs, such as one that holds hooks on it
 Visit = Callable[[int, nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Layered:
-    """A decoder whose layers exist while they run.
+    """A decoder whose layers exist only while they run.
 
     Attributes:
         shell: the model without its layers: embedding, positions, final norm, output matrix.
         place: where in it the list of layers belongs, e.g. ``model.layers``.
         depth: how many layers there are.
-        layer: makes one, in evaluation mode, on the shell's device and in its dtype.
+        layer: makes the layer of an index, in evaluation mode, on the shell's device and in its dtype.
     """
 
     shell: PreTrainedModel
@@ -68,16 +68,16 @@ Decoder = PreTrainedModel | Layered
 
 
 def share(module: Module, change: Callable[[Tensor], Tensor] | None = None) -> Module:
-    """A copy of a module tree whose parameters and buffers are the original's own, or parameters ``change`` of them."""
+    """Copy a module tree that shares the original's parameters and buffers; ``change`` replaces each parameter."""
     known: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     if change is not None:
-        for parameter in module.parameters():  # one that stands in two places is changed once
+        for parameter in module.parameters():  # one that is used in two places is changed once
             known[id(parameter)] = nn.Parameter(change(parameter.detach()), requires_grad=False)
     return copy.deepcopy(module, known)
 
 
 def layered(model: PreTrainedModel, layer: Callable[[int], nn.Module] | None = None) -> Layered:
-    """``model`` layer by layer; ``layer`` makes other layers for it. Weights are shared, ``model`` stays as it is."""
+    """Wrap ``model`` to run layer by layer; ``layer`` makes other layers. Weights are shared, ``model`` stays as is."""
     place, layers = decoder_layers(model)
     shell = share(model)
     put(shell, place, nn.ModuleList())
@@ -85,7 +85,7 @@ def layered(model: PreTrainedModel, layer: Callable[[int], nn.Module] | None = N
 
 
 def cast(model: Decoder, dtype: torch.dtype, device: torch.device | None = None) -> Layered:
-    """The decoder in another dtype, or on another device, one layer at a time; the original stays as it is."""
+    """Return the decoder in another dtype or on another device, one layer at a time; the original stays as it is."""
     inner = model if isinstance(model, Layered) else layered(model)
     place = inner.device if device is None else device
     if (inner.dtype, inner.device) == (dtype, place):
@@ -98,7 +98,7 @@ def _brought(module: Module, dtype: torch.dtype, device: torch.device) -> Module
     copied = share(module, lambda weight: weight.to(device, dtype))
     for part in copied.modules():
         for name, buffer in part.named_buffers(recurse=False):
-            # what is finer than the weights stays so: rotary frequencies, attention's gates
+            # a buffer finer than the weights stays so: rotary frequencies, attention's gates
             finer = not buffer.is_floating_point() or buffer.dtype.itemsize >= dtype.itemsize
             setattr(part, name, buffer.to(device) if finer else buffer.to(device, dtype))
     return copied
@@ -107,11 +107,11 @@ def _brought(module: Module, dtype: torch.dtype, device: torch.device) -> Module
 def last_hidden(
     model: Decoder, batches: Sequence[Tensor], *, visit: Visit | None = None, bar: Meter | None = None
 ) -> Iterator[Tensor]:
-    """Final hidden states (B, S, D) of every batch of token ids (B, S), in their order.
+    """Yield the final hidden states (B, S, D) of every batch of token ids (B, S), in order.
 
     Args:
         model: an ordinary model, which takes one batch after the other, or one that is run layer by layer: as many
-            batches as :data:`HELD` allows go through a layer before the next one is made.
+            batches as :data:`HELD` allows go through a layer before the next layer is made.
         batches: token ids, int64.
         visit: entered around each layer's work. A layer sees the batches in their order.
         bar: progress; gets the tokens of each batch once it has gone through all layers.
@@ -131,7 +131,7 @@ def last_hidden(
 
 
 def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
-    """Runs of batches of at most so many tokens together, at least one batch each."""
+    """Group successive batches, at most ``tokens`` tokens together and at least one batch each."""
     group: list[Tensor] = []
     for ids_BS in batches:
         if group and sum(ids.numel() for ids in group) + ids_BS.numel() > tokens:
@@ -143,7 +143,7 @@ def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
 
 
 def starts(model: Layered, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Any, dict[str, Any]]]:
-    """What the first layer gets of every batch: hidden states (B, S, D), and arguments that all layers get."""
+    """Yield what the first layer gets for every batch: hidden states (B, S, D), and arguments that all layers get."""
     for ids_BS in batches:
         start = _Start()
         with _standing(model, start):
@@ -172,7 +172,7 @@ def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Mete
 
 @contextmanager
 def _standing(model: Layered, module: nn.Module) -> Iterator[None]:
-    """Let one module stand where the layers would."""
+    """Inside the ``with``, put one module in the layers' place."""
     put(model.shell, model.place, nn.ModuleList([module]))
     try:
         yield
@@ -185,7 +185,7 @@ class _StoppedError(Exception):
 
 
 class _Start(nn.Module):
-    """Takes what the first layer would get, and stops the pass."""
+    """Records what the first layer would get, and stops the pass."""
 
     def forward(self, hidden_BSD: Tensor, *args: Any, **options: Any) -> Tensor:
         self.seen = hidden_BSD, args, options
@@ -193,7 +193,7 @@ class _Start(nn.Module):
 
 
 class _End(nn.Module):
-    """Gives what the last layer gave."""
+    """Returns what the last layer returned."""
 
     def __init__(self, hidden_BSD: Tensor) -> None:
         super().__init__()

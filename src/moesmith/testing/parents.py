@@ -1,4 +1,4 @@
-"""Tiny random parents, one per family of decoder, a few ten thousand parameters each."""
+"""Make tiny random parents, one per family of decoder, a few tens of thousands of parameters each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-# family → config class, what sets it apart, the stock architecture it goes to (or moesmith's own, "native")
+# family → config class, its special settings, the stock architecture that holds it (or moesmith's own, "native")
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], str]] = {
     "llama": (LlamaConfig, {"tie_word_embeddings": True}, "mixtral"),
     "llama3": (LlamaConfig, {"head_dim": 16, "rope_parameters": LLAMA3_ROPE}, "mixtral"),
@@ -44,9 +44,9 @@ STOCK = [family for family, (_, _, holds) in FAMILIES.items() if holds != NATIVE
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
-    """A random model: 2 layers, D = 32, 4 heads over 2 key/value heads, F = 64.
+    """Make a random model: 2 layers, D = 32, 4 heads over 2 key/value heads, F = 64.
 
-    Weights are large enough (and norms and biases far enough from 1 and 0) that every part of the model matters in
+    Weights are large enough (and norms and biases far enough from 1 and 0) that every part of the model changes
     its logits.
     """
     config_class, special, _ = FAMILIES[family]
@@ -76,7 +76,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 
 
 def tiny_parent(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Parent:
-    """A tiny random parent in memory; ``overrides`` go to its config."""
+    """Make a tiny random parent in memory; ``overrides`` go to its config."""
     return Parent.from_model(tiny_model(family, seed, dtype, **overrides), tiny_tokenizer(), f"tiny-{family}")
 
 

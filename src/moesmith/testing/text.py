@@ -1,4 +1,4 @@
-"""Tiny domains for whole conversions: a few artificial dialects of short words."""
+"""Write tiny domains for whole conversions: a few artificial dialects of short words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A byte-level tokenizer of 300 tokens, trained in a moment on two sentences."""
+"""Make a byte-level tokenizer of 300 tokens, trained in a moment on two sentences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _trained() -> str:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A fresh tokenizer with bos ``<s>`` (0) and eos ``</s>`` (1) and a chat template."""
+    """Make a fresh tokenizer with bos ``<s>`` (0) and eos ``</s>`` (1) and a chat template."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained()), bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

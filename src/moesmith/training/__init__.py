@@ -1,1 +1,1 @@
-"""One loop for every training stage, and its losses."""
+"""Train every stage with one loop and its losses."""

@@ -1,4 +1,4 @@
-"""One training loop for every stage, on accelerate.
+"""Run every stage's training in one loop, on accelerate.
 
 A step is a pure function of (trained weights, optimiser state, step number): the data of a step and its random
 numbers follow from the seed and the number, so resuming needs no random-generator state and ends with the same bits
@@ -40,10 +40,10 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.spec = spec
-        self._teacher = [teacher]  # in a list: no submodule, so it is neither trained nor wrapped
+        self._teacher = [teacher]  # in a list it is not a submodule, so it is neither trained nor wrapped
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """Mean loss over the tokens that have a successor."""
+        """Compute the mean loss over the tokens that have a successor."""
         mix = self.spec.mix if self.spec.loss == "distill" else 0.0
         return token_loss(self.model, ids_BS, self._teacher[0], mix, self.spec.kl_temperature)
 
@@ -51,14 +51,14 @@ class Student(nn.Module):
 def token_loss(
     model: PreTrainedModel, ids_BS: Tensor, teacher: PreTrainedModel | None, mix: float, temperature: float = 1.0
 ) -> Tensor:
-    """:func:`moesmith.training.losses.head_loss` over the tokens of ``ids_BS`` that have a successor.
+    """Compute :func:`moesmith.training.losses.head_loss` over the tokens of ``ids_BS`` that have a successor.
 
     Args:
         model: the student.
         ids_BS: token ids.
         teacher: the dense parent; needed where ``mix`` is above 0.
         mix: share of distillation.
-        temperature: of the distillation.
+        temperature: temperature of the distillation.
     """
     teacher_ND = None
     if teacher is not None and mix > 0:
@@ -74,7 +74,7 @@ def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, spec: LoopSection) -> float:
-    """Rate at ``step`` (from 0) of ``steps``: linear warm-up, then constant or cosine down to ``min_ratio``."""
+    """Return the rate at ``step`` (from 0) of ``steps``: linear warm-up, then constant or cosine to ``min_ratio``."""
     warm = math.ceil(spec.warmup * steps)
     if step < warm:
         return spec.lr * (step + 1) / warm
@@ -85,7 +85,7 @@ def learning_rate(step: int, steps: int, spec: LoopSection) -> float:
 
 
 def steps_of(spec: LoopSection) -> int:
-    """Optimiser steps that ``spec.tokens`` make, rounded up."""
+    """Return how many optimiser steps ``spec.tokens`` make, rounded up."""
     return math.ceil(spec.tokens / (spec.batch * spec.window))
 
 
@@ -121,27 +121,27 @@ class Masters:
             parameter.copy_(self.fp32[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs."""
-        found = {f"master.{name}": master for name, master in self.fp32.items()}
+        """Return everything a checkpoint needs."""
+        kept = {f"master.{name}": master for name, master in self.fp32.items()}
         for name, master in self.fp32.items():
             for key, value in self.optimizer.state.get(master, {}).items():
-                found[f"{key}.{name}"] = value
-        return found
+                kept[f"{key}.{name}"] = value
+        return kept
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of :meth:`tensors`."""
+        """Restore what :meth:`tensors` returned."""
         with torch.no_grad():
             for name, master in self.fp32.items():
                 master.copy_(tensors[f"master.{name}"])
                 state = {key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-                # a fused optimiser counts its steps where the parameters are
+                # a fused optimiser counts its steps on the parameters' device
                 self.optimizer.state[master] = {key: value.to(master.device) for key, value in state.items()}
         self.write_back()
 
 
 @contextmanager
 def ordinary_mode() -> Iterator[None]:
-    """Compute as a fresh process does inside the ``with``, whatever the caller has switched on.
+    """Inside the ``with``, compute as a fresh process does, whatever the caller has switched on.
 
     No ``no_grad`` or ``inference_mode``, under which nothing trains; no autocast and no other default dtype or device,
     which would change results.
@@ -150,7 +150,7 @@ def ordinary_mode() -> Iterator[None]:
     with ExitStack() as stack:
         for mode in (torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)):
             stack.enter_context(mode)
-        if torch.get_default_device().type != "cpu":  # a mode that would cost something in every operation
+        if torch.get_default_device().type != "cpu":  # only then: the mode costs something in every operation
             stack.enter_context(torch.device("cpu"))
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
@@ -183,12 +183,12 @@ class Outcome:
     seconds: float
 
     def metrics(self) -> dict[str, Any]:
-        """For the stage's manifest."""
+        """Return the numbers for the stage's manifest."""
         return self.__dict__ | {"tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1)}
 
 
 def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
-    """Which of ``blocks`` sequences step number ``step`` sees: shuffled anew in every pass over them."""
+    """Choose which of ``blocks`` sequences step number ``step`` sees: shuffled anew in every pass over them."""
     start = step * batch
     rows: list[int] = []
     for position in range(start, start + batch):
@@ -213,27 +213,27 @@ def train(
 ) -> Outcome:
     """Train ``parameters`` of ``objective`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
 
-    When the device is out of memory the step is done again with half of the micro-batch, which stays. Without random
-    numbers its gradients are the same to rounding. Dropout and noise are drawn per step, one micro-batch after the
-    other: another micro-batch draws other numbers of the same distribution.
+    When the device is out of memory the step is repeated with half of the micro-batch, which stays. Without random
+    numbers its gradients are the same up to rounding. Dropout and noise are drawn per step, one micro-batch after
+    another, so another micro-batch size draws other numbers from the same distribution.
 
     Args:
-        objective: a module such as :class:`Student`: token ids (B, S) to the scalar loss of its ``model``, in which
-            everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
-        parameters: name to trained parameter, in the model's dtype.
-        blocks: (N, window) token ids, of any integer type: a batch of them becomes int64 when it is taken.
+        objective: a module such as :class:`Student` that maps token ids (B, S) to the scalar loss of its ``model``, in
+            which everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
+        parameters: trained parameters by name, in the model's dtype.
+        blocks: (N, window) token ids, of any integer type: each batch becomes int64 when it is used.
         spec: the stage's settings.
         folder: holds ``log.jsonl`` (a line per step) and ``checkpoint.safetensors``.
-        seed: of data order, dropout and router noise.
+        seed: seed of data order, dropout and router noise.
         label: what the progress line says.
         on_step: called with the number of finished steps.
 
     Returns:
-        What happened. The model holds the trained weights.
+        What the training did. The model holds the trained weights.
 
     Raises:
-        MoesmithError: the loss is not finite; the step's data lies in ``folder``. Or the device has no room for a
-            single sequence, or the processes cannot share a batch evenly.
+        MoesmithError: the loss is not finite; the step's data is in ``folder``. Or the device has no room for a single
+            sequence, or the processes cannot share a batch evenly.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = objective.model
@@ -266,14 +266,14 @@ def train(
     started = saved = time.monotonic()
 
     def gradients(rows: Tensor, step: int, micro: int) -> float:
-        """Leave the gradients of a step's rows on the parameters; the mean loss."""
+        """Leave the gradients of a step's rows on the parameters; return the mean loss."""
         torch.manual_seed(seed * 1_000_003 + step * world + rank)
         losses = []
         for part in rows.split(micro):
             loss = student(blocks[part].to(device, torch.int64)) * (len(part) / len(rows))
             loss.backward()
             losses.append(loss.detach())
-        return sum(float(loss) for loss in losses)  # asked once the device has all of the step's work
+        return sum(float(loss) for loss in losses)  # read once the device has all of the step's work
 
     def save(step: int) -> None:
         state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
@@ -294,7 +294,7 @@ def train(
                         raise
                     if micro == 1 or world > 1:  # the other processes wait for this one's gradients
                         raise full(label, device) from None
-                for parameter in parameters.values():  # behind the except, whose traceback holds the step's tensors
+                for parameter in parameters.values():  # after the except, whose traceback holds the step's tensors
                     parameter.grad = None
                 micro //= 2
                 release(device)
@@ -333,9 +333,9 @@ def train(
 
 
 def _processes(device: torch.device) -> Accelerator | None:
-    """What several processes share; ``None`` for one, which needs nothing but its model's device.
+    """Return what several processes share; ``None`` for one, which needs only its model's device.
 
-    Accelerate decides on a device once per process, so without need it is not asked: conversions on a GPU and on the
+    Accelerate decides on a device once per process, so it is used only where needed: conversions on a GPU and on the
     CPU may follow each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -345,7 +345,7 @@ def _processes(device: torch.device) -> Accelerator | None:
 
 
 class _Log:
-    """JSON lines; lines past the resumed step are dropped, so the log tells one story."""
+    """Writes JSON lines; lines past the resumed step are dropped, so that each step is logged once."""
 
     def __init__(self, path: Path, done: int) -> None:
         kept = []

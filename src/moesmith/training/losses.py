@@ -1,4 +1,4 @@
-"""Next-token and distillation loss from hidden states, without ever holding the whole logits.
+"""Compute next-token and distillation loss from hidden states, without ever holding the whole logits.
 
 The output head is frozen in every stage, so the gradient of the loss with respect to a hidden state has a closed form
 and is taken in the forward pass, a chunk of tokens at a time: two head products per chunk instead of the three of
@@ -16,7 +16,7 @@ from torch import Tensor
 from moesmith.parent.accelerator import Sum, has_double
 
 CHUNK, DEVICE_CHUNK = 128, 512  # tokens whose logits exist at once: on a CPU, and where starting a kernel costs more
-PIECE = 8  # of them, on a CPU, those whose probabilities do: what stays in a core's cache
+PIECE = 8  # tokens whose probabilities exist at once on a CPU: they stay in a core's cache
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -60,9 +60,9 @@ class _HeadLoss(torch.autograd.Function):
 def _piece(
     logits_PV: Tensor, labels_P: Tensor, teacher_PV: Tensor | None, mix: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a few tokens, summed, and its gradient by their logits, fp32; may overwrite both logits.
+    """Compute the summed loss of a few tokens and its gradient by their logits, fp32; may overwrite both logits.
 
-    The sum is fp64, but fp32 where the device has no other.
+    The sum is fp64, or fp32 where the device has no fp64.
     """
     wide = torch.float64 if has_double(logits_PV.device) else torch.float32
     loss, grad_PV = torch.zeros((), dtype=wide, device=logits_PV.device), None
@@ -73,7 +73,7 @@ def _piece(
         grad_PV = log_PV.exp_().mul_(1 - mix)
         grad_PV.scatter_add_(1, labels_P1, torch.full_like(labels_P1, mix - 1, dtype=torch.float32))
     if teacher_PV is not None:
-        if temperature != 1:  # every pass over the logits is felt
+        if temperature != 1:  # every pass over the logits costs time
             teacher_PV, logits_PV = teacher_PV.div_(temperature), logits_PV.div_(temperature)
         wanted_PV = F.log_softmax(teacher_PV, -1, dtype=torch.float32)
         given_PV = F.log_softmax(logits_PV, -1, dtype=torch.float32)
@@ -95,7 +95,7 @@ def head_loss(
     temperature: float = 1.0,
     head_V: Tensor | None = None,
 ) -> Tensor:
-    """(1 − mix) · cross-entropy + mix · τ² · KL(teacher ‖ student), mean over N tokens, a scalar.
+    """Compute (1 − mix) · cross-entropy + mix · τ² · KL(teacher ‖ student), mean over N tokens, a scalar.
 
     Args:
         hidden_ND: final hidden states (N, D), those that predict ``labels_N``.
@@ -118,7 +118,7 @@ def head_loss_reference(
     temperature: float = 1.0,
     head_V: Tensor | None = None,
 ) -> Tensor:
-    """The same loss in plain autograd, for the tests."""
+    """Compute the same loss in plain autograd, for the tests."""
     logits_NV = F.linear(hidden_ND, head_VD, head_V).float()
     loss = (1 - mix) * F.cross_entropy(logits_NV, labels_N)
     if teacher_ND is not None:

@@ -1,1 +1,1 @@
-"""Parents in GGUF files."""
+"""Load parents from GGUF files."""

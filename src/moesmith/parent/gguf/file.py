@@ -1,4 +1,4 @@
-"""A GGUF file's keys and tensors, read once: the package's reader is slow, and three places want what it finds."""
+"""Read a GGUF file's keys and tensors once: the gguf package's reader is slow, and three places need its result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONG = frozenset(f"tokenizer.ggml.{what}" for what in ("tokens", "token_type", "
 
 
 def open_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A ``gguf.GGUFReader`` of a file, and the file's keys without its vocabulary.
+    """Return a ``gguf.GGUFReader`` of a file, and the file's keys without its vocabulary.
 
     Raises:
         MoesmithError: there is no such file or it cannot be read; the package gguf is missing.
@@ -33,7 +33,7 @@ def open_gguf(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         reader = _reader(path.resolve(), facts.st_mtime_ns, facts.st_size)
         return reader, {name: field.contents() for name, field in reader.fields.items() if name not in LONG}
-    except Exception as error:  # numpy's and struct's own error types, by where the file ends
+    except Exception as error:  # numpy's or struct's own error types, depending on where the file ends
         raise MoesmithError(f"{path} cannot be loaded: {first_line(error)}", "Fetch the file again.") from error
 
 
@@ -42,7 +42,7 @@ def _reader(path: Path, _changed: int, _size: int) -> Any:
     import gguf
 
     class Reader(gguf.GGUFReader):
-        """The same over a plain array: a slice of a mapped one costs several times as much."""
+        """The same reader over a plain array: a slice of a mapped one costs several times as much."""
 
         def _get(self, *args: Any, **options: Any) -> Any:
             if isinstance(self.data, np.memmap):
@@ -54,7 +54,7 @@ def _reader(path: Path, _changed: int, _size: int) -> Any:
 
 @contextmanager
 def handed_over(reader: Any) -> Iterator[None]:
-    """Inside, transformers is given this reader of the file instead of reading it again."""
+    """Inside the ``with``, give transformers this reader of the file instead of letting it read the file again."""
     import gguf
 
     before = gguf.GGUFReader
@@ -66,7 +66,7 @@ def handed_over(reader: Any) -> Iterator[None]:
 
 
 def dtype_of(reader: Any) -> torch.dtype:
-    """What the matrices of a file are stored in; bf16 where they are quantised."""
+    """Return the dtype that a file's matrices are stored in; bf16 where they are quantised or differ."""
     plain = {"F32": torch.float32, "F16": torch.float16}
     kinds = {plain.get(tensor.tensor_type.name) for tensor in reader.tensors if len(tensor.shape) > 1}
     return kinds.pop() or torch.bfloat16 if len(kinds) == 1 else torch.bfloat16

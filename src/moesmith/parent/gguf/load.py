@@ -1,7 +1,7 @@
-"""A parent from a GGUF file: every key and tensor of the file is used, known to be harmless, or refused by its name.
+"""Load a parent from a GGUF file: every key and tensor is used, known to be harmless, or refused by its name.
 
 The file, not a model's name, says what is computed, and llama.cpp says what the file means. So config and weights are
-read here as llama.cpp reads them, and the result is then held against llama.cpp itself (``parent/gguf/proof.py``).
+read here as llama.cpp reads them, and the result is then checked against llama.cpp itself (``parent/gguf/proof.py``).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "phi3": (Phi3Config, Phi3ForCausalLM),
 }
-# names of tensors outside and inside of the layers, in the file and in transformers
+# names of tensors outside and inside the layers, in the file and in transformers
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -65,8 +65,8 @@ LAYER = {
     "qwen3": INSIDE | GATED | QKV | NORMS,
     "phi3": INSIDE | {"attn_qkv.weight": "self_attn.qkv_proj.weight", "ffn_up.weight": "mlp.gate_up_proj.weight"},
 }
-# keys that change nothing that is computed: who made the file and how, and what its tokenizer is. The tokenizer is held
-# against llama.cpp's by the tokens that it makes.
+# keys that do not change what is computed: who made the file and how, and what its tokenizer is. The tokenizer is
+# checked against llama.cpp's by the tokens that it makes.
 DESCRIBING = (
     "GGUF.",
     "general.",
@@ -76,7 +76,7 @@ DESCRIBING = (
     "tokenizer.ggml.",
     "tokenizer.chat_template",
 )
-# keys of the architecture that are no settings of the function, or repeat what tensors say
+# keys of the architecture that do not affect the function, or that repeat what tensors say
 UNUSED = ("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon")
 # keys that change the function unless they have one of these values
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -95,15 +95,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A GGUF file's model, dequantised to ``dtype``, and its tokenizer, both held against llama.cpp where it is there.
+    """Load a GGUF file's model, dequantised to ``dtype``, and its tokenizer; check both against llama.cpp if installed.
 
     Args:
         path: the file.
-        dtype: of the weights; the file's own if left out, bf16 where it is quantised.
+        dtype: dtype of the weights; the file's own if left out, bf16 where it is quantised.
 
     Raises:
-        MoesmithError: there is no such file or it cannot be read; the package gguf is missing; a key or tensor that is
-            not understood, or a missing one; or llama.cpp answers otherwise.
+        MoesmithError: there is no such file or it cannot be read; the package gguf is missing; a key or tensor is not
+            understood or is missing; or llama.cpp answers differently.
     """
     reader, keys = open_gguf(path)
     architecture = _known(path, keys)
@@ -128,10 +128,10 @@ def load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, P
 
 
 def gguf_skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The shapes of a GGUF file's model on the meta device: its weights and tokenizer are not read, nothing is proved.
+    """Build a GGUF file's model on the meta device, as shapes: no weights or tokenizer are read, nothing is proved.
 
     Raises:
-        MoesmithError: as :func:`load_gguf`, but for what is in tensors.
+        MoesmithError: as :func:`load_gguf`, except for what is in the tensors.
     """
     reader, keys = open_gguf(path)
     architecture = _known(path, keys)
@@ -139,20 +139,20 @@ def gguf_skeleton(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     rows = int(tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in tensors else 0
     config, _ = _described(path, keys, tensors, rows)
     with quiet(), torch.device("meta"):
-        made: PreTrainedModel = KINDS[architecture][1]._from_config(config, dtype=dtype or dtype_of(reader))
-    return made
+        model: PreTrainedModel = KINDS[architecture][1]._from_config(config, dtype=dtype or dtype_of(reader))
+    return model
 
 
 def _known(path: Path, keys: dict[str, Any]) -> str:
     architecture = str(keys.get("general.architecture"))
     if architecture not in KINDS:
         known = ", ".join(KINDS)
-        raise MoesmithError(f"{path.name} is of llama.cpp's architecture {architecture!r}, not of {known}", CURE)
+        raise MoesmithError(f"{path.name} has llama.cpp's architecture {architecture!r}, not one of {known}", CURE)
     return architecture
 
 
 def _without_invented(tokenizer: Any, size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer without what transformers adds to a file's vocabulary of ``size`` (GPT-2's end of text)."""
+    """Return the tokenizer without what transformers adds to a file's ``size`` tokens (GPT-2's end of text)."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = [token for token in described["added_tokens"] if token["id"] < size]
     if len(kept) == len(described["added_tokens"]):
@@ -164,7 +164,7 @@ def _without_invented(tokenizer: Any, size: int) -> PreTrainedTokenizerBase:
 
 
 def _described(path: Path, keys: dict[str, Any], tensors: Mapping[str, Any], rows: int) -> tuple[Any, dict[str, str]]:
-    """The config that a file makes (``rows`` of embedding), and its tensors' names in transformers."""
+    """Return the config that a file describes (``rows`` of embedding), and its tensors' names in transformers."""
     architecture = str(keys["general.architecture"])
     factors = {name: _unpacked(t).double().tolist() for name, t in tensors.items() if name in FACTORS}
     own = [name for name in tensors if name not in FACTORS]
@@ -173,7 +173,7 @@ def _described(path: Path, keys: dict[str, Any], tensors: Mapping[str, Any], row
 
 
 def _model(path: Path, tensors: dict[str, Any], keys: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """The model that keys and tensors (unpacked, or as the reader has them) of a file describe."""
+    """Build the model that a file's keys and tensors (unpacked, or as the reader has them) describe."""
     config, names = _described(path, keys, tensors, len(tensors.get("token_embd.weight", ())))
     architecture = str(keys["general.architecture"])
     try:
@@ -190,17 +190,17 @@ def _model(path: Path, tensors: dict[str, Any], keys: dict[str, Any], dtype: tor
 
 
 class Keys:
-    """The keys of one architecture; what nobody has taken in the end is not understood."""
+    """The keys of one architecture; those that are not taken in the end are not understood."""
 
     def __init__(self, file: str, architecture: str, keys: dict[str, Any]) -> None:
-        """Refuse what lies outside of the architecture's own keys and is not known to be harmless."""
+        """Refuse keys that are neither the architecture's own nor known to be harmless."""
         self.file, self.prefix = file, f"{architecture}."
         if int(keys.get("split.count") or 1) > 1:
             raise MoesmithError(
                 f"{file} is one of {keys['split.count']} parts of a model", "Join them with llama-gguf-split --merge."
             )
         if (kind := keys.get("general.type", "model")) != "model":
-            raise MoesmithError(f"{file} holds no model but a file of the type {kind!r}", CURE)
+            raise MoesmithError(f"{file} is a file of the type {kind!r}, not a model", CURE)
         known = (*DESCRIBING, "split.", self.prefix)
         for name, value in keys.items():
             if not name.startswith(known):
@@ -208,10 +208,10 @@ class Keys:
         self.left = {name.removeprefix(self.prefix): v for name, v in keys.items() if name.startswith(self.prefix)}
 
     def take(self, name: str, default: Any = None) -> Any:
-        """A key's value.
+        """Take a key and return its value.
 
         Raises:
-            MoesmithError: there is one for each layer, or none and no default.
+            MoesmithError: there is one value for each layer, or none and no default.
         """
         value = self.left.pop(name, default)
         if value is None:
@@ -221,32 +221,32 @@ class Keys:
         return value
 
     def finish(self) -> None:
-        """Refuse the first key that is left."""
+        """Refuse the first key that was not taken."""
         for name, value in self.left.items():
             if name in UNUSED or value in NEUTRAL.get(name, ()):
                 continue
             raise self.unknown(self.prefix + name, value)
 
     def unknown(self, name: str, value: Any) -> MoesmithError:
-        """The refusal of one key."""
+        """Return the error that refuses one key."""
         return MoesmithError(f"{self.file} has the key {name} = {str(value)[:40]}, which moesmith does not know", CURE)
 
 
 def config_of(
     file: str, architecture: str, keys: dict[str, Any], rows: int, tied: bool, factors: dict[str, list[float]]
 ) -> Any:
-    """The transformers config that computes what llama.cpp computes from these keys.
+    """Make the transformers config that computes what llama.cpp computes from these keys.
 
     Args:
         file: the file's name, for refusals.
         architecture: one of :data:`KINDS`.
         keys: the file's keys, without the vocabulary.
-        rows: of the embedding.
-        tied: the embedding stands in for the output matrix.
+        rows: rows of the embedding.
+        tied: whether the embedding is the output matrix too.
         factors: the tensors of :data:`FACTORS` that it has.
 
     Raises:
-        MoesmithError: a key that is missing or not understood; it is named.
+        MoesmithError: a key is missing or not understood; it is named.
     """
     own = Keys(file, architecture, keys)
     D, heads = own.take("embedding_length"), own.take("attention.head_count")
@@ -276,7 +276,7 @@ def config_of(
     }
     for token, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         fields[f"{token}_token_id"] = keys.get(f"tokenizer.ggml.{name}_token_id")
-    # transformers' own loader keeps these as well, and a file keeps its digest
+    # transformers' own loader keeps these as well; without them the model's digest would change
     for field, name in (("unk_token_id", "tokenizer.ggml.unknown_token_id"), ("_model_name_or_path", "general.name")):
         fields |= {field: keys[name]} if name in keys else {}
     if architecture != "phi3":
@@ -294,18 +294,18 @@ def config_of(
 
 
 def tensor_names(file: str, architecture: str, config: Any, tensors: Collection[str]) -> dict[str, str]:
-    """For each tensor of the file its name in transformers.
+    """Map each tensor's name in the file to its name in transformers.
 
     Raises:
-        MoesmithError: a tensor that is not understood, or one that is missing.
+        MoesmithError: a tensor is not understood, or one is missing.
     """
     names = dict(OUTSIDE)
     for layer in range(config.num_hidden_layers):
         names |= {f"blk.{layer}.{own}": f"model.layers.{layer}.{theirs}" for own, theirs in LAYER[architecture].items()}
     if config.tie_word_embeddings:
         del names["output.weight"]
-    found = set(tensors)
-    for what, odd in (("has the tensor", found - set(names)), ("lacks the tensor", set(names) - found)):
+    given = set(tensors)
+    for what, odd in (("has the tensor", given - set(names)), ("lacks the tensor", set(names) - given)):
         for name in sorted(odd)[:1]:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             raise MoesmithError(f"{file}, of the architecture {architecture!r}, {what} {name}{more}", CURE)
@@ -313,7 +313,7 @@ def tensor_names(file: str, architecture: str, config: Any, tensors: Collection[
 
 
 def _unpacked(tensor: Any) -> Tensor:
-    """A reader's tensor in f32; one that is unpacked already stays as it is."""
+    """Unpack a reader's tensor to f32; one that is unpacked already stays as it is."""
     import gguf
 
     if isinstance(tensor, Tensor):
@@ -322,7 +322,7 @@ def _unpacked(tensor: Any) -> Tensor:
 
 
 def _weight(name: str, tensor: Any, architecture: str, config: Any, dtype: torch.dtype) -> Tensor:
-    """One tensor as transformers has it: the rows of a Llama's q and k lie in pairs in the file, in halves here."""
+    """Bring one tensor into transformers' form: a Llama's q and k have their rows in pairs there, in halves here."""
     weight = _unpacked(tensor)
     rows = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
     heads = rows.get(name.split(".", 2)[-1])

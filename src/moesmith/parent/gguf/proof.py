@@ -1,16 +1,16 @@
-"""Does a GGUF parent answer as llama.cpp answers from the same file?
+"""Check that a GGUF parent answers as llama.cpp answers from the same file.
 
-Config and weights of such a parent are read by code of ours; a model compared with itself says nothing about that code.
+Our own code reads config and weights of such a parent, and comparing a model with itself says nothing about that code.
 llama.cpp is the other reader. It is asked twice:
 
 * about a *twin*: a file with the same keys, byte by byte, and the first layers' tensors in f32. Quantised matrices make
   llama.cpp round activations to 8 bits, and that noise would hide a lost scaling of positions or a window that is off
-  by one; in f32 the two readers agree to a millionth, so the bound is tight (:data:`TIGHT`). The last of the lengths
-  has room beyond the original context where llama.cpp then takes other factors (longrope);
+  by one; in f32 the two readers agree to a millionth, so the bound is tight (:data:`TIGHT`). For longrope it is asked
+  again with room beyond the original context, because llama.cpp then takes other factors;
 * about the file itself, once, with a wide bound (:data:`WIDE`): a tensor that was unpacked wrongly is far outside. The
   model answers in its own dtype.
 
-Besides, its tokenizer must make the same tokens, of text and of every special token.
+The tokenizer must make the same tokens from text too; other tokens around special ones are only reported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LENGTHS = (16, 48, 200)
 # largest root mean square difference of the most likely tokens' log-probabilities, over the logits' standard deviation;
 # measured on tiny models: 5e-6 for twins, 0.05 for files of every type (docs/exports.md)
 TIGHT, WIDE = 1e-4, 0.25
-CURE = "Give the model as a folder in safetensors, and please report it."
+CURE = "Give the model as a folder in safetensors, and please report this."
 TEXT = (
     "The old clock in the hall had stopped at 7:45. Nobody wound it any more, and yet, she said, it's right twice."
     "\n\ndef add(a, b):\n    return a + b  # 12 + 30 = 42\n"
@@ -58,7 +58,7 @@ def prove_gguf(
     Args:
         path: the file.
         reader: a ``gguf.GGUFReader`` of it.
-        first: its tensors in f32, those of layers after the first :data:`LAYERS` apart.
+        first: its tensors in f32, without those of layers after the first :data:`LAYERS`.
         model: what was loaded.
         twin: the model of ``first``.
         tokenizer: what was loaded.
@@ -70,9 +70,9 @@ def prove_gguf(
         say(f"  {path.name} was not compared with llama.cpp: the package xllamacpp is not installed")
         return
     config, rope = model.config, model.config.rope_parameters
-    longest = config.max_position_embeddings - 1  # the server wants room for one more
+    longest = config.max_position_embeddings - 1  # the server needs room for one more
     if (window := getattr(config, "sliding_window", None)) is not None and window < longest:
-        say(f"  {path.name} has a sliding window of {window:,} tokens, which llama.cpp knows of and leaves out")
+        say(f"  {path.name} has a sliding window of {window:,} tokens, which llama.cpp reads but does not apply")
         longest = window
     # llama.cpp chooses longrope's factors by the room for a text, transformers by its length
     original = int(rope["original_max_position_embeddings"]) if rope["rope_type"] == "longrope" else None
@@ -82,7 +82,7 @@ def prove_gguf(
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "twin.gguf"
         write_twin(reader, first, file, twin.config.num_hidden_layers)
-        if original is None or original >= 256:  # the least room that llama.cpp gives
+        if original is None or original >= 256:  # the smallest context that llama.cpp gives
             _same_numbers(path, twin, ids, lengths, ask(file, questions), TIGHT)
         if original is not None and longest > original:
             far = Questions(rows=[ids], lengths=lengths, context=original + 256, threads=questions.threads)
@@ -106,7 +106,7 @@ def _same_numbers(
         apart = difference(model, ids[:length], top)
         if not apart <= bound:
             raise MoesmithError(
-                f"{path.name} answers otherwise in llama.cpp than as it was read: after {length} tokens the"
+                f"{path.name} answers differently in llama.cpp than as it was read: after {length} tokens the"
                 f" log-probabilities are {apart:.2g} of the logits' standard deviation apart, not {bound:g}",
                 CURE,
             )
@@ -114,45 +114,45 @@ def _same_numbers(
 
 @torch.no_grad()
 def difference(model: PreTrainedModel, ids: list[int], top: list[tuple[int, float]]) -> float:
-    """How far a model is from llama.cpp's most likely tokens and their log-probabilities after a text.
+    """Measure how far a model is from llama.cpp's most likely tokens and their log-probabilities after a text.
 
     The root mean square difference, over the standard deviation of the model's logits.
     """
     text_1S = torch.tensor([ids], device=model.device)
     hidden_1SD: Tensor = model.base_model(input_ids=text_1S, use_cache=False).last_hidden_state
     logits_V: Tensor = model.get_output_embeddings()(hidden_1SD[0, -1]).float().cpu()
-    found = torch.tensor([value for _, value in top])
+    theirs = torch.tensor([value for _, value in top])
     ours = logits_V.log_softmax(-1)[torch.tensor([token for token, _ in top])]
-    return float((ours - found).square().mean().sqrt() / logits_V.std())
+    return float((ours - theirs).square().mean().sqrt() / logits_V.std())
 
 
 def _with_long_factors(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that takes longrope's factors for long texts at every length."""
+    """Copy the model so that it takes longrope's factors for long texts at every length."""
     config = copy.deepcopy(model.config)
     config.rope_parameters = dict(config.rope_parameters) | {"short_factor": config.rope_parameters["long_factor"]}
-    made: Any = type(model)._from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
-    made.load_state_dict(model.state_dict())
-    return made.eval()  # type: ignore[no-any-return]
+    copied: Any = type(model)._from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
+    copied.load_state_dict(model.state_dict())
+    return copied.eval()  # type: ignore[no-any-return]
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int) -> list[int]:
-    """The same text again and again, as token ids that the model has rows for."""
+    """Repeat one text up to ``length`` token ids, all of which the model has rows for."""
     ids = [i for i in tokenizer.encode(TEXT, add_special_tokens=False) if i < vocabulary] or [0]
     return (ids * (length // len(ids) + 1))[:length]
 
 
 def write_twin(reader: Any, tensors: dict[str, Tensor], out: Path, layers: int) -> None:
-    """Write a GGUF file with another's keys, byte by byte but for the number of layers, and tensors in f32.
+    """Write a GGUF file with another's keys, byte for byte except the number of layers, and tensors in f32.
 
     Args:
         reader: a ``gguf.GGUFReader`` of the other file.
-        tensors: by their names in the file.
+        tensors: the tensors by their names in the file.
         out: the file to write.
-        layers: how many it has.
+        layers: how many layers it has.
     """
     import gguf
 
-    keys = bytearray(reader.data[: int(reader.tensors[0].field.offset)])  # the infos of tensors follow on the keys
+    keys = bytearray(reader.data[: int(reader.tensors[0].field.offset)])  # the tensors' infos follow the keys
     struct.pack_into("<Q", keys, 8, len(tensors))
     architecture = reader.fields["general.architecture"].contents()
     count = reader.fields[f"{architecture}.block_count"]
@@ -175,7 +175,7 @@ def write_twin(reader: Any, tensors: dict[str, Tensor], out: Path, layers: int) 
 
 
 def beyond(name: str, layers: int) -> bool:
-    """Whether a tensor belongs to a layer that a model of so many layers does not have."""
+    """Whether a tensor belongs to a layer that a model of ``layers`` layers does not have."""
     parts = name.split(".")
     return parts[0] == "blk" and int(parts[1]) >= layers
 

@@ -1,9 +1,9 @@
-"""How a GGUF file scales positions, as transformers' ``rope_parameters``.
+"""Translate how a GGUF file scales positions into transformers' ``rope_parameters``.
 
-llama.cpp has for it a type (none, linear, yarn, longrope) with its numbers, and tensors of divisors, one per rotary
-frequency: ``rope_freqs.weight`` at every length (that is how Llama 3.1's scaling is kept), or one tensor for texts up
-to the original context and one for longer ones (longrope). A config holds the second as they are, and of the first only
-what Llama 3.1's rule makes; so the rule's parameters are found from the divisors and must give each of them again.
+llama.cpp has a scaling type (none, linear, yarn, longrope) with its numbers, and tensors of divisors, one per rotary
+frequency: ``rope_freqs.weight`` for every length (Llama 3.1's scaling is stored in it), or one tensor for texts up to
+the original context and one for longer ones (longrope). A config holds longrope's divisors as they are, and others only
+as the parameters of Llama 3.1's rule; so these are found from the divisors and must reproduce each of them.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (FREQS, LONG, SHORT)
 CURE = "Give the model as a folder in safetensors."
-EXACT = 1e-5  # relative: the divisors are kept in f32
+EXACT = 1e-5  # relative: the divisors are stored in f32
 
 
 def rope_parameters(keys: Keys, width: int, context: int, factors: dict[str, list[float]]) -> dict[str, Any]:
-    """transformers' ``rope_parameters`` for what llama.cpp computes.
+    """Make the ``rope_parameters`` with which transformers computes what llama.cpp computes.
 
     Args:
-        keys: the architecture's keys; those of positions are taken.
-        width: of a head.
+        keys: the architecture's keys; those about positions are taken.
+        width: width of a head.
         context: the longest text.
         factors: the tensors of :data:`FACTORS` that the file has.
 
     Raises:
-        MoesmithError: a key or tensor that no ``rope_parameters`` stand for; it is named.
+        MoesmithError: no ``rope_parameters`` express a key or tensor; it is named.
     """
     theta = keys.take("rope.freq_base", 10000.0)
     factor = keys.take("rope.scaling.factor", 0.0) or keys.take("rope.scale_linear", 0.0) or 1.0
@@ -47,7 +47,7 @@ def rope_parameters(keys: Keys, width: int, context: int, factors: dict[str, lis
         found |= _yarn(keys, factor, original, attention)
     elif kind == "longrope" or (kind == "none" and LONG in tensors):  # Phi-3's files name no type
         if LONG not in tensors or SHORT not in tensors:
-            raise MoesmithError(f"{keys.file} scales positions by longrope and lacks {LONG} or {SHORT}", CURE)
+            raise MoesmithError(f"{keys.file} scales positions by longrope but lacks {LONG} or {SHORT}", CURE)
         used = {LONG, SHORT}
         found |= {
             "rope_type": "longrope",
@@ -67,16 +67,16 @@ def rope_parameters(keys: Keys, width: int, context: int, factors: dict[str, lis
     elif kind != "none":
         raise keys.unknown(f"{keys.prefix}rope.scaling.type", kind)
     for name in tensors.keys() - used:
-        raise MoesmithError(f"{keys.file} has the tensor {name} beside positions scaled by {kind}", CURE)
-    keys.left.pop("rope.scaling.finetuned", None)  # says that the scaling was trained with
+        raise MoesmithError(f"{keys.file} has the tensor {name} along with positions scaled by {kind}", CURE)
+    keys.left.pop("rope.scaling.finetuned", None)  # says whether the model was trained with the scaling
     return found
 
 
 def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[str, Any]:
     """YaRN. llama.cpp multiplies queries and keys by 0.1 ln(factor) + 1, and by its attention factor besides.
 
-    Of the keys ``yarn_…`` its graphs of these architectures read none, so another value than theirs is refused: it is
-    what the model was made with, and not what llama.cpp computes.
+    Its graphs of these architectures read none of the keys ``yarn_…``, so a value other than theirs is refused: the
+    model was made with it, and llama.cpp does not compute with it.
     """
     level = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     fixed = {"ext_factor": 1.0, "log_multiplier": 0.0, "attn_factor": level, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -89,14 +89,14 @@ def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[st
 
 
 def llama3(file: str, theta: float, width: int, context: int, divisors: list[float]) -> dict[str, Any]:
-    """The parameters of Llama 3.1's rule that give each divisor again.
+    """Find the parameters of Llama 3.1's rule that reproduce each divisor.
 
     The rule divides a frequency of wavelength w by 1 where w < o/h, by the factor F where w > o/l, and between them by
     1 / ((1 - s)/F + s), s = (o/w - l)/(h - l), with o the original context. (o, l, h) and (c·o, c·l, c·h) are the same
-    rule, so l is 1, as Llama has it.
+    rule, so l is 1, as in Llama.
 
     Raises:
-        MoesmithError: the divisors are no such rule's.
+        MoesmithError: the divisors do not come from such a rule.
     """
     wavelengths = [2 * math.pi * theta ** (2 * i / width) for i in range(width // 2)]
     if len(divisors) != len(wavelengths):

@@ -1,1 +1,1 @@
-"""Prove by numbers what the rest of a parent's decoder computes."""
+"""Prove by numbers what a parent's decoder computes apart from its feed-forward networks."""

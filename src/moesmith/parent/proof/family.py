@@ -1,11 +1,11 @@
-"""Which architecture holds a decoder, proved by numbers.
+"""Find the architecture that can hold a decoder, and prove it by numbers.
 
-A parent with gated feed-forward networks qualifies when it computes what the stock Mixture-of-Experts architectures
-compute, its networks apart: RMS-normalised pre-norm residual layers and rotary attention scaled by head_dim^-1/2. No
-stock architecture has experts without a gate, so a parent of plain networks goes to moesmith's own format; it qualifies
-when its layers are parallel, x + attention(n(x)) + network(n(x)), with a layer norm n and the same attention, which may
-have biases everywhere and rotate only a part of each head. Each claim is held against the model's own activations, so
-a model that differs in a detail is refused by that detail at the start, not after hours of training.
+A parent with gated feed-forward networks qualifies when, apart from these, it computes what the stock
+Mixture-of-Experts architectures compute: RMS-normalised pre-norm residual layers and rotary attention scaled by
+head_dim^-1/2. No stock architecture has experts without a gate, so a parent of plain networks goes to moesmith's own
+format; it qualifies when its layers are parallel, x + attention(n(x)) + network(n(x)), with a layer norm n and the same
+attention, which may have biases everywhere and rotate only a part of each head. Each claim is checked against the
+model's own activations, so a model that differs in a detail is refused for it at the start, not after hours of work.
 
 Shapes: B batch, S positions, D model width, H heads, W head width.
 """
@@ -29,8 +29,8 @@ from moesmith.parent.structure import FFN, KINDS, STREAM, attention_weights, dec
 
 NATIVE = "native"  # the family of a parent that only moesmith's own format can hold (native/)
 
-# Config fields that change the function, and the value with which they do not. A field without one, as a soft cap,
-# always changes it.
+# Config fields that change the function, and the value with which they do not. A field without one, such as a soft
+# cap, always changes it.
 NEUTRAL: dict[str, float | None] = {
     "residual_multiplier": 1.0,
     "embedding_multiplier": 1.0,
@@ -45,15 +45,16 @@ NEEDED = {"rope_parameters": "positions", "num_key_value_heads": "attention"}
 
 
 def find_family(model: PreTrainedModel, ffns: list[FFN]) -> str:
-    """What holds this decoder: ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``, or :data:`NATIVE`, our own format.
+    """Name what holds this decoder: ``mixtral``, ``qwen2_moe`` or ``qwen3_moe``, or :data:`NATIVE`, our own format.
 
     Networks without a gate → our own format. Otherwise q/k norms per head → Qwen3-MoE; q/k/v biases → Qwen2-MoE;
-    neither → Mixtral. A model that computes its cache again when a text outgrows the original context does so in no
-    stock architecture → our own format (:func:`recomputes`). The decoder's function is then proved on a short random
-    text (:func:`prove_stock`, :func:`prove_parallel`), and its attention far out (``parent/proof/positions.py``).
+    neither → Mixtral. A model that computes its cache again when a text outgrows the original context, as no stock
+    architecture does → our own format (:func:`recomputes`). The decoder's function is then proved on a short random
+    text (:func:`prove_stock`, :func:`prove_parallel`), its attention far into the context
+    (``parent/proof/positions.py``).
 
     Raises:
-        MoesmithError: a property that none of them has; it is named.
+        MoesmithError: it has a property that none of them has; it is named.
     """
     _, layers = decoder_layers(model)
     plain, config = any(ffn.up_FD is None for ffn in ffns), model.config
@@ -78,7 +79,7 @@ def find_family(model: PreTrainedModel, ffns: list[FFN]) -> str:
 
 
 def neutral_values(config: Any) -> dict[str, float | None]:
-    """:data:`NEUTRAL` and the scales of attention's scores, neutral where they are the head's own."""
+    """Return :data:`NEUTRAL` and the scales of attention's scores, neutral where they follow from the head's width."""
     width = head_dim(config)
     return NEUTRAL | {"attention_multiplier": width**-0.5, "query_pre_attn_scalar": float(width)}
 
@@ -86,7 +87,7 @@ def neutral_values(config: Any) -> dict[str, float | None]:
 def recomputes(model: PreTrainedModel) -> bool:
     """Whether ``generate`` computes all keys again once a text outgrows the original context, as Phi-3's does.
 
-    Rotations with long factors then hold for the whole text. A stock architecture would go on with the old keys.
+    Rotations with long factors then hold for the whole text. A stock architecture would keep the old keys.
     """
     rope = model.config.rope_parameters or {}
     original = rope.get("original_max_position_embeddings") or math.inf
@@ -120,7 +121,7 @@ def refuse_config(config: Any, neutral: dict[str, float | None], needed: dict[st
 
 @torch.no_grad()
 def prove_stock(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module) -> None:
-    """Hold the decoder's activations against the stock architectures' formulas.
+    """Check the decoder's activations against the stock architectures' formulas.
 
     Embedding, RMS norms, rotary attention, the two residual sums, the final norm, and the logits.
 
@@ -140,7 +141,7 @@ def prove_stock(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module) -> Non
 
 @torch.no_grad()
 def prove_parallel(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module) -> None:
-    """Hold the decoder's activations against x + attention(n(x)) + network(n(x)) with one layer norm n per layer.
+    """Check the decoder's activations against x + attention(n(x)) + network(n(x)) with one layer norm n per layer.
 
     Embedding, layer norms, rotary attention, the residual sum, the final layer norm, and the logits.
 

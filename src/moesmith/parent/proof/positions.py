@@ -1,8 +1,8 @@
-"""A parent's attention far into its context and in cached generation, held against the reference.
+"""Check a parent's attention far into its context and in cached generation against the reference.
 
-All layers share their code, so the first and the last are asked: a copy of the model with these two, without feed-
-forward networks, in fp32. Nothing as long as the context is computed. Its own code is given a cache that is full of
-random keys and values, as after a long text, and then some more tokens and one more, at any position. So a sliding
+All layers share their code, so only the first and the last are checked: a copy of the model has these two, without
+feed-forward networks, in fp32. No text as long as the context is computed: the model's own code is given a cache full
+of random keys and values, as after a long text, then some more tokens and one more, at any position. So a sliding
 window, a scale or a rotation that changes with the position, and what a cache makes of them, show at little cost.
 
 Shapes: B batch, S positions, P positions already cached, D model width, W head width.
@@ -24,13 +24,13 @@ from moesmith.parent.proof.witness import demand_rope, recorded
 from moesmith.parent.structure import FFN, KINDS, attention_of, attention_window, close, decoder_layers, head_dim, put
 
 CHUNKS = (5, 1)  # tokens of each call: a piece of a prompt, then one token as in generation
-CACHED = 16  # keys before them, where no window asks for more
-MOST = 2**28  # bytes of random keys and values at once
+CACHED = 16  # keys before them, where no window needs more
+MOST = 2**28  # most bytes of random keys and values at once
 
 
 @torch.no_grad()
 def prove_positions(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module, like: str) -> None:
-    """Hold the first and last layer's attention against the reference at many positions, with a cache.
+    """Check the first and last layer's attention against the reference at many positions, with a cache.
 
     Args:
         model: the parent.
@@ -39,7 +39,7 @@ def prove_positions(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module, li
         like: what a refusal compares the parent with.
 
     Raises:
-        MoesmithError: attention differs at a position, which is named with the config's fields that nobody reads.
+        MoesmithError: attention differs at a position; it is named, with the config's fields that no known code reads.
     """
     short, layers = _shallow(model, ffns)
     for cached, first in _probes(model.config):
@@ -47,7 +47,7 @@ def prove_positions(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module, li
 
 
 def _probes(config: Any) -> list[tuple[int, int]]:
-    """(keys in the cache, position of the next token): a prompt's start, around every limit, and far out."""
+    """List (keys in the cache, position of the next token): a prompt's start, around every limit, and far out."""
     longest = getattr(config, "max_position_embeddings", None) or 2048
     rope = config.rope_parameters or {}
     limits = {rope.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None)}
@@ -64,10 +64,10 @@ def _probes(config: Any) -> list[tuple[int, int]]:
 
 
 def text_to_compare(config: Any, blocks_NS: Tensor) -> Tensor:
-    """Token ids (rows, length) from held-out blocks to compare two models on, far enough to see every limit.
+    """Cut token ids (rows, length) from held-out blocks to compare two models on, long enough to see every limit.
 
     Rows are longer than a sliding window and the original context of scaled positions where these are at most 1,024,
-    else 256; never longer than the context or the text. There are as many as make about 512 tokens, at least one.
+    else 256; never longer than the context or the text. There are enough rows for about 512 tokens, at least one.
     """
     longest = getattr(config, "max_position_embeddings", None) or 2048
     limits = [attention_window(config), (config.rope_parameters or {}).get("original_max_position_embeddings")]
@@ -79,7 +79,7 @@ def text_to_compare(config: Any, blocks_NS: Tensor) -> Tensor:
 
 
 def _shallow(model: PreTrainedModel, ffns: list[FFN]) -> tuple[Any, list[nn.Module]]:
-    """The model and its layers: the first and the last, in fp32 and without their feed-forward networks.
+    """Copy the model with its first and last layer only, in fp32 and without feed-forward networks; return both.
 
     The embedding and the output matrix, which are not used, are the model's own; everything else is a copy.
     """
@@ -103,7 +103,7 @@ def _shallow(model: PreTrainedModel, ffns: list[FFN]) -> tuple[Any, list[nn.Modu
 
 
 class _Nothing(nn.Module):
-    """Stands where a feed-forward network was."""
+    """Takes the place of a feed-forward network and adds nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -142,7 +142,7 @@ def _prove_at(short: Any, layers: list[nn.Module], rope: nn.Module, like: str, c
 
 
 def _random_past(config: Any, cached: int, generator: torch.Generator, device: torch.device) -> Past:
-    """Keys and values of so many positions; the values at a window's edges are large, so that one key more shows."""
+    """Draw ``cached`` keys and values; the values at a window's edges are large, so that one key more shows."""
     shape = (1, config.num_key_value_heads, cached, head_dim(config))
     keys, values = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     if (window := attention_window(config)) is not None and cached:

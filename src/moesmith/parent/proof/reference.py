@@ -1,4 +1,4 @@
-"""A decoder's parts as plain formulas, which a parent's own activations are held against (``parent/proof/family.py``).
+"""Compute a decoder's parts by plain formulas, to check a parent's activations against (``parent/proof/family.py``).
 
 Shapes: B batch, S positions, P positions already cached, D model width, H heads, W head width.
 """
@@ -19,12 +19,12 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, (B, S, rotary)
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """(x − mean) / deviation, times weight, plus bias."""
+    """Return (x − mean) / deviation, times weight, plus bias."""
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def rms_norm(x: Tensor, norm: Any, config: Any) -> Tensor:
-    """x over its root mean square, in fp32, times the weight."""
+    """Divide x by its root mean square, in fp32, and multiply by the weight."""
     scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + config.rms_norm_eps)
     weight: Tensor = norm.weight
     return weight * scaled.to(x.dtype)
@@ -39,13 +39,13 @@ class Past:
 
 
 def attention(layer: nn.Module, config: Any, x_BSD: Tensor, rope: Rope, past: Past | None = None) -> Tensor:
-    """Causal rotary attention as Mixtral, Qwen2-MoE and Qwen3-MoE compute it, (B, S, D) to (B, S, D).
+    """Compute causal rotary attention as Mixtral, Qwen2-MoE and Qwen3-MoE do, (B, S, D) to (B, S, D).
 
     Dimensions of a head beyond the rope's are not rotated. The positions of ``x_BSD`` follow those of ``past``, which
     gets their keys and values.
 
     Raises:
-        MoesmithError: a q/k norm over all heads at once.
+        MoesmithError: a q/k norm is over all heads at once.
     """
     weights, width = attention_weights(layer, config), head_dim(config)
     module = attention_of(layer)

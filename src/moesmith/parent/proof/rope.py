@@ -1,7 +1,7 @@
-"""Cosines and sines of positions, as the architecture that will hold a parent computes them from its config.
+"""Compute cosines and sines of positions as the architecture that will hold a parent does from its config.
 
-A parent's own tables are no witness: what is wrong in them would be wrong on both sides of a comparison. So the tables
-here come from the stock architecture's code and a config with nothing of the parent's but what a stock folder carries.
+A parent's own tables prove nothing: an error in them would be on both sides of a comparison. So the tables here come
+from the stock architecture's code and a config that takes from the parent only what a stock folder carries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from moesmith.mixture.attention import rotary_width
 
-# fields that transformers and tools for tuning write beside the declared ones; they change no function
+# fields that transformers and tuning tools write in addition to the declared ones; they do not change the function
 INERT = frozenset(
     "_name_or_path architectures auto_map dtype torch_dtype model_type transformers_version rope_scaling rope_theta "
     "partial_rotary_factor unsloth_version unsloth_fixed output_attentions output_hidden_states return_dict id2label "
@@ -39,16 +39,16 @@ STOCK: dict[str, tuple[Any, Any]] = {
 
 
 def carried(config: Any) -> dict[str, Any]:
-    """The parent's ``rope_parameters`` as a stock config takes them: heads rotate whole there."""
+    """Return the parent's ``rope_parameters`` as a stock config takes them: there, whole heads rotate."""
     found: dict[str, Any] = copy.deepcopy(config.rope_parameters)
     found.pop("partial_rotary_factor", None)
     return found
 
 
 def stock_rope(family: str, config: Any) -> nn.Module:
-    """The stock architecture's rotary embedding for a parent's config: (x, position_ids) to cos, sin (B, S, rotary).
+    """Make the stock rotary embedding for a parent's config: (x, position_ids) to cos, sin (B, S, rotary).
 
-    A parent of moesmith's own format may rotate a part of each head; its table is that of a head of this width.
+    A parent of moesmith's own format may rotate only a part of each head; its table is that of a head of this width.
     """
     config_class, module_class = STOCK.get(family, STOCK["mixtral"])
     made = config_class(
@@ -63,8 +63,7 @@ def stock_rope(family: str, config: Any) -> nn.Module:
 
 
 def unread(config: Any) -> list[str]:
-    """Fields of a config, ``rope_parameters.*`` among them, that its own class does not declare or nobody is known to
-    read."""
+    """List a config's fields that its class does not declare, and ``rope_parameters.*`` that no known code reads."""
     declared = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", ())}
     given = config.to_dict()
     found = [name for name in given if name not in declared | INERT and not name.startswith("_")]

@@ -1,4 +1,4 @@
-"""A decoder's activations on a short random text, and the demand that they are what a formula says.
+"""Record a decoder's activations on a short random text, and demand that they are what a formula gives.
 
 Shapes: B batch, S positions, D model width.
 """
@@ -25,7 +25,7 @@ OTHER_LOGITS = "The parent's logits are not its output matrix times the last hid
 
 @contextmanager
 def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
-    """Record, while inside, each module's hidden-state input (``in name``), output (``out name``) and rope."""
+    """Inside the ``with``, record each module's hidden-state input (``in name``), output (``out name``) and rope."""
     seen: dict[str, Any] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -41,7 +41,7 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Any]]:
 
 
 class Witness:
-    """A decoder's activations on a short random text, and what they are held against.
+    """A decoder's activations on a short random text, and what they are checked against.
 
     Attributes:
         layers: the decoder layers.
@@ -62,7 +62,7 @@ class Witness:
         rope: nn.Module,
         like: str,
     ) -> None:
-        """Run the text; ``norms`` are each layer's by name, ``rope`` is the reference's, ``like`` names it.
+        """Run the text; ``norms`` are each layer's by name, ``rope`` is the reference's, ``like`` names the reference.
 
         Raises:
             MoesmithError: the logits are not head(last hidden state), which training and evaluation rely on.
@@ -103,7 +103,7 @@ def demand_rope(theirs: Any, ours: Rope, config: Any, like: str, where: str = ""
     """Refuse a parent whose cosines and sines of some positions are not the reference's.
 
     Raises:
-        MoesmithError: it has none, rotates another part of a head, or rotates otherwise.
+        MoesmithError: it has none, rotates another part of a head, or rotates differently.
     """
     if not isinstance(theirs, tuple) or not all(isinstance(part, Tensor) for part in theirs):
         raise MoesmithError("The parent's attention has no rotary position embedding", KINDS)
@@ -120,6 +120,6 @@ def demand_rope(theirs: Any, ours: Rope, config: Any, like: str, where: str = ""
 
 
 def _same(theirs: Tensor, ours: Tensor) -> bool:
-    """Equal within the rounding of the dtype that they were given in; cosines and sines are of order 1."""
+    """Whether they are equal within the rounding of the first one's dtype; cosines and sines are of order 1."""
     tolerance = 1e-4 if theirs.dtype == torch.float32 else 8e-3
     return bool((theirs.float() - ours.float()).abs().max() <= tolerance)
