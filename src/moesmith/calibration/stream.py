@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from moesmith.calibration.moments import Channel, Second, Sums, fast_products, rows_of, watch
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
+from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import layered, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
@@ -33,6 +34,8 @@ Activations = Literal["dense", "carved"]
 Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
 BATCH = 8  # windows per forward pass
 WAITING = ".waiting"  # the folder of tokens that wait on disk
+HELD = 2  # buffers as large as the waiting text that all tokens of a layer take, once a method asks
+HEAVIEST = 10.0  # times the mean weight of a token
 
 
 @dataclass
@@ -53,6 +56,24 @@ class Stats:
     def count(self) -> int:
         """How many tokens there are."""
         return self.inputs.count
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All tokens of one layer, as its network meets them. On the CPU; ``x_TD`` and ``y_TD`` may be mapped from disk.
+
+    Attributes:
+        x_TD: what the network and a router get, in the dtype that the parent computes in.
+        y_TD: what the parent's network makes of it, in the same dtype.
+        weight_T: how much an error counts, fp32, mean 1: 1 / ‖h‖² with h the hidden state after the layer, so that
+            tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean.
+        sequence_T: the window that each token belongs to, int32.
+    """
+
+    x_TD: Tensor
+    y_TD: Tensor
+    weight_T: Tensor
+    sequence_T: Tensor
 
 
 class LayerView:
@@ -91,6 +112,13 @@ class LayerView:
         """
         return self._stream.statistics(self.index, assign, experts or self.groups, gram=gram, parts=parts)
 
+    def tokens(self) -> Tokens:
+        """Return all tokens at once, for methods that train: two more buffers as large as the waiting text.
+
+        The next layer's tokens take their place.
+        """
+        return self._stream.hold(self.index)
+
 
 class Stream:
     """Text waiting between two layers; a context manager.
@@ -128,32 +156,35 @@ class Stream:
         self.passed = False  # whether the tokens have gone on from the layer of the last view
         self.scratch = None if folder is None else folder / WAITING
         self._drop()  # left by a process that was killed
-        buffers = 2 if activations == "dense" else 1
-        on_disk = self.scratch is not None and buffers * self.tokens * parent.D * parent.dtype.itemsize > room
-        self.waiting = self._buffer("waiting", on_disk)
-        self.beyond = self._buffer("beyond", on_disk) if activations == "dense" else []
+        self.room, self.buffers = room, 2 if activations == "dense" else 1
+        self.waiting = self._split(self._buffer("waiting", self.buffers))
+        self.beyond = self._split(self._buffer("beyond", self.buffers)) if activations == "dense" else []
+        self.held: tuple[Tensor, Tensor] | None = None  # what networks get and give, (T, D), once a method asks
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_error: Any) -> None:
-        self.waiting, self.beyond = [], []
+        self.waiting, self.beyond, self.held = [], [], None
         self._drop()
 
     def _drop(self) -> None:
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _buffer(self, name: str, on_disk: bool) -> list[Tensor]:
-        """Make a place for every batch's hidden states (B, S, D), on the CPU."""
-        D, dtype, size = self.parent.D, self.parent.dtype, self.tokens * self.parent.D
-        if on_disk and self.scratch is not None:
-            self.scratch.mkdir(exist_ok=True)
-            whole = torch.from_file(str(self.scratch / name), shared=True, size=size, dtype=dtype)
-        else:
-            whole = torch.empty(size, dtype=dtype)
-        parts = whole.split([ids.numel() * D for ids in self.batches]) if self.batches else ()
-        return [part.view(*ids.shape, D) for part, ids in zip(parts, self.batches, strict=True)]
+    def _buffer(self, name: str, buffers: int) -> Tensor:
+        """Make one of so many places for hidden states (T, D), on the CPU or, where all are too large, on disk."""
+        D, dtype = self.parent.D, self.parent.dtype
+        size = self.tokens * D
+        if self.scratch is None or buffers * size * dtype.itemsize <= self.room:
+            return torch.empty(size, dtype=dtype).view(-1, D)
+        self.scratch.mkdir(exist_ok=True)
+        return torch.from_file(str(self.scratch / name), shared=True, size=size, dtype=dtype).view(-1, D)
+
+    def _split(self, whole_TD: Tensor) -> list[Tensor]:
+        """Cut it into every batch's part, (B, S, D)."""
+        parts = whole_TD.split([ids.numel() for ids in self.batches]) if self.batches else ()
+        return [part.view(*ids.shape, -1) for part, ids in zip(parts, self.batches, strict=True)]
 
     def views(self, generator: torch.Generator) -> Iterator[LayerView]:
         """Yield every layer in turn; ask each one before taking the next."""
@@ -179,13 +210,22 @@ class Stream:
         if self.activations == "carved" and self.index + 1 < self.parent.L:
             self._pass(make(), keep=True)
 
-    def _pass(self, layer: nn.Module, *, keep: bool, which: Sequence[int] | None = None) -> None:
-        """Run a layer over waiting batches; ``keep`` its outputs for the next layer."""
+    def _pass(
+        self,
+        layer: nn.Module,
+        *,
+        keep: bool,
+        which: Sequence[int] | None = None,
+        after: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Run a layer over waiting batches; ``keep`` its outputs for the next layer, or show them to ``after``."""
         into = self.beyond if self.activations == "dense" else self.waiting
         for position in range(len(self.batches)) if which is None else which:
             self.position, state_BSD = position, self.waiting[position]
             args, options = self.options[tuple(state_BSD.shape)]
             out_BSD = layer(state_BSD.to(self.parent.device), *args, **options)
+            if after is not None:
+                after(out_BSD)
             if keep:
                 into[position].copy_(out_BSD)
                 self.bar.advance(state_BSD.shape[0] * state_BSD.shape[1] / self.parent.L)
@@ -210,6 +250,31 @@ class Stream:
         if len(rows_ND) > tokens:  # the first ones alone would be those of the first texts
             rows_ND = rows_ND[torch.arange(tokens, device=rows_ND.device) * len(rows_ND) // tokens]
         return rows_ND
+
+    def hold(self, index: int) -> Tokens:
+        """See :meth:`LayerView.tokens`."""
+        if self.held is None:
+            every = self.buffers + HELD
+            self.held = self._buffer("inputs", every), self._buffer("outputs", every)
+        (x_TD, y_TD), ffn = self.held, self.parent.ffns[index]
+        inputs, outputs = self._split(x_TD), self._split(y_TD)
+        energies: list[Tensor] = []
+
+        def network(_module: nn.Module, args: Any, out: Any) -> None:
+            inputs[self.position].copy_(args[0])
+            outputs[self.position].copy_(out)
+
+        def after(out_BSD: Tensor) -> None:
+            energies.append(out_BSD.float().square().sum(-1).flatten().cpu())
+
+        keep = self.activations == "dense" and not self.passed
+        with hooked([(ffn.module, network)]):
+            self._pass(self.model.layer(index), keep=keep, after=after)
+        weight_T = 1 / torch.cat(energies).clamp_min(1e-20)
+        weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
+        lengths = torch.tensor([ids.shape[1] for ids in self.batches for _ in ids])
+        sequence_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
+        return Tokens(x_TD, y_TD, weight_T / weight_T.mean(), sequence_T)
 
     def statistics(self, index: int, assign: Assign | None, experts: int, *, gram: bool, parts: bool) -> list[Stats]:
         """See :meth:`LayerView.statistics`."""

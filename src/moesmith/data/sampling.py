@@ -73,6 +73,27 @@ def sample_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: i
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def packed_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: int, window: int, seed: int) -> Tensor:
+    """Cut calibration windows from whole records in random order, none read twice: (N, window) int64 token ids.
+
+    Args:
+        domain: its calibration split is used.
+        tokens: tokens wanted; a domain with fewer gives all that it has.
+        window: tokens per window.
+        seed: with the domain's name it decides the order.
+
+    Raises:
+        MoesmithError: fewer tokens asked for, or in the domain, than one window.
+    """
+    limit = _whole_windows(tokens, window) * window
+    records = list(domain.calibration)
+    random.Random(f"{seed}:{domain.name}").shuffle(records)
+    packed = pack(map(whole, records), tokenizer, window, limit)
+    if not len(packed.blocks):
+        raise _too_few(domain.name, "calibration", packed.tokens, window)
+    return packed.blocks
+
+
 def must_hold(domain: Domain, tokenizer: PreTrainedTokenizerBase, calibration: int, evaluation: int) -> None:
     """Check that each split holds a window of so many tokens, reading only as many records as that takes.
 

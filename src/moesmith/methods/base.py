@@ -169,11 +169,13 @@ class Needs:
         inputs: second moments of the router's input, by expert.
         gram: the Gram matrix of the ``down_proj`` input as well.
         passes: how often all tokens go through the layer, including the pass to the next layer if it is a separate one.
+        held: whether it asks for all tokens of a layer at once (:meth:`LayerView.tokens`).
     """
 
     inputs: bool = True
     gram: bool = False
     passes: float = 1.0
+    held: bool = False
 
 
 class Carver(Method):
@@ -183,10 +185,20 @@ class Carver(Method):
         version: of its mathematics: a new version makes the carving of an older run again.
         activations: what a layer sees: the parent's activations (``dense``), or those after the layers already carved
             (``carved``).
+        measured: numbers of every layer carved so far, by name; :meth:`carve` appends to them.
     """
 
     version: ClassVar[int] = 1
     activations: ClassVar[Activations] = "dense"
+
+    def __init__(self, recipe: Recipe, settings: Section | None = None) -> None:
+        super().__init__(recipe, settings)
+        self.measured: dict[str, list[float]] = {}
+
+    def note(self, **numbers: float) -> None:
+        """Keep numbers of the layer that is being carved."""
+        for name, value in numbers.items():
+            self.measured.setdefault(name, []).append(value)
 
     def carve(self, view: LayerView) -> Layer:
         """Make one layer's experts and router."""
@@ -222,5 +234,5 @@ class Carver(Method):
         return {}
 
     def metrics(self) -> dict[str, Any]:
-        """Return numbers for the step's manifest, after :meth:`carve` has seen all layers."""
-        return {}
+        """Return numbers for the step's manifest, after :meth:`carve` has seen all layers; by default what it noted."""
+        return dict(self.measured)

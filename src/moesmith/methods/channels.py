@@ -154,7 +154,6 @@ class Channels(Carver):
         texts = self.texts(windows_of(job.run))
         self.weights = [float(sum(map(len, text))) for text in texts]
         self.known = self._known(job, texts)
-        self.errors: list[float] = []
         if not self._needed:
             return []
         check_gram(job.parent, len(texts), gram=self.refit)
@@ -184,7 +183,7 @@ class Channels(Carver):
                 expert.bias_D = compensation_bias(down_DF, mean_F, expert.channels)
         if stats:
             layer.constant_D, error = constant_direction(merge([one.inputs for one in stats], self.weights))
-            self.errors.append(error)
+            self.note(constant_direction_error=error)
         if self.refit:
             grams = [one.channels for one in stats if one.channels is not None]
             refit_experts(parent, index, routed, grams, self.weights, self.settings)
@@ -212,7 +211,8 @@ class Channels(Carver):
 
     def metrics(self) -> dict[str, Any]:
         """Measure how constant the constant direction is."""
-        name, values = "constant_direction_error", self.errors
+        name = "constant_direction_error"
+        values = self.measured.get(name, [])
         return {f"{name}_mean": statistics.mean(values), f"{name}_max": max(values)} if values else {}
 
 

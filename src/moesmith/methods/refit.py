@@ -37,3 +37,34 @@ def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.
     target_DS = W_DF @ cross_FS + damping * W_DF[:, kept]
     square_SS.diagonal().add_(damping)
     return torch.cholesky_solve(target_DS.T, torch.linalg.cholesky(square_SS)).T
+
+
+def eliminate(down_DF: Tensor, gram_FF: Tensor, keep: int, ridge: float = 0.01, rounds: int = 8) -> Tensor:
+    """Choose channels by backward elimination with a refit: sorted indices (F_e,) on the CPU.
+
+    After a refit, dropping channel j of those that are left costs ‖W[:, j]‖² / (H⁻¹)_jj with H = C + λI (optimal brain
+    surgeon, for whole columns). In each round the cheapest channels go, and the others are refitted: two channels that
+    can do each other's work do not both look dispensable, as they do by their energy alone.
+
+    Args:
+        down_DF: the parent's matrix W.
+        gram_FF: C over calibration tokens, fp32.
+        keep: how many channels stay.
+        ridge: λ, relative to the mean diagonal of C.
+        rounds: in how many steps the others go.
+    """
+    W_DF = down_DF.to(gram_FF.device, torch.float32)
+    damped_FF = gram_FF.clone()
+    damped_FF.diagonal().add_((ridge * gram_FF.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny))
+    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damped_FF))
+    left_F = torch.arange(len(gram_FF), device=gram_FF.device)
+    for number in range(rounds, 0, -1):
+        drop = (len(left_F) - keep) // number
+        order = (W_DF.square().sum(0) / inverse_FF.diagonal()).argsort(stable=True)
+        gone, stay = order[:drop], order[drop:].sort().values
+        beside_RS = inverse_FF[gone][:, stay]
+        solved_RS = torch.cholesky_solve(beside_RS, torch.linalg.cholesky(inverse_FF[gone][:, gone]))
+        W_DF = W_DF[:, stay] - W_DF[:, gone] @ solved_RS
+        inverse_FF = inverse_FF[stay][:, stay] - beside_RS.T @ solved_RS
+        left_F = left_F[stay]
+    return left_F.cpu()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from moesmith.arguments import ceil_div
 from moesmith.calibration.moments import Moments, channel_moments, gram_bytes
-from moesmith.calibration.stream import BATCH, Stream
+from moesmith.calibration.stream import BATCH, HELD, Stream
+from moesmith.console import say
 from moesmith.data.encoding import reading
-from moesmith.data.sampling import sample_windows
+from moesmith.data.sampling import packed_windows, sample_windows
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_tensors, write_tensors
 from moesmith.mixture.carving import Carving
@@ -43,13 +46,15 @@ class Domains(Step):
         """Return names, counts, and how text is read."""
         spec, records = self.recipe.domains, {domain.name: domain.calibration for domain in job.domains}
         found: dict[str, Any] = {"names": job.names, "tokens": spec.tokens, "window": spec.window}
+        found |= {} if spec.reading == "random" else {"reading": spec.reading}
         return found | reading(records, job.parent.tokenizer)
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write ``windows.safetensors``: int32 (N, window) by domain."""
         spec, tokenizer = self.recipe.domains, job.parent.tokenizer
+        read = sample_windows if spec.reading == "random" else packed_windows
         windows = {
-            domain.name: sample_windows(domain, tokenizer, spec.tokens, spec.window, self.recipe.seed)
+            domain.name: read(domain, tokenizer, spec.tokens, spec.window, self.recipe.seed)
             for domain in job.domains
         }
         readable(windows, job.parent.model)
@@ -111,6 +116,52 @@ def moments_of(run: Run, name: str) -> Moments:
     return Moments.from_tensors(read_tensors(run.path("moments") / f"{name}.safetensors"))
 
 
+LAYERS = "layers"  # the folder of layers of a carving that is not finished
+SAVE_SECONDS = 20.0
+
+
+class Begun:
+    """Layers of a carving that is being made, kept on disk so that a process that was killed goes on behind them.
+
+    Args:
+        folder: where each layer is a carving of one layer.
+        method: its ``measured`` numbers are kept as well.
+        generator: the one of the carving; its state is kept with each layer.
+        d_ff: channels of the parent.
+    """
+
+    def __init__(self, folder: Path, method: Carver, generator: torch.Generator, d_ff: int) -> None:
+        self.folder, self.method, self.generator, self.d_ff = folder, method, generator, d_ff
+        self.kept, self.saved = 0, time.monotonic()
+
+    def restore(self) -> list[Layer]:
+        """Read the layers that are there, in order; the method and the generator go on from the last one."""
+        layers: list[Layer] = []
+        self.method.measured = {}
+        while (self.folder / f"{len(layers)}" / "carving.json").is_file():
+            carving = Carving.load(self.folder / f"{len(layers)}")
+            layers += carving.layers
+            self.method.measured = carving.provenance["measured"]
+            self.generator.set_state(torch.tensor(list(bytes.fromhex(carving.provenance["random"])), dtype=torch.uint8))
+        self.kept = len(layers)
+        if layers:
+            say(f"carve: continuing at layer {len(layers)}")
+        return layers
+
+    def keep(self, layers: Sequence[Layer]) -> None:
+        """Write the layers that are not there yet, unless the last ones were written a moment ago."""
+        if time.monotonic() - self.saved < SAVE_SECONDS:
+            return
+        random = bytes(self.generator.get_state().tolist()).hex()
+        for index in range(self.kept, len(layers)):
+            folder = self.folder / f"{index}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Carving([layers[index]], self.d_ff, provenance={"measured": self.method.measured, "random": random}).save(
+                folder
+            )
+        self.kept, self.saved = len(layers), time.monotonic()
+
+
 class Carve(Step):
     """A method's layers, one after the other: the whole mixture before any training."""
 
@@ -130,14 +181,18 @@ class Carve(Step):
         room = waiting_room(parent)
 
         def run(batch: int) -> list[Layer]:
-            layers: list[Layer] = []
-            texts = method.begin(job)  # in every attempt: a method may count or draw on the way
             generator = torch.Generator().manual_seed(self.recipe.seed)
+            begun = Begun(work / LAYERS, method, generator, parent.F)
+            texts = method.begin(job)  # in every attempt: a method may count or draw as it goes on
+            layers = begun.restore()
             with Stream(parent, texts, method.activations, folder=work, room=room, batch=batch) as stream:
                 for view in stream.views(generator):
-                    layer = method.carve(view)
-                    layer.check(parent.D, parent.F)
-                    layers.append(layer)
+                    if view.index == len(layers):
+                        layer = method.carve(view)
+                        layer.check(parent.D, parent.F)
+                        layers.append(layer)
+                        begun.keep(layers)
+                    layer = layers[view.index]
                     so_far = Carving([*layers, *[layer] * (parent.L - len(layers))], parent.F)
                     stream.carved(lambda: parent.turned(layered(parent.model, made(so_far))).layer(view.index))  # noqa: B023
             return layers
@@ -148,6 +203,7 @@ class Carve(Step):
         carving = Carving(halving("carve", parent.device, BATCH, run), parent.F)
         carving.provenance = {"method": method.name, "parent": job.run.inputs} | method.provenance()
         carving.save(work)
+        shutil.rmtree(work / LAYERS, ignore_errors=True)
         iou_LEE = carving.overlap()[:, ~torch.eye(carving.experts, dtype=torch.bool)]
         found: dict[str, Any] = dict(method.metrics())
         found |= {"union": round(float(carving.union().mean()), 4)} | parameters(parent, carving)
@@ -165,7 +221,8 @@ class Carve(Step):
         share = sizes.L * ((0.6 * sizes.F**2 if needs.gram else 0) + (sizes.D**2 if needs.inputs else 0)) / sizes.total
         seconds = tokens * (needs.passes + share) / pace.blocks if pace and tokens else 0.0
         gram = shapes.gram(shapes.E + 2, channels=needs.gram)
-        states = (2 if self.method.activations == "dense" else 1) * tokens * sizes.D * shapes.itemsize
+        buffers = (2 if self.method.activations == "dense" else 1) + (HELD if needs.held else 0)
+        states = buffers * tokens * sizes.D * shapes.itemsize
         waiting = min(states, waiting_room(shapes.parent))
         disk = 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down + states - waiting
         return Cost(seconds=seconds, memory=gram + waiting, layerwise=gram + waiting, disk=disk)

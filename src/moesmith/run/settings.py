@@ -64,6 +64,11 @@ class DomainsSection(Section):
     names: list[str] | None = Field(None, description="domains to use, in this order; all of the source if null")
     tokens: int = Field(262_144, ge=1, description="calibration tokens per domain")
     window: int = Field(256, ge=8, description="tokens per calibration window")
+    reading: Literal["random", "once"] = Field(
+        "random",
+        description="random: windows as DIVE draws them; once: whole records, none twice, at most what a domain has",
+        json_schema_extra={"neutral": "random"},
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> DomainsSection:

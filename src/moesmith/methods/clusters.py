@@ -1,0 +1,49 @@
+"""Groups of tokens within a layer, and the linear router that tells them apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesmith.parent.accelerator import closed_form_device
+
+SMALL = 0.02  # of a cluster's fair share of tokens: below, it starts again within the largest one
+
+
+def kmeans(x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int = 12) -> Tensor:
+    """Cluster rows by Lloyd's algorithm from random rows; returns the centres (E, D) fp32.
+
+    A cluster that holds nearly nothing starts again at a row of the largest one.
+    """
+    x_TD = x_TD.float()
+    centres_ED = x_TD[torch.randperm(len(x_TD), generator=generator)[:clusters].to(x_TD.device)]
+    for _ in range(rounds):
+        ids_T = nearest(x_TD, centres_ED)
+        counts_E = torch.bincount(ids_T, minlength=clusters)
+        sums_ED = torch.zeros_like(centres_ED).index_add_(0, ids_T, x_TD)
+        centres_ED = torch.where(counts_E[:, None] > 0, sums_ED / counts_E[:, None].clamp_min(1), centres_ED)
+        for small in (counts_E < SMALL * len(x_TD) / clusters).nonzero().flatten().tolist():
+            largest = int(counts_E.argmax())
+            rows = (ids_T == largest).nonzero().flatten()
+            pick = torch.randint(len(rows), (1,), generator=generator).to(rows.device)
+            centres_ED[small] = x_TD[rows[pick]][0]
+            counts_E[largest] //= 2
+    return centres_ED
+
+
+def nearest(x_TD: Tensor, centres_ED: Tensor) -> Tensor:
+    """The nearest centre's index for every row, (T,): argmax of 2 c·x − ‖c‖²."""
+    return (x_TD.float() @ (2 * centres_ED).T - centres_ED.square().sum(-1)).argmax(-1)
+
+
+def centre_router(centres_ED: Tensor, constant_D: Tensor) -> Tensor:
+    """The linear router whose largest logit is the nearest centre's, (E, D) fp32 on the CPU.
+
+    2 c·x − ‖c‖², the centres' mean taken off, which moves all logits alike. A stock router has no bias: the constant
+    direction v, v·x ≈ 1 (:func:`moesmith.methods.router.constant_direction`), carries it.
+    """
+    place = closed_form_device(centres_ED.device)
+    centres_ED = centres_ED.to(place).double()
+    bias_E = -centres_ED.square().sum(-1)
+    weight_ED = 2 * (centres_ED - centres_ED.mean(0))
+    return (weight_ED + (bias_E - bias_E.mean())[:, None] * constant_D.to(place).double()).float().cpu()

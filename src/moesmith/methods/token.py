@@ -1,0 +1,165 @@
+"""Ours: experts for groups of a layer's tokens, each reconstructed locally.
+
+Most of what tells one token from the next within a layer is not its domain. In every layer, behind the layers carved
+before it: k-means of the router's inputs and a linear router that finds the nearest centre; for the tokens that this
+router sends to an expert, the channels whose loss a refitted ``down_proj`` makes up for least; then gate, up and down
+are trained together on the output of the parent's network. Nearest prior work: Sparse Expansion (arXiv:2405.15756),
+which clusters a layer's inputs as well and prunes every cluster's copy without structure.
+
+With one expert it is the honest control: a static mask with the same text, refit and training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from moesmith.calibration.moments import Second, Sums, fast_products
+from moesmith.calibration.stream import LayerView, Tokens
+from moesmith.methods.base import Carver, Needs
+from moesmith.methods.clusters import centre_router, kmeans
+from moesmith.methods.refit import eliminate, refit_down
+from moesmith.methods.registry import register
+from moesmith.methods.router import constant_direction
+from moesmith.methods.scores import kept_channels, top
+from moesmith.methods.steps import check_gram
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Expert, Layer, Linear
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import FFN
+from moesmith.run.shapes import Shapes
+from moesmith.run.step import Job
+from moesmith.training.local import LocalSection, Matrices, Outcome, reconstruct
+
+CHUNK = 4096  # tokens whose channels exist at once
+
+
+@register
+class Token(Carver):
+    """Token carving: k-means of router inputs, elimination, refit, local reconstruction."""
+
+    name, title = "token", "experts for groups of tokens, reconstructed locally"
+    paper, activations = "docs/methods.md", "carved"
+
+    class Settings(LocalSection):
+        """Experts, what they keep, and how they are fitted."""
+
+        method: Literal["token"] = "token"
+        experts: int = Field(8, ge=1, le=1024)
+        ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels pruned from each expert")
+        select: Literal["elimination", "energy"] = "elimination"
+        ridge: float = Field(0.03, gt=0, description="refit: pull towards the parent's columns")
+        pool: float = Field(0.05, ge=0, le=1, description="least share of all tokens in an expert's Gram matrix")
+        prior: int = Field(3000, ge=0, description="tokens that all tokens count for in it")
+        sample: int = Field(2500, ge=16, description="tokens per expert that are clustered")
+        gram: int = Field(50_000, ge=64, description="most tokens per expert in a Gram matrix")
+
+        def without_effect(self) -> dict[str, str]:
+            """Of clusters, where there is one."""
+            return dict.fromkeys(("sample", "pool", "prior"), "carve.experts is 1") if self.experts == 1 else {}
+
+    def needs(self) -> Needs:
+        """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
+        trained = 1.5 * float(self.settings.passes)
+        return Needs(gram=True, passes=2.0 + trained, held=True)
+
+    def begin(self, job: Job) -> list[list[Tensor]]:
+        """All calibration text."""
+        check_gram(job.parent, 3, gram=True)
+        return super().begin(job)
+
+    def tokens(self, shapes: Shapes) -> int:
+        """All of it."""
+        return shapes.domains * int(self.recipe.domains.tokens)
+
+    def outline(self, parent: Parent) -> Carving:
+        """Experts with matrices of their own."""
+        found = super().outline(parent)
+        own = torch.zeros(0)
+        for layer in found.layers:
+            for expert in layer.routed:
+                expert.down_DF = own
+                if self.settings.passes:
+                    expert.gate_FD, expert.up_FD = own, None if parent.ffns[0].up_FD is None else own
+        return found
+
+    def carve(self, view: LayerView) -> Layer:
+        """Group the tokens, choose channels, refit, train."""
+        spec, ffn, tokens = self.settings, view.ffn, view.tokens()
+        router_ED, ids_T = self.route(view, tokens)
+        pooled = self.gram(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
+        routed: list[Expert] = []
+        outcomes: list[Outcome] = []
+        for expert in range(spec.experts):
+            rows_N = (ids_T == expert).nonzero().flatten()
+            gram_FF = pooled.gram_NN
+            if spec.experts > 1:
+                share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
+                gram_FF = torch.lerp(self.gram(ffn, tokens, spread(rows_N, spec.gram)).gram_NN, gram_FF, share)
+            kept = self.choose(ffn, gram_FF)
+            start = Matrices.of(ffn, kept, refit_down(ffn.down_DF, gram_FF, kept, spec.ridge))
+            found, outcome = reconstruct(ffn, start, tokens, rows_N, spec, view.generator)
+            outcomes.append(outcome)
+            routed.append(as_expert(view.parent, kept, found, trained=found is not start))
+        self.report(ids_T, outcomes)
+        return Layer(routed, Linear(router_ED))
+
+    def route(self, view: LayerView, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """A router (E, D), and the expert to which it sends every token (T,)."""
+        experts, device = int(self.settings.experts), view.parent.device
+        x_TD = tokens.x_TD
+        if experts == 1:
+            return torch.zeros(1, view.parent.D), torch.zeros(len(x_TD), dtype=torch.int64)
+        sample_ND = x_TD[spread(torch.arange(len(x_TD)), experts * self.settings.sample)].to(device)
+        sums = Sums(view.parent.D, device)
+        sums.add(sample_ND)
+        constant_D, _ = constant_direction(sums.result())
+        router_ED = centre_router(kmeans(sample_ND, experts, view.generator), constant_D)
+        # in the dtype of the model's own router, so that an expert is made for the tokens that it will get
+        weight_ED = router_ED.to(device, x_TD.dtype)
+        parts = [(rows_TD.to(device) @ weight_ED.T).float().argmax(-1).cpu() for rows_TD in x_TD.split(CHUNK)]
+        return router_ED, torch.cat(parts)
+
+    def gram(self, ffn: FFN, tokens: Tokens, rows_N: Tensor) -> Second:
+        """Weighted second moments of the channels over some tokens."""
+        device = ffn.gate_FD.device
+        sums = Sums(len(ffn.gate_FD), device)
+        with fast_products(tokens.x_TD.dtype):
+            for rows in rows_N.split(CHUNK):
+                a_NF = ffn.hidden(tokens.x_TD[rows].to(device))
+                sums.add(a_NF * tokens.weight_T[rows, None].sqrt().to(device, a_NF.dtype))
+        return sums.result()
+
+    def choose(self, ffn: FFN, gram_FF: Tensor) -> Tensor:
+        """The kept channels, sorted."""
+        if self.settings.select == "elimination":
+            kept = kept_channels(len(gram_FF), self.settings.ratio)
+            return eliminate(ffn.down_DF, gram_FF, kept, self.settings.ridge)
+        return top((gram_FF.diagonal() * ffn.down_DF.float().square().sum(0)).cpu(), self.settings.ratio)
+
+    def report(self, ids_T: Tensor, outcomes: Sequence[Outcome]) -> None:
+        """Keep what the manifest says of a layer."""
+        total = sum(one.energy for one in outcomes) or 1.0
+        load = float(torch.bincount(ids_T, minlength=len(outcomes)).min()) * len(outcomes) / len(ids_T)
+        before, after = (sum(getattr(one, name) for one in outcomes) / total for name in ("before", "after"))
+        self.note(error_refit=round(before, 5), error=round(after, 5), least_load=round(load, 4))
+
+
+def spread(rows_N: Tensor, most: int) -> Tensor:
+    """At most so many rows, evenly spread."""
+    if len(rows_N) <= most:
+        return rows_N
+    return rows_N[torch.arange(most) * len(rows_N) // most]
+
+
+def as_expert(parent: Parent, kept: Tensor, found: Matrices, *, trained: bool) -> Expert:
+    """The expert of these matrices, in the dtype that the parent is stored in; the parent's rows where untrained."""
+    down_DF = found.down_DF.to("cpu", parent.stored)
+    if not trained:
+        return Expert(kept, down_DF)
+    up_FD = None if found.up_FD is None else found.up_FD.to("cpu", parent.stored)
+    return Expert(kept, down_DF, found.gate_FD.to("cpu", parent.stored), up_FD)

@@ -1,0 +1,231 @@
+"""Token carving: groups of a layer's tokens, elimination with a refit, local reconstruction."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import moesmith
+from golden import ASSETS
+from torch import Tensor
+
+from moesmith.calibration.moments import Second
+from moesmith.calibration.stream import HEAVIEST, Stream, Tokens
+from moesmith.conversion.convert import convert
+from moesmith.data.records import Domain
+from moesmith.data.sampling import packed_windows
+from moesmith.errors import MoesmithError
+from moesmith.methods import steps as method_steps
+from moesmith.methods.clusters import centre_router, kmeans, nearest
+from moesmith.methods.refit import eliminate, refit_down
+from moesmith.methods.router import constant_direction
+from moesmith.mixture.moe import build
+from moesmith.run.folder import open_run
+from moesmith.testing.parents import tiny_parent
+from moesmith.training.local import LocalSection, Matrices, held_out, reconstruct, squared_error
+
+WINDOWS = torch.randint(0, 100, (24, 32), generator=torch.Generator().manual_seed(1))
+SMALL = [
+    *("domains.tokens=1024", "domains.window=32", "evaluate.tokens=512", "evaluate.window=64", "stage2.tokens=0"),
+    *("carve.experts=3", "carve.sample=64", "carve.batch=32", "carve.passes=2", "carve.prior=50"),
+]
+
+
+def tokens_of(parent: Any, layer: int = 1, activations: Any = "dense", **options: Any) -> Tokens:
+    with Stream(parent, [[WINDOWS]], activations, **options) as stream:
+        for view in stream.views(torch.Generator()):
+            if view.index == layer:
+                found = view.tokens()
+                return Tokens(found.x_TD.clone(), found.y_TD.clone(), found.weight_T, found.sequence_T)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_all_tokens_of_a_layer(family: str, tmp_path: Path) -> None:
+    """What the network gets and gives in an ordinary forward pass, weighted by the hidden state after the layer."""
+    parent = tiny_parent(family)
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = parent.ffns[0].module.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        hidden = parent.model(WINDOWS, output_hidden_states=True).hidden_states[1]
+    hook.remove()
+    found = tokens_of(parent, 0)
+    torch.testing.assert_close(found.x_TD, seen[0][0].flatten(0, 1))
+    torch.testing.assert_close(found.y_TD, seen[0][1].flatten(0, 1))
+    wanted_T = 1 / hidden.square().sum(-1).flatten()
+    wanted_T = wanted_T.clamp_max(HEAVIEST * wanted_T.mean())
+    torch.testing.assert_close(found.weight_T, wanted_T / wanted_T.mean())
+    assert found.sequence_T.tolist() == [n for n in range(24) for _ in range(32)]
+    on_disk = tokens_of(parent, 0, folder=tmp_path, room=0)
+    assert torch.equal(on_disk.x_TD, found.x_TD)
+    assert torch.equal(on_disk.y_TD, found.y_TD)
+    assert not list(tmp_path.iterdir())
+
+
+def refitted_error(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float) -> float:
+    """The least tr((W − W') H (W − W')ᵀ), H = C + λI, with all other columns of W' zero: least squares by hand."""
+    damped_FF = gram_FF + ridge * gram_FF.diagonal().mean() * torch.eye(len(gram_FF), dtype=gram_FF.dtype)
+    cross_DS = down_DF @ damped_FF[:, kept]
+    solved_DS = torch.linalg.solve(damped_FF[kept][:, kept], cross_DS.T).T
+    return float(((down_DF @ damped_FF) * down_DF).sum() - (cross_DS * solved_DS).sum())
+
+
+def test_elimination_drops_what_a_refit_makes_up_for() -> None:
+    """One channel at a time, what goes is what brute force finds; a copy of a channel goes however loud it is."""
+    generator = torch.Generator().manual_seed(0)
+    a_TF = torch.randn(500, 9, generator=generator).double() @ torch.randn(9, 9, generator=generator).double()
+    down_DF = torch.randn(4, 9, generator=generator).double()
+    gram_FF = a_TF.T @ a_TF / 500
+    left = list(range(9))
+    for keep in range(8, 2, -1):
+        cost = {j: refitted_error(down_DF, gram_FF, torch.tensor([i for i in left if i != j]), 0.01) for j in left}
+        left.remove(min(cost, key=lambda j: cost[j]))
+        assert eliminate(down_DF.float(), gram_FF.float(), keep, 0.01, rounds=9 - keep).tolist() == left
+    best = min(refitted_error(down_DF, gram_FF, torch.tensor(c), 0.01) for c in itertools.combinations(range(9), 3))
+    kept = eliminate(down_DF.float(), gram_FF.float(), 3, 0.01, rounds=6)
+    loud = (gram_FF.diagonal() * down_DF.square().sum(0)).topk(3).indices
+    assert best <= refitted_error(down_DF, gram_FF, kept, 0.01) <= refitted_error(down_DF, gram_FF, loud, 0.01)
+    twins_TF = torch.cat([a_TF[:, :4], 3 * a_TF[:, :1]], 1)  # channels 0 and 4 do the same
+    kept = eliminate(down_DF[:, :5].float(), (twins_TF.T @ twins_TF / 500).float(), 4, 1e-4)
+    assert sorted({0, 4} & set(kept.tolist())) in ([0], [4])
+    assert eliminate(down_DF.float(), gram_FF.float(), 9).tolist() == list(range(9))
+
+
+def test_a_router_without_bias_finds_the_nearest_centre() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means_ED = 3 * torch.randn(5, 16, generator=generator)
+    x_TD = means_ED.repeat(200, 1) + 0.3 * torch.randn(1000, 16, generator=generator)
+    x_TD[:, 0] = 2.0  # as an RMS-normalised input holds an almost constant direction
+    centres_ED = kmeans(x_TD, 5, generator)
+    ids_T = nearest(x_TD, centres_ED)
+    assert torch.equal(ids_T, torch.cdist(x_TD, centres_ED).argmin(-1))
+    distance_T = torch.cdist(x_TD, centres_ED).min(-1).values
+    assert float(distance_T.mean()) < 1.5, "every group has a centre"
+    constant_D, error = constant_direction(Second(1000, x_TD.mean(0), x_TD.T @ x_TD / 1000))
+    assert error < 1e-3
+    router_ED = centre_router(centres_ED, constant_D)
+    assert (x_TD @ router_ED.T).argmax(-1).eq(ids_T).float().mean() > 0.99
+
+
+def start_of(parent: Any, layer: int = 1, keep: int = 24) -> tuple[Any, Matrices, Tokens, Tensor]:
+    ffn, tokens = parent.ffns[layer], tokens_of(parent, layer)
+    rows_N = torch.arange(len(tokens.x_TD))[::2]
+    with torch.no_grad():
+        a_NF = ffn.hidden(tokens.x_TD[rows_N]).float()
+    gram_FF = a_NF.T @ a_NF / len(a_NF)
+    kept = eliminate(ffn.down_DF, gram_FF, keep)
+    return ffn, Matrices.of(ffn, kept, refit_down(ffn.down_DF, gram_FF, kept)), tokens, rows_N
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_reconstruction_lowers_the_error_where_it_did_not_train(family: str) -> None:
+    parent = tiny_parent(family)
+    ffn, start, tokens, rows_N = start_of(parent)
+    spec = LocalSection(passes=6, batch=32, lr=0.02)
+    found, outcome = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
+    mine_N, others_N = held_out(tokens, rows_N)
+    assert not set(tokens.sequence_T[mine_N].tolist()) & set(tokens.sequence_T[others_N].tolist())
+    assert outcome.after < 0.9 * outcome.before
+    assert outcome.after == pytest.approx(squared_error(ffn, found, tokens, others_N))
+    again, same = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
+    assert same == outcome
+    assert torch.equal(again.gate_FD, found.gate_FD)
+    assert not torch.equal(found.gate_FD, start.gate_FD)
+    assert (found.up_FD is None) == (family == "phi")
+    with torch.no_grad():  # with all channels an expert is the network
+        whole = Matrices.of(ffn, torch.arange(parent.F), ffn.down_DF.float())
+        torch.testing.assert_close(whole.outputs(ffn, tokens.x_TD), tokens.y_TD)
+
+
+def test_what_does_not_help_is_dropped() -> None:
+    ffn, start, tokens, rows_N = start_of(tiny_parent("llama"))
+    for spec in (LocalSection(passes=1, batch=32, lr=1e3), LocalSection(passes=0), LocalSection(passes=1, batch=4096)):
+        found, outcome = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator())
+        assert found is start
+        assert outcome.after == outcome.before
+    nothing, outcome = reconstruct(ffn, start, tokens, rows_N[:0], LocalSection(), torch.Generator())
+    assert nothing is start
+    assert (outcome.before, outcome.energy) == (0, 0)
+
+
+def test_text_that_is_read_once() -> None:
+    parent = tiny_parent("llama")
+    records = tuple({"text": f"number {n} of a list that goes on"} for n in range(40))
+    domain = Domain("numbers", calibration=records, evaluation=())
+    every = packed_windows(domain, parent.tokenizer, 10**6, 8, 0)
+    few = packed_windows(domain, parent.tokenizer, 64, 8, 0)
+    assert torch.equal(few, every[:8])
+    assert not torch.equal(packed_windows(domain, parent.tokenizer, 64, 8, 1), few)
+    ids = [parent.tokenizer(record["text"])["input_ids"] for record in records]
+    assert every.numel() <= sum(map(len, ids)) + len(ids) < every.numel() + 8
+    with pytest.raises(MoesmithError, match="fewer than one window"):
+        packed_windows(domain, parent.tokenizer, 10**6, 10**5, 0)
+
+
+def words(command: str, family: str, *more: Any) -> list[Any]:
+    given = [command, "token", "--model", ASSETS / "parents" / family, "--data", ASSETS / "text"]
+    return [*given, *(word for setting in SMALL for word in ("--set", setting)), *more]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi"])
+def test_it_goes_all_the_way(family: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    plan = json.loads(moesmith(*words("plan", family, "--json")).out)
+    answer = moesmith(*words("convert", family, "--out", run, "--dtype", "fp32"))
+    assert answer.status == 0, answer.err
+    opened = open_run(run)
+    carving, metrics = opened.carving(), opened.metrics("carve")
+    assert carving.widths().tolist() == [[32] * 3] * 2
+    assert all(after <= before for after, before in zip(metrics["error"], metrics["error_refit"], strict=True))
+    assert sum(metrics["error"]) < sum(metrics["error_refit"])
+    found = json.loads(moesmith("inspect", run, "--json").out)
+    counted = {name: plan[name] for name in ("parent_parameters", "parameters_total", "parameters_active")}
+    assert found["parameters"] == counted
+    assert moesmith("report", run).status == 0
+    assert opened.metrics("export")["max_logit_difference"] < 1e-3
+
+
+MODEL, DATA = str(ASSETS / "parents" / "llama"), str(ASSETS / "text")
+
+
+def settings(*more: str) -> list[str]:
+    return [*SMALL, *more]
+
+
+def test_with_every_channel_it_is_the_parent(tmp_path: Path) -> None:
+    run = convert("token", MODEL, DATA, tmp_path, settings=settings("carve.ratio=0"), dtype="fp32")
+    mine = build(run.parent, run.carving())
+    ids = WINDOWS[:2]
+    torch.testing.assert_close(mine(ids).logits, run.parent.model(ids).logits, atol=2e-3, rtol=1e-3)
+
+
+def test_a_killed_carving_goes_on_behind_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Layers that are done are kept; the rest is made as an undisturbed run makes it, to the bit."""
+    whole = convert("token", MODEL, DATA, tmp_path / "whole", settings=settings(), dtype="fp32")
+    monkeypatch.setattr(method_steps, "SAVE_SECONDS", 0.0)
+    made, tokens = [], Stream.hold
+
+    def dies(self: Stream, index: int) -> Tokens:
+        if index == 1 and not made:
+            made.append(index)
+            raise KeyboardInterrupt
+        made.append(index)
+        return tokens(self, index)
+
+    monkeypatch.setattr(Stream, "hold", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert("token", MODEL, DATA, tmp_path / "killed", settings=settings(), dtype="fp32")
+    made.append(-1)
+    killed = convert("token", MODEL, DATA, tmp_path / "killed", settings=settings(), dtype="fp32")
+    assert made == [0, 1, -1, 1], "the first layer was not made again"
+    assert "continuing at layer 1" in capsys.readouterr().err
+    assert killed.metrics("carve") == whole.metrics("carve")
+    files = [run.path("carve") / "carving.safetensors" for run in (whole, killed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (killed.path("carve") / "layers").exists()
