@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,12 @@ class Pipeline(Run):
 
 def versions() -> dict[str, str]:
     """Versions of what computes."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """They are asked for at every stage, and each package's metadata is a file of some hundred lines."""
     packages = ("moesmith", "torch", "transformers", "accelerate", "safetensors", "numpy", "scipy")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 

@@ -114,6 +114,12 @@ def parse(values: Mapping[str, Any], *, stored: bool = False) -> Recipe:
 
 def presets() -> dict[str, str]:
     """Name to one-line description of the recipes that come with moesmith."""
+    return dict(_presets())
+
+
+@cache
+def _presets() -> dict[str, str]:
+    """All of them are read to know one name, and a command asks several times."""
     found = {}
     for entry in sorted((files("moesmith.run") / "presets").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):
