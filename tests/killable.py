@@ -16,6 +16,8 @@ half-written, before and after a training step, before a batch goes through a mo
 from __future__ import annotations
 
 import errno
+import gc
+import importlib
 import json
 import os
 import resource
@@ -25,6 +27,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +127,12 @@ def work(home: Path, job: dict[str, Any]) -> dict[str, Any]:
         outcome["error"] = str(error)
     except BaseException:
         outcome["crash"] = traceback.format_exc()
-    return outcome | {"counts": events.counts, "writes": events.writes}
+    return outcome | {"counts": events.counts, "writes": events.writes, "modules": sorted(sys.modules)}
 
 
 def run(home: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Fork a job and wait for its end."""
+    gc.freeze()  # a collection in the child would copy the page of every object
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -144,7 +148,12 @@ def run(home: Path, job: dict[str, Any]) -> dict[str, Any]:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     outcome: dict[str, Any] = {"signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0}
-    return outcome | (json.loads(answer) if answer else {})
+    outcome |= json.loads(answer) if answer else {}
+    for name in outcome.pop("modules", ()):  # what this job imported, those after it find there
+        if name not in sys.modules:
+            with suppress(ImportError):
+                importlib.import_module(name)
+    return outcome
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from commands import Answer, moesmith
 from conversions import arguments
 
 from moesmith import console
+from moesmith.cli import main
 from moesmith.evaluation import compare
 from moesmith.report.card import code, inline
 
@@ -169,18 +170,29 @@ def test_progress_on_a_terminal_takes_a_label_as_it_is(monkeypatch: pytest.Monke
     assert "[/y]" in terminal.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("encoding", "umlaut", "sign"), [("ascii", r"\xdc", r"\u4e2d"), ("cp1252", "Ü", r"\u4e2d"), ("utf-8", "Ü", "中")]
-)
-def test_any_encoding_will_do(odd: Path, encoding: str, umlaut: str, sign: str) -> None:
+ENCODINGS = [("ascii", r"\xdc", r"\u4e2d"), ("cp1252", "Ü", r"\u4e2d"), ("utf-8", "Ü", "中")]
+
+
+@pytest.mark.parametrize(("encoding", "umlaut", "sign"), ENCODINGS)
+def test_any_encoding_will_do(
+    odd: Path, encoding: str, umlaut: str, sign: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*words: str) -> Answer:
-        done = subprocess.run(
-            [sys.executable, "-c", "from moesmith.cli import main; main()", *words],
-            capture_output=True,
-            env=os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"},
-            timeout=300,
-        )
-        return Answer(done.returncode, done.stdout.decode(encoding), done.stderr.decode(encoding))
+        # as Python opens them with such a PYTHONIOENCODING: what the first cannot encode is an error
+        streams = {"stdout": "strict", "stderr": "backslashreplace"}
+        files = {name: io.TextIOWrapper(io.BytesIO(), encoding, errors) for name, errors in streams.items()}
+        for name, file in files.items():
+            monkeypatch.setattr(sys, name, file)
+        monkeypatch.setattr(sys, "argv", ["moesmith", *words])
+        status: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code or 0
+        for file in files.values():
+            file.flush()
+        assert isinstance(status, int)
+        return Answer(status, *(file.buffer.getvalue().decode(encoding) for file in files.values()))
 
     shown = run("inspect", str(odd / "run"))
     assert shown.status == 0, shown.err
@@ -190,6 +202,31 @@ def test_any_encoding_will_do(odd: Path, encoding: str, umlaut: str, sign: str) 
     missing = run("inspect", "Über 中")
     assert missing.status == 2
     assert missing.err.startswith(f"moesmith: {umlaut}ber {sign}/run.json is missing.")
+
+
+@pytest.mark.parametrize(("encoding", "umlaut", "sign"), ENCODINGS)
+def test_python_opens_its_streams_like_this(encoding: str, umlaut: str, sign: str) -> None:
+    """What the test above takes for granted."""
+    code = "import sys; print(*((f.encoding, f.errors) for f in (sys.stdout, sys.stderr)))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        check=True,
+    )
+    assert done.stdout.strip() == f"('{encoding}', 'strict') ('{encoding}', 'backslashreplace')"
+
+
+def test_a_process_in_an_encoding(odd: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from moesmith.cli import main; main()", "inspect", str(odd / "run")],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\xdcber \u4e2d" in done.stdout
 
 
 def test_a_path_that_is_no_utf8_goes_through(home: Path, tmp_path: Path) -> None:

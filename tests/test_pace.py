@@ -76,7 +76,8 @@ def test_the_pace_is_measured() -> None:
 
 
 def test_a_run_within_a_time_says_its_text(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "measure", lambda _parent: PACE)
+    slow = Pace(PACE.blocks / 10, PACE.head / 10)  # so that little text fits
+    monkeypatch.setattr(conversion, "measure", lambda _parent: slow)
     words = arguments("flap-static", home / "m", home / "d", tmp_path / "run")
     answer = moesmith(*words, "--time", "13s")
     assert answer.status == 0, answer.err
@@ -94,7 +95,7 @@ def test_a_run_within_a_time_says_its_text(home: Path, tmp_path: Path, monkeypat
     assert "[evaluate] done before" in again.err
     # and the counts make the same recipe elsewhere
     settings = [word for key, tokens in said.items() for word in ("--set", f"{key}={tokens}")]
-    monkeypatch.setattr(conversion, "measure", lambda _parent: PACE)
+    monkeypatch.setattr(conversion, "measure", lambda _parent: slow)
     elsewhere = [*words[:-1], words[-1], *settings]
     elsewhere[elsewhere.index(str(tmp_path / "run"))] = str(tmp_path / "other")
     assert moesmith(*elsewhere, "--reuse", tmp_path / "run").status == 0

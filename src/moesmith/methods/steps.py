@@ -54,8 +54,7 @@ class Domains(Step):
         spec, tokenizer = self.recipe.domains, job.parent.tokenizer
         read = sample_windows if spec.reading == "random" else packed_windows
         windows = {
-            domain.name: read(domain, tokenizer, spec.tokens, spec.window, self.recipe.seed)
-            for domain in job.domains
+            domain.name: read(domain, tokenizer, spec.tokens, spec.window, self.recipe.seed) for domain in job.domains
         }
         readable(windows, job.parent.model)
         write_tensors(work / "windows.safetensors", {name: ids.to(torch.int32) for name, ids in windows.items()})

@@ -115,6 +115,12 @@ def parse(values: Mapping[str, Any], *, stored: bool = False) -> Recipe:
 
 def presets() -> dict[str, str]:
     """Map the names of the recipes that come with moesmith to their one-line descriptions."""
+    return dict(_presets())
+
+
+@cache
+def _presets() -> dict[str, str]:
+    """Read all of them once per process: that is needed to know one name, and a command asks several times."""
     found = {}
     for entry in sorted((files("moesmith.run") / "presets").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):

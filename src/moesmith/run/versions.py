@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 MATTER = ("moesmith", "torch", "transformers")  # versions that may change what comes out
@@ -12,7 +13,13 @@ PACKAGES = (*MATTER, "accelerate", "safetensors", "numpy", "scipy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of what computes."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Read them once per process: every stage asks, and each package's metadata is a file of some hundred lines."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
