@@ -117,7 +117,7 @@ def test_a_malformed_recipe_file(world: World, text: str, says: str) -> None:
 
 
 METHODS: dict[str, tuple[str | None, str]] = {
-    "missing": (None, r"no method file \S+mine\.py\. Give a Python file"),
+    "missing": (None, r"no method file \S+mine\.py\. Give an existing Python file"),
     "that cannot be run": ("import nowhere", r"mine\.py cannot be run: ModuleNotFoundError: .* Fix the file"),
     "that registers nothing": ("x = 1", r"mine\.py registers no method\. Put @register"),
 }
@@ -230,7 +230,7 @@ def test_not_enough_memory(world: World) -> None:
 
 def test_not_enough_disk(world: World) -> None:
     world.patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
-    convert_is_refused(world, r"about \S+ GiB of disk and \S+ has 0\.0 GiB\. Free space", [], "dive-plus")
+    convert_is_refused(world, r"about \S+ GiB of disk, but \S+ has 0\.0 GiB\. Free space", [], "dive-plus")
 
 
 # Folders ------------------------------------------------------------------------------------------------------------

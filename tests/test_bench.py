@@ -22,9 +22,11 @@ from moesmith.bench.measure import prompts, summary
 from moesmith.bench.process import Worker
 from moesmith.bench.table import sentences, show, verdict
 from moesmith.errors import MoesmithError
+from moesmith.export.native import write_native
 from moesmith.files.artefact import read_json
 from moesmith.run.folder import open_run
-from moesmith.testing.parents import save_tiny, tiny_model
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.parents import save_tiny, tiny_model, tiny_parent
 
 L, D, F, E, F_E, KV = 2, 32, 64, 4, 32, 2 * 8  # the tiny Llama and its carving
 
@@ -68,7 +70,20 @@ def test_counts_are_those_of_the_tensors(home: Path, finished: Path) -> None:
     assert head == V * D
 
 
-def test_counts_of_own_format(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["subsets", "matrices of their own"])
+def test_counts_of_own_format(own: bool, tmp_path: Path) -> None:
+    """One expert of the written folder is as wide as the carving's; subsets of one network are stored once."""
+    parent = tiny_parent("phi")
+    carving = random_carving(parent, experts=4, kept=24, top_k=2, compensation="refit" if own else "none")
+    write_native(parent, carving, tmp_path)
+    found = of_folder(tmp_path, parent.config, torch.float32)
+    assert (found.experts, found.active) == (4, 2)
+    assert found.entries.expert == parent.L * 24 * 2 * parent.D
+    everything = 4.0 * 24 * parent.L if own else float(carving.union().sum()) * parent.F
+    assert found.entries.experts == everything * 2 * parent.D
+
+
+def test_counts_of_own_format_of_version_0_1(home: Path, tmp_path: Path) -> None:
     """Experts that share channels: one expert is its share of the union, all of them are the union."""
     config = tiny_model("llama").config
     folder = tmp_path / "model"

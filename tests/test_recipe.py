@@ -18,7 +18,7 @@ from moesmith.run.settings import TrainSection
 from moesmith.training.loop import steps_of
 
 # what --set, recipe files and run.json can name with each method; renaming one breaks people's files
-EVERY = {"": "name description seed", "domains": "names tokens window", "evaluate": "tokens window"}
+EVERY = {"": "name description seed", "domains": "names tokens window reading", "evaluate": "tokens window"}
 LOOP_KEYS = "tokens window batch micro_batch lr schedule min_ratio warmup clip weight_decay checkpointing"
 TRAIN_KEYS = LOOP_KEYS + (
     " loss mix kl_temperature gate gate_temperature router_gradient train_router lora_rank lora_alpha lora_dropout"
@@ -35,6 +35,7 @@ KEYS = {
     "dive": {"carve": f"{SHARES} experts top_k score selection"} | AFFINITY | ROUTER | STAGE1 | STAGE2,
     "static": {"carve": f"{SHARES} score selection"} | STAGE2,
     "llama-moe": {"carve": f"{SHARES} experts top_k"} | ROUTER | STAGE1 | STAGE2,
+    "token": {"carve": "method experts ratio select ridge pool prior sample gram passes batch lr"} | STAGE2,
     "tomoe": {"carve": "method experts start compensation ridge pool", "masks": MASKS_KEYS} | STAGE1 | STAGE2,
 }
 # what a start adds to tomoe
@@ -277,8 +278,8 @@ def test_any_set_loads_or_is_refused(preset: str, key: str, value: str) -> None:
         (["carve.ridge=0.5"], r"carve: ridge has no effect: carve\.compensation is not refit"),
         (["carve.pool=0.5"], r"carve: pool has no effect: carve\.compensation is not refit"),
         (["router.ridge=0.5"], r"router: ridge has no effect: router\.start is not lda"),
-        (["affinity.method=published"], "affinity.published names clusters"),
-        (["affinity.published=tinyllama-50"], "affinity.published names clusters"),
+        (["affinity.method=published"], "set affinity.published with affinity.method published"),
+        (["affinity.published=tinyllama-50"], "set affinity.published with affinity.method published"),
         (["stage1.norms=true"], "dense gate trains routers only"),
         (["stage2.lr=0"], r"stage2\.lr: Input should be greater than 0"),
         (["domains.tokens=255"], "255 tokens are fewer than one window of 256"),
@@ -357,7 +358,7 @@ def test_affinity_tokens_do_not_matter_where_nothing_is_measured() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("carve: {experts: 8\n", "not valid YAML.*Mend"),
+        ("carve: {experts: 8\n", "not valid YAML.*Fix"),
         ("- dive-plus\n", "is not a recipe"),
         ("", "is not a recipe"),
         ("1: 2\n", "is not a recipe"),

@@ -24,11 +24,12 @@ from moesmith.methods.clusters import centre_router, kmeans, nearest
 from moesmith.methods.refit import eliminate, refit_down
 from moesmith.methods.router import constant_direction
 from moesmith.mixture.moe import build
+from moesmith.parent.load import load_parent
 from moesmith.run.folder import open_run
 from moesmith.testing.parents import tiny_parent
 from moesmith.training.local import LocalSection, Matrices, held_out, reconstruct, squared_error
 
-WINDOWS = torch.randint(0, 100, (24, 32), generator=torch.Generator().manual_seed(1))
+WINDOWS = torch.randint(0, 100, (96, 32), generator=torch.Generator().manual_seed(1))
 SMALL = [
     *("domains.tokens=1024", "domains.window=32", "evaluate.tokens=512", "evaluate.window=64", "stage2.tokens=0"),
     *("carve.experts=3", "carve.sample=64", "carve.batch=32", "carve.passes=2", "carve.prior=50"),
@@ -59,7 +60,7 @@ def test_all_tokens_of_a_layer(family: str, tmp_path: Path) -> None:
     wanted_T = 1 / hidden.square().sum(-1).flatten()
     wanted_T = wanted_T.clamp_max(HEAVIEST * wanted_T.mean())
     torch.testing.assert_close(found.weight_T, wanted_T / wanted_T.mean())
-    assert found.sequence_T.tolist() == [n for n in range(24) for _ in range(32)]
+    assert found.sequence_T.tolist() == [n for n in range(96) for _ in range(32)]
     on_disk = tokens_of(parent, 0, folder=tmp_path, room=0)
     assert torch.equal(on_disk.x_TD, found.x_TD)
     assert torch.equal(on_disk.y_TD, found.y_TD)
@@ -129,7 +130,7 @@ def test_reconstruction_lowers_the_error_where_it_did_not_train(family: str) -> 
     found, outcome = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
     mine_N, others_N = held_out(tokens, rows_N)
     assert not set(tokens.sequence_T[mine_N].tolist()) & set(tokens.sequence_T[others_N].tolist())
-    assert outcome.after < 0.9 * outcome.before
+    assert outcome.after < 0.97 * outcome.before
     assert outcome.after == pytest.approx(squared_error(ffn, found, tokens, others_N))
     again, same = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
     assert same == outcome
@@ -186,7 +187,7 @@ def test_it_goes_all_the_way(family: str, tmp_path: Path) -> None:
     counted = {name: plan[name] for name in ("parent_parameters", "parameters_total", "parameters_active")}
     assert found["parameters"] == counted
     assert moesmith("report", run).status == 0
-    assert opened.metrics("export")["max_logit_difference"] < 1e-3
+    assert opened.metrics("export")["logits_difference"] < 1e-3
 
 
 MODEL, DATA = str(ASSETS / "parents" / "llama"), str(ASSETS / "text")
@@ -198,9 +199,10 @@ def settings(*more: str) -> list[str]:
 
 def test_with_every_channel_it_is_the_parent(tmp_path: Path) -> None:
     run = convert("token", MODEL, DATA, tmp_path, settings=settings("carve.ratio=0"), dtype="fp32")
-    mine = build(run.parent, run.carving())
-    ids = WINDOWS[:2]
-    torch.testing.assert_close(mine(ids).logits, run.parent.model(ids).logits, atol=2e-3, rtol=1e-3)
+    parent = load_parent(MODEL, dtype="fp32")
+    mine, ids = build(parent, run.carving()), WINDOWS[:2]
+    with torch.no_grad():
+        torch.testing.assert_close(mine(ids).logits, parent.model(ids).logits, atol=2e-3, rtol=1e-3)
 
 
 def test_a_killed_carving_goes_on_behind_its_layers(
@@ -212,10 +214,9 @@ def test_a_killed_carving_goes_on_behind_its_layers(
     made, tokens = [], Stream.hold
 
     def dies(self: Stream, index: int) -> Tokens:
-        if index == 1 and not made:
-            made.append(index)
-            raise KeyboardInterrupt
         made.append(index)
+        if made == [0, 1]:
+            raise KeyboardInterrupt
         return tokens(self, index)
 
     monkeypatch.setattr(Stream, "hold", dies)

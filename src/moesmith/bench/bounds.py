@@ -11,7 +11,7 @@ is computed only for the last token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ def of_folder(folder: Path, config: Any, dtype: torch.dtype) -> Weights:
         dtype: the weights' dtype in memory.
     """
     own = read_json(folder / "config.json")
-    gate = own.get("gate") or {}  # moesmith's own format
+    gate, widths, unions = _own_format(own)
     experts = next((int(own[name]) for name in ("num_local_experts", "num_experts") if own.get(name)), 1)
     active = int(own.get("num_experts_per_tok") or 1) if experts > 1 else 1
-    shared = [width / union for width, union in zip(own.get("widths") or (), own.get("unions") or (), strict=False)]
+    shared = [width / union if union else 1 / gate["experts"] for width, union in zip(widths, unions, strict=True)]
     return _weights(
         _safetensors(folder, dtype),
         gate.get("experts", experts),
@@ -127,6 +127,13 @@ def of_folder(folder: Path, config: Any, dtype: torch.dtype) -> Weights:
         shared,
         [(a["qk"], a["vo"]) for a in own.get("attention") or ()],
     )
+
+
+def _own_format(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int], list[int | None]]:
+    """Read gate, expert widths and unions by layer from a config of moesmith's own format; empty for another format."""
+    if layers := config.get("layers"):
+        return layers[0]["gate"], [layer["width"] for layer in layers], [layer["union"] for layer in layers]
+    return config.get("gate") or {}, config.get("widths") or [], config.get("unions") or []  # version 0.1
 
 
 def of_gguf(file: Path, config: Any) -> Weights:

@@ -84,7 +84,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it into place.
+    """Let ``write`` fill a temporary file next to ``path``, flush it to disk, then rename it into place.
 
     What is at ``path`` is replaced: the name is one that only moesmith writes, or ``files/outputs.py`` has allowed it.
     """
@@ -105,7 +105,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    # a path that is no UTF-8 is written as an escape, which JSON reads back
+    # a path that is not UTF-8 is written as an escape, which JSON reads back
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 

@@ -11,12 +11,12 @@ SMALL = 0.02  # of a cluster's fair share of tokens: below, it starts again with
 
 
 def kmeans(x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int = 12) -> Tensor:
-    """Cluster rows by Lloyd's algorithm from random rows; returns the centres (E, D) fp32.
+    """Cluster rows by Lloyd's algorithm from distant rows (k-means++); returns the centres (E, D) fp32.
 
     A cluster that holds nearly nothing starts again at a row of the largest one.
     """
     x_TD = x_TD.float()
-    centres_ED = x_TD[torch.randperm(len(x_TD), generator=generator)[:clusters].to(x_TD.device)]
+    centres_ED = _distant(x_TD, clusters, generator)
     for _ in range(rounds):
         ids_T = nearest(x_TD, centres_ED)
         counts_E = torch.bincount(ids_T, minlength=clusters)
@@ -29,6 +29,18 @@ def kmeans(x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int 
             centres_ED[small] = x_TD[rows[pick]][0]
             counts_E[largest] //= 2
     return centres_ED
+
+
+def _distant(x_TD: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw rows one after the other, each with the probability of its squared distance to the nearest one so far."""
+    rows = [int(torch.randint(len(x_TD), (1,), generator=generator))]
+    far_T = torch.full((len(x_TD),), torch.inf, device=x_TD.device)
+    while len(rows) < count:
+        far_T = torch.minimum(far_T, (x_TD - x_TD[rows[-1]]).square().sum(-1))
+        up_to_T = far_T.double().cpu().cumsum(0)
+        drawn = torch.rand(1, generator=generator, dtype=torch.float64) * up_to_T[-1]
+        rows.append(int(torch.searchsorted(up_to_T, drawn).clamp_max(len(x_TD) - 1)))
+    return x_TD[rows].clone()
 
 
 def nearest(x_TD: Tensor, centres_ED: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTra
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except Exception as error:
         what = f"The tokenizer of {source} cannot be loaded: {first_line(error)}"
-        raise MoesmithError(what, "A parent needs its tokenizer beside it.") from error
+        raise MoesmithError(what, "Put the tokenizer's files next to the model's.") from error
     return model, tokenizer
 
 

@@ -18,7 +18,7 @@ from pydantic import SerializeAsAny, ValidationError, create_model
 
 from moesmith.arguments import path_text, several
 from moesmith.errors import MoesmithError
-from moesmith.run.settings import DomainsSection, EvaluateSection, Section, TrainSection
+from moesmith.run.settings import DomainsSection, EvaluateSection, LoopSection, Section, TrainSection
 
 if TYPE_CHECKING:
     from moesmith.methods.base import Method
@@ -62,8 +62,9 @@ class Recipe(Section):
     def same_work(self) -> dict[str, Any]:
         """Return what it does, as values: without its name and the settings of stages that it skips."""
         found = self.model_dump(mode="json", exclude={"name", "description"})
-        for key, value in found.items():
-            if isinstance(value, dict) and "lr" in value and not value["tokens"]:
+        for key in found:
+            section = getattr(self, key)
+            if isinstance(section, LoopSection) and not section.tokens:
                 found[key] = {"tokens": 0}
         return found
 

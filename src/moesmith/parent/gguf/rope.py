@@ -73,7 +73,7 @@ def rope_parameters(keys: Keys, width: int, context: int, factors: dict[str, lis
 
 
 def _yarn(keys: Keys, factor: float, original: int, attention: float) -> dict[str, Any]:
-    """YaRN. llama.cpp multiplies queries and keys by 0.1 ln(factor) + 1, and by its attention factor besides.
+    """Make YaRN's parameters. llama.cpp multiplies queries and keys by 0.1 ln(factor) + 1 and by its attention factor.
 
     Its graphs of these architectures read none of the keys ``yarn_…``, so a value other than theirs is refused: the
     model was made with it, and llama.cpp does not compute with it.
