@@ -150,6 +150,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "domains.names": ["domains.names=[sum, place, count, beast]"],
     "domains.tokens": ["domains.tokens=256"],
     "domains.window": ["domains.window=16"],
+    "domains.reading": ["domains.reading=once"],
     "carve.method": ["carve.method=llama-moe"],
     "carve.experts": ["carve.experts=3"],
     "carve.top_k": ["carve.top_k=2"],
@@ -157,6 +158,13 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "carve.score": ["carve.score=magnitude"],
     "carve.selection": ["carve.selection=adaptive"],
     "carve.compensation": ["carve.compensation=bias"],
+    "carve.select": ["carve.select=energy"],
+    "carve.prior": ["carve.prior=9999"],
+    "carve.sample": ["carve.sample=64"],
+    "carve.gram": ["carve.gram=64"],
+    "carve.passes": ["carve.passes=2"],
+    "carve.batch": ["carve.batch=24"],
+    "carve.lr": ["carve.lr=0.1"],
     "carve.ridge": ["carve.ridge=0.5"],
     "carve.pool": ["carve.pool=0.9"],
     "affinity.method": ["affinity.method=perplexity"],
@@ -240,10 +248,11 @@ def test_every_setting_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["dive-plus", "tomoe-plus"])
+@pytest.mark.parametrize("preset", ["dive-plus", "tomoe-plus", "token"])
 def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
     """Nearly a hundred conversions: a setting that a stage's key forgets would leave its result as it was."""
-    few = FEW if preset == "dive-plus" else ["masks.budget=0.55"]
+    token = ["carve.sample=32", "carve.batch=16", "carve.passes=1", "domains.reading=random"]
+    few = {"dive-plus": FEW, "tomoe-plus": ["masks.budget=0.55"], "token": token}[preset]
     before = convert(preset, home / "m", home / "d", tmp_path / "base", few)
     kept, refused = {}, {}
     for name, settings in (SETTINGS | (STARTS if preset == "tomoe-plus" else {})).items():
@@ -255,7 +264,7 @@ def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
                 continue
             kept[name] = keys_of(run).keys() - check(before, run)
             shutil.rmtree(tmp_path / name)
-    assert len(kept) > (60 if preset == "dive-plus" else 30), refused
+    assert len(kept) > {"dive-plus": 60, "tomoe-plus": 30, "token": 15}[preset], refused
     assert not refused.keys() & STARTS.keys()
     assert all("held-out" in kept[name] for name in kept if name.startswith(("carve.", "stage", "masks.")))
 

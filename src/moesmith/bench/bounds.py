@@ -185,7 +185,7 @@ def _weights(
 ) -> Weights:
     found: dict[str, list[float]] = {part: [0.0, 0.0] for part in ("always", "head", "embedding", "expert", "experts")}
     for name, shape, stored in tensors:
-        matrix = float(math.prod(shape)) if len(shape) > 1 else 0.0
+        matrix = float(math.prod(shape)) if len(shape) > 1 and "bias" not in name else 0.0
         part = _part(name) if experts > 1 else _part(name).replace("experts", "always")
         found[part][0] += stored
         found[part][1] += matrix
