@@ -59,11 +59,11 @@ def read_sets(path: Path) -> dict[str, HubSet]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MoesmithError(f"{path} cannot be read: {error}") from error
+        raise MoesmithError(f"{path} cannot be read: {error}", "Give a YAML file in UTF-8.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise MoesmithError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+        raise MoesmithError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}", "Fix the file.") from error
     if not isinstance(content, dict) or not content:
         raise MoesmithError(f"{path} describes no domains", "It needs lines like 'name: {hub: ..., eval_split: ...}'.")
     sets = {}

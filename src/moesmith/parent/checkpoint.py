@@ -139,7 +139,10 @@ def refuse_remote_code(source: str) -> None:
             f"{source} (model_type {model_type!r}) brings its own Python code, which moesmith does not run",
             "Give a model whose architecture is part of transformers.",
         )
-    raise MoesmithError(f"{source} has the model_type {model_type!r}, which this transformers does not know")
+    raise MoesmithError(
+        f"{source} has the model_type {model_type!r}, which this transformers does not know",
+        "Upgrade transformers if it is a new architecture, or fix model_type in config.json.",
+    )
 
 
 def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreTrainedModel:

@@ -121,7 +121,10 @@ def find_ffns(model: PreTrainedModel) -> list[FFN]:
     refuse_moe(model, layers)
     names = [name for field in ACTIVATION_FIELDS if (name := getattr(model.config, field, None))]
     if not names or names[0] not in ACT2FN:
-        raise MoesmithError(f"The activation {names or None} of {type(model).__name__} is not known to transformers")
+        raise MoesmithError(
+            f"The activation {names or None} of {type(model).__name__} is not known to transformers",
+            f"Name one in config.json: {', '.join(ACTIVATION_FIELDS)}.",
+        )
     return [_find_ffn(f"{prefix}.{index}", layer, names[0]) for index, layer in enumerate(layers)]
 
 
