@@ -181,12 +181,15 @@ def test_it_goes_all_the_way(family: str, tmp_path: Path) -> None:
     opened = open_run(run)
     carving, metrics = opened.carving(), opened.metrics("carve")
     assert carving.widths().tolist() == [[32] * 3] * 2
-    assert all(after <= before for after, before in zip(metrics["error"], metrics["error_refit"], strict=True))
-    assert sum(metrics["error"]) < sum(metrics["error_refit"])
+    (lines,) = metrics["layers"].values()
+    assert all(after <= before for after, before in zip(lines["trained"], lines["refitted"], strict=True))
+    assert metrics["error"] < metrics["error_refitted"]
     found = json.loads(moesmith("inspect", run, "--json").out)
     counted = {name: plan[name] for name in ("parent_parameters", "parameters_total", "parameters_active")}
     assert found["parameters"] == counted
     assert moesmith("report", run).status == 0
+    assert (run / "figures" / "layers-carve-0.png").is_file()
+    assert "error of the network" in (run / "report.html").read_text(encoding="utf-8")
     assert opened.metrics("export")["logits_difference"] < 1e-3
 
 

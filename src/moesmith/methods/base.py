@@ -233,6 +233,10 @@ class Carver(Method):
         """Return what the carving records of how it was made, such as ``clusters``: domains by expert."""
         return {}
 
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """Say in a few words what :meth:`metrics` tell, for tables; empty for nothing."""
+        return ""
+
     def metrics(self) -> dict[str, Any]:
         """Return numbers for the step's manifest, after :meth:`carve` has seen all layers; by default what it noted."""
         return dict(self.measured)

@@ -209,9 +209,10 @@ class Carve(Step):
         return found | {"overlap": round(float(iou_LEE.mean()), 4) if iou_LEE.numel() else None}
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
-        """Say how much experts have in common."""
-        overlap = metrics.get("overlap")
-        return f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")
+        """Say how much experts have in common, and what the method says."""
+        overlap, own = metrics.get("overlap"), self.method.headline(metrics)
+        shared = f"union {metrics['union']:.3f}" + (f", overlap {overlap:.3f}" if overlap is not None else "")
+        return f"{shared}; {own}" if own else shared
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Count the passes and matrices that the method asks for."""

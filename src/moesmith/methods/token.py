@@ -11,8 +11,9 @@ With one expert it is the honest control: a static mask with the same text, refi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +32,7 @@ from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN
+from moesmith.run.folder import Run
 from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job
 from moesmith.training.local import LocalSection, Matrices, Outcome, reconstruct
@@ -146,7 +148,27 @@ class Token(Carver):
         total = sum(one.energy for one in outcomes) or 1.0
         load = float(torch.bincount(ids_T, minlength=len(outcomes)).min()) * len(outcomes) / len(ids_T)
         before, after = (sum(getattr(one, name) for one in outcomes) / total for name in ("before", "after"))
-        self.note(error_refit=round(before, 5), error=round(after, 5), least_load=round(load, 4))
+        self.note(refitted=round(before, 5), trained=round(after, 5), least_load=round(load, 4))
+
+    def metrics(self) -> dict[str, Any]:
+        """Errors of the networks on windows that were not trained on; the least load of an expert, 1 if balanced."""
+        refitted, trained, load = (self.measured[name] for name in ("refitted", "trained", "least_load"))
+        curves = {"refitted": refitted} | ({"trained": trained} if self.settings.passes else {})
+        found: dict[str, Any] = {"error_refitted": round(statistics.mean(refitted), 4)}
+        found |= {"error": round(statistics.mean(trained), 4), "least_load": min(load)}
+        return found | {"layers": {"error of the network's output": curves}}
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """Say how well networks are reproduced."""
+        return f"error of networks {metrics['error_refitted']:.3f} refitted, {metrics['error']:.3f} trained"
+
+    def about(self, run: Run) -> list[str]:
+        """Describe the run in numbers."""
+        spec = self.settings
+        return [
+            f"{spec.experts} experts for groups of tokens, 1 active per token, {1 - spec.ratio:.0%} of the FFN each",
+            f"channels by {spec.select}, down_proj refitted, then {spec.passes:g} passes of local training",
+        ]
 
 
 def spread(rows_N: Tensor, most: int) -> Tensor:

@@ -358,6 +358,21 @@ def entropy_figure(entropy_L: ArrayLike, balance_L: ArrayLike) -> Figure:
     return figure
 
 
+def layers_figure(label: str, curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw what a step measured of every layer, a line per name."""
+    figure = style.new_figure(style.WIDTH, 2.5)
+    axes = figure.add_subplot()
+    style.dress(axes, "layer", label, grid="y")
+    colours = (style.TEAL, style.BLUE, *style.EXPERT_COLOURS)
+    for index, (name, values) in enumerate(curves.items()):
+        look: dict[str, Any] = {"color": colours[index % len(colours)], "marker": "os^D"[index % 4], "markersize": 3.5}
+        axes.plot(range(len(values)), values, linewidth=1.8, label=name, **look)
+    axes.set_ylim(bottom=0)
+    layer_ticks(axes, max(map(len, curves.values())))
+    style.legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    return figure
+
+
 def layer_ticks(axes: Any, layers: int, most: int = 36) -> None:
     """Label at most ``most`` layers of an x axis."""
     step = ceil_div(layers, most)

@@ -291,9 +291,14 @@ def _training(source: Source) -> dict[str, Any]:
         )
     if curves:
         picture["figure"] = source.picture(figures.training_figure(curves), "training", "Training loss over tokens")
-    if not facts:
+    layers = [
+        source.picture(figures.layers_figure(label, lines), f"layers-{name}-{number}", f"{label}, by layer")
+        for name, manifest in source.run.manifests.items()
+        for number, (label, lines) in enumerate(manifest.get("metrics", {}).get("layers", {}).items())
+    ]
+    if not facts and not layers:
         raise AbsentError
-    return picture | {"facts": facts}
+    return picture | {"facts": facts, "layers": layers}
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
