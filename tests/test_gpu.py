@@ -22,7 +22,7 @@ from moesmith.testing.tokenizer import tiny_tokenizer
 FOUND = torch.accelerator.current_accelerator(check_available=True)
 DEVICE = "cpu" if FOUND is None or FOUND.type == "pretend" else FOUND.type
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="there is no accelerator")]
-PRESETS = ["dive-1of8", "dive-plus", "flap-static", "flap-static-refit", "llama-moe-1of8", "tomoe-50", "tomoe-plus"]
+PRESETS = "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 token tomoe-50 tomoe-plus".split()
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,13 @@ from moesmith.testing.text import save_data
 from moesmith.testing.tokenizer import tiny_tokenizer
 from moesmith.training import losses
 
-PRESETS = ["dive-1of8", "dive-plus", "flap-static", "flap-static-refit", "llama-moe-1of8", "tomoe-50", "tomoe-plus"]
+PRESETS = "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 token tomoe-50 tomoe-plus".split()
 # two domains, two experts, a step or two of each training: AdamW makes a whole step of a gradient that is all rounding,
 # so the rate is low
 SMALL = [
     *("domains.tokens=64", "affinity.tokens=64", "evaluate.tokens=128"),
     *("stage1.tokens=256", "stage2.tokens=512", "stage2.lora_dropout=0", "stage2.lr=0.001", "masks.lr=0.001"),
+    *("carve.sample=16", "carve.batch=16"),
 ]
 ON_PURPOSE = {
     "mixture/carving.py:Carving.expert_weights": "LoRA is merged in fp64 on the CPU: the same model everywhere",
@@ -44,6 +45,8 @@ ON_PURPOSE = {
 COPIES = {
     "calibration/stream.py:Stream.views": "tokens wait with the host in front of the first layer",
     "calibration/stream.py:Stream._pass": "and between two layers: all calibration text would not fit there",
+    "calibration/stream.py:Stream.hold.<locals>.network": "a layer's tokens wait there too for a method that trains",
+    "methods/token.py:as_expert": "trained matrices belong to the carving",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
     "files/artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
     "export/stock/write.py:stock_tensors.<locals>.out": "the export writes every weight",
@@ -86,7 +89,7 @@ def parent_on(device: str, family: str, dtype: torch.dtype = torch.float32) -> P
 
 
 def settings_of(preset: str) -> list[str]:
-    short = ["masks.tokens=64", "stage1.tokens=0", "stage2.tokens=0"] if "tomoe" in preset else []
+    short = ["masks.tokens=64", "stage1.tokens=0", "stage2.tokens=0"] if "tomoe" in preset else ["carve.passes=0"]
     return [*tiny_settings(preset), *fitting(["carve.experts=2", *SMALL, *short], preset)]
 
 
@@ -94,8 +97,11 @@ def convert(preset: str, parent: Parent, data: Path, out: Path, settings: list[s
     return moesmith.convert(preset, parent, str(data), out, settings=[*settings_of(preset), *(settings or [])])
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
-@pytest.mark.parametrize("preset", PRESETS)
+# a Phi's router inputs hold no constant direction: the system behind token's routers is nearly singular there
+PAIRS = [(preset, family) for preset in PRESETS for family in ("llama", "phi") if (preset, family) != ("token", "phi")]
+
+
+@pytest.mark.parametrize(("preset", "family"), PAIRS)
 @pytest.mark.usefixtures("same_path")
 def test_every_stage_runs_there_as_on_the_cpu(preset: str, family: str, data: Path, tmp_path: Path) -> None:
     with watching(ON_PURPOSE) as watch:
@@ -105,6 +111,20 @@ def test_every_stage_runs_there_as_on_the_cpu(preset: str, family: str, data: Pa
     assert set(watch.copies) <= set(COPIES), watch.copies
     convert(preset, parent_on("cpu", family), data, tmp_path / "cpu")
     compare(tmp_path / "device", tmp_path / "cpu", family)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.usefixtures("same_path")
+def test_experts_are_reconstructed_there(family: str, data: Path, tmp_path: Path) -> None:
+    with watching(ON_PURPOSE) as watch:
+        run = convert("token", parent_on("pretend", family), data, tmp_path / "device", ["carve.passes=2"])
+    assert watch.fallbacks == []
+    assert set(watch.copies) <= set(COPIES), watch.copies
+    other = convert("token", parent_on("cpu", family), data, tmp_path / "cpu", ["carve.passes=2"])
+    there, here = (r.carving("carve") for r in (run, other))
+    assert any(expert.trained for layer in there.layers for expert in layer.routed)
+    for mine, same in zip(there.layers[0].routed, here.layers[0].routed, strict=True):
+        assert torch.equal(mine.channels, same.channels)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -119,12 +139,12 @@ def test_a_parent_is_loaded_straight_to_it(dtype: str, tmp_path: Path) -> None:
     assert {(p.device.type, p.dtype) for p in stored.model.parameters()} == {("pretend", torch.bfloat16)}
 
 
-@pytest.mark.parametrize("preset", ["dive-1of8", "dive-plus"])
+@pytest.mark.parametrize("preset", ["dive-1of8", "dive-plus", "token"])
 @pytest.mark.usefixtures("same_path")
 def test_a_parent_larger_than_it_streams_through_it(preset: str, data: Path, tmp_path: Path) -> None:
     """Layer by layer: weights stay with the host, every layer computes on the device, the files are the same."""
     save_tiny("llama", tmp_path / "m", dtype=torch.bfloat16)
-    untrained = ["stage1.tokens=0", "stage2.tokens=0"]
+    untrained = [*(["stage1.tokens=0"] if preset != "token" else []), "stage2.tokens=0"]
     parent = load_parent(tmp_path / "m", "fp32", 2**30, device="pretend")
     assert ({p.device.type for p in parent.model.parameters()}, parent.device.type) == ({"cpu"}, "pretend")
     with watching(ON_PURPOSE) as watch:

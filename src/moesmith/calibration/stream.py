@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,16 @@ class LayerView:
     def ffn(self) -> FFN:
         """Its feed-forward network."""
         return self.parent.ffns[self.index]
+
+    @property
+    def network(self) -> FFN:
+        """The same where and in what the parent computes, for methods that run it themselves; a copy if it must be."""
+        ffn, place = self.ffn, (self.parent.device, self.parent.dtype)
+        gate_FD, down_DF = ffn.gate_FD.to(*place), ffn.down_DF.to(*place)
+        up_FD, bias_F, bias_D = (
+            None if part is None else part.to(*place) for part in (ffn.up_FD, ffn.gate_bias_F, ffn.down_bias_D)
+        )
+        return replace(ffn, gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF, gate_bias_F=bias_F, down_bias_D=bias_D)
 
     def sample(self, tokens: int) -> Tensor:
         """Return router inputs of about so many tokens, evenly over all text, (T, D) fp32 on the parent's device."""

@@ -25,8 +25,8 @@ def kmeans(x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int 
         for small in (counts_E < SMALL * len(x_TD) / clusters).nonzero().flatten().tolist():
             largest = int(counts_E.argmax())
             rows = (ids_T == largest).nonzero().flatten()
-            pick = torch.randint(len(rows), (1,), generator=generator).to(rows.device)
-            centres_ED[small] = x_TD[rows[pick]][0]
+            pick = int(torch.randint(len(rows), (1,), generator=generator))
+            centres_ED[small : small + 1] = x_TD[rows[pick : pick + 1]]
             counts_E[largest] //= 2
     return centres_ED
 
@@ -36,11 +36,12 @@ def _distant(x_TD: Tensor, count: int, generator: torch.Generator) -> Tensor:
     rows = [int(torch.randint(len(x_TD), (1,), generator=generator))]
     far_T = torch.full((len(x_TD),), torch.inf, device=x_TD.device)
     while len(rows) < count:
-        far_T = torch.minimum(far_T, (x_TD - x_TD[rows[-1]]).square().sum(-1))
-        up_to_T = far_T.double().cpu().cumsum(0)
+        last_1D = x_TD[rows[-1] : rows[-1] + 1]
+        far_T = torch.minimum(far_T, (x_TD - last_1D).square().sum(-1))
+        up_to_T = far_T.cpu().double().cumsum(0)
         drawn = torch.rand(1, generator=generator, dtype=torch.float64) * up_to_T[-1]
         rows.append(int(torch.searchsorted(up_to_T, drawn).clamp_max(len(x_TD) - 1)))
-    return x_TD[rows].clone()
+    return x_TD[torch.tensor(rows).to(x_TD.device)]
 
 
 def nearest(x_TD: Tensor, centres_ED: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Token(Carver):
 
     def carve(self, view: LayerView) -> Layer:
         """Group the tokens, choose channels, refit, train."""
-        spec, ffn, tokens = self.settings, view.ffn, view.tokens()
+        spec, ffn, tokens = self.settings, view.network, view.tokens()
         router_ED, ids_T = self.route(view, tokens)
         pooled = self.gram(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
         routed: list[Expert] = []
