@@ -33,7 +33,6 @@ from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN
 from moesmith.run.folder import Run
-from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job
 from moesmith.training.local import LocalSection, Matrices, Outcome, reconstruct
 
@@ -61,8 +60,9 @@ class Token(Carver):
         gram: int = Field(50_000, ge=64, description="most tokens per expert in a Gram matrix")
 
         def without_effect(self) -> dict[str, str]:
-            """Of clusters, where there is one."""
-            return dict.fromkeys(("sample", "pool", "prior"), "carve.experts is 1") if self.experts == 1 else {}
+            """Of clusters, where there is one; of training, where there is none."""
+            found = dict.fromkeys(("sample", "pool", "prior"), "carve.experts is 1") if self.experts == 1 else {}
+            return found | (dict.fromkeys(("batch", "lr"), "carve.passes is 0") if not self.passes else {})
 
     def needs(self) -> Needs:
         """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
@@ -73,10 +73,6 @@ class Token(Carver):
         """All calibration text."""
         check_gram(job.parent, 3, gram=True)
         return super().begin(job)
-
-    def tokens(self, shapes: Shapes) -> int:
-        """All of it."""
-        return shapes.domains * int(self.recipe.domains.tokens)
 
     def outline(self, parent: Parent) -> Carving:
         """Experts with matrices of their own."""
