@@ -20,12 +20,16 @@ from moesmith.data.records import Domain
 from moesmith.data.sampling import packed_windows
 from moesmith.errors import MoesmithError
 from moesmith.methods import steps as method_steps
+from moesmith.methods.base import Carver
 from moesmith.methods.clusters import centre_router, kmeans, nearest
 from moesmith.methods.refit import eliminate, refit_down
 from moesmith.methods.router import constant_direction
+from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build
 from moesmith.parent.load import load_parent
 from moesmith.run.folder import open_run
+from moesmith.run.recipe import load_recipe
+from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
 from moesmith.training.local import LocalSection, Matrices, held_out, reconstruct, squared_error
 
@@ -233,3 +237,33 @@ def test_a_killed_carving_goes_on_behind_its_layers(
     files = [run.path("carve") / "carving.safetensors" for run in (whole, killed)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not (killed.path("carve") / "layers").exists()
+
+
+def test_a_kill_between_two_layers_loses_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that were written without the state behind them do not count: numbers and draws would be later ones."""
+    monkeypatch.setattr(method_steps, "SAVE_SECONDS", 0.0)
+    layers, save, written = random_carving(tiny_parent("llama")).layers, Carving.save, []
+
+    def dies(self: Carving, folder: Path) -> None:
+        written.append(folder.name)
+        if written == ["0", "1"]:
+            raise KeyboardInterrupt
+        save(self, folder)
+
+    monkeypatch.setattr(Carving, "save", dies)
+    method, generator = load_recipe("token").method, torch.Generator().manual_seed(0)
+    assert isinstance(method, Carver)
+    method.note(error=0.5)
+    begun = method_steps.Begun(tmp_path, method, generator, 64)
+    with pytest.raises(KeyboardInterrupt):
+        begun.keep(layers)
+    before = generator.get_state()
+    assert method_steps.Begun(tmp_path, method, generator, 64).restore() == []
+    assert method.measured == {}
+    method.note(error=0.25)
+    method_steps.Begun(tmp_path, method, generator, 64).keep(layers[:1])
+    torch.rand(3, generator=generator)
+    method.note(error=0.125)
+    assert len(method_steps.Begun(tmp_path, method, generator, 64).restore()) == 1
+    assert method.measured == {"error": [0.25]}
+    assert torch.equal(generator.get_state(), before)

@@ -18,7 +18,7 @@ from moesmith.console import say
 from moesmith.data.encoding import reading
 from moesmith.data.sampling import packed_windows, sample_windows
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_tensors, write_tensors
+from moesmith.files.artefact import read_json, read_tensors, write_json, write_tensors
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
 from moesmith.mixture.layer import Layer
@@ -125,7 +125,7 @@ class Begun:
     Args:
         folder: where each layer is a carving of one layer.
         method: its ``measured`` numbers are kept as well.
-        generator: the one of the carving; its state is kept with each layer.
+        generator: the one of the carving; its state is kept as well.
         d_ff: channels of the parent.
     """
 
@@ -135,29 +135,28 @@ class Begun:
 
     def restore(self) -> list[Layer]:
         """Read the layers that are there, in order; the method and the generator go on from the last one."""
-        layers: list[Layer] = []
-        self.method.measured = {}
-        while (self.folder / f"{len(layers)}" / "carving.json").is_file():
-            carving = Carving.load(self.folder / f"{len(layers)}")
-            layers += carving.layers
-            self.method.measured = carving.provenance["measured"]
-            self.generator.set_state(torch.tensor(list(bytes.fromhex(carving.provenance["random"])), dtype=torch.uint8))
-        self.kept = len(layers)
-        if layers:
-            say(f"carve: continuing at layer {len(layers)}")
-        return layers
+        state = self.folder / "state.json"
+        known: dict[str, Any] = read_json(state) if state.is_file() else {"layers": 0, "measured": {}}
+        self.method.measured, self.kept = known["measured"], int(known["layers"])
+        if self.kept:
+            self.generator.set_state(torch.tensor(list(bytes.fromhex(known["random"])), dtype=torch.uint8))
+            say(f"carve: continuing at layer {self.kept}")
+        return [Carving.load(self.folder / f"{index}").layers[0] for index in range(self.kept)]
 
     def keep(self, layers: Sequence[Layer]) -> None:
-        """Write the layers that are not there yet, unless the last ones were written a moment ago."""
+        """Write the layers that are not there yet, unless the last ones were written a moment ago.
+
+        The state is written behind them and says how many count: a kill between two layers leaves the older state.
+        """
         if time.monotonic() - self.saved < SAVE_SECONDS:
             return
-        random = bytes(self.generator.get_state().tolist()).hex()
         for index in range(self.kept, len(layers)):
             folder = self.folder / f"{index}"
             folder.mkdir(parents=True, exist_ok=True)
-            Carving([layers[index]], self.d_ff, provenance={"measured": self.method.measured, "random": random}).save(
-                folder
-            )
+            Carving([layers[index]], self.d_ff).save(folder)
+        random = bytes(self.generator.get_state().tolist()).hex()
+        state = {"layers": len(layers), "measured": self.method.measured, "random": random}
+        write_json(self.folder / "state.json", state)
         self.kept, self.saved = len(layers), time.monotonic()
 
 
