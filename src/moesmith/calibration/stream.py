@@ -38,6 +38,13 @@ HELD = 2  # buffers as large as the waiting text that all tokens of a layer take
 HEAVIEST = 10.0  # times the mean weight of a token
 
 
+def spread(rows: Tensor, most: int) -> Tensor:
+    """Take at most so many rows, evenly spread."""
+    if len(rows) <= most:
+        return rows
+    return rows[torch.arange(most, device=rows.device) * len(rows) // most]
+
+
 @dataclass
 class Stats:
     """What one expert's tokens are like in one layer.
@@ -256,10 +263,7 @@ class Stream:
 
         with watch([ffn.module], [Rows()]):
             self._pass(self.model.layer(index), keep=False, which=range(0, len(self.batches), few))
-        rows_ND = torch.cat(found)
-        if len(rows_ND) > tokens:  # the first ones alone would be those of the first texts
-            rows_ND = rows_ND[torch.arange(tokens, device=rows_ND.device) * len(rows_ND) // tokens]
-        return rows_ND
+        return spread(torch.cat(found), tokens)  # the first ones alone would be those of the first texts
 
     def hold(self, index: int) -> Tokens:
         """See :meth:`LayerView.tokens`."""

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moesmith.calibration.moments import Second, Sums, fast_products
-from moesmith.calibration.stream import LayerView, Tokens
+from moesmith.calibration.stream import LayerView, Tokens, spread
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans
 from moesmith.methods.refit import eliminate, refit_down
@@ -165,13 +165,6 @@ class Token(Carver):
             f"{spec.experts} experts for groups of tokens, 1 active per token, {1 - spec.ratio:.0%} of the FFN each",
             f"channels by {spec.select}, down_proj refitted, then {spec.passes:g} passes of local training",
         ]
-
-
-def spread(rows_N: Tensor, most: int) -> Tensor:
-    """At most so many rows, evenly spread."""
-    if len(rows_N) <= most:
-        return rows_N
-    return rows_N[torch.arange(most) * len(rows_N) // most]
 
 
 def as_expert(parent: Parent, kept: Tensor, found: Matrices, *, trained: bool) -> Expert:
