@@ -31,7 +31,8 @@ from moesmith.parent.load import Parent, load_parent
 from moesmith.run.settings import TrainSection
 from moesmith.run.versions import versions
 from moesmith.testing.carvings import random_carving
-from moesmith.training.loop import Masters, Student
+from moesmith.training.loop import Masters
+from moesmith.training.student import Student
 
 Step = Callable[[], None]
 

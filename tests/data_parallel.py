@@ -19,7 +19,8 @@ from moesmith.mixture.moe import build
 from moesmith.run.settings import TrainSection
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
-from moesmith.training.loop import Student, train
+from moesmith.training.loop import train
+from moesmith.training.student import Student
 
 SPEC = TrainSection(
     tokens=6 * 8 * 16, window=16, batch=8, micro_batch=3, lr=3e-3, lora_rank=2, lora_dropout=0, norms=True,

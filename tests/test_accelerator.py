@@ -38,7 +38,8 @@ from moesmith.run.settings import TrainSection
 from moesmith.run.step import Job
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_model, tiny_parent
-from moesmith.training.loop import Outcome, Student, train
+from moesmith.training.loop import Outcome, train
+from moesmith.training.student import Student
 
 IDS = torch.randint(2, 250, (8, 32), generator=torch.Generator().manual_seed(3))
 CPU = torch.device("cpu")

@@ -143,8 +143,8 @@ def tinyllama() -> Parent:
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     ffns = [
         FFN(
-            f"model.layers.{i}.mlp", m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight, m.down_proj, m, m.act_fn,
-            "silu",
+            m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight, m.act_fn,
+            path=f"model.layers.{i}.mlp", down=m.down_proj, module=m, activation_name="silu",
         )
         for i, m in enumerate(layer.mlp for layer in model.model.layers)
     ]  # fmt: skip

@@ -38,7 +38,7 @@ from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import save_tiny, tiny_model, tiny_parent
 from moesmith.testing.text import save_data
 from moesmith.testing.tokenizer import tiny_tokenizer
-from moesmith.training.loop import Student
+from moesmith.training.student import Student
 
 IDS = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(1))
 

@@ -259,7 +259,8 @@ def test_training_continues_there(tmp_path: Path) -> None:
     from moesmith.conversion.steps.training import prepare
     from moesmith.mixture.moe import build
     from moesmith.run.settings import TrainSection
-    from moesmith.training.loop import Student, train
+    from moesmith.training.loop import train
+    from moesmith.training.student import Student
 
     blocks = torch.randint(2, 250, (16, 32), generator=torch.Generator().manual_seed(1))
     spec = TrainSection(tokens=1024, window=32, batch=8, micro_batch=4, lr=0.01, lora_rank=2, norms=True, gate="sparse",

@@ -24,7 +24,8 @@ from moesmith.run.pipeline import Pipeline as Run
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_model, tiny_parent
 from moesmith.testing.tokenizer import tiny_tokenizer
-from moesmith.training.loop import Student, train
+from moesmith.training.loop import train
+from moesmith.training.student import Student
 
 FEW = ["stage1.tokens=256", "stage2.tokens=256"]
 

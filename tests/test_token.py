@@ -14,7 +14,7 @@ from golden import ASSETS
 from torch import Tensor
 
 from moesmith.calibration.moments import Second
-from moesmith.calibration.stream import HEAVIEST, Stream, Tokens
+from moesmith.calibration.stream import HEAVIEST, LayerView, Stream, Tokens
 from moesmith.conversion.convert import convert
 from moesmith.data.records import Domain
 from moesmith.data.sampling import packed_windows
@@ -24,14 +24,18 @@ from moesmith.methods.base import Carver
 from moesmith.methods.clusters import centre_router, kmeans, nearest
 from moesmith.methods.refit import eliminate, refit_down
 from moesmith.methods.router import constant_direction
+from moesmith.methods.token import Token
 from moesmith.mixture.carving import Carving
-from moesmith.mixture.moe import build
+from moesmith.mixture.layer import Layer
+from moesmith.mixture.moe import build, carved_layer
+from moesmith.parent.layerwise import layered
 from moesmith.parent.load import load_parent
+from moesmith.parent.structure import Network
 from moesmith.run.folder import open_run
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
-from moesmith.training.local import LocalSection, Matrices, held_out, reconstruct, squared_error
+from moesmith.training.local import LocalSection, held_out, reconstruct, squared_error
 
 WINDOWS = torch.randint(0, 100, (96, 32), generator=torch.Generator().manual_seed(1))
 SMALL = [
@@ -41,7 +45,7 @@ SMALL = [
 
 
 def tokens_of(parent: Any, layer: int = 1, activations: Any = "dense", **options: Any) -> Tokens:
-    with Stream(parent, [[WINDOWS]], activations, **options) as stream:
+    with Stream(parent, [[WINDOWS]], activations, held=True, **options) as stream:
         for view in stream.views(torch.Generator()):
             if view.index == layer:
                 found = view.tokens()
@@ -69,6 +73,39 @@ def test_all_tokens_of_a_layer(family: str, tmp_path: Path) -> None:
     assert torch.equal(on_disk.x_TD, found.x_TD)
     assert torch.equal(on_disk.y_TD, found.y_TD)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("repair", [False, True])
+def test_tokens_behind_a_carved_layer(family: str, repair: bool) -> None:
+    """What a layer sees, and what its experts should give, against ordinary forward passes of parent and mixture."""
+    parent = tiny_parent(family, num_hidden_layers=3)
+    carving = random_carving(parent, experts=2)
+    made = layered(parent.model, lambda index: carved_layer(parent, carving, index))
+    model = build(parent, carving, "sliced")
+    seen: list[Tensor] = []
+    ffns = [parent.ffns[1].module, model.get_submodule(parent.ffns[1].path)]
+    hooks = [ffn.register_forward_hook(lambda _m, args, out: seen.extend((args[0], out))) for ffn in ffns]
+    with torch.no_grad():
+        intact, carved = (m(WINDOWS, output_hidden_states=True).hidden_states[1:3] for m in (parent.model, model))
+    for hook in hooks:
+        hook.remove()
+    _, _, x_BSD, got_BSD = seen
+    with Stream(parent, [[WINDOWS]], "carved", held=True, repair=repair) as stream:
+        for view in stream.views(torch.Generator()):
+            tokens = view.tokens()
+            assert view.tokens() is tokens
+            if view.index == 1:
+                break
+            stream.carved(lambda: made.layer(view.index))  # noqa: B023
+            with pytest.raises(MoesmithError, match="last"):
+                view.sample(10)
+    torch.testing.assert_close(tokens.x_TD, x_BSD.flatten(0, 1))
+    with torch.no_grad():
+        own_TD = parent.ffns[1].output(tokens.x_TD)
+    rest_TD = (carved[1] - got_BSD).flatten(0, 1)
+    wanted_TD = intact[1].flatten(0, 1) - rest_TD if repair else own_TD
+    torch.testing.assert_close(tokens.y_TD, wanted_TD, rtol=1e-4, atol=1e-5)
 
 
 def refitted_error(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float) -> float:
@@ -116,14 +153,14 @@ def test_a_router_without_bias_finds_the_nearest_centre() -> None:
     assert (x_TD @ router_ED.T).argmax(-1).eq(ids_T).float().mean() > 0.99
 
 
-def start_of(parent: Any, layer: int = 1, keep: int = 24) -> tuple[Any, Matrices, Tokens, Tensor]:
+def start_of(parent: Any, layer: int = 1, keep: int = 24) -> tuple[Any, Network, Tokens, Tensor]:
     ffn, tokens = parent.ffns[layer], tokens_of(parent, layer)
     rows_N = torch.arange(len(tokens.x_TD))[::2]
     with torch.no_grad():
         a_NF = ffn.hidden(tokens.x_TD[rows_N]).float()
     gram_FF = a_NF.T @ a_NF / len(a_NF)
     kept = eliminate(ffn.down_DF, gram_FF, keep)
-    return ffn, Matrices.of(ffn, kept, refit_down(ffn.down_DF, gram_FF, kept)), tokens, rows_N
+    return ffn, ffn.narrowed(kept, refit_down(ffn.down_DF, gram_FF, kept)), tokens, rows_N
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
@@ -131,28 +168,28 @@ def test_reconstruction_lowers_the_error_where_it_did_not_train(family: str) -> 
     parent = tiny_parent(family)
     ffn, start, tokens, rows_N = start_of(parent)
     spec = LocalSection(passes=6, batch=32, lr=0.02)
-    found, outcome = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
+    found, outcome = reconstruct(start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
     mine_N, others_N = held_out(tokens, rows_N)
     assert not set(tokens.sequence_T[mine_N].tolist()) & set(tokens.sequence_T[others_N].tolist())
     assert outcome.after < 0.97 * outcome.before
-    assert outcome.after == pytest.approx(squared_error(ffn, found, tokens, others_N))
-    again, same = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
+    assert outcome.after == pytest.approx(squared_error(found, tokens, others_N))
+    again, same = reconstruct(start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
     assert same == outcome
     assert torch.equal(again.gate_FD, found.gate_FD)
     assert not torch.equal(found.gate_FD, start.gate_FD)
     assert (found.up_FD is None) == (family == "phi")
     with torch.no_grad():  # with all channels an expert is the network
-        whole = Matrices.of(ffn, torch.arange(parent.F), ffn.down_DF.float())
-        torch.testing.assert_close(whole.outputs(ffn, tokens.x_TD), tokens.y_TD)
+        whole = ffn.to(torch.float32)
+        torch.testing.assert_close(whole.output(tokens.x_TD), tokens.y_TD)
 
 
 def test_what_does_not_help_is_dropped() -> None:
-    ffn, start, tokens, rows_N = start_of(tiny_parent("llama"))
+    _, start, tokens, rows_N = start_of(tiny_parent("llama"))
     for spec in (LocalSection(passes=1, batch=32, lr=1e3), LocalSection(passes=0), LocalSection(passes=1, batch=4096)):
-        found, outcome = reconstruct(ffn, start, tokens, rows_N, spec, torch.Generator())
+        found, outcome = reconstruct(start, tokens, rows_N, spec, torch.Generator())
         assert found is start
         assert outcome.after == outcome.before
-    nothing, outcome = reconstruct(ffn, start, tokens, rows_N[:0], LocalSection(), torch.Generator())
+    nothing, outcome = reconstruct(start, tokens, rows_N[:0], LocalSection(), torch.Generator())
     assert nothing is start
     assert (outcome.before, outcome.energy) == (0, 0)
 
@@ -218,15 +255,15 @@ def test_a_killed_carving_goes_on_behind_its_layers(
     """Layers that are done are kept; the rest is made as an undisturbed run makes it, to the bit."""
     whole = convert("token", MODEL, DATA, tmp_path / "whole", settings=settings(), dtype="fp32")
     monkeypatch.setattr(method_steps, "SAVE_SECONDS", 0.0)
-    made, tokens = [], Stream.hold
+    made, carve = [], Token.carve
 
-    def dies(self: Stream, index: int) -> Tokens:
-        made.append(index)
+    def dies(self: Token, view: LayerView) -> Layer:
+        made.append(view.index)
         if made == [0, 1]:
             raise KeyboardInterrupt
-        return tokens(self, index)
+        return carve(self, view)
 
-    monkeypatch.setattr(Stream, "hold", dies)
+    monkeypatch.setattr(Token, "carve", dies)
     with pytest.raises(KeyboardInterrupt):
         convert("token", MODEL, DATA, tmp_path / "killed", settings=settings(), dtype="fp32")
     made.append(-1)

@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from moesmith.conversion.steps.training import harvest, prepare
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_metadata, read_tensors
+from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build, moe_blocks
 from moesmith.parent.load import Parent
 from moesmith.run.recipe import load_recipe
 from moesmith.run.settings import TrainSection
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
-from moesmith.training import loop as training
-from moesmith.training.loop import Masters, Student, batch_rows, learning_rate, steps_of, train
-from moesmith.training.losses import head_loss
+from moesmith.training import loop
+from moesmith.training.loop import Masters, batch_rows, learning_rate, steps_of, train
+from moesmith.training.student import Student, token_loss
 
 WINDOW, BATCH = 16, 8
 STAGE1 = TrainSection(window=WINDOW, batch=BATCH, micro_batch=BATCH, lr=3e-3, gate="dense", gate_temperature=0.5)
@@ -242,6 +243,57 @@ def test_a_top_1_router_moves_only_straight_through(tmp_path: Path, gradient: st
     assert (largest(values(routers), before) > 1e-3) == (gradient != "none")
 
 
+def test_hidden_states_are_compared_with_the_parents(tmp_path: Path) -> None:
+    """The added loss is ‖h − h*‖² / ‖h*‖² over what transformers calls hidden states, and training lowers it."""
+    parent, blocks = tiny_parent("llama"), some_blocks()
+    spec = section(STAGE2, 30, loss="distill", lora_dropout=0.0, hidden=0.5, mix=0.5)
+    model, parameters = model_for(spec, parent, kept=48)
+
+    def added() -> float:
+        with torch.no_grad():
+            model.eval()
+            losses = [token_loss(model, blocks, parent.model, 0.5, hidden=weight) for weight in (2.0, 0.0)]
+            mine, theirs = (m(blocks, output_hidden_states=True).hidden_states[1:] for m in (model, parent.model))
+            errors = [
+                ((h - w).norm(dim=-1) / w.norm(dim=-1)).square().mean() for h, w in zip(mine, theirs, strict=True)
+            ]
+        assert float(losses[0] - losses[1]) == pytest.approx(2 * float(sum(errors)) / len(errors), rel=1e-4)
+        return float(sum(errors))
+
+    before = added()
+    train(Student(model, parent.model, spec), parameters, blocks, spec, tmp_path, seed=1)
+    assert added() < 0.9 * before
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_experts_trained_whole(tmp_path: Path, family: str) -> None:
+    """What is harvested computes what was trained, narrower experts and pairs of an earlier stage included."""
+    parent, blocks = tiny_parent(family), some_blocks()
+    spec = section(STAGE2, lora_rank=0, whole=True)
+    carving = random_carving(parent, compensation="bias", experts=3, ragged=True, shared=8)
+    earlier = section(STAGE2, lora_dropout=0.0)
+    model = build(parent, carving, "sliced")
+    parameters = prepare(model, earlier, seed=1)
+    train(Student(model, None, earlier), parameters, blocks, earlier, tmp_path / "lora", seed=1)
+    paired = harvest(model, carving, parameters)
+    intact = {name: p.clone() for name, p in parent.model.named_parameters()}
+    model = build(parent, paired, "sliced")
+    parameters = prepare(model, spec, seed=1)
+    assert {name.split(".")[0] for name in parameters} == {"experts", "shared", "norm"}
+    train(Student(model, None, spec), parameters, blocks, spec, tmp_path / "whole", seed=1)
+    found = harvest(model, paired, parameters)
+    assert not found.lora
+    assert [len(expert.channels) for expert in found.layers[0].routed] == [
+        len(expert.channels) for expert in carving.layers[0].routed
+    ]
+    found.save(tmp_path / "found")
+    with torch.no_grad():
+        wanted = model(blocks).logits
+        assert float((build(parent, paired)(blocks).logits - wanted).abs().max()) > 1e-3
+        torch.testing.assert_close(build(parent, Carving.load(tmp_path / "found"))(blocks).logits, wanted)
+    assert all(torch.equal(p, intact[name]) for name, p in parent.model.named_parameters())
+
+
 def test_distillation_comes_closer_to_the_parent(tmp_path: Path) -> None:
     parent, blocks = tiny_parent("llama"), some_blocks()
     spec = section(STAGE2, 30, loss="distill", lora_dropout=0.0)
@@ -249,9 +301,7 @@ def test_distillation_comes_closer_to_the_parent(tmp_path: Path) -> None:
 
     def divergence() -> float:
         with torch.no_grad():
-            hidden, wanted = (training._hidden(m, blocks) for m in (model.eval(), parent.model))
-            head = parent.model.get_output_embeddings().weight
-            return float(head_loss(hidden, head, blocks[:, 1:].flatten(), wanted, mix=1.0))
+            return float(token_loss(model.eval(), blocks, parent.model, mix=1.0))
 
     before = divergence()
     outcome = train(Student(model, parent.model, spec), parameters, blocks, spec, tmp_path, seed=1)
@@ -292,11 +342,11 @@ def test_going_on_is_as_if_nothing_had_happened(
     whole = trained(spec, tmp_path / "whole")
 
     def keep_until(step: int, stop: int) -> Callable[[int], None]:
-        monkeypatch.setattr(training, "SAVE_SECONDS", -1.0)
+        monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
 
         def on_step(done: int) -> None:
             if done == step:
-                monkeypatch.setattr(training, "SAVE_SECONDS", math.inf)
+                monkeypatch.setattr(loop, "SAVE_SECONDS", math.inf)
             if done == stop:
                 raise KilledError
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,14 +28,18 @@ from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import layered, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
-from moesmith.parent.structure import FFN
+from moesmith.parent.structure import FFN, Network
 
 Activations = Literal["dense", "carved"]
 Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
 BATCH = 8  # windows per forward pass
 WAITING = ".waiting"  # the folder of tokens that wait on disk
-HELD = 2  # buffers as large as the waiting text that all tokens of a layer take, once a method asks
 HEAVIEST = 10.0  # times the mean weight of a token
+
+
+def buffers(activations: Activations, *, held: bool, repair: bool) -> int:
+    """Count the places for hidden states of all tokens that a :class:`Stream` takes."""
+    return (2 if activations == "dense" else 1) + (2 if held else 0) + (1 if repair else 0)
 
 
 def spread(rows: Tensor, most: int) -> Tensor:
@@ -71,7 +75,8 @@ class Tokens:
 
     Attributes:
         x_TD: what the network and a router get, in the dtype that the parent computes in.
-        y_TD: what the parent's network makes of it, in the same dtype.
+        y_TD: what the experts should make of it, in the same dtype: the output of the parent's network, or, with
+            ``repair``, that plus what the hidden state has lost in earlier carved layers.
         weight_T: how much an error counts, fp32, mean 1: 1 / ‖h‖² with h the hidden state after the layer, so that
             tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean.
         sequence_T: the window that each token belongs to, int32.
@@ -103,14 +108,9 @@ class LayerView:
         return self.parent.ffns[self.index]
 
     @property
-    def network(self) -> FFN:
+    def network(self) -> Network:
         """The same where and in what the parent computes, for methods that run it themselves; a copy if it must be."""
-        ffn, place = self.ffn, (self.parent.device, self.parent.dtype)
-        gate_FD, down_DF = ffn.gate_FD.to(*place), ffn.down_DF.to(*place)
-        up_FD, bias_F, bias_D = (
-            None if part is None else part.to(*place) for part in (ffn.up_FD, ffn.gate_bias_F, ffn.down_bias_D)
-        )
-        return replace(ffn, gate_FD=gate_FD, up_FD=up_FD, down_DF=down_DF, gate_bias_F=bias_F, down_bias_D=bias_D)
+        return self.ffn.to(self.parent.device, self.parent.dtype)
 
     def sample(self, tokens: int) -> Tensor:
         """Return router inputs of about so many tokens, evenly over all text, (T, D) fp32 on the parent's device."""
@@ -132,7 +132,7 @@ class LayerView:
     def tokens(self) -> Tokens:
         """Return all tokens at once, for methods that train: two more buffers as large as the waiting text.
 
-        The next layer's tokens take their place.
+        Ask for them last: the text has then passed the layer's attention. The next layer's tokens take their place.
         """
         return self._stream.hold(self.index)
 
@@ -144,6 +144,8 @@ class Stream:
         parent: the dense model.
         texts: token ids (N, window) by group and text.
         activations: what a layer sees: the parent's activations, or those after the carved layers before it.
+        held: the method asks for all tokens of every layer, and changes nothing of a layer but its network.
+        repair: what experts should give makes up for what earlier carved layers lost; one more buffer and pass.
         folder: where tokens that do not fit into ``room`` wait on disk.
         room: bytes of memory for waiting tokens.
         batch: windows per forward pass.
@@ -156,6 +158,8 @@ class Stream:
         texts: Sequence[Sequence[Tensor]],
         activations: Activations = "dense",
         *,
+        held: bool = False,
+        repair: bool = False,
         folder: Path | None = None,
         room: int = 2**30,
         batch: int = BATCH,
@@ -173,35 +177,44 @@ class Stream:
         self.passed = False  # whether the tokens have gone on from the layer of the last view
         self.scratch = None if folder is None else folder / WAITING
         self._drop()  # left by a process that was killed
-        self.room, self.buffers = room, 2 if activations == "dense" else 1
-        self.waiting = self._split(self._buffer("waiting", self.buffers))
-        self.beyond = self._split(self._buffer("beyond", self.buffers)) if activations == "dense" else []
-        self.held: tuple[Tensor, Tensor] | None = None  # what networks get and give, (T, D), once a method asks
+        self.room, self.buffers = room, buffers(activations, held=held, repair=repair)
+        self.waiting = self._buffer("waiting")
+        self.beyond = self._buffer("beyond") if activations == "dense" else []
+        self.inputs, self.outputs = (self._buffer(name) if held else [] for name in ("inputs", "outputs"))
+        self.intact = self._buffer("intact") if repair else []  # the parent's own states
+        self.tokens_now: Tokens | None = None  # of this layer, once a method has asked; then states wait without them
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *_error: Any) -> None:
-        self.waiting, self.beyond, self.held = [], [], None
+        self.waiting, self.beyond, self.inputs, self.outputs, self.intact = [], [], [], [], []
+        self.tokens_now = None
         self._drop()
 
     def _drop(self) -> None:
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _buffer(self, name: str, buffers: int) -> Tensor:
-        """Make one of so many places for hidden states (T, D), on the CPU or, where all are too large, on disk."""
+    def _buffer(self, name: str) -> list[Tensor]:
+        """Make a place for hidden states, (B, S, D) for every batch, on the CPU or, where all are too large, on disk.
+
+        The parts follow each other in memory.
+        """
         D, dtype = self.parent.D, self.parent.dtype
         size = self.tokens * D
-        if self.scratch is None or buffers * size * dtype.itemsize <= self.room:
-            return torch.empty(size, dtype=dtype).view(-1, D)
-        self.scratch.mkdir(exist_ok=True)
-        return torch.from_file(str(self.scratch / name), shared=True, size=size, dtype=dtype).view(-1, D)
+        if self.scratch is None or self.buffers * size * dtype.itemsize <= self.room:
+            whole_N = torch.empty(size, dtype=dtype)
+        else:
+            self.scratch.mkdir(exist_ok=True)
+            whole_N = torch.from_file(str(self.scratch / name), shared=True, size=size, dtype=dtype)
+        parts = whole_N.split([ids.numel() * D for ids in self.batches]) if self.batches else ()
+        return [part.view(*ids.shape, D) for part, ids in zip(parts, self.batches, strict=True)]
 
-    def _split(self, whole_TD: Tensor) -> list[Tensor]:
-        """Cut it into every batch's part, (B, S, D)."""
-        parts = whole_TD.split([ids.numel() for ids in self.batches]) if self.batches else ()
-        return [part.view(*ids.shape, -1) for part, ids in zip(parts, self.batches, strict=True)]
+    def _whole(self, buffer: list[Tensor]) -> Tensor:
+        """View a buffer's parts as one, (T, D)."""
+        first = buffer[0]
+        return first.as_strided((self.tokens, self.parent.D), (self.parent.D, 1), first.storage_offset())
 
     def views(self, generator: torch.Generator) -> Iterator[LayerView]:
         """Yield every layer in turn; ask each one before taking the next."""
@@ -213,19 +226,43 @@ class Stream:
             ):
                 self.options.setdefault(tuple(hidden_BSD.shape), (args, options))
                 state_BSD.copy_(hidden_BSD)
+            for state_BSD, hidden_BSD in zip(self.intact, self.waiting, strict=False):
+                state_BSD.copy_(hidden_BSD)
             for index in range(self.parent.L):
                 self.index, self.passed = index, False
                 yield LayerView(self.parent, index, generator, len(self.texts), self)
-                last = index + 1 == self.parent.L
-                if not self.passed and not last:
-                    self._pass(self.model.layer(index), keep=True)
+                if not self.passed and index + 1 < self.parent.L:
+                    self._on(lambda: self.model.layer(self.index))
+                self.tokens_now = None
                 if self.activations == "dense":
                     self.waiting, self.beyond = self.beyond, self.waiting
 
     def carved(self, make: Callable[[], nn.Module]) -> None:
         """Send the current layer's tokens on through its carved form; dense activations go on by themselves."""
         if self.activations == "carved" and self.index + 1 < self.parent.L:
+            self._on(make)
+
+    def _on(self, make: Callable[[], nn.Module]) -> None:
+        """Send the tokens on to the next layer through a form of this one.
+
+        Where the method holds tokens, they have passed the layer's attention already, and only its network is left.
+        """
+        if self.activations == "dense" or not self.inputs:
             self._pass(make(), keep=True)
+            return
+        self.hold(self.index)  # a layer that was carved before a restart goes the same way
+        inside = self.parent.ffns[self.index].path.removeprefix(f"{self.model.place}.{self.index}.")
+        network = make().get_submodule(inside)
+        for state_BSD, x_BSD in zip(self.waiting, self.inputs, strict=True):
+            rest_BSD = state_BSD.to(self.parent.device).float()
+            state_BSD.copy_(rest_BSD + network(x_BSD.to(self.parent.device)).float())
+            self._advance(state_BSD)
+        self.passed = True
+        del network
+        give_back()
+
+    def _advance(self, state_BSD: Tensor) -> None:
+        self.bar.advance(state_BSD.shape[0] * state_BSD.shape[1] / self.parent.L)
 
     def _pass(
         self,
@@ -236,6 +273,8 @@ class Stream:
         after: Callable[[Tensor], None] | None = None,
     ) -> None:
         """Run a layer over waiting batches; ``keep`` its outputs for the next layer, or show them to ``after``."""
+        if self.tokens_now is not None and self.activations == "carved":
+            raise MoesmithError("this layer's text has passed its attention", "Ask for a layer's tokens() last.")
         into = self.beyond if self.activations == "dense" else self.waiting
         for position in range(len(self.batches)) if which is None else which:
             self.position, state_BSD = position, self.waiting[position]
@@ -245,7 +284,7 @@ class Stream:
                 after(out_BSD)
             if keep:
                 into[position].copy_(out_BSD)
-                self.bar.advance(state_BSD.shape[0] * state_BSD.shape[1] / self.parent.L)
+                self._advance(state_BSD)
         self.passed |= keep
         del layer
         give_back()
@@ -266,29 +305,48 @@ class Stream:
         return spread(torch.cat(found), tokens)  # the first ones alone would be those of the first texts
 
     def hold(self, index: int) -> Tokens:
-        """See :meth:`LayerView.tokens`."""
-        if self.held is None:
-            every = self.buffers + HELD
-            self.held = self._buffer("inputs", every), self._buffer("outputs", every)
-        (x_TD, y_TD), ffn = self.held, self.parent.ffns[index]
-        inputs, outputs = self._split(x_TD), self._split(y_TD)
+        """See :meth:`LayerView.tokens`.
+
+        Every parent was proved to add its network's output to the rest (``parent/proof/family.py``). So that carved
+        activations need not pass attention twice, the rest takes the waiting states' place.
+        """
+        if self.tokens_now is not None:
+            return self.tokens_now
+        if not self.inputs:
+            raise MoesmithError("this stream holds no tokens", "Say so in the method's needs(): held=True.")
+        ffn, layer = self.parent.ffns[index], self.model.layer(index)
         energies: list[Tensor] = []
+        intact = False  # whether it is the parent's own state that passes
 
         def network(_module: nn.Module, args: Any, out: Any) -> None:
-            inputs[self.position].copy_(args[0])
-            outputs[self.position].copy_(out)
+            if not intact:
+                self.inputs[self.position].copy_(args[0])
+                self.outputs[self.position].copy_(out)
 
         def after(out_BSD: Tensor) -> None:
+            nonlocal intact
+            own_BSD = self.outputs[self.position].to(out_BSD.device).float()
+            if self.activations == "carved":
+                self.waiting[self.position].copy_(out_BSD.float() - own_BSD)
+            if self.intact:
+                state_BSD, intact = self.intact[self.position], True
+                args, options = self.options[tuple(state_BSD.shape)]
+                wanted_BSD = layer(state_BSD.to(self.parent.device), *args, **options)
+                self.outputs[self.position].copy_(own_BSD + (wanted_BSD.float() - out_BSD.float()))
+                state_BSD.copy_(wanted_BSD)
+                out_BSD, intact = wanted_BSD, False
             energies.append(out_BSD.float().square().sum(-1).flatten().cpu())
 
         keep = self.activations == "dense" and not self.passed
         with hooked([(ffn.module, network)]):
-            self._pass(self.model.layer(index), keep=keep, after=after)
+            self._pass(layer, keep=keep, after=after)
         weight_T = 1 / torch.cat(energies).clamp_min(1e-20)
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
         lengths = torch.tensor([ids.shape[1] for ids in self.batches for _ in ids])
         sequence_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
-        return Tokens(x_TD, y_TD, weight_T / weight_T.mean(), sequence_T)
+        parts = self._whole(self.inputs), self._whole(self.outputs)
+        self.tokens_now = Tokens(*parts, weight_T / weight_T.mean(), sequence_T)
+        return self.tokens_now
 
     def statistics(self, index: int, assign: Assign | None, experts: int, *, gram: bool, parts: bool) -> list[Stats]:
         """See :meth:`LayerView.statistics`."""

@@ -169,13 +169,16 @@ class Needs:
         inputs: second moments of the router's input, by expert.
         gram: the Gram matrix of the ``down_proj`` input as well.
         passes: how often all tokens go through the layer, including the pass to the next layer if it is a separate one.
-        held: whether it asks for all tokens of a layer at once (:meth:`LayerView.tokens`).
+        held: whether it asks for all tokens of a layer at once (:meth:`LayerView.tokens`); with carved activations it
+            must then change nothing of a layer but its network.
+        repair: whether these tokens' outputs make up for what earlier carved layers lost.
     """
 
     inputs: bool = True
     gram: bool = False
     passes: float = 1.0
     held: bool = False
+    repair: bool = False
 
 
 class Carver(Method):

@@ -39,6 +39,25 @@ def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.
     return torch.cholesky_solve(target_DS.T, torch.linalg.cholesky(square_SS)).T
 
 
+def fit_down(down_DF: Tensor, gram_FF: Tensor, cross_DF: Tensor, ridge: float = 0.01) -> Tensor:
+    """Fit ``down_proj``, all channels kept, to other outputs y than the parent's W a; (D, F) fp32.
+
+    W* = argmin E‖y − W* a‖² + λ‖W* − W‖² = (B + λ W)(C + λ I)⁻¹. What W* stands for can then be kept by fewer channels
+    like the parent's own matrix (:func:`refit_down`, :func:`eliminate`).
+
+    Args:
+        down_DF: the parent's matrix W.
+        gram_FF: C = E[a aᵀ].
+        cross_DF: B = E[y aᵀ].
+        ridge: λ, relative to the mean diagonal of C.
+    """
+    W_DF = down_DF.to(gram_FF.device, torch.float32)
+    damping = (ridge * gram_FF.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    damped_FF = gram_FF.clone()
+    damped_FF.diagonal().add_(damping)
+    return torch.cholesky_solve((cross_DF + damping * W_DF).T, torch.linalg.cholesky(damped_FF)).T
+
+
 def eliminate(down_DF: Tensor, gram_FF: Tensor, keep: int, ridge: float = 0.01, rounds: int = 8) -> Tensor:
     """Choose channels by backward elimination with a refit: sorted indices (F_e,) on the CPU.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesmith.arguments import ceil_div
 from moesmith.calibration.moments import Moments, channel_moments, gram_bytes
-from moesmith.calibration.stream import BATCH, HELD, Stream
+from moesmith.calibration.stream import BATCH, Stream, buffers
 from moesmith.console import say
 from moesmith.data.encoding import reading
 from moesmith.data.sampling import packed_windows, sample_windows
@@ -176,14 +176,15 @@ class Carve(Step):
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write a carving."""
         parent, method = job.parent, self.method
-        room = waiting_room(parent)
+        room, needs = waiting_room(parent), method.needs()
 
         def run(batch: int) -> list[Layer]:
             generator = torch.Generator().manual_seed(self.recipe.seed)
             begun = Begun(work / LAYERS, method, generator, parent.F)
             texts = method.begin(job)  # in every attempt: a method may count or draw as it goes on
             layers = begun.restore()
-            with Stream(parent, texts, method.activations, folder=work, room=room, batch=batch) as stream:
+            options: dict[str, Any] = {"held": needs.held, "repair": needs.repair, "folder": work, "room": room}
+            with Stream(parent, texts, method.activations, batch=batch, **options) as stream:
                 for view in stream.views(generator):
                     if view.index == len(layers):
                         layer = method.carve(view)
@@ -220,8 +221,8 @@ class Carve(Step):
         share = sizes.L * ((0.6 * sizes.F**2 if needs.gram else 0) + (sizes.D**2 if needs.inputs else 0)) / sizes.total
         seconds = tokens * (needs.passes + share) / pace.blocks if pace and tokens else 0.0
         gram = shapes.gram(shapes.E + 2, channels=needs.gram)
-        buffers = (2 if self.method.activations == "dense" else 1) + (HELD if needs.held else 0)
-        states = buffers * tokens * sizes.D * shapes.itemsize
+        places = buffers(self.method.activations, held=needs.held, repair=needs.repair)
+        states = places * tokens * sizes.D * shapes.itemsize
         waiting = min(states, waiting_room(shapes.parent))
         disk = 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down + states - waiting
         return Cost(seconds=seconds, memory=gram + waiting, layerwise=gram + waiting, disk=disk)

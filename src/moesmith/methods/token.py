@@ -19,11 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moesmith.calibration.moments import Second, Sums, fast_products
+from moesmith.calibration.moments import Sums, fast_products
 from moesmith.calibration.stream import LayerView, Tokens, spread
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans
-from moesmith.methods.refit import eliminate, refit_down
+from moesmith.methods.refit import eliminate, fit_down, refit_down
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
 from moesmith.methods.scores import kept_channels, top
@@ -31,10 +31,10 @@ from moesmith.methods.steps import check_gram
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN
+from moesmith.parent.structure import Network
 from moesmith.run.folder import Run
 from moesmith.run.step import Job
-from moesmith.training.local import LocalSection, Matrices, Outcome, reconstruct
+from moesmith.training.local import LocalSection, Outcome, reconstruct
 
 CHUNK = 4096  # tokens whose channels exist at once
 
@@ -53,11 +53,12 @@ class Token(Carver):
         experts: int = Field(8, ge=1, le=1024)
         ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels pruned from each expert")
         select: Literal["elimination", "energy"] = "elimination"
+        repair: bool = Field(True, description="experts make up for what earlier carved layers lost")
         ridge: float = Field(0.03, gt=0, description="refit: pull towards the parent's columns")
         pool: float = Field(0.05, ge=0, le=1, description="least share of all tokens in an expert's Gram matrix")
         prior: int = Field(3000, ge=0, description="tokens that all tokens count for in it")
         sample: int = Field(2500, ge=16, description="tokens per expert that are clustered")
-        gram: int = Field(50_000, ge=64, description="most tokens per expert in a Gram matrix")
+        gram: int = Field(25_000, ge=64, description="most tokens per expert in a Gram matrix")
 
         def without_effect(self) -> dict[str, str]:
             """Of clusters, where there is one; of training, where there is none."""
@@ -66,8 +67,8 @@ class Token(Carver):
 
     def needs(self) -> Needs:
         """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
-        trained = 1.5 * float(self.settings.passes)
-        return Needs(gram=True, passes=2.0 + trained, held=True)
+        spec = self.settings
+        return Needs(gram=True, passes=1.5 + spec.repair + 1.3 * spec.passes, held=True, repair=spec.repair)
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""
@@ -89,18 +90,20 @@ class Token(Carver):
         """Group the tokens, choose channels, refit, train."""
         spec, ffn, tokens = self.settings, view.network, view.tokens()
         router_ED, ids_T = self.route(view, tokens)
-        pooled = self.gram(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
+        pooled = self.moments(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
         routed: list[Expert] = []
         outcomes: list[Outcome] = []
         for expert in range(spec.experts):
             rows_N = (ids_T == expert).nonzero().flatten()
-            gram_FF = pooled.gram_NN
+            gram_FF, cross_DF = pooled
             if spec.experts > 1:
                 share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
-                gram_FF = torch.lerp(self.gram(ffn, tokens, spread(rows_N, spec.gram)).gram_NN, gram_FF, share)
-            kept = self.choose(ffn, gram_FF)
-            start = Matrices.of(ffn, kept, refit_down(ffn.down_DF, gram_FF, kept, spec.ridge))
-            found, outcome = reconstruct(ffn, start, tokens, rows_N, spec, view.generator)
+                own = self.moments(ffn, tokens, spread(rows_N, spec.gram))
+                gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
+            down_DF = fit_down(ffn.down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else ffn.down_DF
+            kept = self.choose(down_DF, gram_FF)
+            start = ffn.narrowed(kept, refit_down(down_DF, gram_FF, kept, spec.ridge)).to(torch.float32)
+            found, outcome = reconstruct(start, tokens, rows_N, spec, view.generator)
             outcomes.append(outcome)
             routed.append(as_expert(view.parent, kept, found, trained=found is not start))
         self.report(ids_T, outcomes)
@@ -122,22 +125,27 @@ class Token(Carver):
         parts = [(rows_TD.to(device) @ weight_ED.T).float().argmax(-1).cpu() for rows_TD in x_TD.split(CHUNK)]
         return router_ED, torch.cat(parts)
 
-    def gram(self, ffn: FFN, tokens: Tokens, rows_N: Tensor) -> Second:
-        """Weighted second moments of the channels over some tokens."""
+    def moments(self, ffn: Network, tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted moments of channels a over some tokens: E[a aᵀ] (F, F), and with ``repair`` E[y aᵀ] (D, F)."""
         device = ffn.gate_FD.device
         sums = Sums(len(ffn.gate_FD), device)
+        cross_DF = torch.zeros(ffn.down_DF.shape if self.settings.repair else (0, 0), device=device)
         with fast_products(tokens.x_TD.dtype):
             for rows in rows_N.split(CHUNK):
                 a_NF = ffn.hidden(tokens.x_TD[rows].to(device))
-                sums.add(a_NF * tokens.weight_T[rows, None].sqrt().to(device, a_NF.dtype))
-        return sums.result()
+                root_N1 = tokens.weight_T[rows, None].sqrt().to(device, a_NF.dtype)
+                sums.add(a_NF * root_N1)
+                if self.settings.repair:
+                    y_ND = tokens.y_TD[rows].to(device) * root_N1
+                    cross_DF.addmm_(y_ND.float().T, (a_NF * root_N1).float())
+        return sums.result().gram_NN, cross_DF / max(1, len(rows_N))
 
-    def choose(self, ffn: FFN, gram_FF: Tensor) -> Tensor:
+    def choose(self, down_DF: Tensor, gram_FF: Tensor) -> Tensor:
         """The kept channels, sorted."""
         if self.settings.select == "elimination":
             kept = kept_channels(len(gram_FF), self.settings.ratio)
-            return eliminate(ffn.down_DF, gram_FF, kept, self.settings.ridge)
-        return top((gram_FF.diagonal() * ffn.down_DF.float().square().sum(0)).cpu(), self.settings.ratio)
+            return eliminate(down_DF, gram_FF, kept, self.settings.ridge)
+        return top((gram_FF.diagonal() * down_DF.float().square().sum(0)).cpu(), self.settings.ratio)
 
     def report(self, ids_T: Tensor, outcomes: Sequence[Outcome]) -> None:
         """Keep what the manifest says of a layer."""
@@ -167,7 +175,7 @@ class Token(Carver):
         ]
 
 
-def as_expert(parent: Parent, kept: Tensor, found: Matrices, *, trained: bool) -> Expert:
+def as_expert(parent: Parent, kept: Tensor, found: Network, *, trained: bool) -> Expert:
     """The expert of these matrices, in the dtype that the parent is stored in; the parent's rows where untrained."""
     down_DF = found.down_DF.to("cpu", parent.stored)
     if not trained:

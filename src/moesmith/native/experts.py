@@ -90,8 +90,9 @@ class SlicedExperts(nn.Module):
         if isinstance(counts, Tensor):
             y_PO = F.grouped_mm(x_PI, weight_EOI.mT, offs=counts)
             return y_PO if bias_EO is None else y_PO + bias_EO[owner_P]
+        weights = weight_EOI.unbind(0)  # one gradient for all, where picking one expert after the other makes many
         parts = [
-            F.linear(x_NI, weight_EOI[e], None if bias_EO is None else bias_EO[e])
+            F.linear(x_NI, weights[e], None if bias_EO is None else bias_EO[e])
             for e, x_NI in enumerate(x_PI.split(counts))
             if counts[e]
         ]

@@ -10,7 +10,7 @@ Shapes: S positions, D model width, F feed-forward width, H heads.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,42 +34,79 @@ OUTPUTS = ("o_proj", "dense")  # names of an attention's output projection
 
 
 @dataclass
-class FFN:
-    """One feed-forward network, y = down(hidden(x)): gated, or with two matrices and perhaps biases.
+class Network:
+    """A feed-forward network, y = down(hidden(x)): gated, or with two matrices and perhaps biases.
 
     Attributes:
-        path: the module's name in the model, e.g. ``model.layers.3.mlp``.
-        gate_FD: (F, D), the matrix before the activation; a view into the model's weights, as are the other tensors.
+        gate_FD: (F, D), the matrix before the activation.
         up_FD: (F, D), or ``None`` when the network is not gated.
         down_DF: (D, F).
-        down: the module whose input is :meth:`hidden`; a forward pre-hook on it sees (…, F).
-        module: the whole network; a forward pre-hook on it sees the router's input (…, D).
         activation: act, elementwise.
-        activation_name: act's name in ``transformers.activations.ACT2FN``.
         gate_bias_F: added before the activation, (F,), or ``None``.
         down_bias_D: added to the output, (D,), or ``None``.
     """
 
-    path: str
     gate_FD: Tensor
     up_FD: Tensor | None
     down_DF: Tensor
-    down: nn.Module
-    module: nn.Module
     activation: Activation
-    activation_name: str
     gate_bias_F: Tensor | None = None
     down_bias_D: Tensor | None = None
 
     @property
+    def weights(self) -> list[Tensor]:
+        """Its matrices: gate, up where it is gated, down."""
+        return [part for part in (self.gate_FD, self.up_FD, self.down_DF) if part is not None]
+
+    @property
     def matrices(self) -> int:
         """How many matrices the network has: 3 when it is gated, otherwise 2."""
-        return 2 if self.up_FD is None else 3
+        return len(self.weights)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The input of ``down``, (…, D) to (…, F): act(gate x) * (up x), or act(gate x + b) without a gate."""
         a = self.activation(F.linear(x, self.gate_FD, self.gate_bias_F))
         return a if self.up_FD is None else a * F.linear(x, self.up_FD)
+
+    def output(self, x: Tensor) -> Tensor:
+        """What it computes, (…, D) to (…, D)."""
+        return F.linear(self.hidden(x), self.down_DF, self.down_bias_D)
+
+    def to(self, *place: Any) -> Network:
+        """Move it to a device, a dtype or both, as ``Tensor.to`` does."""
+        parts = (self.gate_FD, self.up_FD, self.down_DF, self.gate_bias_F, self.down_bias_D)
+        gate_FD, up_FD, down_DF, *biases = (None if part is None else part.to(*place) for part in parts)
+        assert gate_FD is not None
+        assert down_DF is not None
+        return Network(gate_FD, up_FD, down_DF, self.activation, *biases)
+
+    def replaced(self, weights: Sequence[Tensor]) -> Network:
+        """The same with other matrices, in the order of :attr:`weights`."""
+        gate_FD, *up, down_DF = weights
+        return Network(gate_FD, up[0] if up else None, down_DF, self.activation, self.gate_bias_F, self.down_bias_D)
+
+    def narrowed(self, kept: Tensor, down_DF: Tensor) -> Network:
+        """Keep some channels, with columns of ``down`` of their own."""
+        kept = kept.to(self.gate_FD.device)
+        up_FD, bias_F = (None if part is None else part[kept] for part in (self.up_FD, self.gate_bias_F))
+        return Network(self.gate_FD[kept], up_FD, down_DF, self.activation, bias_F, self.down_bias_D)
+
+
+@dataclass(kw_only=True)
+class FFN(Network):
+    """A parent's feed-forward network; its tensors are views into the model's weights.
+
+    Attributes:
+        path: the module's name in the model, e.g. ``model.layers.3.mlp``.
+        down: the module whose input is :meth:`hidden`; a forward pre-hook on it sees (…, F).
+        module: the whole network; a forward pre-hook on it sees the router's input (…, D).
+        activation_name: the activation's name in ``transformers.activations.ACT2FN``.
+    """
+
+    path: str
+    down: nn.Module
+    module: nn.Module
+    activation_name: str
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -150,14 +187,14 @@ def _find_ffn(path: str, layer: nn.Module, activation_name: str) -> FFN:
                 what = f"{path}.{name} has biases ({', '.join(biased)})"
                 raise MoesmithError(what, "No stock Mixture-of-Experts architecture has a place for them.")
             return FFN(
-                f"{path}.{name}",
-                gate[0],
-                None if up is None else up[0],
-                down.weight.detach(),
-                down,
-                module,
-                activation,
-                activation_name,
+                path=f"{path}.{name}",
+                gate_FD=gate[0],
+                up_FD=None if up is None else up[0],
+                down_DF=down.weight.detach(),
+                down=down,
+                module=module,
+                activation=activation,
+                activation_name=activation_name,
                 gate_bias_F=gate[1] if len(gate) > 1 else None,
                 down_bias_D=None if down.bias is None else down.bias.detach(),
             )

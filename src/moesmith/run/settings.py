@@ -104,18 +104,29 @@ class TrainSection(LoopSection):
     loss: Literal["next-token", "distill"] = "next-token"
     mix: float = Field(1.0, ge=0, le=1, description="distill: share of the KL term")
     kl_temperature: float = Field(1.0, gt=0)
+    hidden: float = Field(
+        0.0,
+        ge=0,
+        description="distill: weight of the hidden states' relative error, its mean over layers",
+        json_schema_extra={"neutral": 0.0},
+    )
     gate: Literal["dense", "sparse"] = "sparse"
     gate_temperature: float = Field(1.0, gt=0, description="dense gate's softmax temperature")
     router_gradient: Gradient = "none"
     train_router: bool = True
-    lora_rank: int = Field(0, ge=0, description="0 trains no experts")
+    lora_rank: int = Field(0, ge=0, description="experts by low-rank changes; 0 for none")
     lora_alpha: float = 16.0
     lora_dropout: float = Field(0.1, ge=0, lt=1)
+    whole: bool = Field(
+        False, description="experts' matrices themselves are trained", json_schema_extra={"neutral": False}
+    )
     norms: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSection:
-        if self.gate == "dense" and (self.lora_rank or self.norms):
+        if self.whole and self.lora_rank:
+            raise ValueError("experts are trained whole or by low-rank changes; set lora_rank: 0 or whole: false")
+        if self.gate == "dense" and (self.lora_rank or self.whole or self.norms):
             raise ValueError("the dense gate trains routers only; use gate: sparse for experts and norms")
         return self
 

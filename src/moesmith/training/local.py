@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from moesmith.calibration.stream import Tokens
-from moesmith.parent.structure import FFN
+from moesmith.parent.structure import Network
 from moesmith.run.settings import Section
 from moesmith.training.loop import ordinary_mode
 
@@ -32,49 +31,8 @@ class LocalSection(Section):
     """Local reconstruction of every layer's experts."""
 
     passes: float = Field(1.0, ge=0, description="times that an expert reads its tokens; 0 trains nothing")
-    batch: int = Field(1024, ge=1, description="tokens of an expert per step")
+    batch: int = Field(256, ge=1, description="tokens of an expert per step")
     lr: float = Field(0.015, gt=0, description="learning rate relative to the rms of each matrix")
-
-
-@dataclass
-class Matrices:
-    """An expert's own matrices, fp32 where the parent computes: gate (F_e, D), up (F_e, D) or ``None``, down (D, F_e).
-
-    ``gate_bias_F`` and ``bias_D`` are added as the parent adds them and not trained; ``None`` where there are none.
-    """
-
-    gate_FD: Tensor
-    up_FD: Tensor | None
-    down_DF: Tensor
-    gate_bias_F: Tensor | None = None
-    bias_D: Tensor | None = None
-
-    @classmethod
-    def of(cls, ffn: FFN, kept: Tensor, down_DF: Tensor) -> Matrices:
-        """Take the parent's rows of kept channels and a refitted ``down_proj``."""
-        kept = kept.to(ffn.gate_FD.device)
-        up_FD = None if ffn.up_FD is None else ffn.up_FD[kept].float()
-        bias_F = None if ffn.gate_bias_F is None else ffn.gate_bias_F[kept]
-        return cls(ffn.gate_FD[kept].float(), up_FD, down_DF.to(kept.device), bias_F, ffn.down_bias_D)
-
-    @property
-    def trained(self) -> list[Tensor]:
-        """The matrices themselves."""
-        return [part for part in (self.gate_FD, self.up_FD, self.down_DF) if part is not None]
-
-    def replaced(self, parts: list[Tensor]) -> Matrices:
-        """The same biases with other matrices, in the order of :attr:`trained`."""
-        gate_FD, *up, down_DF = parts
-        return Matrices(gate_FD, up[0] if up else None, down_DF, self.gate_bias_F, self.bias_D)
-
-    def outputs(self, ffn: FFN, x_ND: Tensor) -> Tensor:
-        """Compute the expert's output, (N, D), in the dtype of ``x_ND``."""
-        kind = x_ND.dtype
-        gate_bias_F, bias_D = (None if part is None else part.to(kind) for part in (self.gate_bias_F, self.bias_D))
-        a_NF = ffn.activation(F.linear(x_ND, self.gate_FD.to(kind), gate_bias_F))
-        if self.up_FD is not None:
-            a_NF = a_NF * F.linear(x_ND, self.up_FD.to(kind))
-        return F.linear(a_NF, self.down_DF.to(kind), bias_D)
 
 
 @dataclass(frozen=True)
@@ -92,13 +50,13 @@ class Outcome:
     energy: float
 
 
-def squared_error(ffn: FFN, expert: Matrices, tokens: Tokens, rows_N: Tensor, chunk: int = 4096) -> float:
+def squared_error(expert: Network, tokens: Tokens, rows_N: Tensor, chunk: int = 4096) -> float:
     """Sum weight · ‖y − expert(x)‖² over some tokens."""
     total = 0.0
     with torch.no_grad():
         for rows in rows_N.split(chunk):
-            x_ND, y_ND, weight_N1 = _taken(ffn, tokens, rows)
-            total += float((weight_N1 * (y_ND.float() - expert.outputs(ffn, x_ND).float()).square()).sum())
+            x_ND, y_ND, weight_N1 = _taken(expert, tokens, rows)
+            total += float((weight_N1 * (y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float()).square()).sum())
     return total
 
 
@@ -117,16 +75,15 @@ def held_out(tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
 
 @ordinary_mode()
 def reconstruct(
-    ffn: FFN, start: Matrices, tokens: Tokens, rows_N: Tensor, spec: Any, generator: torch.Generator
-) -> tuple[Matrices, Outcome]:
+    start: Network, tokens: Tokens, rows_N: Tensor, spec: Any, generator: torch.Generator
+) -> tuple[Network, Outcome]:
     """Train an expert on its tokens by Adam: Σ weight · ‖y − expert(x)‖² over a step's tokens.
 
     The learning rate of a matrix is relative to its rms, rises for :data:`WARM` steps and falls linearly to 0. What is
     no better than the start on held-out windows is dropped.
 
     Args:
-        ffn: the parent's network.
-        start: the expert's matrices.
+        start: the expert, fp32 where the parent computes. Its biases are added as the parent adds them and not trained.
         tokens: of the layer.
         rows_N: the expert's own among them.
         spec: a :class:`LocalSection`.
@@ -134,12 +91,12 @@ def reconstruct(
     """
     mine_N, others_N = held_out(tokens, rows_N)
     size = energy(tokens, others_N)
-    before = squared_error(ffn, start, tokens, others_N)
+    before = squared_error(start, tokens, others_N)
     steps = int(spec.passes * len(mine_N) / spec.batch)
     if not steps:
         return start, Outcome(before, before, size)
-    masters = [part.clone().requires_grad_(True) for part in start.trained]
-    rates = [spec.lr * float(part.square().mean().sqrt()) for part in start.trained]
+    masters = [part.clone().requires_grad_(True) for part in start.weights]
+    rates = [spec.lr * float(part.square().mean().sqrt()) for part in start.weights]
     groups: list[dict[str, Any]] = [{"params": [m], "lr": lr} for m, lr in zip(masters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     scale = energy(tokens, mine_N) / len(mine_N)
@@ -147,23 +104,23 @@ def reconstruct(
     expert = start.replaced(masters)
     for step in range(steps):
         rows = mine_N[order[step * spec.batch : (step + 1) * spec.batch]]
-        x_ND, y_ND, weight_N1 = _taken(ffn, tokens, rows)
-        error_ND = y_ND.float() - expert.outputs(ffn, x_ND).float()
+        x_ND, y_ND, weight_N1 = _taken(start, tokens, rows)
+        error_ND = y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float()
         optimizer.zero_grad()
         ((weight_N1 * error_ND.square()).sum() / (len(rows) * scale)).backward()  # type: ignore[no-untyped-call]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (step + 1) / WARM) * (1 - step / steps)
         optimizer.step()
     found = start.replaced([master.detach() for master in masters])
-    after = squared_error(ffn, found, tokens, others_N)
+    after = squared_error(found, tokens, others_N)
     if len(others_N) and not after < before:  # a NaN is not better either
         return start, Outcome(before, before, size)
     return found, Outcome(before, after, size)
 
 
-def _taken(ffn: FFN, tokens: Tokens, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Some tokens where the network computes: x (N, D), y (N, D), weight (N, 1)."""
-    device = ffn.gate_FD.device
+def _taken(expert: Network, tokens: Tokens, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Some tokens where an expert is: x (N, D), y (N, D), weight (N, 1)."""
+    device = expert.gate_FD.device
     x_ND, y_ND = tokens.x_TD[rows].to(device), tokens.y_TD[rows].to(device)
     if x_ND.dtype == torch.float16:  # gradients are too small for it
         x_ND = x_ND.float()

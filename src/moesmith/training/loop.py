@@ -21,56 +21,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_metadata, read_tensors, write_tensors, write_text
 from moesmith.parent.accelerator import full, out_of_memory, release
-from moesmith.run.settings import LoopSection, TrainSection
-from moesmith.training.losses import head_loss
+from moesmith.run.settings import LoopSection
 
 SAVE_SECONDS = 60.0
-
-
-class Student(nn.Module):
-    """The model in training with its loss, so that data-parallel wrappers see one forward call."""
-
-    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None, spec: TrainSection) -> None:
-        super().__init__()
-        self.model = model
-        self.spec = spec
-        self._teacher = [teacher]  # in a list it is not a submodule, so it is neither trained nor wrapped
-
-    def forward(self, ids_BS: Tensor) -> Tensor:
-        """Compute the mean loss over the tokens that have a successor."""
-        mix = self.spec.mix if self.spec.loss == "distill" else 0.0
-        return token_loss(self.model, ids_BS, self._teacher[0], mix, self.spec.kl_temperature)
-
-
-def token_loss(
-    model: PreTrainedModel, ids_BS: Tensor, teacher: PreTrainedModel | None, mix: float, temperature: float = 1.0
-) -> Tensor:
-    """Compute :func:`moesmith.training.losses.head_loss` over the tokens of ``ids_BS`` that have a successor.
-
-    Args:
-        model: the student.
-        ids_BS: token ids.
-        teacher: the dense parent; needed where ``mix`` is above 0.
-        mix: share of distillation.
-        temperature: temperature of the distillation.
-    """
-    teacher_ND = None
-    if teacher is not None and mix > 0:
-        with torch.no_grad():
-            teacher_ND = _hidden(teacher, ids_BS)
-    head, labels_N = model.get_output_embeddings(), ids_BS[:, 1:].flatten()
-    return head_loss(_hidden(model, ids_BS), head.weight, labels_N, teacher_ND, mix, temperature, head.bias)
-
-
-def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    out = model.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state
-    return out[:, :-1].flatten(0, 1)
 
 
 def learning_rate(step: int, steps: int, spec: LoopSection) -> float:
@@ -218,8 +176,8 @@ def train(
     another, so another micro-batch size draws other numbers from the same distribution.
 
     Args:
-        objective: a module such as :class:`Student` that maps token ids (B, S) to the scalar loss of its ``model``, in
-            which everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
+        objective: a module such as :class:`~moesmith.training.student.Student` that maps token ids (B, S) to the scalar loss
+            of its ``model``, in which everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
         parameters: trained parameters by name, in the model's dtype.
         blocks: (N, window) token ids, of any integer type: each batch becomes int64 when it is used.
         spec: the stage's settings.
@@ -264,6 +222,7 @@ def train(
     share = spec.batch // world
     micro = min(spec.micro_batch, share)
     started = saved = time.monotonic()
+    writing = 0.0
 
     def gradients(rows: Tensor, step: int, micro: int) -> float:
         """Leave the gradients of a step's rows on the parameters; return the mean loss."""
@@ -314,9 +273,11 @@ def train(
                 record = {"step": step + 1, "tokens": (step + 1) * spec.batch * spec.window, "loss": round(loss, 5)}
                 record |= {"lr": lr, "grad_norm": round(norm, 5)} | getattr(objective, "measured", {})
                 log.write(record | {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)})
-                if time.monotonic() - saved > SAVE_SECONDS:
+                now = time.monotonic()
+                if now - saved > SAVE_SECONDS * max(1.0, writing):  # large checkpoints less often
                     save(step + 1)
                     saved = time.monotonic()
+                    writing = saved - now
             bar.advance(spec.batch * spec.window, f"loss {loss:.3f}")
             if on_step is not None:
                 on_step(step + 1)

@@ -14,15 +14,17 @@ from transformers import PreTrainedModel
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.mixture.carving import Carving
-from moesmith.mixture.layer import Analytic, Linear
+from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.mixture.lora import add_lora, lora_tensors
 from moesmith.mixture.moe import build, moe_blocks
+from moesmith.native.experts import MoEBlock, SlicedExperts
 from moesmith.native.gate import Router
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import TrainSection
 from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
-from moesmith.training.loop import Student, train
+from moesmith.training.loop import train
+from moesmith.training.student import Student
 
 
 def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -50,6 +52,11 @@ def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, 
         for index, block in enumerate(blocks):
             lora: Any = block.experts.lora
             parameters |= {f"lora.{index}.{name}": p for name, p in lora.named_parameters()}
+    for index, block in enumerate(blocks if spec.whole else ()):
+        for name, experts in (("experts", block.experts), ("shared", block.shared)):
+            if experts is not None:
+                parameters[f"{name}.{index}.gate_up"] = experts.gate_up_proj
+                parameters[f"{name}.{index}.down"] = experts.down_proj
     if spec.norms:
         parameters |= {f"norm.{name}": p for name, p in norm_parameters(model).items()}
     for index, block in enumerate(blocks):
@@ -67,19 +74,36 @@ def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, 
 def harvest(model: PreTrainedModel, carving: Carving, parameters: dict[str, nn.Parameter]) -> Carving:
     """Return the carving with what training changed, on the CPU."""
     blocks = moe_blocks(model)
+    whole = "experts.0.down" in parameters
     layers = [
-        replace(layer, router=_router(layer.router, block.router))
+        replace(_whole(layer, block) if whole else layer, router=_router(layer.router, block.router))
         for layer, block in zip(carving.layers, blocks, strict=True)
     ]
     norms = {
         n.removeprefix("norm."): p.detach().to("cpu", copy=True) for n, p in parameters.items() if n.startswith("norm.")
     }
-    lora = dict(carving.lora)
+    lora = {} if whole else dict(carving.lora)  # the model was built with the pairs of earlier stages merged
     for name, new in lora_tensors(blocks).items():
         # pairs that an earlier stage trained stay: concatenated, their ranks add up
         old = [lora[name]] if name in lora else []
         lora[name] = torch.cat([*old, new], 1 if name.endswith("A") else 2)
     return replace(carving, layers=layers, lora=lora, norms=norms or carving.norms)
+
+
+def _whole(layer: Layer, block: MoEBlock) -> Layer:
+    """The layer with the block's own matrices as its experts', without the rows that pad narrower ones."""
+
+    def trained(expert: Expert, stacked: SlicedExperts, index: int) -> Expert:
+        gate_up_GD, down_DF = stacked.gate_up_proj[index].detach(), stacked.down_proj[index].detach()
+        gate_FD, *up = gate_up_GD.chunk(2) if stacked.gated else (gate_up_GD,)
+        width = len(expert.channels)
+        own = [part[:width].to("cpu", copy=True) for part in (gate_FD, *up)]
+        down_DF = down_DF[:, :width].to("cpu", copy=True)
+        return replace(expert, down_DF=down_DF, gate_FD=own[0], up_FD=own[1] if up else None)
+
+    routed = [trained(expert, block.experts, index) for index, expert in enumerate(layer.routed)]
+    shared = None if layer.shared is None or block.shared is None else trained(layer.shared, block.shared, 0)
+    return replace(layer, routed=routed, shared=shared)
 
 
 def _router(before: Linear | Analytic, trained: Router) -> Linear | Analytic:
@@ -121,13 +145,13 @@ class Train(Step):
         parameters = prepare(model, spec, seed)
         if not parameters:
             raise MoesmithError(
-                f"{section} has nothing to train: no LoRA, no norms, and a router that gets no gradient",
-                f"Set {section}.lora_rank, {section}.norms or {section}.router_gradient, or {section}.tokens=0.",
+                f"{section} has nothing to train: no experts, no norms, and a router that gets no gradient",
+                f"Set {section}.lora_rank, .whole, .norms or .router_gradient, or {section}.tokens=0.",
             )
         count = sum(p.numel() for p in parameters.values())
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
         blocks = job.run.training(section)
-        teacher = parent.model if spec.loss == "distill" and spec.mix > 0 else None
+        teacher = parent.model if spec.loss == "distill" and spec.mix + spec.hidden > 0 else None
         outcome = train(Student(model, teacher, spec), parameters, blocks, spec, work, seed=seed, label=self.name)
         harvest(model, carving, parameters).save(work)
         return outcome.metrics()

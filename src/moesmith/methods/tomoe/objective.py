@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from moesmith.methods.tomoe.hypernetwork import Masks
 from moesmith.methods.tomoe.settings import MasksSection
-from moesmith.training.loop import token_loss
+from moesmith.training.student import token_loss
 
 
 def log_ratio(x: Tensor, y: float, c: float = 1e-3) -> Tensor:
