@@ -403,6 +403,21 @@ def test_an_unknown_budget_names_the_known() -> None:
         load_recipe("dive-plus", "huge")
 
 
+def test_the_active_share_of_channels() -> None:
+    """Width times the experts that a token visits; what has no such setting says which one to use."""
+    for name, visited in (("token", 1), ("dive-2of8", 2), ("flap-static", 1), ("llama-moe", 1)):
+        for active in (0.25, 0.75, 1.0):
+            recipe: Any = load_recipe(name, active=active)
+            assert visited * (1 - recipe.carve.ratio) == pytest.approx(active, abs=1e-5)
+    with pytest.raises(MoesmithError, match=r"method tomoe has no carve.ratio .* Set masks.budget\."):
+        load_recipe("tomoe-50", active=0.5)
+    with pytest.raises(MoesmithError, match="say the same"):
+        load_recipe("token", settings=["carve.ratio=0.2"], active=0.5)
+    for active in (0.0, 1.5):
+        with pytest.raises(MoesmithError, match="no share"):
+            load_recipe("token", active=active)
+
+
 @given(st.integers(1, 10**6), st.integers(1, 64), st.integers(8, 256))
 def test_steps_cover_the_tokens_and_no_more_than_a_step_above(tokens: int, batch: int, window: int) -> None:
     tokens = max(tokens, window)

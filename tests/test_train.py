@@ -470,7 +470,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeyp
     class Three:
         process_index, num_processes, is_main_process = 0, 3, True
 
-    monkeypatch.setattr(training, "Accelerator", lambda **_: Three())
+    monkeypatch.setattr(loop, "Accelerator", lambda **_: Three())
     monkeypatch.setenv("WORLD_SIZE", "3")
     model, parameters = model_for(STAGE2, tiny_parent("llama"))
     with pytest.raises(MoesmithError, match=r"a batch of 8 sequences cannot be shared by 3 processes\. Give"):

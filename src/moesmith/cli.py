@@ -25,6 +25,7 @@ Model = Annotated[str, typer.Option(help="folder, hub id, .gguf file, or smollm2
 Data = Annotated[str, typer.Option(help="folder of JSONL files, YAML of Hugging Face data sets, or builtin")]
 Settings = Annotated[list[str], typer.Option("--set", help="section.key=value on top of the recipe; repeatable")]
 Budget = Annotated[str | None, typer.Option(help="demo, small or paper")]
+Active = Annotated[float | None, typer.Option(help="share of the FFN's channels that a token uses, e.g. 0.75")]
 RunFolder = Annotated[Path, typer.Argument(help="a folder made by 'moesmith convert'")]
 Dtype = Annotated[str, typer.Option(help="what models compute in: auto (the fastest sound one here), bf16, fp16, fp32")]
 Device = Annotated[
@@ -66,6 +67,7 @@ def plan(
     data: Data = "builtin",
     settings: Settings = [],  # noqa: B006
     budget: Budget = None,
+    active: Active = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     time: Time = None,
@@ -76,7 +78,8 @@ def plan(
     from moesmith.conversion.convert import predict
 
     _register(method_file)
-    result = predict(recipe, model, data, settings=settings, budget=budget, dtype=dtype, device=device, time=time)
+    options: dict[str, Any] = {"settings": settings, "budget": budget, "active": active, "time": time}
+    result = predict(recipe, model, data, dtype=dtype, device=device, **options)
     if as_json:
         show_json(result)
         return
@@ -122,6 +125,7 @@ def convert(
     data: Data = "builtin",
     settings: Settings = [],  # noqa: B006
     budget: Budget = None,
+    active: Active = None,
     reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
     memory: Annotated[
         str | None, typer.Option(help="memory to use at most, e.g. 4GB; what is free if left out")
@@ -136,8 +140,8 @@ def convert(
     from moesmith.conversion.convert import convert as run_conversion
     from moesmith.report.overview import describe, show
 
-    options: dict[str, Any] = {"settings": settings, "budget": budget, "reuse": reuse, "memory": memory}
-    run_conversion(recipe, model, data, out_folder, dtype=dtype, device=device, time=time, **options)
+    options: dict[str, Any] = {"settings": settings, "budget": budget, "active": active, "reuse": reuse}
+    run_conversion(recipe, model, data, out_folder, memory=memory, dtype=dtype, device=device, time=time, **options)
     show(describe(out_folder), brief=True)
 
 

@@ -45,6 +45,7 @@ def convert(
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: str | Sequence[str] | None = (),
     budget: str | None = None,
+    active: float | None = None,
     reuse: str | Path | Sequence[str | Path] | None = (),
     dtype: DType = AUTO,
     device: Device = AUTO,
@@ -62,6 +63,7 @@ def convert(
         tokenizer: the tokenizer of a model in memory; only given with one.
         settings: ``section.key=value`` on top of the recipe.
         budget: ``demo``, ``small`` or ``paper``.
+        active: share of the feed-forward channels that a token uses, in place of ``carve.ratio``.
         reuse: other runs whose finished stages are taken over if everything that they depend on is the same.
         dtype: what models compute in: ``bf16``, ``fp16``, ``fp32``, or ``auto``, the fastest sound one on this
             machine. A run that is continued keeps the one that it began in. Weights are stored in the parent's dtype.
@@ -83,7 +85,7 @@ def convert(
         >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
     """
     refuse_many_processes()
-    chosen = choose_recipe(recipe, budget, settings)
+    chosen = choose_recipe(recipe, budget, settings, active)
     data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
     others = check_reuse(several("reuse", reuse))
     domains = choose_domains(data, chosen)
@@ -133,6 +135,7 @@ def predict(
     *,
     settings: str | Sequence[str] | None = (),
     budget: str | None = None,
+    active: float | None = None,
     dtype: DType = AUTO,
     device: Device = AUTO,
     time: str | None = None,
@@ -140,13 +143,13 @@ def predict(
     """Predict what ``moesmith plan`` prints: :class:`moesmith.conversion.plan.Plan`, facts of parent and machine.
 
     Args:
-        recipe, model, data, settings, budget, dtype, device, time: as :func:`convert` takes them; of a model its
-            ``config.json`` is enough.
+        recipe, model, data, settings, budget, active, dtype, device, time: as :func:`convert` takes them; of a model
+            its ``config.json`` is enough.
 
     Raises:
         MoesmithError: as :func:`convert`, before any work.
     """
-    chosen, model = choose_recipe(recipe, budget, settings), parent_or_source(model)
+    chosen, model = choose_recipe(recipe, budget, settings, active), parent_or_source(model)
     texts = choose_domains(path_text("data", data), chosen)
     check_splits(texts)
     domains, weights = len(texts), isinstance(model, str) and has_weights(model)

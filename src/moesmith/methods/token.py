@@ -3,7 +3,8 @@
 Most of what tells one token from the next within a layer is not its domain. In every layer, behind the layers carved
 before it: k-means of the router's inputs and a linear router that finds the nearest centre; for the tokens that this
 router sends to an expert, the channels whose loss a refitted ``down_proj`` makes up for least; then gate, up and down
-are trained together on the output of the parent's network. Nearest prior work: Sparse Expansion (arXiv:2405.15756),
+are trained together. What they should give is what the hidden state lacks to be the parent's own behind the layer: the
+output of the parent's network, and what earlier layers lost. Nearest prior work: Sparse Expansion (arXiv:2405.15756),
 which clusters a layer's inputs as well and prunes every cluster's copy without structure.
 
 With one expert it is the honest control: a static mask with the same text, refit and training.

@@ -129,21 +129,39 @@ def _presets() -> dict[str, str]:
     return found
 
 
-def choose_recipe(recipe: str | Path | Recipe, budget: str | None, settings: str | Sequence[str] | None) -> Recipe:
+def choose_recipe(
+    recipe: str | Path | Recipe,
+    budget: str | None,
+    settings: str | Sequence[str] | None,
+    active: float | None = None,
+) -> Recipe:
     """Return a :class:`Recipe` as it is, or load one with :func:`load_recipe`.
 
     Raises:
-        MoesmithError: budget or settings are given with a :class:`Recipe`, or as :func:`load_recipe`.
+        MoesmithError: budget, settings or active are given with a :class:`Recipe`, or as :func:`load_recipe`.
     """
     if not isinstance(recipe, Recipe):
-        return load_recipe(recipe, budget, settings)
-    if budget is not None or several("settings", settings):
-        raise MoesmithError("budget and settings change no Recipe", "Give them to load_recipe, or the recipe's name.")
+        return load_recipe(recipe, budget, settings, active)
+    if budget is not None or several("settings", settings) or active is not None:
+        raise MoesmithError(
+            "budget, settings and active change no Recipe", "Give them to load_recipe, or the recipe's name."
+        )
     return recipe
 
 
-def load_recipe(name: str | Path, budget: str | None = None, settings: str | Sequence[str] | None = ()) -> Recipe:
+def load_recipe(
+    name: str | Path,
+    budget: str | None = None,
+    settings: str | Sequence[str] | None = (),
+    active: float | None = None,
+) -> Recipe:
     """Load a preset, a method's name or a YAML file, with a budget overlay and ``section.key=value`` settings on top.
+
+    Args:
+        name: of the preset, method or file.
+        budget: the overlay.
+        settings: on top of both.
+        active: share of the feed-forward channels that a token uses, in place of ``carve.ratio``.
 
     Raises:
         MoesmithError: unknown preset, budget or key (with the nearest right one), or a value that does not fit.
@@ -174,11 +192,28 @@ def load_recipe(name: str | Path, budget: str | None = None, settings: str | Seq
         parse(_overlay(_known(inherited, _overlay(inherited, own), {}), own))
         inherited, own = _overlay(inherited, own), {}
     own = _overlay(own, given)
+    if active is not None:
+        own = _overlay(own, {"carve": {"ratio": _ratio(active, _overlay(inherited, own), given)}})
     values = _overlay(inherited, own)
     kind = kind_of(values)
     for setting in settings:
         _check_key(setting.partition("=")[0], kind)
     return parse(_overlay(_known(inherited, values, {}), own))
+
+
+def _ratio(active: float, values: Mapping[str, Any], given: Mapping[str, Any]) -> float:
+    """Return what an expert loses if all that a token visits have a share ``active`` of the channels together."""
+    kind = kind_of(values)
+    carve: Any = kind.model_fields["carve"].get_default(call_default_factory=True)
+    if "ratio" not in type(carve).model_fields:
+        cure = "Set masks.budget." if "masks" in kind.model_fields else "Set the method's own width."
+        raise MoesmithError(f"--active: method {carve.method} has no carve.ratio that follows from it", cure)
+    if "ratio" in given.get("carve", {}):
+        raise MoesmithError("--active and carve.ratio say the same", "Give one of them.")
+    top_k = int(values.get("carve", {}).get("top_k", getattr(carve, "top_k", 1)))
+    if not 0 < active <= min(1.0, top_k):
+        raise MoesmithError(f"--active {active:g} is no share of the channels", "Give more than 0 and at most 1.")
+    return round(1 - active / top_k, 6)
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:

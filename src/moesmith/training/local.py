@@ -1,7 +1,7 @@
-"""Train one expert of one layer to reproduce the parent's network on the tokens that it gets.
+"""Train one expert of one layer to give what the hidden state lacks, on the tokens that it gets.
 
-No logits and no other layer are needed: the loss is the error of the network's output, relative to the hidden state
-after the layer, so experts and layers are independent. Gate, up and down train together, from a refitted start; a
+No logits and no other layer are needed: the loss is the error of the expert's output, relative to the hidden state
+after the layer, so experts are independent. Gate, up and down train together, from a refitted start; a
 reconstruction that holds the non-linearity is known to need far less text than training of the whole model
 (arXiv:2510.14444).
 

@@ -176,8 +176,9 @@ def train(
     another, so another micro-batch size draws other numbers from the same distribution.
 
     Args:
-        objective: a module such as :class:`~moesmith.training.student.Student` that maps token ids (B, S) to the scalar loss
-            of its ``model``, in which everything but ``parameters`` is frozen. Numbers in its ``measured`` go into the log.
+        objective: a module such as :class:`~moesmith.training.student.Student` that maps token ids (B, S) to the scalar
+            loss of its ``model``, in which everything but ``parameters`` is frozen. Numbers in its ``measured`` go
+            into the log.
         parameters: trained parameters by name, in the model's dtype.
         blocks: (N, window) token ids, of any integer type: each batch becomes int64 when it is used.
         spec: the stage's settings.

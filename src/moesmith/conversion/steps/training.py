@@ -1,4 +1,4 @@
-"""Steps *router* (stage 1: dense router training) and *experts* (stage 2: LoRA and norms, sparse), as in DIVE."""
+"""Steps *router* (stage 1: dense router training) and *experts* (stage 2: experts and norms, sparse)."""
 
 from __future__ import annotations
 
@@ -177,9 +177,10 @@ class Train(Step):
         if spec.gate == "dense" and shapes.refit:
             memory += 2 * sizes.L * sizes.D * sizes.F * shapes.E * shapes.itemsize
         # fp32 master, two moments, gradient and a copy in the model's dtype; only the masters stay
-        lora = 20 * sizes.L * shapes.E * spec.lora_rank * shapes.matrices * (sizes.D + shapes.kept)
-        disk = lora // 5 + 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down
-        return Cost("training", spec.tokens, seconds, memory + lora, None, disk)
+        weights = sizes.L * shapes.E * spec.lora_rank * shapes.matrices * (sizes.D + shapes.kept)
+        weights += shapes.experts if spec.whole else 0
+        disk = 4 * weights + 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down
+        return Cost("training", spec.tokens, seconds, memory + 20 * weights, None, disk)
 
 
 class TrainRouter(Train):
@@ -189,6 +190,6 @@ class TrainRouter(Train):
 
 
 class TrainExperts(Train):
-    """Stage 2 (DIVE): LoRA on the experts and all norms, sparse gate in the sliced form."""
+    """Stage 2: experts, by LoRA as in DIVE or whole, and norms; sparse gate in the sliced form."""
 
     name, title, trains = "experts", "experts trained", "stage2"
