@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,21 @@ def test_scores_of_kin_correlate() -> None:
     scores = [common * kin[i // 2] * (1 + 0.1 * torch.rand(4, 50)) for i in range(4)]
     similarity = affinity.score_similarity(scores)
     assert similarity[0, 1] > 0.8 > 0 > similarity[0, 2]
+
+
+def test_losses_are_predicted_from_variances() -> None:
+    """Where channels are independent: the share of the output's variance that a bias does not make up for."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.rand(2, 1, 12, generator=generator) + 0.1  # of two domains, one layer
+    W = torch.randn(5, 12, generator=generator)
+    kept = [[spread[i, 0].argsort(descending=True)[:6].sort().values] for i in range(2)]
+    found = affinity.predicted_losses([s.square() * W.square().sum(0) for s in spread], kept)
+    for i, j in itertools.product(range(2), range(2)):
+        a = torch.randn(200_000, 12, generator=generator) * spread[j, 0] + 3
+        pruned = torch.ones(12, dtype=torch.bool)
+        pruned[kept[i][0]] = False
+        lost, whole = ((part - part.mean(0)).square().sum() for part in (a[:, pruned] @ W[:, pruned].T, a @ W.T))
+        assert found[i, j] == pytest.approx(float(lost / whole), rel=0.02)
 
 
 def test_published_clusters_place_the_24_sets() -> None:

@@ -160,6 +160,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "carve.compensation": ["carve.compensation=bias"],
     "carve.select": ["carve.select=energy"],
     "carve.prior": ["carve.prior=9999"],
+    "carve.repair": ["carve.repair=false"],
     "carve.sample": ["carve.sample=64"],
     "carve.gram": ["carve.gram=64"],
     "carve.passes": ["carve.passes=2"],
@@ -206,8 +207,8 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
 LOOP = {
     "tokens": "256", "window": "16", "batch": "4", "micro_batch": "2", "lr": "0.1", "schedule": "constant",
     "min_ratio": "0.9", "warmup": "0.5", "clip": "0.001", "weight_decay": "0.9", "checkpointing": "true",
-    "loss": "next-token", "mix": "0.5", "kl_temperature": "3", "gate_temperature": "3", "train_router": "false",
-    "lora_rank": "2", "lora_alpha": "99", "lora_dropout": "0.8", "norms": "false",
+    "loss": "next-token", "mix": "0.5", "hidden": "9", "kl_temperature": "3", "gate_temperature": "3",
+    "train_router": "false", "lora_rank": "2", "lora_alpha": "99", "lora_dropout": "0.8", "norms": "false",
     "router_gradient": "none",
 }  # fmt: skip
 SETTINGS |= {f"stage2.{name}": [f"stage2.{name}={value}"] for name, value in LOOP.items()}
@@ -224,6 +225,8 @@ SETTINGS |= {
     "stage1.train_router": [*SPARSE, "stage1.train_router=false", "stage1.norms=true"],
     "stage1.norms": [*SPARSE, "stage1.norms=true"],
     "stage1.lora_rank": [*SPARSE, "stage1.lora_rank=2"],
+    "stage1.whole": [*SPARSE, "stage1.whole=true"],
+    "stage2.whole": ["stage2.whole=true", "stage2.lora_rank=0"],
     "stage1.lora_alpha": [*SPARSE, "stage1.lora_rank=2", "stage1.lora_alpha=99"],
     "stage1.lora_dropout": [*SPARSE, "stage1.lora_rank=2", "stage1.lora_dropout=0.8"],
     "stage2.gate": ["stage2.gate=dense", "stage2.lora_rank=0", "stage2.norms=false"],

@@ -115,6 +115,7 @@ def test_every_family_converts(home: Path, tmp_path: Path, family: str, preset: 
 AFFINITIES = [
     ("perplexity", ["affinity.profile=both", "affinity.linkage=complete"]),
     ("perplexity", ["affinity.profile=columns", "affinity.linkage=single"]),
+    ("moments", ["affinity.profile=both"]),
     ("scores", []),
     ("random", []),
 ]

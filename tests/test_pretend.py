@@ -45,7 +45,7 @@ ON_PURPOSE = {
 COPIES = {
     "calibration/stream.py:Stream.views": "tokens wait with the host in front of the first layer",
     "calibration/stream.py:Stream._pass": "and between two layers: all calibration text would not fit there",
-    "calibration/stream.py:Stream.hold.<locals>.network": "a layer's tokens wait there too for a method that trains",
+    "calibration/stream.py:Stream.hold": "a layer's tokens wait there too for a method that trains",
     "methods/token.py:as_expert": "trained matrices belong to the carving",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
     "files/artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",

@@ -44,8 +44,8 @@ SMALL = [
 ]
 
 
-def tokens_of(parent: Any, layer: int = 1, activations: Any = "dense", **options: Any) -> Tokens:
-    with Stream(parent, [[WINDOWS]], activations, held=True, **options) as stream:
+def tokens_of(parent: Any, layer: int = 1, **options: Any) -> Tokens:
+    with Stream(parent, [[WINDOWS]], "carved", held=True, **options) as stream:
         for view in stream.views(torch.Generator()):
             if view.index == layer:
                 found = view.tokens()

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from moesmith.calibration.moments import Channel, Second, Sums, fast_products, rows_of, watch
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
-from moesmith.parent.hooks import hooked
-from moesmith.parent.layerwise import layered, starts
+from moesmith.parent.layerwise import layered, share, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
-from moesmith.parent.structure import FFN, Network
+from moesmith.parent.structure import FFN, Network, put
 
 Activations = Literal["dense", "carved"]
 Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
@@ -88,6 +87,17 @@ class Tokens:
     sequence_T: Tensor
 
 
+class Seen(nn.Module):
+    """Takes a network's place, keeps what the network would get, and gives zeros."""
+
+    x: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep x."""
+        self.x = x
+        return torch.zeros_like(x)
+
+
 class LayerView:
     """One layer, as a method sees it.
 
@@ -144,7 +154,8 @@ class Stream:
         parent: the dense model.
         texts: token ids (N, window) by group and text.
         activations: what a layer sees: the parent's activations, or those after the carved layers before it.
-        held: the method asks for all tokens of every layer, and changes nothing of a layer but its network.
+        held: the method asks for all tokens of every layer, and changes nothing of a layer but its network; with
+            carved activations only.
         repair: what experts should give makes up for what earlier carved layers lost; one more buffer and pass.
         folder: where tokens that do not fit into ``room`` wait on disk.
         room: bytes of memory for waiting tokens.
@@ -165,6 +176,8 @@ class Stream:
         batch: int = BATCH,
         label: str = "carve",
     ) -> None:
+        if held and activations == "dense":
+            raise MoesmithError("a layer's tokens are held where activations are carved", "Set activations = 'carved'.")
         self.parent, self.activations, self.label = parent, activations, label
         self.model = parent.turned(layered(parent.model))
         parts = [(g, t, windows) for g, group in enumerate(texts) for t, windows in enumerate(group)]
@@ -247,12 +260,11 @@ class Stream:
 
         Where the method holds tokens, they have passed the layer's attention already, and only its network is left.
         """
-        if self.activations == "dense" or not self.inputs:
+        if not self.inputs:
             self._pass(make(), keep=True)
             return
         self.hold(self.index)  # a layer that was carved before a restart goes the same way
-        inside = self.parent.ffns[self.index].path.removeprefix(f"{self.model.place}.{self.index}.")
-        network = make().get_submodule(inside)
+        network = make().get_submodule(self._inside(self.index))
         for state_BSD, x_BSD in zip(self.waiting, self.inputs, strict=True):
             rest_BSD = state_BSD.to(self.parent.device).float()
             state_BSD.copy_(rest_BSD + network(x_BSD.to(self.parent.device)).float())
@@ -270,18 +282,14 @@ class Stream:
         *,
         keep: bool,
         which: Sequence[int] | None = None,
-        after: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Run a layer over waiting batches; ``keep`` its outputs for the next layer, or show them to ``after``."""
-        if self.tokens_now is not None and self.activations == "carved":
+        """Run a layer over waiting batches, and ``keep`` its outputs for the next layer or not."""
+        if self.tokens_now is not None:
             raise MoesmithError("this layer's text has passed its attention", "Ask for a layer's tokens() last.")
         into = self.beyond if self.activations == "dense" else self.waiting
         for position in range(len(self.batches)) if which is None else which:
             self.position, state_BSD = position, self.waiting[position]
-            args, options = self.options[tuple(state_BSD.shape)]
-            out_BSD = layer(state_BSD.to(self.parent.device), *args, **options)
-            if after is not None:
-                after(out_BSD)
+            out_BSD = self._run(layer, state_BSD)
             if keep:
                 into[position].copy_(out_BSD)
                 self._advance(state_BSD)
@@ -307,39 +315,32 @@ class Stream:
     def hold(self, index: int) -> Tokens:
         """See :meth:`LayerView.tokens`.
 
-        Every parent was proved to add its network's output to the rest (``parent/proof/family.py``). So that carved
-        activations need not pass attention twice, the rest takes the waiting states' place.
+        Every parent was proved to add its network's output to the rest (``parent/proof/family.py``). So the layer runs
+        without its network, and what it gives takes the waiting states' place.
         """
         if self.tokens_now is not None:
             return self.tokens_now
         if not self.inputs:
             raise MoesmithError("this stream holds no tokens", "Say so in the method's needs(): held=True.")
-        ffn, layer = self.parent.ffns[index], self.model.layer(index)
+        layer = self.model.layer(index)
+        seen, rest, network = Seen(), share(layer), layer.get_submodule(self._inside(index))
+        put(rest, self._inside(index), seen)
         energies: list[Tensor] = []
-        intact = False  # whether it is the parent's own state that passes
-
-        def network(_module: nn.Module, args: Any, out: Any) -> None:
-            if not intact:
-                self.inputs[self.position].copy_(args[0])
-                self.outputs[self.position].copy_(out)
-
-        def after(out_BSD: Tensor) -> None:
-            nonlocal intact
-            own_BSD = self.outputs[self.position].to(out_BSD.device).float()
-            if self.activations == "carved":
-                self.waiting[self.position].copy_(out_BSD.float() - own_BSD)
+        for position, state_BSD in enumerate(self.waiting):
+            rest_BSD = self._run(rest, state_BSD)
             if self.intact:
-                state_BSD, intact = self.intact[self.position], True
-                args, options = self.options[tuple(state_BSD.shape)]
-                wanted_BSD = layer(state_BSD.to(self.parent.device), *args, **options)
-                self.outputs[self.position].copy_(own_BSD + (wanted_BSD.float() - out_BSD.float()))
-                state_BSD.copy_(wanted_BSD)
-                out_BSD, intact = wanted_BSD, False
-            energies.append(out_BSD.float().square().sum(-1).flatten().cpu())
-
-        keep = self.activations == "dense" and not self.passed
-        with hooked([(ffn.module, network)]):
-            self._pass(layer, keep=keep, after=after)
+                behind_BSD = self._run(layer, self.intact[position])
+                self.intact[position].copy_(behind_BSD)
+                y_BSD = behind_BSD.float() - rest_BSD.float()
+            else:
+                y_BSD = network(seen.x)
+                behind_BSD = rest_BSD + y_BSD
+            energies.append(behind_BSD.float().square().sum(-1).flatten().cpu())
+            self.inputs[position].copy_(seen.x)
+            self.outputs[position].copy_(y_BSD)
+            state_BSD.copy_(rest_BSD)
+        del layer, rest, network
+        give_back()
         weight_T = 1 / torch.cat(energies).clamp_min(1e-20)
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
         lengths = torch.tensor([ids.shape[1] for ids in self.batches for _ in ids])
@@ -347,6 +348,15 @@ class Stream:
         parts = self._whole(self.inputs), self._whole(self.outputs)
         self.tokens_now = Tokens(*parts, weight_T / weight_T.mean(), sequence_T)
         return self.tokens_now
+
+    def _run(self, layer: nn.Module, state_BSD: Tensor) -> Tensor:
+        args, options = self.options[tuple(state_BSD.shape)]
+        out: Tensor = layer(state_BSD.to(self.parent.device), *args, **options)
+        return out
+
+    def _inside(self, index: int) -> str:
+        """The name of a layer's network inside the layer."""
+        return self.parent.ffns[index].path.removeprefix(f"{self.model.place}.{index}.")
 
     def statistics(self, index: int, assign: Assign | None, experts: int, *, gram: bool, parts: bool) -> list[Stats]:
         """See :meth:`LayerView.statistics`."""

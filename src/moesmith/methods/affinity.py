@@ -1,7 +1,8 @@
 """Domain affinity mining: which domains belong to one expert (DIVE, arXiv:2506.09351).
 
 DIVE prunes the parent on every domain, measures each pruned model's perplexity on every domain, and clusters the
-domains whose pruned models behave alike. ``scores`` is our shortcut: domains whose channel scores correlate.
+domains whose pruned models behave alike. Two shortcuts are ours: ``moments`` predicts that matrix without running a
+pruned model, ``scores`` clusters domains whose channel scores correlate.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from importlib.resources import files
 from typing import Literal
 
 import numpy as np
+import torch
 import yaml
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
@@ -37,6 +39,24 @@ def perplexity_similarity(perplexity: Array, profile: Profile = "rows") -> Array
     normal = normalise(perplexity)
     rows, columns = _pearson(normal), _pearson(normal.T)
     return {"rows": rows, "columns": columns, "both": (rows + columns) / 2}[profile]
+
+
+def predicted_losses(variances: Sequence[Tensor], kept: Sequence[Sequence[Tensor]]) -> Array:
+    """Predict the matrix (n, n) of what the channels of domain i lose of domain j: log-perplexities up to scale.
+
+    With a compensation bias a pruned channel loses its variance in the network's output: Σ over pruned channels of
+    var_f ‖W[:, f]‖², relative to the sum over all of them, the mean over layers.
+
+    Args:
+        variances: by domain, var_f ‖W[:, f]‖² of every layer and channel, (L, F).
+        kept: by domain and layer, the channels that its pruned model keeps; as many domains.
+    """
+    share_NLF = torch.stack([v.double() / v.double().sum(-1, keepdim=True).clamp_min(1e-30) for v in variances])
+    kept_NLF = torch.zeros_like(share_NLF)
+    for keeps_LF, layers in zip(kept_NLF, kept, strict=True):
+        for keeps_F, kept_F in zip(keeps_LF, layers, strict=True):
+            keeps_F[kept_F] = 1
+    return (1 - torch.einsum("ilf,jlf->ij", kept_NLF, share_NLF) / share_NLF.shape[1]).numpy()
 
 
 def score_similarity(scores: Sequence[Tensor]) -> Array:

@@ -46,7 +46,7 @@ from moesmith.run.step import Cost, Job, Step
 class AffinitySection(Section):
     """Which domains share an expert."""
 
-    method: Literal["perplexity", "scores", "published", "random"] = "perplexity"
+    method: Literal["perplexity", "moments", "scores", "published", "random"] = "perplexity"
     published: str | None = Field(None, description="name of published clusters, for method published")
     profile: Profile = "rows"
     linkage: Linkage = "average"
@@ -200,7 +200,7 @@ class Affinity(Step):
         carve = self.method.settings
         found: dict[str, Any] = {"needed": True, "experts": self.method.experts, "names": job.names}
         found |= {"affinity": self.spec.used(), "score": carve.score}
-        if self.mined:
+        if self.mined or self.spec.method == "moments":
             found |= {"ratio": self.method.ratio(job.parent), "selection": carve.selection}
         return found
 
@@ -217,6 +217,8 @@ class Affinity(Step):
         if self.mined:
             matrix = self._perplexities(job, scores, work)
             similarity = mining.perplexity_similarity(matrix, spec.profile)
+        elif spec.method == "moments":
+            similarity = mining.perplexity_similarity(np.exp(self._predicted(job, scores)), spec.profile)
         else:
             similarity = mining.score_similarity(scores)
         if spec.method == "published":
@@ -249,6 +251,12 @@ class Affinity(Step):
                     write_json(path, list(perplexities(decoder(parent, pruned), texts, bar=bar).values()))
                 rows.append(read_json(path))
         return np.array(rows)
+
+    def _predicted(self, job: Job, scores: Sequence[Tensor]) -> np.ndarray:
+        """Predict the logarithms of these perplexities from the moments alone."""
+        ratio, selection = self.method.ratio(job.parent), self.method.settings.selection
+        variances = [channel_scores(job.parent, moments_of(job.run, name), "wifv") for name in job.names]
+        return mining.predicted_losses(variances, [choose(score, ratio, selection) for score in scores])
 
     @staticmethod
     def _pruned(parent: Parent, kept: Sequence[Tensor], moments: Moments) -> Carving:
