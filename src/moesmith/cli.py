@@ -133,6 +133,9 @@ def convert(
     dtype: Dtype = "auto",
     device: Device = "auto",
     time: Time = None,
+    max_loss: Annotated[
+        str | None, typer.Option(help="find the share of channels for this loss of perplexity, e.g. 10%")
+    ] = None,
     method_file: MethodFile = None,
 ) -> None:
     """Turn a dense model into a Mixture-of-Experts; the same command continues a run that was stopped."""
@@ -140,8 +143,15 @@ def convert(
     from moesmith.conversion.convert import convert as run_conversion
     from moesmith.report.overview import describe, show
 
-    options: dict[str, Any] = {"settings": settings, "budget": budget, "active": active, "reuse": reuse}
-    run_conversion(recipe, model, data, out_folder, memory=memory, dtype=dtype, device=device, time=time, **options)
+    options: dict[str, Any] = {"settings": settings, "budget": budget, "memory": memory, "dtype": dtype}
+    options |= {"device": device}
+    if max_loss is not None:
+        from moesmith.conversion.dial import active_for
+
+        if active is not None:
+            raise MoesmithError("--active and --max-loss decide the same", "Give one of them.")
+        active = active_for(max_loss, recipe, model, data, out_folder, **options)
+    run_conversion(recipe, model, data, out_folder, active=active, reuse=reuse, time=time, **options)
     show(describe(out_folder), brief=True)
 
 
