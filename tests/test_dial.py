@@ -66,10 +66,8 @@ def test_what_is_tried_reads_calibration_text_only(tmp_path: Path, monkeypatch: 
     assert share == 0.75
     assert [ratio for ratio, _, _ in seen] == [0.5, 0.25]
     _, rest, back = seen[0]
-    train = [json.loads(line) for f in sorted(Path(DATA).glob("*.train.jsonl")) for line in open(f)]
-    assert sorted(map(json.dumps, train)) == sorted(
-        [*(line.strip() for line in rest), *(line.strip() for line in back)]
-    )
+    train = records(DATA, "train")
+    assert sorted(rest + back) == train
     assert not set(rest) & set(back)
     assert len(back) >= len(train) // dial.BACK - 8
 

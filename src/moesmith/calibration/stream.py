@@ -156,7 +156,7 @@ class Stream:
         activations: what a layer sees: the parent's activations, or those after the carved layers before it.
         held: the method asks for all tokens of every layer, and changes nothing of a layer but its network; with
             carved activations only.
-        repair: what experts should give makes up for what earlier carved layers lost; one more buffer and pass.
+        repair: what these tokens should give makes up for what earlier carved layers lost; one more buffer and pass.
         folder: where tokens that do not fit into ``room`` wait on disk.
         room: bytes of memory for waiting tokens.
         batch: windows per forward pass.
@@ -276,13 +276,7 @@ class Stream:
     def _advance(self, state_BSD: Tensor) -> None:
         self.bar.advance(state_BSD.shape[0] * state_BSD.shape[1] / self.parent.L)
 
-    def _pass(
-        self,
-        layer: nn.Module,
-        *,
-        keep: bool,
-        which: Sequence[int] | None = None,
-    ) -> None:
+    def _pass(self, layer: nn.Module, *, keep: bool, which: Sequence[int] | None = None) -> None:
         """Run a layer over waiting batches, and ``keep`` its outputs for the next layer or not."""
         if self.tokens_now is not None:
             raise MoesmithError("this layer's text has passed its attention", "Ask for a layer's tokens() last.")
