@@ -22,7 +22,7 @@ from moesmith.errors import MoesmithError
 from moesmith.methods import steps as method_steps
 from moesmith.methods.base import Carver
 from moesmith.methods.clusters import centre_router, kmeans, nearest
-from moesmith.methods.refit import eliminate, refit_down
+from moesmith.methods.refit import eliminate, fit_down, refit_down
 from moesmith.methods.router import constant_direction
 from moesmith.methods.token import Token
 from moesmith.mixture.carving import Carving
@@ -135,6 +135,23 @@ def test_elimination_drops_what_a_refit_makes_up_for() -> None:
     kept = eliminate(down_DF[:, :5].float(), (twins_TF.T @ twins_TF / 500).float(), 4, 1e-4)
     assert sorted({0, 4} & set(kept.tolist())) in ([0], [4])
     assert eliminate(down_DF.float(), gram_FF.float(), 9).tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_where_nothing_was_lost_the_fit_is_the_parents(family: str) -> None:
+    """In the first layer experts should give what the network gives, its bias aside."""
+    parent = tiny_parent(family)
+    method: Any = load_recipe("token").method
+    ffn, tokens = parent.ffns[0], tokens_of(parent, 0, repair=True)
+    with torch.no_grad():
+        torch.testing.assert_close(tokens.y_TD, ffn.output(tokens.x_TD), rtol=1e-4, atol=1e-5)
+        gram_FF, cross_DF = method.moments(ffn, tokens, torch.arange(len(tokens.x_TD)))
+    torch.testing.assert_close(fit_down(ffn.down_DF, gram_FF, cross_DF), ffn.down_DF, rtol=1e-3, atol=1e-4)
+    if family == "phi":
+        assert ffn.down_bias_D is not None
+        assert float(ffn.down_bias_D.abs().max()) > 1e-3, "a bias to forget"
+    away_DF = fit_down(ffn.down_DF, gram_FF, 2 * cross_DF, 1e-6)  # other outputs: another matrix
+    torch.testing.assert_close(away_DF, 2 * ffn.down_DF, rtol=0.05, atol=0.01)
 
 
 def test_a_router_without_bias_finds_the_nearest_centre() -> None:

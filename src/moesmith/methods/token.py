@@ -127,7 +127,10 @@ class Token(Carver):
         return router_ED, torch.cat(parts)
 
     def moments(self, ffn: Network, tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted moments of channels a over some tokens: E[a aᵀ] (F, F), and with ``repair`` E[y aᵀ] (D, F)."""
+        """Weighted moments of channels a over some tokens: E[a aᵀ] (F, F), and with ``repair`` E[(y − b) aᵀ] (D, F).
+
+        b is the bias that the network adds, or nothing.
+        """
         device = ffn.gate_FD.device
         sums = Sums(len(ffn.gate_FD), device)
         cross_DF = torch.zeros(ffn.down_DF.shape if self.settings.repair else (0, 0), device=device)
@@ -137,7 +140,8 @@ class Token(Carver):
                 root_N1 = tokens.weight_T[rows, None].sqrt().to(device, a_NF.dtype)
                 sums.add(a_NF * root_N1)
                 if self.settings.repair:
-                    y_ND = tokens.y_TD[rows].to(device) * root_N1
+                    y_ND = tokens.y_TD[rows].to(device)
+                    y_ND = (y_ND if ffn.down_bias_D is None else y_ND - ffn.down_bias_D) * root_N1
                     cross_DF.addmm_(y_ND.float().T, (a_NF * root_N1).float())
         return sums.result().gram_NN, cross_DF / max(1, len(rows_N))
 
