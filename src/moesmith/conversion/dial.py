@@ -94,8 +94,9 @@ def active_for(
     domains = choose_domains(data, recipes[PROBES[0]])
     losses: dict[float, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        text, before = Path(folder) / "text", []
+        text = Path(folder) / "text"
         text.mkdir()
+        before: list[Path] = []
         for domain in domains:
             _split(domain, text)
         for share, full in recipes.items():
