@@ -46,6 +46,9 @@ COPIES = {
     "calibration/stream.py:Stream.views": "tokens wait with the host in front of the first layer",
     "calibration/stream.py:Stream._pass": "and between two layers: all calibration text would not fit there",
     "calibration/stream.py:Stream.hold": "a layer's tokens wait there too for a method that trains",
+    "calibration/stream.py:Stream._on": "and go on from there",
+    "conversion/steps/training.py:_whole.<locals>.trained": "experts that were trained whole belong to the carving",
+    "conversion/steps/training.py:_whole.<locals>.trained.<locals>.<listcomp>": "the same",
     "methods/token.py:as_expert": "trained matrices belong to the carving",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
     "files/artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
@@ -206,17 +209,17 @@ def test_planted_work_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypat
 
 
 def test_a_planted_loss_on_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesmith.training import loop as train
+    from moesmith.training import student
 
     def slow(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, *rest: Any) -> Tensor:
         moved = [x.cpu() if isinstance(x, Tensor) else x for x in rest]
         return losses.head_loss(hidden_ND.cpu(), head_VD.cpu(), labels_N.cpu(), *moved).to(hidden_ND.device)
 
-    monkeypatch.setattr(train, "head_loss", slow)
+    monkeypatch.setattr(student, "head_loss", slow)
     with watching(ON_PURPOSE) as watch:
         convert("flap-static-refit", parent_on("pretend", "llama"), data, tmp_path / "run")
     assert {fault.place for fault in watch.fallbacks} == {"training/losses.py:_HeadLoss.forward"}
-    assert "training/loop.py:token_loss" in watch.copies
+    assert "training/student.py:token_loss" in watch.copies
 
 
 def test_a_planted_tensor_of_the_cpu_is_caught(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

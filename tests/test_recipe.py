@@ -23,7 +23,7 @@ EVERY = {"": "name description seed", "domains": "names tokens window reading", 
 LOOP_KEYS = "tokens window batch micro_batch lr schedule min_ratio warmup clip weight_decay checkpointing"
 TRAIN_KEYS = LOOP_KEYS + (
     " loss mix kl_temperature gate gate_temperature router_gradient train_router lora_rank lora_alpha lora_dropout"
-    " norms"
+    " norms hidden whole"
 )
 MASKS_KEYS = LOOP_KEYS + (
     " budget attention output_mask noise routing masking widths temperature bias kl_weight budget_weight"
@@ -36,7 +36,7 @@ KEYS = {
     "dive": {"carve": f"{SHARES} experts top_k score selection"} | AFFINITY | ROUTER | STAGE1 | STAGE2,
     "static": {"carve": f"{SHARES} score selection"} | STAGE2,
     "llama-moe": {"carve": f"{SHARES} experts top_k"} | ROUTER | STAGE1 | STAGE2,
-    "token": {"carve": "method experts ratio select ridge pool prior sample gram passes batch lr"} | STAGE2,
+    "token": {"carve": "method experts ratio select repair ridge pool prior sample gram passes batch lr"} | STAGE2,
     "tomoe": {"carve": "method experts start compensation ridge pool", "masks": MASKS_KEYS} | STAGE1 | STAGE2,
 }
 # what a start adds to tomoe
