@@ -21,7 +21,7 @@ from moesmith.data.text import load_domains
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
 from moesmith.files.artefact import read_json, write_json, write_text
 from moesmith.parent.load import load_parent
-from moesmith.run.folder import Run
+from moesmith.run.folder import Run, finished_of
 
 LEFT_OUT = "sciq openbookqa cnn_dailymail legalbench tinystories samsum piqa".split()
 DISTILLED = 983_040  # tokens
@@ -78,7 +78,7 @@ def main() -> None:
         known = table.get(title, {}).get("unseen")
         table[title] = {
             "stages": row,
-            "domains": list(row.values())[-1],
+            "domains": row[finished_of(row)],
             "unseen": known or perplexities(runs[-1].load(parent), unseen, label=f"{title}, unseen"),
             "seconds": runs[-1].manifests()["carve"]["seconds"],
             "error": carve["error"],

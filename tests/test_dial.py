@@ -85,3 +85,9 @@ def test_the_command_finds_a_share_and_keeps_it(tmp_path: Path) -> None:
     refused = moesmith(*command, "--max-loss", "10%", "--active", "0.5")
     assert refused.status
     assert "decide the same" in refused.err
+
+
+def test_a_method_without_such_a_share_is_refused_also_where_a_run_began(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(MoesmithError, match=r"Set masks\.budget"):
+        active_for("10%", "tomoe-50", MODEL, DATA, tmp_path)

@@ -21,6 +21,7 @@ from moesmith.conversion.pace import tokens_of, with_tokens
 from moesmith.data.records import Domain
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_json
+from moesmith.run.folder import finished_of
 from moesmith.run.legacy import upgraded
 from moesmith.run.recipe import Recipe, load_recipe, parse
 
@@ -87,10 +88,10 @@ def active_for(
         MoesmithError: no loss, a method without ``carve.ratio``, or as ``convert`` raises.
     """
     largest, begun = parse_loss(most), Path(out) / "run.json"
-    if begun.is_file():
-        carve: Any = parse(upgraded(read_json(begun)), stored=True).carve
-        return round((1 - float(carve.ratio)) * int(getattr(carve, "top_k", 1)), 6)
     recipes = {share: load_recipe(recipe, budget, settings, share) for share in PROBES}
+    if begun.is_file():
+        method = parse(upgraded(read_json(begun)), stored=True).method
+        return round((1 - float(method.settings.ratio)) * method.top_k, 6)
     domains = choose_domains(data, recipes[PROBES[0]])
     losses: dict[float, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +105,7 @@ def active_for(
             place = Path(folder) / f"{share}"
             run = convert(_small(full, len(domains)), model, str(text), place, reuse=before, **options)
             stages = run.evaluation["stages"]
-            last = [name for name in stages if name != "parent"][-1]
-            losses[share] = stages[last]["geomean"] / stages["parent"]["geomean"] - 1
+            losses[share] = stages[finished_of(stages)]["geomean"] / stages["parent"]["geomean"] - 1
             before = [place]
     share = share_for(losses, largest)
     found = ", ".join(f"{loss:+.0%} at {share:.0%}" for share, loss in losses.items())
