@@ -17,6 +17,14 @@ def compensation_bias(down_DF: Tensor, mean_F: Tensor, kept: Tensor) -> Tensor:
     return (down_DF.float()[:, pruned_F.to(down_DF.device)] @ mean_F[pruned_F].float().to(down_DF.device)).cpu()
 
 
+def _damped(gram_FF: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """C + λ I and λ = ``ridge`` · mean diag C, never 0."""
+    damping = (ridge * gram_FF.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    damped_FF = gram_FF.clone()
+    damped_FF.diagonal().add_(damping)
+    return damped_FF, damping
+
+
 def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.01) -> Tensor:
     """Refit ``down_proj`` on the kept channels S by ridge least squares, (D, F_e) fp32 on the device of ``gram_FF``.
 
@@ -32,10 +40,8 @@ def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.
     W_DF = down_DF.to(gram_FF.device, torch.float32)
     kept = kept.to(gram_FF.device)
     cross_FS = gram_FF[:, kept]
-    square_SS = cross_FS[kept].clone()
-    damping = (ridge * square_SS.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    square_SS, damping = _damped(cross_FS[kept], ridge)
     target_DS = W_DF @ cross_FS + damping * W_DF[:, kept]
-    square_SS.diagonal().add_(damping)
     return torch.cholesky_solve(target_DS.T, torch.linalg.cholesky(square_SS)).T
 
 
@@ -52,9 +58,7 @@ def fit_down(down_DF: Tensor, gram_FF: Tensor, cross_DF: Tensor, ridge: float = 
         ridge: λ, relative to the mean diagonal of C.
     """
     W_DF = down_DF.to(gram_FF.device, torch.float32)
-    damping = (ridge * gram_FF.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    damped_FF = gram_FF.clone()
-    damped_FF.diagonal().add_(damping)
+    damped_FF, damping = _damped(gram_FF, ridge)
     return torch.cholesky_solve((cross_DF + damping * W_DF).T, torch.linalg.cholesky(damped_FF)).T
 
 
@@ -73,8 +77,7 @@ def eliminate(down_DF: Tensor, gram_FF: Tensor, keep: int, ridge: float = 0.01, 
         rounds: in how many steps the others go.
     """
     W_DF = down_DF.to(gram_FF.device, torch.float32)
-    damped_FF = gram_FF.clone()
-    damped_FF.diagonal().add_((ridge * gram_FF.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny))
+    damped_FF, _ = _damped(gram_FF, ridge)
     inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damped_FF))
     left_F = torch.arange(len(gram_FF), device=gram_FF.device)
     for number in range(rounds, 0, -1):

@@ -138,11 +138,12 @@ class Token(Carver):
             for rows in rows_N.split(CHUNK):
                 a_NF = ffn.hidden(tokens.x_TD[rows].to(device))
                 root_N1 = tokens.weight_T[rows, None].sqrt().to(device, a_NF.dtype)
-                sums.add(a_NF * root_N1)
+                a_NF = a_NF * root_N1
+                sums.add(a_NF)
                 if self.settings.repair:
                     y_ND = tokens.y_TD[rows].to(device)
                     y_ND = (y_ND if ffn.down_bias_D is None else y_ND - ffn.down_bias_D) * root_N1
-                    cross_DF.addmm_(y_ND.float().T, (a_NF * root_N1).float())
+                    cross_DF.addmm_(y_ND.float().T, a_NF.float())
         return sums.result().gram_NN, cross_DF / max(1, len(rows_N))
 
     def choose(self, down_DF: Tensor, gram_FF: Tensor) -> Tensor:
