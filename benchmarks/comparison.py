@@ -13,14 +13,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from known import known as known_to
-
 from moesmith.conversion.convert import convert
 from moesmith.evaluation.perplexity import geometric_mean, perplexities, perplexity
 from moesmith.files.artefact import read_json, write_json, write_text
 from moesmith.mixture.moe import build, forced
 from moesmith.parent.load import load_parent
 from moesmith.run.folder import Run
+from moesmith.run.recipe import applicable
 
 DOMAINS = (
     "wikipedia c4 gsm8k mathqa mbpp code_alpaca pubmedqa medmcqa race hellaswag squad boolq alpaca consumer_contracts"
@@ -82,7 +81,13 @@ def main() -> None:
         out = given.out / folder
         reuse = [run.folder for run in runs.values()]
         run = convert(
-            preset, parent, given.data, out, settings=known_to(preset, common + settings), budget="small", reuse=reuse
+            preset,
+            parent,
+            given.data,
+            out,
+            settings=applicable(preset, common + settings, common + settings),
+            budget="small",
+            reuse=reuse,
         )
         runs[folder] = run
         stages = run.evaluation["stages"]

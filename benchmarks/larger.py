@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from known import known
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -35,7 +34,7 @@ from moesmith.conversion.plan import make_plan
 from moesmith.export.folder import write_shards
 from moesmith.files.artefact import read_json, write_json
 from moesmith.parent.load import load_skeleton
-from moesmith.run.recipe import load_recipe
+from moesmith.run.recipe import applicable, load_recipe
 from moesmith.run.versions import versions
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -86,7 +85,7 @@ def settings(preset: str, tokens: int) -> list[str]:
         *("stage1.tokens=0", "stage2.tokens=0", "affinity.method=scores", f"evaluate.tokens={tokens}"),
         *(f"domains.tokens={tokens}", f"domains.window={window}", f"evaluate.window={window}"),
     ]
-    return known(preset, given)
+    return applicable(preset, given, given)
 
 
 def peak() -> dict[str, int]:

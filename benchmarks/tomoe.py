@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from known import known
 from scipy.optimize import linear_sum_assignment
 from tomoe_figures import save, stability_figure, union_figure
 
@@ -35,6 +34,7 @@ from moesmith.mixture.moe import build, moe_blocks, shuffled
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.sizes import Sizes
 from moesmith.run.folder import Run
+from moesmith.run.recipe import applicable
 
 DOMAINS = "wikipedia c4 gsm8k code_alpaca pubmedqa alpaca race arxiv".split()
 WIKITEXT = "wikitext2 (512)"
@@ -78,7 +78,7 @@ class Bench:
             f"evaluate.tokens={self.given.tokens}",
             "affinity.method=scores",
         ]
-        settings = known(preset, [*common, *settings])
+        settings = applicable(preset, [*common, *settings], [*common, *settings])
         run = convert(
             preset, self.parent, self.given.data, self.out / folder,
             settings=settings, budget="small", reuse=[x for x in self.runs if x.name != folder],

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.data.text import Record
 from moesmith.evaluation.harness import FEWSHOT_SEED
-from moesmith.evaluation.perplexity import log_likelihoods
+from moesmith.evaluation.likelihoods import log_likelihoods
 from moesmith.evaluation.templates import Task, load_task, share
 
 

@@ -22,7 +22,8 @@ from moesmith.calibration.stream import LayerView, Stats, Stream
 from moesmith.conversion.steps.training import prepare
 from moesmith.data.text import load_domains
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.perplexity import log_likelihoods, token_nll
+from moesmith.evaluation.likelihoods import log_likelihoods
+from moesmith.evaluation.perplexity import token_nll
 from moesmith.methods import steps
 from moesmith.methods.base import Carver, Kept, Routed
 from moesmith.methods.steps import Carve

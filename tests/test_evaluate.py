@@ -15,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from moesmith.data.text import Domain
 from moesmith.errors import MoesmithError
+from moesmith.evaluation import likelihoods
 from moesmith.evaluation import perplexity as evaluate
 from moesmith.testing.parents import tiny_model
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -132,7 +133,7 @@ def test_log_likelihoods_of_awkward_pairs() -> None:
         ("def add(a,", " b"),
         ("def add(a,", " b"),  # twice the same
     ]
-    found = evaluate.log_likelihoods(model, TOKENIZER, pairs, batch=1)
+    found = likelihoods.log_likelihoods(model, TOKENIZER, pairs, batch=1)
     for (context, continuation), likelihood in zip(pairs, found, strict=True):
         before, whole = TOKENIZER.encode(context.rstrip()), TOKENIZER.encode(context + continuation)
         before, after = (before, whole[len(before) :]) if before else ([TOKENIZER.bos_token_id], whole)
@@ -152,33 +153,33 @@ def test_greedy_is_recognised() -> None:
         model.model.norm.weight.fill_(1.0)
         embedding = model.get_input_embeddings().weight
         embedding.copy_(F.normalize(embedding, dim=-1))
-    found = evaluate.log_likelihoods(model, TOKENIZER, [("x", "xx"), ("x", "xy"), ("x", "yy")])
+    found = likelihoods.log_likelihoods(model, TOKENIZER, [("x", "xx"), ("x", "xy"), ("x", "yy")])
     assert [likelihood.greedy for likelihood in found] == [True, False, False]
 
 
 def test_long_contexts_lose_their_left_and_are_counted() -> None:
     model = tiny_model("llama", max_position_embeddings=16)
     context = "def add(a, b):\n" * 6
-    (found,) = evaluate.log_likelihoods(model, TOKENIZER, [(context, " return a")])
+    (found,) = likelihoods.log_likelihoods(model, TOKENIZER, [(context, " return a")])
     before = TOKENIZER.encode(context.rstrip())
     after = TOKENIZER.encode(context + " return a")[len(before) :]
     kept = (before + after)[-17:]
     assert found.truncated == len(before) + len(after) - 17
     assert found.total == pytest.approx(by_hand(model, kept[: -len(after)], after)[0], abs=1e-4)
     with pytest.raises(MoesmithError, match="longer than the model's context of 16"):
-        evaluate.log_likelihoods(model, TOKENIZER, [("a", " xyzzy" * 20)])
+        likelihoods.log_likelihoods(model, TOKENIZER, [("a", " xyzzy" * 20)])
 
 
 def test_a_continuation_without_tokens_is_refused() -> None:
     with pytest.raises(MoesmithError, match="nothing to predict"):
-        evaluate.log_likelihoods(tiny_model("llama"), TOKENIZER, [("The fox", "")])
+        likelihoods.log_likelihoods(tiny_model("llama"), TOKENIZER, [("The fox", "")])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 64))
 def test_batches_hold_every_row_once_and_keep_to_their_size(lengths: list[int], tokens: int) -> None:
     rows = [tuple(range(n)) for n in sorted(lengths, reverse=True)]
-    found = list(evaluate._batches(rows, tokens))
+    found = list(likelihoods._batches(rows, tokens))
     assert [row for batch in found for row in batch] == rows
     assert all(len(batch) == 1 or len(batch) * len(batch[0]) <= tokens for batch in found)
 
@@ -210,7 +211,7 @@ def test_lambada(tmp_path: Path) -> None:
     records = [{"context": "The quick brown", "target": "fox"}, {"context": "def add(a, b): return a +", "target": "b"}]
     write(tmp_path / "lambada.test.jsonl", records)
     model = tiny_model("llama")
-    found = evaluate.lambada(model, TOKENIZER, tmp_path)
+    found = likelihoods.lambada(model, TOKENIZER, tmp_path)
     totals = []
     for record in records:
         before = TOKENIZER.encode(record["context"])
@@ -220,7 +221,7 @@ def test_lambada(tmp_path: Path) -> None:
     assert found["perplexity"] == pytest.approx(math.exp(-sum(t for t, _ in totals) / 2), rel=1e-4)
     assert found["acc"] == sum(g for _, g in totals) / 2
     assert found["items"] == 2
-    assert evaluate.lambada(model, TOKENIZER, tmp_path, limit=1)["items"] == 1
+    assert likelihoods.lambada(model, TOKENIZER, tmp_path, limit=1)["items"] == 1
 
 
 @pytest.mark.parametrize(
@@ -236,4 +237,4 @@ def test_bad_files_are_named(tmp_path: Path, content: str | None, message: str) 
     if content is not None:
         (tmp_path / "lambada.test.jsonl").write_text(content)
     with pytest.raises(MoesmithError, match=message):
-        evaluate.lambada(tiny_model("llama"), TOKENIZER, tmp_path)
+        likelihoods.lambada(tiny_model("llama"), TOKENIZER, tmp_path)

@@ -15,8 +15,7 @@ import yaml
 from scorer import items, quick_tasks, score_choices
 
 from moesmith.errors import MoesmithError
-from moesmith.evaluation import harness, templates
-from moesmith.evaluation import perplexity as evaluate
+from moesmith.evaluation import harness, likelihoods, templates
 from moesmith.testing.parents import tiny_model
 from moesmith.testing.tokenizer import tiny_tokenizer
 
@@ -100,7 +99,7 @@ def test_both_report_the_same_table_and_leave_the_model_alone(data: Path, capsys
     ours = quick_tasks(model, tokenizer, names, data, limit=11)
     theirs = evaluate_tasks(model, tokenizer, [*names, "lambada"], data, limit=11)
     capsys.readouterr()
-    assert theirs.pop("lambada") == pytest.approx(evaluate.lambada(model, tokenizer, data, limit=11), rel=1e-4)
+    assert theirs.pop("lambada") == pytest.approx(likelihoods.lambada(model, tokenizer, data, limit=11), rel=1e-4)
     assert {name: pytest.approx(row) for name, row in ours.items()} == theirs
     assert list(ours["arc_easy"]) == ["acc", "acc_norm", "items"]
     assert list(ours["winogrande"]) == ["acc", "items"]

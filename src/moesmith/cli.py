@@ -184,6 +184,28 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    spec: Annotated[Path, typer.Argument(help="a YAML file: rows, text, what is measured")],
+    out_folder: Annotated[Path, typer.Option("--out", help="the comparison's folder; repeat the command to continue")],
+    model: Annotated[str | None, typer.Option(help="the parent, in place of the file's")] = None,
+    data: Annotated[str | None, typer.Option(help="data source, in place of the file's")] = None,
+    only: Annotated[list[str], typer.Option(help="a row to convert now; repeatable")] = [],  # noqa: B006
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Convert a parent in many ways on one footing, and show them in one table."""
+    from moesmith.comparison.compare import compare as run_comparison
+    from moesmith.comparison.table import show
+
+    result = run_comparison(spec, out_folder, model=model, data=data, only=only, dtype=dtype, device=device)
+    if as_json:
+        show_json(result)
+    else:
+        show(result)
+
+
+@app.command()
 def inspect(run: RunFolder, as_json: Json = False) -> None:
     """Show a run's carving, gate and stages."""
     from moesmith.report.overview import describe, show

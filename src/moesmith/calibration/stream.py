@@ -34,6 +34,7 @@ Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of t
 BATCH = 8  # windows per forward pass
 WAITING = ".waiting"  # the folder of tokens that wait on disk
 HEAVIEST = 10.0  # times the mean weight of a token
+HELD, WORKED = 0.4, 0.5  # of a layer's time where tokens are held: to hold them, and the method's own work
 
 
 def buffers(activations: Activations, *, held: bool, repair: bool) -> int:
@@ -146,6 +147,10 @@ class LayerView:
         """
         return self._stream.hold(self.index)
 
+    def advance(self, share: float) -> None:
+        """Report a share of the method's own work on held tokens as done, for the progress bar."""
+        self._stream.advance(WORKED * share)
+
 
 class Stream:
     """Text waiting between two layers; a context manager.
@@ -187,6 +192,7 @@ class Stream:
         self.tokens = sum(ids.numel() for ids in self.batches)
         self.options: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
         self.index = self.position = 0  # of the layer, and of the batch that is passing it
+        self.left = 1.0  # of the layer's work, for the progress bar
         self.passed = False  # whether the tokens have gone on from the layer of the last view
         self.scratch = None if folder is None else folder / WAITING
         self._drop()  # left by a process that was killed
@@ -242,10 +248,11 @@ class Stream:
             for state_BSD, hidden_BSD in zip(self.intact, self.waiting, strict=False):
                 state_BSD.copy_(hidden_BSD)
             for index in range(self.parent.L):
-                self.index, self.passed = index, False
+                self.index, self.passed, self.left = index, False, 1.0
                 yield LayerView(self.parent, index, generator, len(self.texts), self)
                 if not self.passed and index + 1 < self.parent.L:
                     self._on(lambda: self.model.layer(self.index))
+                self.advance(1.0)  # what the last layer's text did not pass
                 self.tokens_now = None
                 if self.activations == "dense":
                     self.waiting, self.beyond = self.beyond, self.waiting
@@ -264,17 +271,24 @@ class Stream:
             self._pass(make(), keep=True)
             return
         self.hold(self.index)  # a layer that was carved before a restart goes the same way
-        network = make().get_submodule(self._inside(self.index))
+        network, left = make().get_submodule(self._inside(self.index)), self.left
         for state_BSD, x_BSD in zip(self.waiting, self.inputs, strict=True):
             rest_BSD = state_BSD.to(self.parent.device).float()
             state_BSD.copy_(rest_BSD + network(x_BSD.to(self.parent.device)).float())
-            self._advance(state_BSD)
+            self.advance(left * self._share(state_BSD))
         self.passed = True
         del network
         give_back()
 
-    def _advance(self, state_BSD: Tensor) -> None:
-        self.bar.advance(state_BSD.shape[0] * state_BSD.shape[1] / self.parent.L)
+    def advance(self, share: float) -> None:
+        """Report a share of a layer's work as done; never more than the whole."""
+        share = min(share, self.left)
+        self.left -= share
+        self.bar.advance(share * self.tokens / self.parent.L)
+
+    def _share(self, state_BSD: Tensor) -> float:
+        """What a batch is of all tokens."""
+        return state_BSD.shape[0] * state_BSD.shape[1] / self.tokens
 
     def _pass(self, layer: nn.Module, *, keep: bool, which: Sequence[int] | None = None) -> None:
         """Run a layer over waiting batches, and ``keep`` its outputs for the next layer or not."""
@@ -286,7 +300,7 @@ class Stream:
             out_BSD = self._run(layer, state_BSD)
             if keep:
                 into[position].copy_(out_BSD)
-                self._advance(state_BSD)
+                self.advance(self._share(state_BSD))
         self.passed |= keep
         del layer
         give_back()
@@ -333,6 +347,7 @@ class Stream:
             self.inputs[position].copy_(seen.x)
             self.outputs[position].copy_(y_BSD)
             state_BSD.copy_(rest_BSD)
+            self.advance(HELD * self._share(state_BSD))
         del layer, rest, network
         give_back()
         weight_T = 1 / torch.cat(energies).clamp_min(1e-20)

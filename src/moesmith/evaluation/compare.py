@@ -14,7 +14,8 @@ from moesmith.data.overlap import warnings
 from moesmith.data.text import Domain, load_domains, overlaps, read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_tasks
-from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, lambada, wikitext2
+from moesmith.evaluation.likelihoods import lambada
+from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, wikitext2
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
 from moesmith.parent.vocabulary import refuse_ids, rows_of

@@ -71,23 +71,48 @@ def run_tasks(
     Returns:
         for each task its metrics and the number of ``items``; a registered tag gives a row for each of its tasks.
     """
+    result: dict[str, dict[str, float]] = {}
+    for name, found, task in _answered(model, tokenizer, tasks, limit, batch):
+        if isinstance(task, list):
+            result[name] = _pooled(found, task)
+        else:
+            rows = [name] if name in found["results"] else list(found["results"])
+            result |= {row: _metrics(found["results"][row]) for row in rows}
+    return result
+
+
+def run_items(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Found,
+    limit: int | None = None,
+    batch: int = 8,
+) -> dict[str, dict[str, list[float]]]:
+    """Run tasks as :func:`run_tasks` does, and return each item's score by task and metric, in the items' order."""
+    result: dict[str, dict[str, list[float]]] = {}
+    for name, found, _ in _answered(model, tokenizer, tasks, limit, batch):
+        samples = [sample for part in found["samples"].values() for sample in part]
+        metrics = [key for key, value in samples[0].items() if isinstance(value, int | float) and key != "doc_id"]
+        result[name] = {key: [float(sample[key]) for sample in samples] for key in metrics}
+    return result
+
+
+def _answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Found, limit: int | None, batch: int
+) -> Iterator[tuple[str, dict[str, Any], list[Task] | dict[str, Any]]]:
+    """Yield every task's name, the harness's raw result, and the task."""
     training = model.training
     with silenced():
         lm = language_model(model, tokenizer, batch)
         try:
-            result: dict[str, dict[str, float]] = {}
             for name, task in tasks.items():
                 lm.label = name
                 if isinstance(task, list):
-                    found = run(lm, {"tasks": local_tasks(task)}, share(limit, len(task)))
-                    result[name] = _pooled(found, task)
+                    yield name, run(lm, {"tasks": local_tasks(task)}, share(limit, len(task))), task
                 else:
-                    found = run(lm, task, limit)
-                    rows = [name] if name in found["results"] else list(found["results"])
-                    result |= {row: _metrics(found["results"][row]) for row in rows}
+                    yield name, run(lm, task, limit), task
         finally:
             model.train(training)
-    return result
 
 
 def run(lm: Any, tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:

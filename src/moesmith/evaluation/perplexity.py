@@ -1,4 +1,4 @@
-"""Measure how well a model predicts text: perplexity of blocks, domains and WikiText-2, and LAMBADA's last words.
+"""Measure how well a model predicts text: perplexity of blocks, of domains and of WikiText-2.
 
 The output head is applied to the hidden states of a few hundred tokens at a time, so that the logits
 of a window (tokens × vocabulary in fp32) never exist as a whole. Everything runs in evaluation mode, without autograd,
@@ -7,12 +7,11 @@ in the model's own dtype; probabilities are taken in fp32 and summed in double p
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +44,13 @@ def evaluating(model: Decoder) -> Iterator[None]:
         model.train(training)
 
 
-def _logits(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def logits_of(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield fp32 logits (≤ CHUNK, vocabulary) of the next token, chunk by chunk, each with the rows it belongs to."""
     head: Any = model.get_output_embeddings()
     chunk = CHUNK if hidden_TD.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, len(hidden_TD), chunk):
         part = slice(start, start + chunk)
         yield part, head(hidden_TD[part]).float()
-
-
-def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    """Compute the final hidden states (B, S, D)."""
-    return model.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state
 
 
 def token_nll(
@@ -79,7 +73,7 @@ def token_nll(
     """
     shown = meter(label, blocks.numel()) if label else nullcontext(bar)
     with shown as progress:
-        return _nlls(model, [blocks], batch, progress)[0]
+        return token_nlls(model, [blocks], batch, bar=progress)[0]
 
 
 class Listener(Protocol):
@@ -92,9 +86,15 @@ class Listener(Protocol):
         """Return what to enter around a layer's work (``layerwise.Visit``)."""
 
 
-def _nlls(
-    model: Decoder, texts: Sequence[Tensor], batch: int, bar: Meter | None, listener: Listener | None = None
+def token_nlls(
+    model: Decoder,
+    texts: Sequence[Tensor],
+    batch: int = 8,
+    *,
+    bar: Meter | None = None,
+    listener: Listener | None = None,
 ) -> list[Tensor]:
+    """Compute :func:`token_nll` of several texts; a ``listener`` watches the layers in the same pass."""
     return halving("perplexity", model.device, batch, lambda rows: _text_nlls(model, texts, rows, bar, listener))
 
 
@@ -120,7 +120,7 @@ def _text_nlls(
             targets_T = rows_BS[:, 1:].flatten().to(hidden_TD.device)
             found = [
                 F.cross_entropy(logits_CV, targets_T[part], reduction="none")
-                for part, logits_CV in _logits(model, hidden_TD)
+                for part, logits_CV in logits_of(model, hidden_TD)
             ]
             out_BS.copy_(torch.cat(found).view_as(out_BS))  # the batch's only wait for the device
     return nlls
@@ -154,7 +154,7 @@ def perplexities(
     """
     shown = nullcontext(bar) if bar is not None else meter(label, sum(ids.numel() for ids in blocks.values()))
     with shown as progress:
-        nlls = _nlls(model, list(blocks.values()), batch, progress, listener)
+        nlls = token_nlls(model, list(blocks.values()), batch, bar=progress, listener=listener)
     return {name: _exp_mean(nll) for name, nll in zip(blocks, nlls, strict=True)}
 
 
@@ -180,7 +180,7 @@ def domain_perplexities(
     return perplexities(model, blocks, batch)
 
 
-def _field(record: Record, name: str, path: Path, number: int) -> str:
+def text_field(record: Record, name: str, path: Path, number: int) -> str:
     value = record.get(name)
     if not isinstance(value, str):
         raise MoesmithError(f"{path}: record {number} has no text under {name!r}", "Fix or remove the record.")
@@ -193,7 +193,7 @@ def wikitext2_text(path: Path) -> str:
     The records of ``path``, concatenated, are the raw file. The usual loader yields one row per line, with its line
     end unless the line is blank, and every published script joins those rows with ``"\\n\\n"``.
     """
-    raw = "".join(_field(r, "text", path, n) for n, r in enumerate(read_records(path), 1))
+    raw = "".join(text_field(r, "text", path, n) for n, r in enumerate(read_records(path), 1))
     lines = raw.split("\n")
     ends = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
     return "\n\n".join(line if line.strip() else "" for line in ends)
@@ -223,183 +223,32 @@ def wikitext2(
     Raises:
         MoesmithError: the file is missing or malformed, or the text is shorter than a window.
     """
-    text = wikitext2_text(records_file(data, "wikitext2.test"))
-    stream = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
     longest = context_length(model, tokenizer)
     if beyond := [w for w in windows if w > longest]:
         say(f"wikitext2: windows {beyond} are longer than the model's context of {longest} tokens and were left out")
+    stream = _wikitext2_stream(tokenizer, data, tokens)
     result = {}
     for window in (w for w in windows if w <= longest):
-        blocks = stream[: len(stream) // window * window].view(-1, window)
         rows = max(1, batch * WINDOW // window)
-        result[window] = perplexity(model, blocks, rows, label=f"wikitext2 at {window}")
+        result[window] = perplexity(model, _in_windows(stream, window), rows, label=f"wikitext2 at {window}")
     return result
+
+
+def wikitext2_blocks(tokenizer: PreTrainedTokenizerBase, data: Path, window: int, tokens: int | None = None) -> Tensor:
+    """Cut the text of :func:`wikitext2` into windows, (N, window)."""
+    return _in_windows(_wikitext2_stream(tokenizer, data, tokens), window)
+
+
+def _wikitext2_stream(tokenizer: PreTrainedTokenizerBase, data: Path, tokens: int | None) -> Tensor:
+    text = wikitext2_text(records_file(data, "wikitext2.test"))
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
+
+
+def _in_windows(stream: Tensor, window: int) -> Tensor:
+    return stream[: len(stream) // window * window].view(-1, window)
 
 
 def context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the most tokens that the model was made for (as its config says, else its tokenizer, else 2048)."""
     length = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
     return int(length) if length < 1e9 else 2048  # a tokenizer without a limit says 1e30
-
-
-class Likelihood(NamedTuple):
-    """How likely a model finds a continuation after its context."""
-
-    total: float  # log-probability of the whole continuation, nats
-    greedy: bool  # every token of it is the most likely one
-    truncated: int  # tokens cut off the left of the context because both were longer than the model's context
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """Turn context and continuation into token ids, split as lm-evaluation-harness splits them.
-
-    Spaces at the end of a context move to the continuation, and both are tokenized together; the tokens after as many
-    as the context alone has are the continuation. An empty context is replaced by bos (or eos).
-    """
-    moved = [(c.rstrip(), c[len(c.rstrip()) :] + continuation) for c, continuation in pairs]
-    contexts = list(dict.fromkeys(context for context, _ in moved if context))
-    lengths = dict(zip(contexts, map(len, _ids(tokenizer, contexts)), strict=True))
-    wholes = _ids(tokenizer, [context + continuation for context, continuation in moved])
-    encoded = []
-    for (context, continuation), whole in zip(moved, wholes, strict=True):
-        if context:
-            before, after = whole[: lengths[context]], whole[lengths[context] :]
-        else:
-            after = tokenizer.encode(continuation, add_special_tokens=False)
-            first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            before, after = ([first], after) if after[:1] != [first] else (after[:1], after[1:])
-        if not before or not after or before == [None]:
-            raise MoesmithError(
-                f"The tokenizer leaves nothing to predict in {continuation!r} after {context[-40:]!r}",
-                "Fix or remove the record.",
-            )
-        encoded.append((before, after))
-    return encoded
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
-
-
-def log_likelihoods(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
-    batch: int = 8,
-    *,
-    label: str | None = None,
-) -> list[Likelihood]:
-    """Compute each continuation's log-likelihood after its context, token for token as lm-evaluation-harness does.
-
-    Pairs whose input is the same (all but the last token) share one row; rows go through the model longest first.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        pairs: (context, continuation) texts; the space between them belongs to the continuation.
-        batch: sequences of 512 tokens per forward pass; more if they are shorter.
-        label: show progress under this name.
-
-    Raises:
-        MoesmithError: a continuation has no token of its own, or more tokens than the model's context.
-    """
-
-    def run(rows: int) -> list[Likelihood]:
-        return _likelihoods(model, tokenizer, pairs, rows, label)
-
-    return halving(label or "log-likelihoods", model.device, batch, run)
-
-
-def _likelihoods(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
-    batch: int,
-    label: str | None,
-) -> list[Likelihood]:
-    longest, known = context_length(model, tokenizer), rows_of(model)
-    cut: list[int] = []
-    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input → the pairs it serves, each with its tokens
-    for index, (before, after) in enumerate(_encode(tokenizer, pairs)):
-        if len(after) > longest:
-            raise MoesmithError(
-                f"A continuation of {len(after)} tokens is longer than the model's context of {longest}",
-                "Remove the record.",
-            )
-        refuse_ids(torch.tensor(before + after), known, "a record")
-        whole = (before + after)[-(longest + 1) :]
-        cut.append(len(before) + len(after) - len(whole))
-        rows.setdefault(tuple(whole[:-1]), []).append((index, after))
-
-    result: list[Likelihood] = [Likelihood(math.nan, False, 0)] * len(cut)
-    shown = meter(label, sum(map(len, rows))) if label else nullcontext()
-    with shown as bar, evaluating(model):
-        for inputs in _batches(sorted(rows, key=len, reverse=True), batch * WINDOW):
-            ids_BS = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.int64)
-            for row_S, ids in zip(ids_BS, inputs, strict=True):
-                row_S[: len(ids)] = torch.tensor(ids)  # padded on the right, which earlier tokens do not see
-            asked = [(row, index, after) for row, ids in enumerate(inputs) for index, after in rows[ids]]
-            wanted_T3 = torch.tensor(
-                [
-                    (row, len(inputs[row]) - len(after) + k, token)
-                    for row, _, after in asked
-                    for k, token in enumerate(after)
-                ]
-            )
-            row_T, position_T, target_T = wanted_T3.to(model.device).T
-            log_T, greedy_T = _score(model, _hidden(model, ids_BS)[row_T, position_T], target_T)
-            sizes = [len(after) for _, _, after in asked]
-            for (_, index, _), log, greedy in zip(asked, log_T.split(sizes), greedy_T.split(sizes), strict=True):
-                result[index] = Likelihood(float(log.double().sum()), bool(greedy.all()), cut[index])
-            if bar is not None:
-                bar.advance(sum(map(len, inputs)))
-    return result
-
-
-def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute each target's log-probability (T) and whether it is the most likely token (T), on the CPU."""
-    log, greedy = [], []
-    for part, logits_CV in _logits(model, hidden_TD):
-        target_C = target_T[part]
-        log.append(-F.cross_entropy(logits_CV, target_C, reduction="none"))
-        greedy.append(logits_CV.argmax(-1) == target_C)
-    return torch.cat(log).cpu(), torch.cat(greedy).cpu()
-
-
-def _batches(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Split ``inputs``, longest first, into batches that fill at most ``tokens`` when padded to their first."""
-    start = 0
-    while start < len(inputs):
-        stop = start + max(1, tokens // len(inputs[start]))
-        yield inputs[start:stop]
-        start = stop
-
-
-def lambada(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None = None, batch: int = 8
-) -> dict[str, Any]:
-    """Compute LAMBADA: perplexity of the last word, exp(−mean log-likelihood of whole words), and greedy accuracy.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        data: folder that holds ``lambada.test.jsonl`` with ``context`` and ``target``.
-        limit: use only this many items, the first ones.
-        batch: sequences of 512 tokens per forward pass.
-
-    Returns:
-        ``perplexity``, ``acc`` (as the harness task lambada_openai defines them) and ``items``.
-
-    Raises:
-        MoesmithError: the file is missing or malformed.
-    """
-    path = records_file(data, "lambada.test")
-    records = read_records(path)[:limit]
-    pairs = [(_field(r, "context", path, n), " " + _field(r, "target", path, n)) for n, r in enumerate(records, 1)]
-    scores = log_likelihoods(model, tokenizer, pairs, batch, label="lambada")
-    mean = statistics.fmean(s.total for s in scores)
-    return {
-        "perplexity": float(torch.tensor(-mean, dtype=torch.float64).exp()),
-        "acc": statistics.fmean(s.greedy for s in scores),
-        "items": len(scores),
-    }

@@ -107,6 +107,7 @@ class Token(Carver):
             found, outcome = reconstruct(start, tokens, rows_N, spec, view.generator)
             outcomes.append(outcome)
             routed.append(as_expert(view.parent, kept, found, trained=found is not start))
+            view.advance(1 / spec.experts)
         self.report(ids_T, outcomes)
         return Layer(routed, Linear(router_ED))
 

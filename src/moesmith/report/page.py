@@ -52,7 +52,7 @@ def write_report(run: str | Path, output: str | Path | None = None, *, overwrite
     output = Path(output) if output is not None else own
     overwrite = overwrite or real(output) == real(own)
     check_result(output, Path(run), overwrite=overwrite)
-    template = _template()
+    template = template_of("moesmith.report", "page.html")
     with new_file(output, overwrite=overwrite) as work:
         write_text(work, _page(Source(Run(Path(run)), work.parent / "figures"), template))
     return output
@@ -91,7 +91,12 @@ def _section(build: Callable[[Source], dict[str, Any]], source: Source, sentence
         return {"absent": f"This part could not be read ({error})."}
 
 
-def _template() -> Any:
+def template_of(package: str, name: str) -> Any:
+    """Load a package's template, with the filters and the style of every page.
+
+    Raises:
+        MoesmithError: matplotlib or jinja2 is not installed.
+    """
     try:
         import matplotlib  # noqa: F401
         from jinja2 import Environment
@@ -100,13 +105,9 @@ def _template() -> Any:
         raise MoesmithError("the report needs matplotlib and jinja2", "pip install 'moesmith[report]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "percent": percent, "duration": duration, "big": big}
-    environment.globals |= {"css": Markup(_own("page.css")), "script": Markup(_own("page.js"))}
-    return environment.from_string(_own("page.html"))
-
-
-def _own(name: str) -> str:
-    """Read a file next to this module."""
-    return (files("moesmith.report") / name).read_text(encoding="utf-8")
+    own = {part: (files("moesmith.report") / f"page.{part}").read_text(encoding="utf-8") for part in ("css", "js")}
+    environment.globals |= {"css": Markup(own["css"]), "script": Markup(own["js"])}
+    return environment.from_string((files(package) / name).read_text(encoding="utf-8"))
 
 
 def _line(expert: int) -> str:

@@ -38,6 +38,7 @@ from moesmith.files.artefact import (
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
 from moesmith.run.folder import Run
 from moesmith.run.legacy import Legacy, upgraded
+from moesmith.run.memory import peak_memory
 from moesmith.run.recipe import Recipe, parse
 from moesmith.run.step import Job, Step
 from moesmith.run.versions import version_changes, versions
@@ -174,13 +175,15 @@ class Pipeline(Run):
         if changed := version_changes(begun[1], now):
             say(f"[{name}] was begun by other versions and goes on ({changed})")
         started = time.monotonic()
-        metrics = dict(step.make(job, work))
+        with peak_memory() as peak:
+            metrics = dict(step.make(job, work))
         seconds = round(time.monotonic() - started, 1)
         manifest = {"format": FORMAT, "stage": name, "key": key, "needs": list(step.needs), "settings": settings}
         manifest |= {"version": step.version, "title": step.title, "headline": step.headline(metrics)}
         manifest |= {"seed": self.recipe.seed, "inputs": self.inputs, "versions": now}
         manifest |= {"begun_by": begun[1]} if changed else {}
-        commit(work, final, manifest | {"seconds": seconds, "metrics": metrics}, drop=WORKING)
+        manifest |= {"seconds": seconds, "memory": peak.host, "device_memory": peak.device, "metrics": metrics}
+        commit(work, final, manifest, drop=WORKING)
         self.__dict__.pop("manifests", None)
         say(f"[{name}] {seconds:,.1f} s")
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BUDGETS = ("demo", "small", "paper")
 DEFAULT = "dive"  # the method of a recipe that names none
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # a date that does not exist, brackets a thousand deep
+DECIDING = ("carve.method=", "carve.start=")  # which sections a recipe has
 # settings that had other names or places in version 0.1, and what to write now
 RENAMED = {"masks.start": "carve.start.method (with carve.method tomoe)"}
 
@@ -296,6 +297,19 @@ def keys(kind: type[Recipe]) -> list[str]:
         else:
             found.append(name)
     return found
+
+
+def applicable(name: str | Path, given: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Return those of ``settings`` that a recipe has, in their order: what recipes of several methods have in common.
+
+    Args:
+        name: of the preset, method or file.
+        given: all settings that it gets; one that chooses the method decides what it has.
+        settings: ``section.key=value``.
+    """
+    deciding = [setting for setting in given if setting.startswith(DECIDING)]
+    mine = set(keys(kind_of(load_recipe(name, None, deciding).model_dump())))
+    return [setting for setting in settings if setting.partition("=")[0] in mine]
 
 
 def _check_key(key: str, kind: type[Recipe]) -> None:

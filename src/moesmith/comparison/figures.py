@@ -1,0 +1,78 @@
+"""Figures of a comparison: each row's distance from the parent, and the frontier of quality and size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moesmith.report import style
+from moesmith.report.style import INK, MUTED, SIZE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MARKS = ("o", "s", "D", "^", "v")
+COLOURS = (style.BLUE, style.ORANGE, style.TEAL, *style.EXPERT_COLOURS[3:])
+
+
+def ratios_figure(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> Figure:
+    """Draw perplexity over the parent's, a line per row and a mark with its interval per group of domains."""
+    figure = style.new_figure(style.WIDTH * 0.8, 1.3 + 0.36 * len(rows))
+    axes = figure.add_subplot()
+    style.dress(axes, "perplexity ÷ parent's (log scale; bars: 95 % interval over windows)", grid="x")
+    step = 0.5 / max(1, len(groups))
+    for place, group in enumerate(groups):
+        ys = [-index + 0.25 - step * (place + 0.5) for index in range(len(rows))]
+        values = [row["groups"][group]["value"] for row in rows]
+        below = [max(0.0, row["groups"][group]["value"] - row["groups"][group]["low"]) for row in rows]
+        above = [max(0.0, row["groups"][group]["high"] - row["groups"][group]["value"]) for row in rows]
+        axes.errorbar(
+            values, ys, xerr=[below, above], fmt=MARKS[place % len(MARKS)], color=COLOURS[place % len(COLOURS)],
+            markersize=5.5, elinewidth=1.2, label=group,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    ticks(axes.xaxis, [row["groups"][group][end] for row in rows for group in groups for end in ("low", "high")])
+    axes.set_yticks([-index for index in range(len(rows))], [style.plain(row["title"]) for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.axvline(1, color=MUTED, linewidth=1)
+    if len(groups) > 1:
+        style.legend(figure, loc="outside upper left", ncols=len(groups))
+    return figure
+
+
+def frontier_figure(rows: Sequence[Mapping[str, Any]], group: str) -> Figure:
+    """Draw a group's perplexity over the parent's against active parameters; a disc's area is the total."""
+    figure = style.new_figure(style.WIDTH * 0.8, 4.6)
+    axes = figure.add_subplot()
+    style.dress(
+        axes,
+        "active parameters, millions",
+        f"{style.plain(group)}: perplexity ÷ parent's (log scale)",
+        "Quality, active and total parameters (area of a disc: total)",
+        grid="both",
+    )
+    largest = max(row["parameters_total"] for row in rows)
+    for index, row in enumerate(rows):
+        x, y = row["parameters_active"] / 1e6, row["groups"][group]["value"]
+        hue = COLOURS[index % len(COLOURS)]
+        axes.scatter(x, y, s=620 * row["parameters_total"] / largest, color=hue, alpha=0.35, linewidth=0)
+        axes.scatter(x, y, s=9, color=INK, linewidth=0)
+        axes.annotate(
+            style.plain(row["title"]), (x, y), xytext=(14, 0), textcoords="offset points", fontsize=SIZE - 1,
+            color=INK, va="center",
+        )  # fmt: skip
+    axes.set_yscale("log")
+    ticks(axes.yaxis, [row["groups"][group]["value"] for row in rows])
+    low, high = axes.get_xlim()
+    axes.set_xlim(low - 0.04 * (high - low), high + 0.35 * (high - low))  # room for the names
+    return figure
+
+
+def ticks(axis: Any, values: Sequence[float]) -> None:
+    """Write plain numbers on a logarithmic axis, close together where its range is small."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    wide = max(values) / max(min(values), 1e-9) > 20
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(7))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))

@@ -1,0 +1,162 @@
+"""What a comparison is: a parent, text, rows that are conversions, and what is measured of each; a YAML file.
+
+A row may vary settings: ``vary: {carve.ratio: [0.75, 0.5], seed: [1, 2, 3]}`` stands for six conversions. Those that
+differ in their seed alone are one row of the table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from moesmith.errors import MoesmithError
+from moesmith.run.recipe import applicable
+from moesmith.run.settings import Section
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+SEED = "seed"
+
+
+class Measure(Section):
+    """What is measured of every row, and of the parent."""
+
+    domains: dict[str, list[str]] = Field({}, description="groups of domains by title; their evaluation splits")
+    tokens: int = Field(6144, ge=1, description="tokens per domain, at most")
+    window: int = Field(512, ge=2, description="tokens per window, of domains and of WikiText-2")
+    wikitext2: int = Field(0, ge=0, description="tokens of WikiText-2; 0 leaves it out")
+    lambada: int = Field(0, ge=0, description="passages of LAMBADA; 0 leaves it out")
+    tasks: list[str] = Field([], description="multiple-choice tasks")
+    limit: int | None = Field(None, ge=1, description="items per task; all if left out")
+
+    @property
+    def names(self) -> list[str]:
+        """The domains of all groups."""
+        return list(dict.fromkeys(name for group in self.domains.values() for name in group))
+
+
+class RowSection(Section):
+    """A row: a recipe to convert by, or a finished run."""
+
+    name: str = Field(description="of its folder")
+    title: str = Field("", description="in tables; the name if left out")
+    recipe: str = Field("", description="a preset, a method's name or a YAML file")
+    run: str = Field("", description="a finished run of the same parent, in place of a recipe")
+    settings: list[str] = Field([], description="section.key=value on top of the recipe and the comparison's settings")
+    vary: dict[str, list[Any]] = Field({}, description="values of settings, one conversion for each combination")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if bool(self.recipe) == bool(self.run):
+            raise ValueError("give a row either a recipe or a run")
+        if self.run and (self.settings or self.vary):
+            raise ValueError("a finished run has its settings; leave settings and vary out")
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} is no name: letters, digits, and . _ + - after the first")
+        if empty := [key for key, values in self.vary.items() if not values]:
+            raise ValueError(f"vary.{empty[0]} has no values")
+        return self
+
+
+class Spec(Section):
+    """A comparison."""
+
+    title: str = "comparison"
+    model: str = Field("", description="the parent; may be given on the command line")
+    data: str = Field("", description="the data source; may be given on the command line")
+    budget: str | None = Field(None, description="demo, small or paper")
+    settings: list[str] = Field([], description="section.key=value of every row whose recipe has it")
+    measure: Measure = Measure()
+    rows: list[RowSection] = Field(min_length=1)
+    keep: bool = Field(True, description="keep the models of rows that are measured")
+    baseline: str = Field("", description="the row that others are tested against; the first if left out")
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [conversion.name for conversion in self.conversions()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two rows are called {twice[0]}")
+        if self.baseline and self.baseline not in {conversion.row for conversion in self.conversions()}:
+            raise ValueError(f"there is no row {self.baseline!r} for a baseline")
+        if not self.measure.domains:
+            raise ValueError("measure.domains names no group of domains")
+        return self
+
+    def conversions(self) -> Iterator[Conversion]:
+        """Yield every conversion of every row."""
+        for row in self.rows:
+            for values in itertools.product(*row.vary.values()):
+                chosen = dict(zip(row.vary, values, strict=True))
+                others = {key: value for key, value in chosen.items() if key != SEED}
+                suffix = "".join(f"-{key.rpartition('.')[2]}-{value}" for key, value in others.items())
+                title = ", ".join([row.title or row.name, *(f"{key} {value}" for key, value in others.items())])
+                seed = f"-seed-{chosen[SEED]}" if SEED in chosen else ""
+                own = [*row.settings, *(f"{key}={value}" for key, value in chosen.items())]
+                yield Conversion(
+                    row.name, row.name + suffix, row.name + suffix + seed, title, row.recipe, row.run, tuple(own)
+                )
+
+    def settings_of(self, conversion: Conversion) -> list[str]:
+        """Return all settings of a conversion: those of the comparison that its recipe has, and its own."""
+        common = applicable(conversion.recipe, [*self.settings, *conversion.settings], self.settings)
+        return [*common, *conversion.settings]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One conversion.
+
+    Attributes:
+        of: the specification's row.
+        row: the row of the table that it belongs to; several seeds share one.
+        name: of its folder.
+        title: of its row.
+        recipe: what it converts by; or
+        run: a finished run.
+        settings: its own.
+    """
+
+    of: str
+    row: str
+    name: str
+    title: str
+    recipe: str
+    run: str
+    settings: tuple[str, ...]
+
+
+def load_spec(path: str | Path, only: Sequence[str] = ()) -> Spec:
+    """Read a specification.
+
+    Args:
+        path: a YAML file.
+        only: rows to keep, as its ``rows`` name them; all if left out.
+
+    Raises:
+        MoesmithError: there is no such file, an unknown key, or a value that does not fit.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Give a YAML file.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MoesmithError(f"{path} is not YAML: {str(error).splitlines()[0]}", "Fix it.") from error
+    if not isinstance(values, dict):
+        raise MoesmithError(f"{path} holds no comparison", "See docs/commands/compare.md.")
+    try:
+        spec = Spec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "comparison"
+        said = first["msg"].removeprefix("Value error, ")
+        raise MoesmithError(f"{path}: {where}: {said}", "See docs/commands/compare.md.") from error
+    if unknown := sorted(set(only) - {row.name for row in spec.rows}):
+        known = ", ".join(row.name for row in spec.rows)
+        raise MoesmithError(f"{path} has no row {unknown[0]!r}", f"Choose of {known}.")
+    return spec

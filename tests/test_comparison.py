@@ -1,0 +1,273 @@
+"""Comparisons: many conversions on one footing, their table, its intervals and tests."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from golden import ASSETS
+from scipy import stats
+
+from moesmith.comparison.compare import compare
+from moesmith.comparison.spec import Spec, load_spec
+from moesmith.comparison.statistics import interval, mean, p_value
+from moesmith.data.text import evaluation_blocks, load_domains
+from moesmith.errors import MoesmithError
+from moesmith.evaluation.harness import find_tasks, run_items, run_tasks
+from moesmith.evaluation.perplexity import geometric_mean, perplexities
+from moesmith.files.artefact import read_json, write_json
+from moesmith.parent.load import load_parent
+from moesmith.run.folder import open_run
+
+MODEL, DATA = str(ASSETS / "parents" / "llama"), str(ASSETS / "text")
+SETTINGS = [
+    *("domains.tokens=512", "domains.window=32", "evaluate.tokens=256", "evaluate.window=64"),
+    *("affinity.tokens=256", "affinity.window=32", "stage1.tokens=0", "stage2.tokens=0"),
+]
+ROWS: list[dict[str, Any]] = [
+    {"name": "static", "title": "static | mask", "recipe": "flap-static"},
+    {"name": "dive", "recipe": "dive-1of8", "settings": ["carve.experts=2"], "vary": {"seed": [1, 2]}},
+    {"name": "token", "recipe": "token", "settings": ["carve.experts=2"], "vary": {"carve.ratio": [0.5, 0.25]}},
+]
+VALUES: dict[str, Any] = {
+    "title": "tiny",
+    "settings": SETTINGS,
+    "measure": {"domains": {"all": ["beast", "count", "sum"], "one": ["place"]}, "tokens": 512, "window": 64},
+    "rows": ROWS,
+}
+
+
+def spec(**changes: Any) -> Spec:
+    return Spec.model_validate(VALUES | changes)
+
+
+def written(folder: Path, values: Any) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    return out, compare(spec(), out, model=MODEL, data=DATA, dtype="fp32")
+
+
+def row(result: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(each for each in result["rows"] if each.get("name") == name)
+
+
+def test_numbers_are_those_of_the_models(made: tuple[Path, dict[str, Any]]) -> None:
+    out, result = made
+    parent = load_parent(MODEL, "fp32")
+    domains = load_domains(DATA, ["beast", "count", "sum"])
+    blocks = {d.name: evaluation_blocks(d, parent.tokenizer, 512, 64).blocks for d in domains}
+    dense = geometric_mean(perplexities(parent.decoder, blocks).values())
+    moe = geometric_mean(perplexities(open_run(out / "runs" / "static").load(parent), blocks).values())
+    found = row(result, "static")["groups"]["all"]
+    assert found["value"] == pytest.approx(moe / dense, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(moe, rel=1e-5)
+    assert found["low"] < found["value"] < found["high"]
+    assert "p" not in found  # the baseline is not tested against itself
+    assert result["rows"][0]["groups"]["all"] == {
+        "value": 1.0, "low": 1.0, "high": 1.0, "perplexity": pytest.approx(dense, rel=1e-5),
+    }  # fmt: skip
+
+
+def test_seeds_are_one_row(made: tuple[Path, dict[str, Any]]) -> None:
+    out, result = made
+    found = row(result, "dive")
+    assert found["seeds"] == 2
+    each = [read_json(out / "rows" / f"dive-seed-{seed}.json")["measured"]["windows"] for seed in (1, 2)]
+    dense = read_json(out / "rows" / "parent.json")["measured"]["windows"]
+    names = ("beast", "count", "sum")
+    ratios = [math.exp(np.mean([np.mean(one[n]) - np.mean(dense[n]) for n in names])) for one in each]
+    assert found["groups"]["all"]["value"] == pytest.approx(math.sqrt(math.prod(ratios)), rel=1e-9)
+    assert found["groups"]["all"]["spread"] == pytest.approx(np.std(ratios, ddof=1), rel=1e-6)
+    assert 0 < found["groups"]["all"]["p"] <= 1
+
+
+def test_facts_are_the_runs(made: tuple[Path, dict[str, Any]]) -> None:
+    _, result = made
+    assert row(result, "token-ratio-0.5")["ffn_active"] == 0.5
+    assert row(result, "token-ratio-0.25")["ffn_active"] == 0.75
+    found = row(result, "token-ratio-0.25")
+    assert found["experts"] == 2
+    assert found["calibration_tokens"] == 4 * 512
+    assert found["training_tokens"] == 0
+    assert found["memory"] > 0
+    assert found["parameters_total"] > result["rows"][0]["parameters_total"] > found["parameters_active"] * 0.5
+
+
+def test_files_say_the_same(made: tuple[Path, dict[str, Any]]) -> None:
+    out, result = made
+    rows = list(csv.DictReader((out / "comparison.csv").open(encoding="utf-8")))
+    assert [r["title"] for r in rows] == [r["title"] for r in result["rows"]]
+    assert float(rows[1]["groups.all.value"]) == result["rows"][1]["groups"]["all"]["value"]
+    text = (out / "comparison.md").read_text(encoding="utf-8")
+    assert "static \\| mask" in text
+    assert len({line.replace("\\|", "").count("|") for line in text.split("\n\n")[0].splitlines()}) == 1
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert "static | mask" in page
+    assert page.count("<svg") == 2
+    assert "http" not in page.replace("http://www.w3.org", "")  # one self-contained file
+    assert json.loads((out / "comparison.json").read_text(encoding="utf-8"))["rows"] == result["rows"]
+
+
+def test_what_is_finished_stays(made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, result = made
+
+    def fail(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr("moesmith.comparison.compare.convert", fail)
+    assert compare(spec(), out, model=MODEL, data=DATA)["rows"] == result["rows"]  # in the dtype that it began in
+    few = compare(spec(), out, model=MODEL, data=DATA, only="dive")
+    assert few["rows"] == result["rows"]
+
+
+def test_a_lost_row_is_measured_again(made: tuple[Path, dict[str, Any]]) -> None:
+    out, result = made
+    (out / "rows" / "static.json").unlink()
+    assert compare(spec(), out, model=MODEL, data=DATA)["rows"] == result["rows"]
+
+
+def test_a_row_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path) -> None:
+    rows = [{"name": "wide", "recipe": "dive-1of8", "settings": ["carve.experts=64"]}, ROWS[0]]
+    result = compare(spec(rows=rows, baseline="static"), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
+    assert "64" in result["rows"][1]["refused"]
+    assert result["rows"][2]["groups"]["all"]["value"] > 0
+    assert "refused: " in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_models_can_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    result = compare(spec(rows=ROWS[:1], keep=False), out, model=MODEL, data=DATA, dtype="fp32")
+    assert not (out / "runs" / "static" / "model").exists()
+    assert not (out / "runs" / "static" / "stages" / "carve").exists()
+    assert (out / "runs" / "static" / "stages" / "domains").is_dir()
+    monkeypatch.setattr("moesmith.comparison.compare.convert", None)  # measured rows are not converted again
+    assert compare(spec(rows=ROWS[:1], keep=False), out, model=MODEL, data=DATA)["rows"] == result["rows"]
+
+
+def test_a_finished_run_is_a_row(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, result = made
+    rows = [{"name": "mine", "run": str(out / "runs" / "static")}]
+    found = compare(spec(rows=rows), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
+    assert row(found, "mine")["groups"] == row(result, "static")["groups"]
+    with pytest.raises(MoesmithError, match="another parent"):
+        compare(spec(rows=rows), tmp_path / "out", model=str(ASSETS / "parents" / "qwen3"), data=DATA)
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(MoesmithError, match="holds no comparison"):
+        compare(spec(), tmp_path, model=MODEL, data=DATA)
+
+
+def test_items_are_the_tasks_scores(tmp_path: Path) -> None:
+    records = [{"question": f"cat {n}", "choices": ["dog", "bird fish", "ant"], "answer": n % 3} for n in range(7)]
+    lines = "".join(json.dumps({"id": str(n)} | record) + "\n" for n, record in enumerate(records))
+    (tmp_path / "arc_easy.test.jsonl").write_text(lines, encoding="utf-8")
+    parent = load_parent(MODEL, "fp32")
+    tasks = find_tasks(["arc_easy"], tmp_path)
+    items, means = (run(parent.model, parent.tokenizer, tasks, 5) for run in (run_items, run_tasks))
+    assert len(items["arc_easy"]["acc"]) == 5
+    for metric in ("acc", "acc_norm"):
+        assert np.mean(items["arc_easy"][metric]) == pytest.approx(means["arc_easy"][metric])
+
+
+def test_rows_vary() -> None:
+    found = [(c.row, c.name, c.title) for c in spec().conversions()]
+    assert found == [
+        ("static", "static", "static | mask"),
+        ("dive", "dive-seed-1", "dive"),
+        ("dive", "dive-seed-2", "dive"),
+        ("token-ratio-0.5", "token-ratio-0.5", "token, carve.ratio 0.5"),
+        ("token-ratio-0.25", "token-ratio-0.25", "token, carve.ratio 0.25"),
+    ]
+
+
+def test_a_row_takes_the_settings_that_it_has() -> None:
+    one = spec()
+    given = {c.name: one.settings_of(c) for c in one.conversions()}
+    assert "affinity.tokens=256" in given["dive-seed-1"]
+    assert "affinity.tokens=256" not in given["token-ratio-0.5"]
+    assert given["token-ratio-0.5"][-1] == "carve.ratio=0.5"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": []}, "rows: "),
+        ({"rows": [{"name": "a"}]}, "either a recipe or a run"),
+        ({"rows": [{"name": "a", "recipe": "token", "run": "b"}]}, "either a recipe or a run"),
+        ({"rows": [{"name": "a", "run": "b", "settings": ["seed=1"]}]}, "leave settings and vary out"),
+        ({"rows": [{"name": "../a", "recipe": "token"}]}, "is no name"),
+        ({"rows": [{"name": "a", "recipe": "token", "vary": {"seed": []}}]}, "vary.seed has no values"),
+        ({"rows": [ROWS[0], ROWS[0]]}, "two rows are called static"),
+        ({"baseline": "other"}, "no row 'other' for a baseline"),
+        ({"measure": {}}, "names no group"),
+        ({"colour": "red"}, "colour: "),
+    ],
+)
+def test_a_wrong_specification_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MoesmithError, match=message) as error:
+        load_spec(written(tmp_path, VALUES | changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("3", "holds no comparison")])
+def test_a_file_that_is_no_specification(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(MoesmithError, match=message):
+        load_spec(written(tmp_path, text))
+    with pytest.raises(MoesmithError, match="cannot be read"):
+        load_spec(tmp_path / "absent.yaml")
+    with pytest.raises(MoesmithError, match="has no row 'other'"):
+        load_spec(written(tmp_path, VALUES), ["other"])
+
+
+@pytest.mark.parametrize("name", ["token", "methods"])
+def test_examples_are_specifications(name: str) -> None:
+    one = load_spec(Path(__file__).parents[1] / "examples" / "comparisons" / f"{name}.yaml")
+    from moesmith.run.recipe import load_recipe
+
+    for conversion in one.conversions():
+        load_recipe(conversion.recipe, one.budget, one.settings_of(conversion))
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    generator, held = np.random.default_rng(3), 0
+    for trial in range(200):
+        strata = [generator.normal(centre, 1 + centre, 25) for centre in (0, 1, 2)]
+        found = interval(strata, trial)
+        held += found.low <= 1 <= found.high
+    assert 180 <= held <= 199  # 95 % of 200, four standard deviations either way
+
+
+def test_the_paired_test_is_the_permutation_test() -> None:
+    generator = np.random.default_rng(5)
+    strata = [generator.normal(0.4, 1, 6), generator.normal(0.4, 1, 6)]
+    # one stratum's weight is the other's, so that the mean of all is the same statistic
+    exact = stats.permutation_test(
+        (np.concatenate(strata), np.zeros(12)), lambda a, b: np.mean(a - b), permutation_type="samples"
+    )
+    assert p_value(strata) == pytest.approx(exact.pvalue, abs=0.03)
+    assert p_value([[0.0] * 9]) == 1
+    assert p_value([[1.0] * 30]) < 0.001
+
+
+def test_a_stratum_counts_as_one() -> None:
+    assert mean([[1.0] * 100, [3.0]]) == 2
+
+
+def test_a_newer_comparison_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "comparison.json", {"format": 99, "compute": "float32", "parent": "x"})
+    with pytest.raises(MoesmithError, match="newer moesmith"):
+        compare(spec(), tmp_path, model=MODEL, data=DATA)
