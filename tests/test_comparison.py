@@ -165,6 +165,18 @@ def test_a_finished_run_is_a_row(made: tuple[Path, dict[str, Any]], tmp_path: Pa
         compare(spec(rows=rows), tmp_path / "out", model=str(ASSETS / "parents" / "qwen3"), data=DATA)
 
 
+def test_rows_take_over_stages_of_other_runs(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, result = made
+    options: dict[str, Any] = {"model": MODEL, "data": DATA, "dtype": "fp32", "reuse": [out / "runs" / "static"]}
+    found = compare(spec(rows=ROWS[:1]), tmp_path / "out", **options)
+    assert row(found, "static")["groups"] == row(result, "static")["groups"]
+    assert f"[carve] taken over from {out / 'runs' / 'static'}" in capsys.readouterr().err.replace("\n", "")
+    with pytest.raises(MoesmithError, match="does not exist"):
+        compare(spec(rows=ROWS[:1]), tmp_path / "other", model=MODEL, data=DATA, reuse="absent")
+
+
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(MoesmithError, match="holds no comparison"):
@@ -233,7 +245,7 @@ def test_a_file_that_is_no_specification(tmp_path: Path, text: str, message: str
         load_spec(written(tmp_path, VALUES), ["other"])
 
 
-@pytest.mark.parametrize("name", ["token", "methods"])
+@pytest.mark.parametrize("name", ["token", "methods", "distillation"])
 def test_examples_are_specifications(name: str) -> None:
     one = load_spec(Path(__file__).parents[1] / "examples" / "comparisons" / f"{name}.yaml")
     from moesmith.run.recipe import load_recipe

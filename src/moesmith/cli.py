@@ -190,6 +190,7 @@ def compare(
     model: Annotated[str | None, typer.Option(help="the parent, in place of the file's")] = None,
     data: Annotated[str | None, typer.Option(help="data source, in place of the file's")] = None,
     only: Annotated[list[str], typer.Option(help="a row to convert now; repeatable")] = [],  # noqa: B006
+    reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -198,7 +199,8 @@ def compare(
     from moesmith.comparison.compare import compare as run_comparison
     from moesmith.comparison.table import show
 
-    result = run_comparison(spec, out_folder, model=model, data=data, only=only, dtype=dtype, device=device)
+    options: dict[str, Any] = {"only": only, "reuse": reuse, "dtype": dtype, "device": device}
+    result = run_comparison(spec, out_folder, model=model, data=data, **options)
     if as_json:
         show_json(result)
     else:

@@ -27,6 +27,7 @@ from moesmith.files.outputs import check_place, existing
 from moesmith.parent.compute import AUTO, Device, DType, long_name, named
 from moesmith.parent.load import Parent, load_parent
 from moesmith.run.folder import Run, open_run
+from moesmith.run.pipeline import check_reuse
 from moesmith.run.recipe import Recipe, load_recipe
 
 FORMAT = 1
@@ -112,6 +113,7 @@ def compare(
     model: str | Path | None = None,
     data: str | Path | None = None,
     only: str | Sequence[str] | None = (),
+    reuse: str | Path | Sequence[str | Path] | None = (),
     dtype: DType = AUTO,
     device: Device = AUTO,
 ) -> dict[str, Any]:
@@ -126,6 +128,7 @@ def compare(
         model: the parent, in place of the specification's.
         data: the data source, in place of the specification's.
         only: rows to convert now; the table shows all that are finished.
+        reuse: other runs whose finished stages rows may take over.
         dtype: what all rows compute in; a comparison that is continued keeps its own.
         device: where.
 
@@ -142,7 +145,7 @@ def compare(
     source, text = path_text("model", model or spec.model), path_text("data", data or spec.data)
     out = path_of("out", out)
     check_place(out, existing(source, text, *([] if isinstance(names, Spec) else [str(names)])))
-    before = _begun(out)
+    before, others = _begun(out), check_reuse(several("reuse", reuse))
     recipes = {
         c.name: load_recipe(c.recipe, spec.budget, spec.settings_of(c)) if c.recipe else None
         for c in spec.conversions()
@@ -169,7 +172,7 @@ def compare(
                 continue
             done = [path.parent for path in sorted(out.glob("runs/*/run.json")) if path.parent.name != conversion.name]
             try:
-                found.append((conversion, comparison.row(conversion, recipe, done)))
+                found.append((conversion, comparison.row(conversion, recipe, [*done, *others])))
             except MoesmithError as error:
                 say(f"{conversion.title}: {error}")
                 found.append((conversion, {"refused": str(error)}))
