@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from moesmith.data.sampling import packed_windows
 from moesmith.data.text import Domain, as_text, evaluation_blocks, pack, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -222,6 +223,20 @@ def test_training_mixes_evenly_repeats_where_needed_and_says_so() -> None:
     again = training_blocks([large, small, third], PLAIN, 16 * 31, 16, seed=5)
     assert torch.equal(packed.blocks, again.blocks)
     assert not torch.equal(packed.blocks, training_blocks([large, small, third], PLAIN, 16 * 31, 16, seed=6).blocks)
+
+
+def test_training_begins_with_what_was_not_calibrated() -> None:
+    source = Domain("d", tuple({"text": chr(48 + n) * 12} for n in range(40)), ())
+    calibrated = packed_windows(source, PLAIN, 13 * 20, 13, 7)  # a window is a record and its end
+    packed = training_blocks([source], PLAIN, 13 * 20, 13, seed=7, calibrated=7)
+    read = {tuple(row) for row in calibrated.tolist()}, {tuple(row) for row in packed.blocks.tolist()}
+    assert len(read[0] | read[1]) == 40
+    assert not read[0] & read[1]
+    same = training_blocks([source], PLAIN, 13 * 20, 13, seed=7)  # the same seed alone reads the same records
+    assert {tuple(row) for row in same.blocks.tolist()} == read[0]
+    more = training_blocks([source], PLAIN, 13 * 60, 13, seed=7, calibrated=7)
+    assert len({tuple(row) for row in more.blocks.tolist()}) == 40
+    assert more.epochs == {"d": 1.5}
 
 
 def test_a_repeated_domain_reads_every_record_once_per_epoch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from array import array
@@ -86,9 +87,7 @@ def packed_windows(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens: i
         MoesmithError: fewer tokens asked for, or in the domain, than one window.
     """
     limit = _whole_windows(tokens, window) * window
-    records = list(domain.calibration)
-    random.Random(f"{seed}:{domain.name}").shuffle(records)
-    packed = pack(map(whole, records), tokenizer, window, limit)
+    packed = pack(map(whole, _shuffled(domain, seed)), tokenizer, window, limit)
     if not len(packed.blocks):
         raise _too_few(domain.name, "calibration", packed.tokens, window)
     return packed.blocks
@@ -212,12 +211,26 @@ def evaluation_blocks(domain: Domain, tokenizer: PreTrainedTokenizerBase, tokens
 
 
 def training_blocks(
-    domains: Sequence[Domain], tokenizer: PreTrainedTokenizerBase, tokens: int, window: int, seed: int
+    domains: Sequence[Domain],
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    window: int,
+    seed: int,
+    calibrated: int | None = None,
 ) -> Packed:
     """Mix the calibration splits evenly: as many blocks from each domain (to within one), shuffled.
 
     A block holds records of one domain. A domain with too little text is read again, in another order;
     ``Packed.epochs`` says how often each was read.
+
+    Args:
+        domains: their calibration splits are used.
+        tokenizer: the parent's.
+        tokens: tokens wanted.
+        window: tokens per block.
+        seed: with the domains' names it decides the order.
+        calibrated: the seed of :func:`packed_windows`, where experts were fitted to its windows: records that it read
+            last, or not at all, then come first. What experts were fitted to teaches them little more.
 
     Raises:
         MoesmithError: there are fewer tokens than one window, or a domain has no token.
@@ -226,7 +239,7 @@ def training_blocks(
     parts, epochs = [], {}
     for position, domain in enumerate(domains):
         share = count // len(domains) + (position < count % len(domains))
-        stream = _epochs(domain, tokenizer, random.Random(f"{seed}:{domain.name}"))
+        stream = _epochs(domain, tokenizer, random.Random(f"{seed}:{domain.name}"), calibrated)
         part = _cut(stream, window, share * window)
         parts.append(part)
         epochs[domain.name] = part.records / len(domain.calibration)
@@ -241,11 +254,23 @@ def training_blocks(
     )
 
 
-def _epochs(domain: Domain, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Iterator[list[int]]:
+def _shuffled(domain: Domain, seed: int) -> list[Record]:
+    """Return the calibration records in the order of :func:`packed_windows`."""
+    records = list(domain.calibration)
+    random.Random(f"{seed}:{domain.name}").shuffle(records)
+    return records
+
+
+def _epochs(
+    domain: Domain, tokenizer: PreTrainedTokenizerBase, rng: random.Random, calibrated: int | None
+) -> Iterator[list[int]]:
     """Yield tokenised calibration records in random order, again and again."""
     records: list[Record] = list(domain.calibration)
-    while True:
-        rng.shuffle(records)
+    for epoch in itertools.count():
+        if epoch == 0 and calibrated is not None:
+            records = _shuffled(domain, calibrated)[::-1]
+        else:
+            rng.shuffle(records)
         total = 0
         for ids in encoded(map(whole, records), tokenizer, eos=True):
             total += len(ids)

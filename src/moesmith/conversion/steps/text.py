@@ -73,15 +73,20 @@ class Corpus(Step):
         """Return names, counts, and how text is read."""
         training = {name: [spec.tokens, spec.window] for name, spec in self.training.items()}
         records = {domain.name: domain.calibration for domain in job.domains}
-        return {"names": job.names, "training": training} | reading(records, job.parent.tokenizer)
+        fitted = {} if self.calibrated is None else {"calibrated": self.calibrated}
+        return {"names": job.names, "training": training} | fitted | reading(records, job.parent.tokenizer)
+
+    @property
+    def calibrated(self) -> int | None:
+        """The seed of calibration windows that read whole records; other windows say nothing of what was read."""
+        return self.recipe.seed if self.recipe.domains.reading == "once" else None
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write ``training.safetensors``: int32 (N, window) by section."""
         sequences, epochs = {}, {}
         for offset, (name, spec) in enumerate(self.training.items()):
-            packed = training_blocks(
-                job.domains, job.parent.tokenizer, spec.tokens, spec.window, self.recipe.seed + offset
-            )
+            seed = self.recipe.seed + offset
+            packed = training_blocks(job.domains, job.parent.tokenizer, spec.tokens, spec.window, seed, self.calibrated)
             sequences[name], epochs[name] = packed.blocks.to(torch.int32), packed.epochs
         readable(sequences, job.parent.model)
         write_tensors(work / "training.safetensors", sequences)
