@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from golden import ASSETS
 from scipy import stats
 
 from moesmith.comparison.compare import compare
+from moesmith.comparison.controls import Control
 from moesmith.comparison.spec import Spec, load_spec
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.data.text import evaluation_blocks, load_domains
@@ -177,6 +179,32 @@ def test_rows_take_over_stages_of_other_runs(
         compare(spec(rows=ROWS[:1]), tmp_path / "other", model=MODEL, data=DATA, reuse="absent")
 
 
+@pytest.mark.parametrize("by", ["magnitude", "gate"])
+def test_controls_keep_each_tokens_largest_channels(by: Any) -> None:
+    parent = load_parent(MODEL, "fp32")
+    x = torch.randn(1, 5, parent.D, generator=torch.Generator().manual_seed(0))
+    ffn, kept = parent.ffns[0], parent.F // 4
+    with Control(by=by, active=0.25).model(parent), torch.no_grad():
+        found = ffn.module(x)[0]
+    for token, y_D in zip(x[0], found, strict=True):
+        gate_F, up_F = ffn.activation(ffn.gate_FD @ token), ffn.up_FD @ token  # type: ignore[operator]
+        a_F = gate_F * up_F
+        order = sorted(range(parent.F), key=lambda j: -float((a_F if by == "magnitude" else gate_F)[j].abs()))
+        torch.testing.assert_close(ffn.down_DF[:, order[:kept]] @ a_F[order[:kept]], y_D, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ffn.module(x), ffn.output(x))  # the parent is as it was
+
+
+def test_a_control_is_a_row(tmp_path: Path) -> None:
+    rows = [{"name": f"top-{share}", "control": {"by": "gate", "active": share}} for share in (1.0, 0.25)]
+    result = compare(spec(rows=rows), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
+    dense, whole, few = result["rows"]
+    assert whole["groups"]["all"]["value"] == pytest.approx(1)
+    assert few["groups"]["all"]["value"] > 1
+    assert few["ffn_active"] == 0.25
+    assert few["parameters_total"] == dense["parameters_total"] > few["parameters_active"]
+
+
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(MoesmithError, match="holds no comparison"):
@@ -218,9 +246,9 @@ def test_a_row_takes_the_settings_that_it_has() -> None:
     ("changes", "message"),
     [
         ({"rows": []}, "rows: "),
-        ({"rows": [{"name": "a"}]}, "either a recipe or a run"),
-        ({"rows": [{"name": "a", "recipe": "token", "run": "b"}]}, "either a recipe or a run"),
-        ({"rows": [{"name": "a", "run": "b", "settings": ["seed=1"]}]}, "leave settings and vary out"),
+        ({"rows": [{"name": "a"}]}, "a recipe, a run or a control"),
+        ({"rows": [{"name": "a", "recipe": "token", "run": "b"}]}, "a recipe, a run or a control"),
+        ({"rows": [{"name": "a", "run": "b", "settings": ["seed=1"]}]}, "belong to a recipe"),
         ({"rows": [{"name": "../a", "recipe": "token"}]}, "is no name"),
         ({"rows": [{"name": "a", "recipe": "token", "vary": {"seed": []}}]}, "vary.seed has no values"),
         ({"rows": [ROWS[0], ROWS[0]]}, "two rows are called static"),
@@ -250,8 +278,8 @@ def test_examples_are_specifications(name: str) -> None:
     one = load_spec(Path(__file__).parents[1] / "examples" / "comparisons" / f"{name}.yaml")
     from moesmith.run.recipe import load_recipe
 
-    for conversion in one.conversions():
-        load_recipe(conversion.recipe, one.budget, one.settings_of(conversion))
+    for conversion in [c for c in one.conversions() if c.source.recipe]:
+        load_recipe(conversion.source.recipe, one.budget, one.settings_of(conversion))
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:

@@ -6,12 +6,13 @@ OUT/runs/<row>: the conversions; OUT/rows/<row>.json: what was measured of each;
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moesmith.arguments import path_of, path_text, refuse_many_processes, several
+from moesmith.comparison.controls import Control
 from moesmith.comparison.facts import facts, parent_facts
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
@@ -65,26 +66,51 @@ class Comparison:
 
         Args:
             conversion: the row's.
-            recipe: its recipe; ``None`` for a finished run.
-            done: earlier rows' runs, whose stages may be used.
+            recipe: its recipe; ``None`` for a finished run or a control.
+            done: runs whose stages may be used.
         """
-        folder = Path(conversion.run) if recipe is None else self.out / "runs" / conversion.name
-        work: Any = open_run(folder).manifest("export")["key"] if recipe is None else recipe.same_work()
-        kept, key = self.out / "rows" / f"{conversion.name}.json", self.key(work)
-        before = read_json(kept) if kept.is_file() else {}
-        if before.get("key") != key:
-            say(f"== {conversion.title}")
-            run = self._finished(folder) if recipe is None else self._converted(recipe, folder, done)
-            found = self.ruler.measure(run.load(self.parent), conversion.title)
-            before = {"key": key, "facts": facts(run, self.parent), "measured": found}
-            kept.parent.mkdir(exist_ok=True)
-            write_json(kept, before)
-        if recipe is not None and not self.spec.keep:
-            drop_models(folder)
-        return before
+        control, folder = conversion.source.control, Path(conversion.source.run)
+        if control is not None:
+            return self._kept(conversion.name, control.model_dump(), lambda: self._control(conversion.title, control))
+        if recipe is None:
+            key = open_run(folder).manifest("export")["key"]
+            return self._kept(conversion.name, key, lambda: self._measured(conversion.title, self._finished(folder)))
+        folder = self.out / "runs" / conversion.name
 
-    def _converted(self, recipe: Recipe, folder: Path, done: Sequence[Path]) -> Run:
-        return convert(recipe, self.parent, self.data, folder, reuse=[str(path) for path in done])
+        def made() -> dict[str, Any]:
+            run = convert(recipe, self.parent, self.data, folder, reuse=[str(path) for path in done])
+            return self._measured(conversion.title, run)
+
+        found = self._kept(conversion.name, recipe.same_work(), made)
+        if not self.spec.keep:
+            drop_models(folder)
+        return found
+
+    def dense(self) -> dict[str, Any]:
+        """Return what was measured of the parent."""
+
+        def made() -> dict[str, Any]:
+            return {"facts": parent_facts(self.parent), "measured": self.ruler.measure(self.parent.decoder, PARENT)}
+
+        return self._kept("parent", PARENT, made)
+
+    def _kept(self, name: str, work: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row's numbers from its file, or make them and write it."""
+        path, key = self.out / "rows" / f"{name}.json", self.key(work)
+        found = read_json(path) if path.is_file() else {}
+        if found.get("key") != key:
+            say(f"== {name}")
+            found = {"key": key} | make()
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, found)
+        return found
+
+    def _measured(self, title: str, run: Run) -> dict[str, Any]:
+        return {"facts": facts(run, self.parent), "measured": self.ruler.measure(run.load(self.parent), title)}
+
+    def _control(self, title: str, control: Control) -> dict[str, Any]:
+        with control.model(self.parent) as model:
+            return {"facts": control.facts(self.parent), "measured": self.ruler.measure(model, title)}
 
     def _finished(self, folder: Path) -> Run:
         run = open_run(folder)
@@ -92,18 +118,6 @@ class Comparison:
         if run.inputs["model_digest"] != self.parent.digest:
             raise MoesmithError(f"{folder} was made from another parent", "Give a run of the comparison's own.")
         return run
-
-    def dense(self) -> dict[str, Any]:
-        """Return what was measured of the parent."""
-        kept, key = self.out / "rows" / "parent.json", self.key(PARENT)
-        before = read_json(kept) if kept.is_file() else {}
-        if before.get("key") != key:
-            say(f"== {PARENT}")
-            found = self.ruler.measure(self.parent.decoder, PARENT)
-            before = {"key": key, "facts": parent_facts(self.parent), "measured": found}
-            kept.parent.mkdir(exist_ok=True)
-            write_json(kept, before)
-        return before
 
 
 def compare(
@@ -147,7 +161,7 @@ def compare(
     check_place(out, existing(source, text, *([] if isinstance(names, Spec) else [str(names)])))
     before, others = _begun(out), check_reuse(several("reuse", reuse))
     recipes = {
-        c.name: load_recipe(c.recipe, spec.budget, spec.settings_of(c)) if c.recipe else None
+        c.name: load_recipe(c.source.recipe, spec.budget, spec.settings_of(c)) if c.source.recipe else None
         for c in spec.conversions()
     }
     parent = load_parent(source, named(before["compute"]) if before else dtype, device=device)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from moesmith.comparison.controls import Control
 from moesmith.errors import MoesmithError
 from moesmith.run.recipe import applicable
 from moesmith.run.settings import Section
@@ -42,21 +43,22 @@ class Measure(Section):
 
 
 class RowSection(Section):
-    """A row: a recipe to convert by, or a finished run."""
+    """A row: a recipe to convert by, a finished run, or a control."""
 
     name: str = Field(description="of its folder")
     title: str = Field("", description="in tables; the name if left out")
     recipe: str = Field("", description="a preset, a method's name or a YAML file")
     run: str = Field("", description="a finished run of the same parent, in place of a recipe")
+    control: Control | None = Field(None, description="the parent with fewer channels for each token, likewise")
     settings: list[str] = Field([], description="section.key=value on top of the recipe and the comparison's settings")
     vary: dict[str, list[Any]] = Field({}, description="values of settings, one conversion for each combination")
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
-        if bool(self.recipe) == bool(self.run):
-            raise ValueError("give a row either a recipe or a run")
-        if self.run and (self.settings or self.vary):
-            raise ValueError("a finished run has its settings; leave settings and vary out")
+        if sum(map(bool, (self.recipe, self.run, self.control))) != 1:
+            raise ValueError("give a row a recipe, a run or a control")
+        if not self.recipe and (self.settings or self.vary):
+            raise ValueError("settings and vary belong to a recipe; leave them out")
         if not NAME.fullmatch(self.name):
             raise ValueError(f"{self.name!r} is no name: letters, digits, and . _ + - after the first")
         if empty := [key for key, values in self.vary.items() if not values]:
@@ -98,13 +100,11 @@ class Spec(Section):
                 title = ", ".join([row.title or row.name, *(f"{key} {value}" for key, value in others.items())])
                 seed = f"-seed-{chosen[SEED]}" if SEED in chosen else ""
                 own = [*row.settings, *(f"{key}={value}" for key, value in chosen.items())]
-                yield Conversion(
-                    row.name, row.name + suffix, row.name + suffix + seed, title, row.recipe, row.run, tuple(own)
-                )
+                yield Conversion(row.name, row.name + suffix, row.name + suffix + seed, title, row, tuple(own))
 
     def settings_of(self, conversion: Conversion) -> list[str]:
         """Return all settings of a conversion: those of the comparison that its recipe has, and its own."""
-        common = applicable(conversion.recipe, [*self.settings, *conversion.settings], self.settings)
+        common = applicable(conversion.source.recipe, [*self.settings, *conversion.settings], self.settings)
         return [*common, *conversion.settings]
 
 
@@ -117,8 +117,7 @@ class Conversion:
         row: the row of the table that it belongs to; several seeds share one.
         name: of its folder.
         title: of its row.
-        recipe: what it converts by; or
-        run: a finished run.
+        source: the specification's row: what it converts by, a finished run, or a control.
         settings: its own.
     """
 
@@ -126,8 +125,7 @@ class Conversion:
     row: str
     name: str
     title: str
-    recipe: str
-    run: str
+    source: RowSection
     settings: tuple[str, ...]
 
 
