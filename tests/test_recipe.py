@@ -181,6 +181,29 @@ def test_a_budget_scales_the_stages_that_a_recipe_trains() -> None:
         assert load_recipe("dive", budget).stage1 == load_recipe("dive").stage1  # it trains nothing
 
 
+def test_a_recipe_may_say_what_a_budget_means_for_it(tmp_path: Path) -> None:
+    path, above = tmp_path / "mine.yaml", tmp_path / "above.yaml"
+    path.write_text("base: dive-2of8\nbudgets: {demo: {stage2: {lr: 0.5}, domains: {tokens: 777}}}\n")
+    above.write_text(f"base: {path}\nbudgets: {{demo: {{domains: {{tokens: 999}}}}}}\n")
+    plain, mine, top = (load_recipe(name, "demo") for name in ("dive-2of8", path, above))
+    assert mine.stage2 == plain.stage2.model_copy(update={"lr": 0.5})
+    assert (mine.domains.tokens, top.domains.tokens, top.stage2.lr) == (777, 999, 0.5)
+    assert load_recipe(path).stage2 == load_recipe("dive-2of8").stage2
+    assert load_recipe(path, "demo", ["stage2.lr=0.25"]).stage2.lr == 0.25
+    for text in ("budgets: 3", "budgets: {huge: {}}"):
+        path.write_text(f"base: dive-2of8\n{text}\n")
+        with pytest.raises(MoesmithError, match="budgets is no mapping of demo, small, paper"):
+            load_recipe(path)
+
+
+def test_token_is_distilled_at_rates_of_whole_matrices() -> None:
+    for budget in (None, "demo", "small", "paper"):
+        recipe = load_recipe("token", budget)
+        assert recipe.stage2.whole
+        assert (recipe.stage2.lr, recipe.stage2.window, recipe.stage2.batch) == (1e-4, 512, 4)
+        assert (recipe.domains.window, recipe.domains.reading) == (512, "once")
+
+
 def test_a_budget_is_an_overlay_and_settings_lie_on_top() -> None:
     plain, small = load_recipe("dive-2of8"), load_recipe("dive-2of8", "small", ["stage1.lr=0.5", "seed=7"])
     assert small.carve == plain.carve

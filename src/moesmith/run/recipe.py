@@ -169,10 +169,14 @@ def load_recipe(
     """
     name, settings = path_text("recipe", name), several("settings", settings)
     own, inherited = _read(name)
+    budgets = _overlay(*({"budgets": values.pop("budgets", {})} for values in (inherited, own)))["budgets"]
+    if not isinstance(budgets, dict) or budgets.keys() - set(BUDGETS):
+        raise MoesmithError(f"{name}: budgets is no mapping of {', '.join(BUDGETS)}", "See docs/recipes.md.")
     if budget is not None:
         if budget not in BUDGETS:
             raise MoesmithError(f"there is no budget '{budget}'", f"Choose one of {', '.join(BUDGETS)}.")
         overlay = yaml.safe_load((files("moesmith.run") / "budgets" / f"{budget}.yaml").read_text(encoding="utf-8"))
+        overlay = _overlay(overlay, budgets.get(budget) or {})
         values = _overlay(inherited, own)
         own = _known(_overlay(own, {name: part for name, part in overlay.items() if _used(values, name)}), values, own)
     given: dict[str, Any] = {}
