@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import moesmith
 from conversions import convert, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import moesmith.native.modeling  # noqa: F401 (a folder in our own format needs it)
 from moesmith.calibration.stream import LayerView
 from moesmith.conversion.plan import make_plan
 from moesmith.methods import steps as method_steps
@@ -19,6 +19,7 @@ from moesmith.methods.upcycling import DropUpcycling, redraw
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.mixture.moe import Form, build
+from moesmith.native import modeling as _modeling  # noqa: F401 (a folder in our own format needs it)
 from moesmith.parent.load import load_parent
 from moesmith.parent.structure import Network
 from moesmith.run.recipe import load_recipe
@@ -72,6 +73,18 @@ def test_copies_are_trained(home: Path, tmp_path: Path) -> None:
     assert own[0] is not None
     assert own[1] is not None
     assert not torch.equal(own[0], own[1])
+
+
+def test_every_command_reads_it(home: Path, tmp_path: Path) -> None:
+    run = convert("drop-upcycling", home / "m", home / "d", tmp_path / "run", OFF)
+    assert "50% of each copy's channels" in (run.folder / "model" / "README.md").read_text(encoding="utf-8")
+    for words in (
+        ["inspect"],
+        ["report"],
+        ["export", "--to", "gguf", "--quant", "f32", "--out", tmp_path / "moe.gguf"],
+    ):
+        answer = moesmith(words[0], run.folder, *words[1:])
+        assert answer.status == 0, answer.err
 
 
 def network(F: int = 1000, D: int = 64, *, gated: bool = True) -> Network:
