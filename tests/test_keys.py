@@ -154,6 +154,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "carve.method": ["carve.method=llama-moe"],
     "carve.experts": ["carve.experts=3"],
     "carve.top_k": ["carve.top_k=2"],
+    "carve.redrawn": ["carve.redrawn=0.25"],  # tests/test_upcycling.py: no preset of these has it
     "carve.ratio": ["carve.ratio=0.25"],
     "carve.score": ["carve.score=magnitude"],
     "carve.selection": ["carve.selection=adaptive"],

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from commands import moesmith
+from conversions import convert
 from golden import ASSETS
 
 from moesmith.calibration.stream import LayerView
@@ -21,6 +22,7 @@ from moesmith.methods.registry import load_file, methods, register
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.run.folder import open_run
 from moesmith.run.recipe import kind_of, load_recipe
+from moesmith.testing.parents import FAMILIES, save_tiny
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "token_clusters.py"
 SMALL = ["domains.tokens=512", "domains.window=32", "evaluate.tokens=512", "evaluate.window=64", "stage2.tokens=0"]
@@ -107,7 +109,7 @@ def test_there_is_no_such_method() -> None:
         load_recipe("dive-1of8", None, ["carve.method=dve"])
 
 
-@pytest.mark.parametrize("name", ["dive", "llama-moe", "static", "tomoe"])
+@pytest.mark.parametrize("name", ["dive", "drop-upcycling", "llama-moe", "static", "tomoe", "upcycling"])
 def test_every_method_declares_itself(name: str) -> None:
     method = methods()[name]
     assert method.title
@@ -119,6 +121,28 @@ def test_every_method_declares_itself(name: str) -> None:
     assert [step for step in steps if step.title], "something must end in a carving"
     named = [step.name for step in steps]
     assert all(need in named or need in ("corpus", "held-out") for step in steps for need in step.needs)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("upcycling", "carve.experts=3"),
+        ("drop-upcycling", "carve.experts=3"),
+        ("static", "carve.score=random"),
+        ("llm-pruner", "carve.ratio=0.25"),
+        ("wanda-sp", "carve.ratio=0.25"),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_all_the_way(family: str, name: str, setting: str, tmp_path: Path) -> None:
+    """Converted, written, compared with what the carving computes, and shown."""
+    save_tiny(family, tmp_path / "m")
+    run = convert(name, tmp_path / "m", ASSETS / "text", tmp_path / "run", [setting, "stage2.tokens=0"])
+    assert run.metrics("export")["logits_difference"] < 1e-4
+    assert set(run.evaluation["stages"]) == {"parent", "carve"}
+    assert all(0 < stage["geomean"] < 1e6 for stage in run.evaluation["stages"].values())
+    assert len(run.recipe.method.about(run)) <= 2
+    assert moesmith("inspect", run.folder, "--json").status == 0
 
 
 @pytest.mark.usefixtures("clean")

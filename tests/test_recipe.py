@@ -38,6 +38,8 @@ KEYS = {
     "llama-moe": {"carve": f"{SHARES} experts top_k"} | ROUTER | STAGE1 | STAGE2,
     "token": {"carve": "method experts ratio select repair ridge pool prior sample gram passes batch lr"} | STAGE2,
     "tomoe": {"carve": "method experts start compensation ridge pool", "masks": MASKS_KEYS} | STAGE1 | STAGE2,
+    "upcycling": {"carve": "method experts top_k"} | STAGE2,
+    "drop-upcycling": {"carve": "method experts top_k redrawn"} | STAGE2,
 }
 # what a start adds to tomoe
 STARTS = {"dive": AFFINITY | ROUTER | STAGE1, "static": {}, "llama-moe": ROUTER | STAGE1}
@@ -239,7 +241,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(),
     "carve.experts": st.integers(1, 1024),
     "carve.ratio": st.floats(0, 0.999),
-    "carve.score": st.sampled_from(["wifv", "ifv", "wifn", "magnitude"]),
+    "carve.score": st.sampled_from(["wifv", "ifv", "wifn", "magnitude", "taylor", "random"]),
     "router.noise": st.floats(0, 1e300),
     "stage1.lr": st.floats(1e-300, 1e300),
     "stage2.norms": st.booleans(),
@@ -337,14 +339,19 @@ def test_a_methods_name_is_a_recipe(name: str) -> None:
     assert (recipe.name, recipe.description, recipe.method.name) == (name, methods()[name].title, name)
     assert recipe == parse({"name": name, "description": methods()[name].title, "carve": {"method": name}})
     assert recipe.carve == methods()[name].Settings()
-    ridge = ["carve.ridge=0.5", *(["carve.compensation=refit"] if "compensation" in KEYS[name]["carve"] else [])]
-    assert load_recipe(name, None, ridge).carve.ridge == 0.5
+    own = KEYS[name]["carve"].split()
+    refit = ["carve.compensation=refit"] if "compensation" in own else []
+    for key, value in (("ridge", 0.5), ("top_k", 3)):
+        if key in own:
+            assert getattr(load_recipe(name, None, [f"carve.{key}={value}", *refit]).carve, key) == value
 
 
 @pytest.mark.parametrize(("preset", "method"), [(p, m) for p in ("dive-1of8", "dive-plus", "tomoe-plus") for m in KEYS])
 def test_another_method_takes_of_a_recipe_what_it_knows(preset: str, method: str, tmp_path: Path) -> None:
     """The same from a file that builds on it as from the command line."""
-    mine = {"compensation": "none"} if "compensation" in KEYS[method]["carve"] else {"ratio": 0.25}
+    values: dict[str, Any] = {"compensation": "none", "ratio": 0.25, "top_k": 2}
+    known = KEYS[method]["carve"].split()
+    mine = dict([next((key, value) for key, value in values.items() if key in known)])
     compensation = [f"carve.{key}={value}" for key, value in mine.items()]
     changed, base = load_recipe(preset, None, [f"carve.method={method}", *compensation]), load_recipe(preset)
     assert (changed.method.name, changed.name) == (method, preset)

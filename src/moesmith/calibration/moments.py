@@ -28,20 +28,25 @@ from moesmith.parent.load import Parent
 
 @dataclass
 class Moments:
-    """Mean and variance per layer and channel over ``count`` tokens; ``mean_LF`` and ``var_LF`` are fp32 (L, F)."""
+    """Mean and variance per layer and channel over ``count`` tokens; ``mean_LF`` and ``var_LF`` are fp32 (L, F).
+
+    ``slopes_MLF``, where they were taken, are gradients times weights (``methods.taylor.slopes``), (M, L, F) fp32.
+    """
 
     count: int
     mean_LF: Tensor
     var_LF: Tensor
+    slopes_MLF: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the moments as named tensors, to save."""
-        return {"count": torch.tensor(self.count), "mean": self.mean_LF, "var": self.var_LF}
+        slopes = {} if self.slopes_MLF is None else {"slopes": self.slopes_MLF}
+        return {"count": torch.tensor(self.count), "mean": self.mean_LF, "var": self.var_LF} | slopes
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Moments:
         """Read what :meth:`tensors` returned."""
-        return cls(int(tensors["count"]), tensors["mean"], tensors["var"])
+        return cls(int(tensors["count"]), tensors["mean"], tensors["var"], tensors.get("slopes"))
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
@@ -50,7 +55,9 @@ def pool(parts: Sequence[Moments]) -> Moments:
         return parts[0]
     mean_LF = torch.stack([part.mean_LF for part in parts]).mean(0)
     second_LF = torch.stack([part.var_LF + part.mean_LF**2 for part in parts]).mean(0)
-    return Moments(sum(part.count for part in parts), mean_LF, (second_LF - mean_LF**2).clamp_min(0))
+    slopes = [part.slopes_MLF for part in parts if part.slopes_MLF is not None]
+    slopes_MLF = torch.stack(slopes).mean(0) if len(slopes) == len(parts) else None
+    return Moments(sum(part.count for part in parts), mean_LF, (second_LF - mean_LF**2).clamp_min(0), slopes_MLF)
 
 
 class Channel:

@@ -38,7 +38,7 @@ class Plan:
     ``warnings`` are lines about results that may surprise, such as widths that do not quantise.
     ``device`` and ``dtype`` are what models compute with, ``products`` the FLOPs per second that chose the dtype.
     ``memory`` is the peak with models whole in memory, ``memory_layerwise`` with one layer at a time, mapped weights
-    included; ``None`` if a stage trains.
+    included; ``None`` if a stage needs gradients.
     """
 
     parent_parameters: int
@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = 
     steps = steps_of(recipe)
     shapes = shapes_of(recipe, parent, domains)
     costs = [step.cost(shapes, pace) for step in steps]
-    whole = any(step.trains for step in steps)
+    whole = any(cost.layerwise is None for cost in costs)
     choice = parent.choice or Choice(parent.device, parent.dtype, {})
     return Plan(
         **shapes.counts,

@@ -108,13 +108,18 @@ class Channels(Carver):
         """
         return 0 if self.refit else None
 
+    @property
+    def gradients(self) -> int:
+        """How many tokens of each domain gradients are taken on beforehand."""
+        return 0
+
     def grouping(self) -> Step:
         """Return the step that decides which domains an expert is made for."""
         return Together(self)
 
     def steps(self) -> list[Step]:
         """List the steps: text, statistics, groups and carving."""
-        moments = ChannelMoments(self.recipe, self.moments_tokens())
+        moments = ChannelMoments(self.recipe, self.moments_tokens(), self.gradients)
         return [Domains(self.recipe), moments, self.grouping(), Carve(self.recipe, self, "affinity")]
 
     def needs(self) -> Needs:

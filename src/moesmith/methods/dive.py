@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moesmith.calibration.moments import Moments, channel_moments, pool
+from moesmith.calibration.moments import Moments, pool
 from moesmith.calibration.stream import LayerView
 from moesmith.console import meter, say
 from moesmith.data.sampling import evaluation_blocks
@@ -31,8 +31,9 @@ from moesmith.methods.base import ROUTING, Kept, Method, Routed
 from moesmith.methods.channels import Channels, Part, Together
 from moesmith.methods.refit import compensation_bias
 from moesmith.methods.registry import register
-from moesmith.methods.scores import Score, Selection, channel_scores, choose, layer_score, top
-from moesmith.methods.steps import moments_of
+from moesmith.methods.scores import AnyScore, Selection, channel_scores, choose, drawn_scores, layer_score, top
+from moesmith.methods.steps import moments_of, text_moments
+from moesmith.methods.taylor import GRADIENTS, refuse_gradients
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.mixture.moe import decoder
@@ -65,25 +66,51 @@ class AffinitySection(Section):
 class Scored(Section):
     """Settings of a method that scores channels."""
 
-    score: Score = "wifv"
+    score: AnyScore = "wifv"
     selection: Selection = "uniform"
 
 
 class ByScore(Channels):
     """Every expert keeps the channels that score highest on its own text."""
 
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent through which no gradient can go, if the score takes one."""
+        if self.gradients:
+            refuse_gradients(parent)
+
     def begin(self, job: Job) -> list[list[Tensor]]:
-        """Begin, and choose the channels beforehand if layers share one quota."""
+        """Begin, and choose the channels beforehand if their scores are known: then layers may share one quota."""
         texts = super().begin(job)
-        spec, ratio = self.settings, self.ratio(job.parent)
-        self.chosen = [
-            choose(channel_scores(job.parent, group, spec.score), ratio, spec.selection) for group in self.known
-        ]
+        ratio, selection = self.ratio(job.parent), self.settings.selection
+        scores = self.scores(job.parent, self.known, self.experts)
+        self.chosen = [choose(scores_LF, ratio, selection) for scores_LF in scores]
         return texts
 
+    def scores(self, parent: Parent, groups: Sequence[Moments], count: int) -> list[Tensor]:
+        """Score all channels for each group of text, (L, F) each; or draw ``count`` times, which needs no text."""
+        if self.settings.score == "random":
+            return drawn_scores(parent.L, parent.F, count, self.recipe.seed)
+        return [channel_scores(parent, group, self.settings.score) for group in groups]
+
+    @property
+    def gradients(self) -> int:
+        """How many tokens of each domain gradients are taken on."""
+        return GRADIENTS if self.settings.score == "taylor" else 0
+
     def moments_tokens(self) -> int | None:
-        """Take all if layers share one quota: it is known only when all layers have been seen."""
-        return None if self.settings.selection == "adaptive" else super().moments_tokens()
+        """Take all if layers share one quota: it is known only when all layers have been seen.
+
+        Gradients and draws are known beforehand, and need means for a bias alone.
+        """
+        spec = self.settings
+        if spec.score in ("random", "taylor") and spec.compensation != "bias":
+            return self.gradients
+        return None if spec.selection == "adaptive" else super().moments_tokens()
+
+    def _known(self, job: Job, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
+        if self.gradients:
+            return [pool([moments_of(job.run, name) for name in names]) for names in self.clusters]
+        return super()._known(job, texts)
 
     def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
         """Choose the best-scoring channels of each group."""
@@ -148,8 +175,10 @@ class Dive(ByScore):
         return [[ids] for ids in pool_draws(windows, self.experts, self.recipe.seed)]
 
     def _known(self, job: Job, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
-        if self.affinity.method == "random" and self.moments_tokens() is None:
-            return [pool([channel_moments(job.parent, ids) for ids in text]) for text in texts]
+        whole = self.moments_tokens() is None
+        if self.affinity.method == "random" and (whole or self.gradients):
+            tokens = None if whole else self.gradients
+            return [pool([text_moments(job.parent, ids, tokens, self.gradients) for ids in text]) for text in texts]
         return super()._known(job, texts)
 
     def about(self, run: Run) -> list[str]:
@@ -211,8 +240,7 @@ class Affinity(Step):
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write ``clusters.json``, ``affinity.csv``, ``linkage.csv``, ``matrix.csv``."""
         spec, names, experts = self.spec, job.names, self.method.experts
-        score = self.method.settings.score
-        scores = [channel_scores(job.parent, moments_of(job.run, name), score) for name in names]
+        scores = self.method.scores(job.parent, [moments_of(job.run, name) for name in names], len(names))
         matrix = None
         if self.mined:
             matrix = self._perplexities(job, scores, work)

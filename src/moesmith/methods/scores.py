@@ -1,4 +1,4 @@
-"""Channel scores and the choice of channels (FLAP, arXiv:2312.11983)."""
+"""Channel scores and the choice of channels (FLAP, arXiv:2312.11983; LLM-Pruner, arXiv:2305.11627)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,30 @@ from moesmith.errors import MoesmithError
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN
 
-Score = Literal["wifv", "ifv", "wifn", "magnitude"]
+Score = Literal["wifv", "ifv", "wifn", "magnitude"]  # of one layer, from its moments
+AnyScore = Literal[Score, "taylor", "random"]  # also of all layers at once
 Selection = Literal["uniform", "adaptive"]
 
 
-def channel_scores(parent: Parent, moments: Moments, score: Score = "wifv") -> Tensor:
+def channel_scores(parent: Parent, moments: Moments, score: Literal[Score, "taylor"] = "wifv") -> Tensor:
     """Score each channel, (L, F) fp32, higher matters more; a is the input of ``down_proj``, W its matrix.
 
     * ``wifv``: Var(a_j) · ‖W[:, j]‖² — FLAP's and DIVE's score.
     * ``ifv``: Var(a_j).
-    * ``wifn``: mean_i |W[i, j]| · sqrt(E a_j²) — structured Wanda.
+    * ``wifn``: mean_i |W[i, j]| · sqrt(E a_j²) — structured Wanda (Wanda-sp in FLAP's paper and code, whose sum over a
+      sequence's tokens is this mean times a constant).
     * ``magnitude``: ‖gate_j‖ · ‖up_j‖ · ‖W[:, j]‖, without data; a network without a gate has no middle factor.
+    * ``taylor``: |Σ_i G[j, i] ∂L/∂G[j, i]| + |Σ_i U[j, i] ∂L/∂U[j, i]| + |Σ_i W[i, j] ∂L/∂W[i, j]| with the matrices of
+      gate G and up U, and L the next-token loss — LLM-Pruner's vector-wise first-order importance; a network without a
+      gate has no middle term.
+
+    Raises:
+        MoesmithError: ``taylor``, and the moments hold no slopes (``methods.taylor.slopes``).
     """
+    if score == "taylor":
+        if moments.slopes_MLF is None:
+            raise MoesmithError("score taylor needs gradients, and these moments hold none", "Take their slopes.")
+        return moments.slopes_MLF.abs().sum(0)
     pairs = zip(moments.mean_LF, moments.var_LF, strict=True)
     return torch.stack([layer_score(ffn, *pair, score) for ffn, pair in zip(parent.ffns, pairs, strict=True)])
 
@@ -41,6 +53,19 @@ def layer_score(ffn: FFN, mean_F: Tensor, variance_F: Tensor, score: Score = "wi
     if ffn.up_FD is not None:
         size_F = size_F * ffn.up_FD.float().norm(dim=1)
     return (size_F * down_DF.norm(dim=0)).cpu()
+
+
+def drawn_scores(layers: int, channels: int, groups: int, seed: int) -> list[Tensor]:
+    """Draw scores for ``groups`` experts or domains, (L, F) each, uniform in [0, 1): the control without data.
+
+    Args:
+        layers: L.
+        channels: F.
+        groups: how many are drawn; the first ones are the same for any number.
+        seed: of the draws.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    return [torch.rand(layers, channels, generator=draws) for _ in range(groups)]
 
 
 def kept_channels(d_ff: int, ratio: float) -> int:

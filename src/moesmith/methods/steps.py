@@ -19,6 +19,7 @@ from moesmith.data.encoding import reading
 from moesmith.data.sampling import packed_windows, sample_windows
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_json, read_tensors, write_json, write_tensors
+from moesmith.methods import taylor
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
 from moesmith.mixture.layer import Layer
@@ -28,6 +29,7 @@ from moesmith.parent.layerwise import layered
 from moesmith.parent.load import Parent
 from moesmith.parent.vocabulary import readable
 from moesmith.run.folder import Run
+from moesmith.run.shapes import LOSS
 from moesmith.run.step import Cost, Job, Step
 
 if TYPE_CHECKING:
@@ -80,34 +82,64 @@ class ChannelMoments(Step):
 
     Attributes:
         tokens: how many of each domain; ``None`` for all calibration text.
+        gradients: how many of each domain gradients are taken on as well; 0 for none.
     """
 
     name = "moments"
 
-    def __init__(self, recipe: Recipe, tokens: int | None) -> None:
+    def __init__(self, recipe: Recipe, tokens: int | None, gradients: int = 0) -> None:
         super().__init__(recipe, "domains")
-        self.tokens = tokens
+        self.tokens, self.gradients = tokens, gradients
 
     def settings(self, job: Job) -> dict[str, Any]:
         """Return how many tokens."""
-        return {} if self.tokens is None else {"tokens": self.tokens}
+        found = {} if self.tokens is None else {"tokens": self.tokens}
+        return found | ({"gradients": self.gradients} if self.gradients else {})
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """Write ``<domain>.safetensors``: count, mean and variance per layer and channel."""
-        count = None if self.tokens is None else ceil_div(self.tokens, self.recipe.domains.window)
-        windows = {name: ids[:count] for name, ids in windows_of(job.run).items()}
+        """Write ``<domain>.safetensors``: count, mean and variance per layer and channel, and slopes if asked for."""
+        windows, read = windows_of(job.run), 0
         for position, name in enumerate(job.names):
-            path = work / f"{name}.safetensors"
-            if not path.is_file() and len(windows[name]):
+            path, used = work / f"{name}.safetensors", first(windows[name], self.tokens)
+            read += used.numel()
+            if not path.is_file() and len(used):
                 label = f"moments {position + 1}/{len(job.names)} {name}"
-                write_tensors(path, channel_moments(job.parent, windows[name], label=label).tensors())
-        return {"tokens": sum(w.numel() for w in windows.values())}
+                found = text_moments(job.parent, windows[name], self.tokens, self.gradients, label=label)
+                write_tensors(path, found.tensors())
+        return {"tokens": read}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Count a forward pass."""
-        tokens = shapes.domains * (self.recipe.domains.tokens if self.tokens is None else self.tokens)
-        disk = 8 * shapes.domains * shapes.sizes.L * shapes.sizes.F
-        return Cost(seconds=tokens / pace.blocks if pace else 0.0, disk=disk)
+        """Count a forward pass, and one forward and backward where gradients are taken."""
+        spec, sizes = self.recipe.domains, shapes.sizes
+        tokens = shapes.domains * (spec.tokens if self.tokens is None else min(spec.tokens, self.tokens))
+        disk = 8 * shapes.domains * sizes.L * sizes.F
+        seconds = tokens / pace.blocks if pace else 0.0
+        if not self.gradients:
+            return Cost(seconds=seconds, disk=disk)
+        if pace:  # a forward pass, and about as much again twice
+            backward = shapes.domains * min(spec.tokens, self.gradients)
+            seconds += backward * (3 / pace.blocks + 2 * LOSS / pace.head)
+        memory = shapes.itemsize * taylor.BATCH * spec.window * sizes.L * (10 * sizes.D + 6 * sizes.F)
+        return Cost(seconds=seconds, memory=memory, layerwise=None, disk=disk * (2 + shapes.matrices) // 2)
+
+
+def first(windows: Tensor, tokens: int | None) -> Tensor:
+    """Take the first windows (N, window) that hold ``tokens`` tokens; all of them if ``None``."""
+    return windows if tokens is None else windows[: ceil_div(tokens, windows.shape[1])]
+
+
+def text_moments(
+    parent: Parent, windows: Tensor, tokens: int | None, gradients: int, label: str = "moments"
+) -> Moments:
+    """Take channel moments over the first ``tokens`` of a text (N, window), and slopes over the first ``gradients``.
+
+    Raises:
+        MoesmithError: gradients cannot be taken (:func:`moesmith.methods.taylor.slopes`).
+    """
+    found = channel_moments(parent, first(windows, tokens), label=label)
+    if gradients:
+        found.slopes_MLF = taylor.slopes(parent, first(windows, gradients), f"{label}, gradients")
+    return found
 
 
 def moments_of(run: Run, name: str) -> Moments:

@@ -111,6 +111,7 @@ class Tomoe(Method):
         check_budget(sizes, self.spec.budget, self.spec.attention)
         if self.start is not None:
             expert_ratio(sizes, self.spec.budget)
+            self.start.check(parent)
 
     def check_domains(self, names: Sequence[str], source: str) -> None:
         """Check the domains as the start does."""
