@@ -9,8 +9,9 @@ Shapes: T tokens, K marks of a token, F channels, N channels that are not shared
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Self
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -89,6 +90,11 @@ class CMoE(Partition):
         self.note(shared=round(common / F, 4), shared_marks=round(float(counts_F[shared].sum()) / ids_TK.numel(), 4))
         router = Analytic(heads_E) if self.analytic else Linear(fit_router(network, x_TD, heads_E, spec.ridge))
         return self.layer(shared, experts, router, self.top_k)
+
+    def headline(self, metrics: Mapping[str, Any]) -> str:
+        """Say how many of all marks the shared channels have."""
+        (curves,) = metrics["layers"].values()
+        return f"shared channels have {statistics.mean(curves['shared_marks']):.0%} of the marks"
 
     def about(self, run: Run) -> list[str]:
         """Describe the run in numbers."""

@@ -10,6 +10,7 @@ Shapes: F channels, N channels that are not shared, E routed experts, S samples,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -145,7 +146,7 @@ class ExpertWeaver(Partition):
             "channels by their gate's activity on samples of text; router: means of gate rows",
         ]
 
-    def headline(self, metrics: Any) -> str:
+    def headline(self, metrics: Mapping[str, Any]) -> str:
         """Say how much is shared."""
         shares = next(iter(metrics["layers"].values()))["shared"]
         return f"shared {min(shares):.0%} to {max(shares):.0%}"

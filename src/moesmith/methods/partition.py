@@ -86,7 +86,7 @@ def balanced(cost_NE: Tensor, widths: Sequence[int]) -> Tensor:
             step[group], which[group] = change[best, groups], rows[best]
             step[group, group] = np.inf
 
-    for group in groups:
+    for group in range(len(widths)):
         refresh(group)
     noise = 1e-12 * (float(np.abs(cost).max()) if cost.size else 0.0)
     while (room < 0).any():
@@ -106,8 +106,8 @@ def balanced(cost_NE: Tensor, widths: Sequence[int]) -> Tensor:
         room[touched[-1]] += 1
         for to, source in itertools.pairwise(touched):
             ids[which[source, to]] = to
-        for group in touched:
-            refresh(group)
+        for changed in touched:
+            refresh(changed)
     return torch.from_numpy(ids)
 
 
