@@ -37,7 +37,7 @@ from transformers import AutoTokenizer
 from moesmith.data.builtin import builtin_domains
 from moesmith.data.records import as_text
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.perplexity import log_likelihoods
+from moesmith.evaluation.likelihoods import log_likelihoods
 from moesmith.files.artefact import read_json
 from moesmith.mixture.folder import load_folder
 from moesmith.parent.checkpoint import first_line

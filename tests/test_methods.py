@@ -109,7 +109,10 @@ def test_there_is_no_such_method() -> None:
         load_recipe("dive-1of8", None, ["carve.method=dve"])
 
 
-@pytest.mark.parametrize("name", ["dive", "drop-upcycling", "llama-moe", "static", "tomoe", "upcycling"])
+@pytest.mark.parametrize(
+    "name",
+    ["cmoe", "dive", "drop-upcycling", "expert-weaver", "llama-moe", "static", "tomoe", "upcycling"],
+)
 def test_every_method_declares_itself(name: str) -> None:
     method = methods()[name]
     assert method.title
@@ -183,6 +186,41 @@ def test_shared_and_added_experts_of_a_method(family: str, tmp_path: Path) -> No
         export_run(run.folder, "hf", tmp_path / "hf", Options(), "cpu")
         export_run(run.folder, "gguf", tmp_path / "moe.gguf", Options(quant="f32"), "cpu")
     export_run(run.folder, "native", tmp_path / "native", Options(), "cpu")
+
+
+WAYS = {  # settings of a method whose experts add up, and why no stock architecture holds the result
+    "cmoe": ([], "routes by what its channels compute"),
+    "cmoe linear": (["carve.router=linear"], None),
+    "expert-weaver": (["carve.experts=8", "carve.samples=16", "carve.threshold=0.25"], "Its layers have 8"),
+    "expert-weaver equal": (["carve.experts=8", "carve.samples=16", "carve.shares=equal"], None),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_that_divide_a_network(family: str, way: str, tmp_path: Path) -> None:
+    """Converted, evaluated, and exported to a stock architecture or refused with the reason."""
+    import moesmith as package
+
+    (settings, refused), method = WAYS[way], way.split()[0]
+    model = save_tiny(family, tmp_path / "parent")
+    given = [*SMALL, *settings, *(["carve.sample=256"] if method == "cmoe" else [])]
+    run = package.convert(method, str(model), ASSETS / "text", tmp_path / "run", settings=given, dtype="fp32",
+                          device="cpu")  # fmt: skip
+    carving, stages, metrics = run.carving(), run.evaluation["stages"], run.metrics("export")
+    assert stages["carve"]["geomean"] != stages["parent"]["geomean"]
+    assert metrics["logits_difference"] < 1e-3
+    for layer in carving.layers:
+        channels = torch.cat([expert.channels for expert in layer.experts])
+        assert torch.equal(channels.sort().values, torch.arange(64))
+        assert abs(layer.active_width - 32) <= layer.top_k  # a token uses half, but for what sizes differ by
+    reason = "have no gate" if family == "phi" else None if carving.alike and "Its layers" in str(refused) else refused
+    assert (metrics["architecture"] == "MoesmithForCausalLM") == (reason is not None)
+    if reason is None:
+        export_run(run.folder, "hf", tmp_path / "hf", Options(), "cpu")
+    else:
+        with pytest.raises(MoesmithError, match=reason):
+            export_run(run.folder, "hf", tmp_path / "hf", Options(), "cpu")
 
 
 @pytest.mark.usefixtures("clean")

@@ -29,8 +29,10 @@ from moesmith.testing.text import save_data
 from moesmith.testing.tokenizer import tiny_tokenizer
 from moesmith.training import losses
 
-PRESETS = "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 token tomoe-50 tomoe-plus".split()
-PRESETS += ["llm-pruner", "drop-upcycling"]
+PRESETS = [
+    *("cmoe", "dive-1of8", "dive-plus", "drop-upcycling", "expert-weaver", "flap-static", "flap-static-refit"),
+    *("llama-moe-1of8", "llm-pruner", "token", "tomoe-50", "tomoe-plus"),
+]
 # two domains, two experts, a step or two of each training: AdamW makes a whole step of a gradient that is all rounding,
 # so the rate is low
 SMALL = [
@@ -40,6 +42,7 @@ SMALL = [
 ]
 ON_PURPOSE = {
     "mixture/carving.py:Carving.expert_weights": "LoRA is merged in fp64 on the CPU: the same model everywhere",
+    "methods/expert_weaver.py:_balanced_kmeans": "a few numbers per channel, assigned one after the other",
     "methods/tomoe/warm.py:start_from": "a start of masks: a few rows in fp64, once per layer",
 }
 # who may copy more than results to the host, and why: bytes of the tiny models
@@ -50,6 +53,8 @@ COPIES = {
     "calibration/stream.py:Stream._on": "and go on from there",
     "conversion/steps/training.py:_whole.<locals>.trained": "experts that were trained whole belong to the carving",
     "conversion/steps/training.py:_whole.<locals>.trained.<locals>.<listcomp>": "the same",
+    "methods/cmoe.py:marks": "which channels each token of a sample marks, a few per token",
+    "methods/expert_weaver.py:profiles": "a number per channel and sample",
     "methods/token.py:as_expert": "trained matrices belong to the carving",
     "methods/upcycling.py:redraw": "an expert's own matrices belong to the carving",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
@@ -95,7 +100,9 @@ def parent_on(device: str, family: str, dtype: torch.dtype = torch.float32) -> P
 
 def settings_of(preset: str) -> list[str]:
     short = ["masks.tokens=64", "stage1.tokens=0", "stage2.tokens=0"] if "tomoe" in preset else ["carve.passes=0"]
-    return [*tiny_settings(preset), *fitting(["carve.experts=2", *SMALL, *short], preset)]
+    few = ["carve.experts=3", "carve.sample=64"] if preset == "cmoe" else ["carve.experts=2"]
+    few += ["carve.ratio=0.25"] if preset in ("cmoe", "expert-weaver") else []
+    return [*tiny_settings(preset), *fitting([*SMALL, *few, *short], preset)]
 
 
 def convert(preset: str, parent: Parent, data: Path, out: Path, settings: list[str] | None = None) -> Run:
@@ -311,7 +318,7 @@ def test_measuring_and_writing_there(family: str) -> None:
     """Likelihoods, routing and generation, in bf16 as well."""
     from recording import record_routing
 
-    from moesmith.evaluation.perplexity import log_likelihoods
+    from moesmith.evaluation.likelihoods import log_likelihoods
     from moesmith.mixture.moe import build
     from moesmith.testing.carvings import random_carving
 

@@ -37,6 +37,8 @@ KEYS = {
     "static": {"carve": f"{SHARES} score selection"} | STAGE2,
     "llama-moe": {"carve": f"{SHARES} experts top_k"} | ROUTER | STAGE1 | STAGE2,
     "token": {"carve": "method experts ratio select repair ridge pool prior sample gram passes batch lr"} | STAGE2,
+    "cmoe": {"carve": "method experts top_k ratio marked sample rounds represent router ridge"} | STAGE2,
+    "expert-weaver": {"carve": "method experts ratio shares least most threshold samples rounds"} | STAGE2,
     "tomoe": {"carve": "method experts start compensation ridge pool", "masks": MASKS_KEYS} | STAGE1 | STAGE2,
     "upcycling": {"carve": "method experts top_k"} | STAGE2,
     "drop-upcycling": {"carve": "method experts top_k redrawn"} | STAGE2,
@@ -439,6 +441,10 @@ def test_the_active_share_of_channels() -> None:
         for active in (0.25, 0.75, 1.0):
             recipe: Any = load_recipe(name, active=active)
             assert visited * (1 - recipe.carve.ratio) == pytest.approx(active, abs=1e-5)
+    for name in ("cmoe", "expert-weaver"):  # experts that add up: the ratio is a token's, however many it visits
+        for active in (0.5, 0.75, 1.0):
+            recipe = load_recipe(name, active=active)
+            assert (recipe.carve.ratio, recipe.method.active) == pytest.approx((1 - active, active))
     with pytest.raises(MoesmithError, match=r"method tomoe has no carve.ratio .* Set masks.budget\."):
         load_recipe("tomoe-50", active=0.5)
     with pytest.raises(MoesmithError, match="say the same"):

@@ -17,6 +17,7 @@ from moesmith.conversion.order import steps_of
 from moesmith.conversion.pace import START, scaled
 from moesmith.errors import MoesmithError
 from moesmith.export.gguf.target import wide_rows
+from moesmith.methods.scores import kept_channels
 from moesmith.mixture.home import aligned
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.compute import Choice, long_name
@@ -85,7 +86,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = 
     choice = parent.choice or Choice(parent.device, parent.dtype, {})
     return Plan(
         **shapes.counts,
-        architecture=NATIVE if shapes.native_attention else parent.family,
+        architecture=NATIVE if shapes.native else parent.family,
         expert_width=shapes.kept,
         memory=_memory(shapes, costs),
         memory_layerwise=None if whole else _memory_layerwise(shapes, costs),
@@ -108,13 +109,14 @@ def shapes_of(recipe: Recipe, parent: Parent, domains: int) -> Shapes:
 def _widths(recipe: Recipe, parent: Parent, shapes: Shapes) -> list[str]:
     """Say what q4_k_m will not quantise, and with which ``carve.ratio`` it would; learned widths are not known yet."""
     ratio, sizes = getattr(recipe.carve, "ratio", None), shapes.sizes
-    if parent.family == NATIVE or ratio is None:
+    if shapes.native or ratio is None:
         return []
     extra = getattr(recipe.carve, "compensation", "none") == "bias"  # a bias is one more channel
     width = aligned(shapes.kept + extra)
     found = wide_rows(parent.D, sizes.H * sizes.h, width)
     good = aligned(width, 256) - extra
-    if width % 256 and good <= parent.F:  # kept_channels rounds what is pruned down: this rounds up
+    own = kept_channels(parent.F, ratio) == shapes.kept  # else the ratio is a token's, and does not decide a width
+    if width % 256 and own and good <= parent.F:  # kept_channels rounds what is pruned down: this rounds up
         found[0] += f" (carve.ratio={math.ceil(1e4 * (parent.F - good) / parent.F) / 1e4})"
     return found
 

@@ -26,7 +26,9 @@ from moesmith.parent.load import Parent
 TOLERANCE = 1e-3  # of the logits' standard deviation, in fp32
 
 
-def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor) -> dict[str, Any]:
+def verify_folder(
+    parent: Parent, folder: Path, reference: Decoder, ids: Tensor, *, judged: bool = True
+) -> dict[str, Any]:
     """Load ``folder`` as any user would and compare it with ``reference`` in fp32.
 
     Two correct models part when rounding flips a router between two nearly equal experts: that token and those after
@@ -42,6 +44,7 @@ def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor)
             format. A model with exact biases cannot agree with constant channels to the last digits: if the folder
             has no biases, the difference is measured, not judged.
         ids: (N, S) token ids.
+        judged: whether it must agree; else the difference is measured, over all tokens.
 
     Returns:
         ``logits_difference`` (largest, over compared tokens), ``logits_kl`` (mean Kullback-Leibler divergence in nats),
@@ -57,7 +60,7 @@ def verify_folder(parent: Parent, folder: Path, reference: Decoder, ids: Tensor)
             loaded: Decoder = load_folder(folder, torch.float32).to(parent.device)  # type: ignore[arg-type]
         else:
             loaded = layered_folder(folder, torch.float32, parent.device)
-        return _judge(folder, expected, run(loaded, ids)) | {"verified": "whole" if whole else "layerwise"}
+        return _judge(folder, expected, run(loaded, ids), judged) | {"verified": "whole" if whole else "layerwise"}
 
 
 @contextmanager
@@ -78,8 +81,8 @@ def judging(made: Path) -> Iterator[None]:
         raise MoesmithError(what, "Give a model or settings that run here.") from error
 
 
-def _judge(folder: Path, expected: Result, found: Result) -> dict[str, Any]:
-    approximate = expected.biased and not found.biased
+def _judge(folder: Path, expected: Result, found: Result, judged: bool) -> dict[str, Any]:
+    approximate = not judged or (expected.biased and not found.biased)
     same_NS = expected.logits.argmax(-1) == found.logits.argmax(-1)
     difference_NS = (expected.logits - found.logits).abs().amax(-1)
     flipped_NS = torch.zeros_like(same_NS)

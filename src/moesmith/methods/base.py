@@ -124,6 +124,16 @@ class Method:
             MoesmithError: there are too few domains, or unknown ones.
         """
 
+    @classmethod
+    def ratio_of(cls, active: float, top_k: int) -> float:
+        """Return the ``carve.ratio`` with which a token uses a share ``active`` of the channels (``--active``)."""
+        return 1 - active / top_k
+
+    @property
+    def active(self) -> float:
+        """Share of the channels that a token uses, where ``carve.ratio`` decides it."""
+        return (1 - float(self.settings.ratio)) * self.top_k
+
     @property
     def prunes_attention(self) -> bool:
         """Whether attention is narrowed as well, which no stock architecture supports."""

@@ -251,8 +251,14 @@ class Carving:
         return self.experts > 1 and plain and not self.lora
 
     def is_native(self, parent: Parent) -> bool:
-        """Whether ``RUN/model`` is in moesmith's own format: no stock architecture fits, or attention is carved."""
-        return parent.family == NATIVE or bool(self.attention)
+        """Whether ``RUN/model`` is in moesmith's own format.
+
+        That is so if no stock architecture holds the parent's decoder, the routers, or layers that differ in experts or
+        top-k; and if attention is carved.
+        """
+        routers = zip((layer.router for layer in self.layers), parent.ffns, strict=False)
+        linear = all(isinstance(router, Linear) or router.linear(ffn) for router, ffn in routers)
+        return parent.family == NATIVE or bool(self.attention) or not self.alike or not linear
 
     def save(self, folder: str | Path) -> None:
         """Write ``carving.safetensors`` and ``carving.json`` into ``folder``."""

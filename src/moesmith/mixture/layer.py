@@ -89,9 +89,13 @@ class Analytic:
     def __len__(self) -> int:
         return len(self.channels)
 
+    def linear(self, ffn: FFN) -> bool:
+        """Whether a linear router without a bias computes the same."""
+        return self.reads == "gate" and ffn.gate_bias_F is None
+
     def folded(self, ffn: FFN) -> Linear | None:
         """Return the linear router that computes the same; ``None`` if there is none."""
-        if self.reads == "hidden" or ffn.gate_bias_F is not None:
+        if not self.linear(ffn):
             return None
         return Linear(ffn.gate_FD[self.channels.to(ffn.gate_FD.device)].float().cpu())
 

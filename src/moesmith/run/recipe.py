@@ -208,6 +208,8 @@ def load_recipe(
 
 def _ratio(active: float, values: Mapping[str, Any], given: Mapping[str, Any]) -> float:
     """Return what an expert loses if all that a token visits have a share ``active`` of the channels together."""
+    from moesmith.methods.registry import find
+
     kind = kind_of(values)
     carve: Any = kind.model_fields["carve"].get_default(call_default_factory=True)
     if "ratio" not in type(carve).model_fields:
@@ -218,7 +220,7 @@ def _ratio(active: float, values: Mapping[str, Any], given: Mapping[str, Any]) -
     top_k = int(values.get("carve", {}).get("top_k", getattr(carve, "top_k", 1)))
     if not 0 < active <= min(1.0, top_k):
         raise MoesmithError(f"--active {active:g} is no share of the channels", "Give more than 0 and at most 1.")
-    return round(1 - active / top_k, 6)
+    return round(find(carve.method).ratio_of(active, top_k), 6)
 
 
 def _read(name: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[str, Any]]:

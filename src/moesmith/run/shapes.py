@@ -35,9 +35,11 @@ class Shapes:
         sizes: the parent's widths.
         domains: how many domains of text.
         kept: channels of an expert.
+        used: channels that a token uses, those of a shared expert included.
         E, K: experts of a layer, and of a token.
         refit: whether experts have a ``down_proj`` of their own.
         trained: whether a stage trains the experts, so that they are no subsets of the parent's channels.
+        native: whether the model is in our own format.
         itemsize, stored: bytes of a number that models compute with, and of one in the files.
         counts: parameters of the parent, in total and active.
         dense, total, stock_total: parameters of the parent, of the model, and of its stock twin.
@@ -59,15 +61,17 @@ class Shapes:
         if trained:
             carving.lora = {"to come": carving.layers[0].routed[0].channels}
         self.native_attention = method.prunes_attention
-        native = parent.family == NATIVE or self.native_attention
-        self.counts = parameters(parent, carving, native)
+        self.native = carving.is_native(parent) or self.native_attention
+        self.counts = parameters(parent, carving, self.native)
         self.stock_total = 0 if parent.family == NATIVE else parameters(parent, carving, False)["parameters_total"]
         self.dense, self.total = self.counts["parent_parameters"], self.counts["parameters_total"]
-        self.experts = L * self.E * self.matrices * D * self.kept
+        first = carving.layers[0]
+        self.used = first.active_width
+        self.experts = L * self.matrices * D * sum(expert.width for expert in first.experts)
         self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L
         self.shell = max(0, self.dense - self.sizes.total)
         self.down = L * self.E * D * self.kept * self.stored if self.refit else 0
-        self.share = 1 - L * self.sizes.ffn(F - self.K * self.kept) / self.sizes.total
+        self.share = 1 - L * self.sizes.ffn(F - self.used) / self.sizes.total
         self.active = SPARSE * self.share
 
     def gram(self, groups: int, *, channels: bool) -> int:

@@ -62,9 +62,10 @@ class Export(Step):
     """Write ``RUN/model`` and compare its logits with the carving's own.
 
     It is in the parent's stock MoE architecture, or in moesmith's own if no stock architecture holds the carving: a
-    parent without a gate, or attention masked by token. If the experts alone would fit a stock architecture,
-    ``RUN/stock`` is written as well. Both are written and compared under hidden names, and get their real names when
-    the step's manifest lists them: nothing unproved ever has that name, and only what a manifest lists is replaced.
+    parent without a gate, a router that is not linear, layers that differ in experts or top-k, or attention masked by
+    token. If it is attention alone, ``RUN/stock`` is written as well. Both are written and compared under hidden names,
+    and get their real names when the step's manifest lists them: nothing unproved ever has that name, and only what a
+    manifest lists is replaced.
     """
 
     name, shared = "export", False  # the model itself is stored elsewhere
@@ -102,12 +103,16 @@ class Export(Step):
             written = write_stock(parent, carving, folder, parent.model.dtype)
             return written | verify_folder(parent, folder, stock_reference(parent, carving), ids)
 
-        if parent.family != NATIVE and not carving.attention:
+        if not carving.is_native(parent):
             metrics = stock(hidden[target])
             if carving.biased:  # the constant channel replaces it: say how well
                 measured = verify_folder(parent, hidden[target], sliced, ids)
                 metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
                 say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
+            elif any(layer.mix == "sum" and layer.top_k > 1 for layer in carving.layers):
+                measured = verify_folder(parent, hidden[target], sliced, ids, judged=False)
+                metrics |= {f"sums_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
+                say(f"  sums of experts as averages: mean KL {measured['logits_kl']:.2e} nats to the exact sums")
         else:
             metrics = write_native(parent, carving, hidden[target])
             metrics |= verify_folder(parent, hidden[target], sliced, ids)

@@ -172,7 +172,7 @@ class Train(Step):
         seconds = 0.0
         if pace:
             seconds = spec.tokens * ((student + distilled) / pace.blocks + (2 + distilled) * LOSS / pace.head)
-        kept = 10 * sizes.D + 5 * shapes.kept * max(1, shapes.K)
+        kept = 10 * sizes.D + 5 * shapes.used
         memory = 2 * spec.micro_batch * spec.window * sizes.L * kept
         if spec.gate == "dense" and shapes.refit:
             memory += 2 * sizes.L * sizes.D * sizes.F * shapes.E * shapes.itemsize

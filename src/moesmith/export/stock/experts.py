@@ -17,6 +17,7 @@ from moesmith.export.stock.constant import constant_channel
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.home import Home
 from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
+from moesmith.native.gate import Router
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import STREAM, decoder_layers
 
@@ -93,12 +94,7 @@ class StockLayer:
         return (weight_ED[:1] if weight_ED.any() else torch.ones(1, self.parent.D)) * self._scale(weight_ED) * SPREAD
 
     def _scale(self, weight_ED: Tensor) -> float:
-        """Choose the power of two that brings a token's logits to about :data:`SPREAD`."""
-        # x is a norm's output, which points anywhere: each number is as large as its weight
-        norm: Any = getattr(decoder_layers(self.parent.model)[1][self.index], STREAM[1])
-        centred_ED = (weight_ED - weight_ED.mean(0)).double()
-        size = float((centred_ED * norm.weight.detach().cpu().double()).square().sum(1).mean().sqrt())
-        return float(2.0 ** math.floor(math.log2(SPREAD / size))) if size else 1.0
+        return scale_of(self.parent, self.index, weight_ED)
 
     def routed(self, expert: int) -> Matrices:
         """Make the matrices of one routed expert, ``home.width`` channels wide."""
@@ -132,6 +128,33 @@ class StockLayer:
             down_DF = torch.cat([down_DF, down_D.to(down_DF.device)[:, None]], 1)
         missing = width - len(gate_FD)
         return F.pad(gate_FD, (0, 0, 0, missing)), F.pad(up_FD, (0, 0, 0, missing)), F.pad(down_DF, (0, missing))
+
+
+def scale_of(parent: Parent, index: int, weight_ED: Tensor) -> float:
+    """Choose the power of two that brings a token's logits to about :data:`SPREAD`."""
+    # x is a norm's output, which points anywhere: each number is as large as its weight
+    norm: Any = getattr(decoder_layers(parent.model)[1][index], STREAM[1])
+    centred_ED = (weight_ED - weight_ED.mean(0)).double()
+    size = float((centred_ED * norm.weight.detach().cpu().double()).square().sum(1).mean().sqrt())
+    return float(2.0 ** math.floor(math.log2(SPREAD / size))) if size else 1.0
+
+
+class Level(Router):
+    """A router that chooses and weighs as a stock gate does, whose logits are scaled down so that all weigh the same.
+
+    The softmax in fp32 does not tell apart logits that differ by 5e-4 of their spread. In a deep model most texts hold
+    such a pair somewhere; so what a folder is compared with orders these experts as the folder does.
+    """
+
+    def __init__(self, router: Router, scale: float) -> None:
+        super().__init__(router.spec, router.weight.detach())
+        self.scale = scale
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route tokens: logits (T, E) fp32, weights (T, K) fp32 of about 1, ids (T, K)."""
+        logits_TE = self.logits(x_TD)
+        top_TK, ids_TK = (logits_TE * self.scale).softmax(-1).topk(self.spec.top_k, dim=-1)
+        return logits_TE, self.spec.top_k * top_TK / top_TK.sum(-1, keepdim=True), ids_TK
 
 
 def linear_router(parent: Parent, layer: Layer, index: int) -> Linear:

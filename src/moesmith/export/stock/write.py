@@ -21,7 +21,7 @@ from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.stock.constant import constant_channel
-from moesmith.export.stock.experts import StockLayer
+from moesmith.export.stock.experts import Level, StockLayer, linear_router, scale_of
 from moesmith.export.verify import verify_folder
 from moesmith.files.artefact import read_json, write_json
 from moesmith.mixture.attention import zeroed
@@ -285,23 +285,26 @@ def _add_fields(path: Path) -> None:
 
 def stock_reference(parent: Parent, carving: Carving) -> Decoder:
     """Build what a folder of :func:`write_stock` must compute: ``moe.decoder``'s model with biases as constant
-    channels, and without the masks over attention that depend on the token."""
+    channels, sums as averages (:class:`experts.Level`), and without the masks over attention that depend on the
+    token."""
     static = [attention.without_gate() for attention in carving.attention]
     model = decoder(parent, replace(carving, attention=static))
     if isinstance(model, Layered):
         made = model.layer
-        return replace(model, layer=lambda index: _with_channel(parent, carving, index, made(index)))
+        return replace(model, layer=lambda index: _rewritten(parent, carving, index, made(index)))
     for index, layer in enumerate(decoder_layers(model)[1]):
-        _with_channel(parent, carving, index, layer)
+        _rewritten(parent, carving, index, layer)
     return model
 
 
-def _with_channel(parent: Parent, carving: Carving, index: int, layer: nn.Module) -> nn.Module:
-    """Rebuild a decoder layer with its experts' biases as constant channels."""
+def _rewritten(parent: Parent, carving: Carving, index: int, layer: nn.Module) -> nn.Module:
+    """Rebuild a decoder layer with its experts' biases as constant channels, and its gate as that of a stock folder."""
     carved, (block,) = carving.layers[index], moe_blocks(layer)
     block.experts = _channelled(parent, carving, index, block.experts, carved.routed)
     if carved.shared is not None:
         block.shared = _channelled(parent, carving, index, block.shared, [carved.shared])
+    if carved.mix == "sum" and carved.top_k > 1:
+        block.router = Level(block.router, scale_of(parent, index, linear_router(parent, carved, index).weight_ED))
     return layer
 
 
