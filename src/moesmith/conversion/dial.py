@@ -91,7 +91,7 @@ def active_for(
     recipes = {share: load_recipe(recipe, budget, settings, share) for share in PROBES}
     if begun.is_file():
         method = parse(upgraded(read_json(begun)), stored=True).method
-        return round((1 - float(method.settings.ratio)) * method.top_k, 6)
+        return round(method.active, 6)
     domains = choose_domains(data, recipes[PROBES[0]])
     losses: dict[float, float] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from moesmith.conversion.order import steps_of
 from moesmith.conversion.pace import START, scaled
 from moesmith.errors import MoesmithError
 from moesmith.export.gguf.target import wide_rows
+from moesmith.methods.scores import kept_channels
 from moesmith.mixture.home import aligned
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.compute import Choice, long_name
@@ -114,7 +115,8 @@ def _widths(recipe: Recipe, parent: Parent, shapes: Shapes) -> list[str]:
     width = aligned(shapes.kept + extra)
     found = wide_rows(parent.D, sizes.H * sizes.h, width)
     good = aligned(width, 256) - extra
-    if width % 256 and good <= parent.F:  # kept_channels rounds what is pruned down: this rounds up
+    decided = shapes.kept == kept_channels(parent.F, ratio)  # by the ratio alone, not by a number of equal parts
+    if width % 256 and good <= parent.F and decided:  # kept_channels rounds what is pruned down: this rounds up
         found[0] += f" (carve.ratio={math.ceil(1e4 * (parent.F - good) / parent.F) / 1e4})"
     return found
 

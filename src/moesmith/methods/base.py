@@ -117,6 +117,11 @@ class Method:
         """How many of them a token visits."""
         return int(getattr(self.settings, "top_k", 1))
 
+    @property
+    def active(self) -> float:
+        """Share of the parent's channels that a token uses, as far as ``ratio`` decides it."""
+        return (1 - float(self.settings.ratio)) * self.top_k
+
     def check_domains(self, names: Sequence[str], source: str) -> None:
         """Refuse text that it cannot use.
 

@@ -67,7 +67,7 @@ class Shapes:
         self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L
         self.shell = max(0, self.dense - self.sizes.total)
         self.down = L * self.E * D * self.kept * self.stored if self.refit else 0
-        self.share = 1 - L * self.sizes.ffn(F - self.K * self.kept) / self.sizes.total
+        self.share = 1 - L * self.sizes.ffn(F - carving.layers[0].active_width) / self.sizes.total
         self.active = SPARSE * self.share
 
     def gram(self, groups: int, *, channels: bool) -> int:

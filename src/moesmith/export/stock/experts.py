@@ -79,8 +79,12 @@ class StockLayer:
 
     def router(self) -> Tensor:
         """Return the router's matrix, (E, D) fp32."""
-        router = linear_router(self.parent, self.layer, self.index)
-        return router.weight_ED * self._scale(router.weight_ED) if self.level else router.weight_ED
+        return linear_router(self.parent, self.layer, self.index).weight_ED * self.scale
+
+    @property
+    def scale(self) -> float:
+        """What the router's logits are multiplied by, a power of two."""
+        return self._scale(linear_router(self.parent, self.layer, self.index).weight_ED) if self.level else 1.0
 
     def shared_gate(self) -> Tensor:
         """Return the shared expert's gate (1, D), whose sigmoid is one half.

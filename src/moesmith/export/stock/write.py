@@ -29,6 +29,7 @@ from moesmith.mixture.carving import Carving
 from moesmith.mixture.home import Home, home_of, padding
 from moesmith.mixture.layer import Analytic, Expert
 from moesmith.mixture.moe import SlicedExperts, decoder, moe_blocks
+from moesmith.native.gate import Router
 from moesmith.parent.layerwise import Decoder, Layered
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
@@ -285,7 +286,8 @@ def _add_fields(path: Path) -> None:
 
 def stock_reference(parent: Parent, carving: Carving) -> Decoder:
     """Build what a folder of :func:`write_stock` must compute: ``moe.decoder``'s model with biases as constant
-    channels, and without the masks over attention that depend on the token."""
+    channels, added experts with the weights that scaled logits give, and without the masks over attention that depend
+    on the token."""
     static = [attention.without_gate() for attention in carving.attention]
     model = decoder(parent, replace(carving, attention=static))
     if isinstance(model, Layered):
@@ -297,12 +299,24 @@ def stock_reference(parent: Parent, carving: Carving) -> Decoder:
 
 
 def _with_channel(parent: Parent, carving: Carving, index: int, layer: nn.Module) -> nn.Module:
-    """Rebuild a decoder layer with its experts' biases as constant channels."""
+    """Rebuild a decoder layer with its experts' biases as constant channels, and their sum as an average."""
     carved, (block,) = carving.layers[index], moe_blocks(layer)
+    scale = StockLayer(parent, carving, index, home_of(parent.family, carving)).scale
+    if scale != 1:
+        block.router = Levelled(block.router.spec, block.router.weight.detach() * scale)
     block.experts = _channelled(parent, carving, index, block.experts, carved.routed)
     if carved.shared is not None:
         block.shared = _channelled(parent, carving, index, block.shared, [carved.shared])
     return layer
+
+
+class Levelled(Router):
+    """The router of experts that are added, as a stock architecture computes it: K weights of nearly 1."""
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights are K times the softmax of the K scaled logits, which sums to 1."""
+        logits_TE, _, ids_TK = super().forward(x_TD)
+        return logits_TE, logits_TE.gather(-1, ids_TK).softmax(-1) * self.spec.top_k, ids_TK
 
 
 def _channelled(parent: Parent, carving: Carving, index: int, old: Any, experts: list[Expert]) -> SlicedExperts:
