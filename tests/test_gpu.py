@@ -22,7 +22,9 @@ from moesmith.testing.tokenizer import tiny_tokenizer
 FOUND = torch.accelerator.current_accelerator(check_available=True)
 DEVICE = "cpu" if FOUND is None or FOUND.type == "pretend" else FOUND.type
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="there is no accelerator")]
-PRESETS = "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 token tomoe-50 tomoe-plus".split()
+PRESETS = (
+    "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 moefication token tomoe-50 tomoe-plus".split()
+)
 
 
 @pytest.fixture(scope="module")

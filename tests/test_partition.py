@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moesmith.calibration.stream import Stream
+from moesmith.conversion.steps.training import prepare
 from moesmith.errors import MoesmithError
 from moesmith.methods.partition import (
     Partition,
@@ -20,7 +21,6 @@ from moesmith.methods.partition import (
     similarity_router,
 )
 from moesmith.mixture.carving import Carving
-from moesmith.mixture.layer import Layer
 from moesmith.mixture.moe import block, build
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import Network
@@ -215,15 +215,15 @@ def test_the_share_that_is_active() -> None:
             method: Any = load_recipe(preset, active=share).method
             assert (method.active, method.top_k) == (share, top_k)
     assert load_recipe("dive-2of8").method.active == 0.5
+    assert [load_recipe("moefication").method.at_least(share) for share in (0.01, 0.5, 0.51)] == [0.125, 0.5, 0.625]
+    assert load_recipe("llama-moe-shared").method.at_least(0.01) == 0.25
+    assert load_recipe("token").method.at_least(0.51) == 0.51
 
 
-def test_a_layer_is_one_sum() -> None:
+def test_routers_of_added_experts_learn_straight_through_alone() -> None:
     """A mixture that adds gives its routers no gradient through their weights, which are always 1."""
-    from moesmith.conversion.steps.training import prepare
-
     parent = tiny_parent("llama")
     _, carving = carved(parent, "moefication", [])
-    assert isinstance(carving.layers[0], Layer)
     for gradient, trained in (("none", False), ("straight-through", True)):
         recipe = load_recipe("moefication", None, ["stage2.tokens=512", f"stage2.router_gradient={gradient}"])
         parameters = prepare(build(parent, carving, "sliced"), recipe.stage2, 0)

@@ -29,7 +29,9 @@ from moesmith.testing.text import save_data
 from moesmith.testing.tokenizer import tiny_tokenizer
 from moesmith.training import losses
 
-PRESETS = "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 token tomoe-50 tomoe-plus".split()
+PRESETS = (
+    "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 moefication token tomoe-50 tomoe-plus".split()
+)
 # two domains, two experts, a step or two of each training: AdamW makes a whole step of a gradient that is all rounding,
 # so the rate is low
 SMALL = [
@@ -39,6 +41,7 @@ SMALL = [
 ]
 ON_PURPOSE = {
     "mixture/carving.py:Carving.expert_weights": "LoRA is merged in fp64 on the CPU: the same model everywhere",
+    "methods/balanced.py:balanced_kmeans": "groups are made in fp64 on the CPU: the same channels everywhere",
     "methods/tomoe/warm.py:start_from": "a start of masks: a few rows in fp64, once per layer",
 }
 # who may copy more than results to the host, and why: bytes of the tiny models
@@ -49,6 +52,9 @@ COPIES = {
     "calibration/stream.py:Stream._on": "and go on from there",
     "conversion/steps/training.py:_whole.<locals>.trained": "experts that were trained whole belong to the carving",
     "conversion/steps/training.py:_whole.<locals>.trained.<locals>.<listcomp>": "the same",
+    "methods/balanced.py:balanced_kmeans": "rows that are grouped there",
+    "methods/partition.py:Partition.layer": "a rescaled matrix belongs to the carving",
+    "methods/partition.py:split_channels": "a graph that is cut there",
     "methods/token.py:as_expert": "trained matrices belong to the carving",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
     "files/artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",

@@ -122,6 +122,10 @@ class Method:
         """Share of the parent's channels that a token uses, as far as ``ratio`` decides it."""
         return (1 - float(self.settings.ratio)) * self.top_k
 
+    def at_least(self, active: float) -> float:
+        """Return the smallest share of channels, not below ``active``, that a token can use with these settings."""
+        return active
+
     def check_domains(self, names: Sequence[str], source: str) -> None:
         """Refuse text that it cannot use.
 

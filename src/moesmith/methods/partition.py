@@ -8,6 +8,7 @@ Shapes: T tokens, D model width, F channels, E routed experts.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ class Parts(Section):
 
     experts: int = Field(8, ge=2, le=1024, description="equal parts of the channels, shared ones included")
     ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels that a token does not use")
-    sample: int = Field(8192, ge=64, description="tokens per layer that parts and routers are made from")
+    sample: int = Field(8192, ge=16, description="tokens per layer that parts and routers are made from")
     ridge: float = Field(0.01, gt=0, description="selector norm: ridge, relative to a router input's mean energy")
 
     @property
@@ -112,9 +113,15 @@ class Partition(Carver):
         """The share of channels that a token uses: that of all its experts together is 1 - ``ratio``."""
         return 1 - float(self.settings.ratio)
 
+    def at_least(self, active: float) -> float:
+        """Round up to whole parts, with at least one that is chosen."""
+        parts = max(self.shared + 1, math.ceil(active * self.settings.experts - WHOLE))
+        return round(parts / self.settings.experts, 6)
+
     def needs(self) -> Needs:
-        """A part of the text goes through every layer twice; one F × F matrix is no larger than counted for inputs."""
-        return Needs(inputs=self.sampled, passes=2.0 if self.sampled else 0.0)
+        """Count a second pass of a part of the text; cutting a graph takes a few F × F matrices."""
+        graph = self.settings.split == "co-activation"
+        return Needs(inputs=self.sampled, gram=graph, passes=2.0 if self.sampled else 0.0)
 
     def tokens(self, shapes: Shapes) -> int:
         """Count all text, or none."""
@@ -145,12 +152,12 @@ class Partition(Carver):
             router_ED: the router.
             down_DF: the parent's matrix, in the dtype of the result; ``None`` for an outline.
         """
-        routed, common = [], parts[: self.shared]
-        for kept in parts[self.shared :]:
-            own = torch.zeros(0) if down_DF is None else down_DF.float()[:, kept.to(down_DF.device)] * self.scale
+        routed, common = [Expert(kept) for kept in parts[self.shared :]], parts[: self.shared]
+        for expert in routed if self.scale != 1 else ():
+            expert.down_DF = torch.zeros(0)
             if down_DF is not None:
-                own = own.to("cpu", down_DF.dtype)
-            routed.append(Expert(kept, None if self.scale == 1 else own))
+                own_DF = down_DF[:, expert.channels.to(down_DF.device)].float() * self.scale
+                expert.down_DF = own_DF.to("cpu", down_DF.dtype)
         shared = Expert(torch.cat(list(common)).sort().values) if common else None
         return Layer(routed, Linear(router_ED), self.top_k, "sum", shared=shared)
 
@@ -166,7 +173,7 @@ class Partition(Carver):
         ids = self.parts(view, rest, x_TD)
         routed = [rest[ids == expert] for expert in range(self.experts)]
         norms_TE = expert_norms(view.network, x_TD, routed) if self.sampled else x_TD.new_zeros(0, len(routed))
-        measured_T = torch.arange(len(x_TD), device=x_TD.device) % HELD == HELD - 1
+        measured_T = (torch.arange(len(x_TD)) % HELD == HELD - 1).to(x_TD.device)
         router_ED = self.route(view, routed, x_TD[~measured_T], norms_TE[~measured_T])
         if measured_T.any():
             self.measure(router_ED, x_TD[measured_T].to(parent.dtype), norms_TE[measured_T])
@@ -235,9 +242,10 @@ def coactivation(ffn: Network, x_TD: Tensor) -> Tensor:
 
 def expert_norms(ffn: Network, x_TD: Tensor, routed: Sequence[Tensor]) -> Tensor:
     """The norm of each expert's channels for each token, ‖a_S‖, (T, E) fp32 on the device of ``x_TD``."""
-    member_FE = torch.zeros(len(ffn.gate_FD), len(routed), device=x_TD.device)
+    member_FE = torch.zeros(len(ffn.gate_FD), len(routed))
     for expert, kept in enumerate(routed):
-        member_FE[kept.to(x_TD.device), expert] = 1
+        member_FE[kept, expert] = 1
+    member_FE = member_FE.to(x_TD.device)
     return torch.cat([(a_NF.square() @ member_FE).sqrt() for a_NF in hidden_of(ffn, x_TD)])
 
 
