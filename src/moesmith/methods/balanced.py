@@ -48,8 +48,8 @@ def balanced_assignment(costs_FE: Numbers) -> NDArray[np.int64]:
     It is the linear sum assignment in which each group has F / E places, solved on the groups: every row starts at its
     cheapest group, and then rows move along the cheapest chain of moves from a group with too many to one with too
     few. A chain is a shortest path between E nodes, and as long as only shortest ones are taken the total is the least
-    for the sizes reached. At most F chains, each O(F + E²) times its length,
-    where the assignment of rows to places takes O(F³).
+    for the sizes reached. At most F chains, each O(F + E²) times its length, where the assignment of rows to places
+    takes O(F³).
 
     Args:
         costs_FE: cost of each row in each group, finite.
