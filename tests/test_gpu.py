@@ -23,7 +23,7 @@ FOUND = torch.accelerator.current_accelerator(check_available=True)
 DEVICE = "cpu" if FOUND is None or FOUND.type == "pretend" else FOUND.type
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="there is no accelerator")]
 PRESETS = "dive-1of8 dive-plus flap-static flap-static-refit llama-moe-1of8 token tomoe-50 tomoe-plus".split()
-PRESETS += ["llm-pruner", "drop-upcycling"]
+PRESETS += ["llm-pruner", "drop-upcycling", "moefication"]
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,10 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "carve.score": ["carve.score=magnitude"],
     "carve.selection": ["carve.selection=adaptive"],
     "carve.compensation": ["carve.compensation=bias"],
+    "carve.split": ["carve.split=co-activation"],
+    "carve.shared": ["carve.shared=1"],
+    "carve.rescale": ["carve.rescale=false"],
+    "carve.selector": ["carve.selector=norm"],
     "carve.select": ["carve.select=energy"],
     "carve.prior": ["carve.prior=9999"],
     "carve.repair": ["carve.repair=false"],
@@ -261,11 +265,16 @@ def test_every_setting_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["dive-plus", "tomoe-plus", "token"])
+@pytest.mark.parametrize("preset", ["dive-plus", "tomoe-plus", "token", "llama-moe-partition"])
 def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
     """Nearly a hundred conversions: a setting that a stage's key forgets would leave its result as it was."""
     token = ["carve.sample=32", "carve.batch=16", "carve.passes=1", "domains.reading=random"]
-    few = {"dive-plus": FEW, "tomoe-plus": ["masks.budget=0.55"], "token": token}[preset]
+    few = {
+        "dive-plus": FEW,
+        "tomoe-plus": ["masks.budget=0.55"],
+        "token": token,
+        "llama-moe-partition": ["carve.selector=norm"],
+    }[preset]
     before = convert(preset, home / "m", home / "d", tmp_path / "base", few)
     kept, refused = {}, {}
     for name, settings in (SETTINGS | (STARTS if preset == "tomoe-plus" else {})).items():
@@ -277,7 +286,7 @@ def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
                 continue
             kept[name] = keys_of(run).keys() - check(before, run)
             shutil.rmtree(tmp_path / name)
-    assert len(kept) > {"dive-plus": 60, "tomoe-plus": 30, "token": 15}[preset], refused
+    assert len(kept) > {"dive-plus": 60, "tomoe-plus": 30, "token": 15, "llama-moe-partition": 15}[preset], refused
     assert not refused.keys() & STARTS.keys()
     assert all("held-out" in kept[name] for name in kept if name.startswith(("carve.", "stage", "masks.")))
 

@@ -13,6 +13,7 @@ from conversions import convert
 from golden import ASSETS
 
 from moesmith.calibration.stream import LayerView
+from moesmith.conversion.plan import make_plan
 from moesmith.errors import MoesmithError
 from moesmith.export.target import Options
 from moesmith.export.targets import export_run
@@ -111,7 +112,18 @@ def test_there_is_no_such_method() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["cmoe", "dive", "drop-upcycling", "expert-weaver", "llama-moe", "static", "tomoe", "upcycling"],
+    [
+        "cmoe",
+        "dive",
+        "drop-upcycling",
+        "expert-weaver",
+        "llama-moe",
+        "llama-moe-partition",
+        "moefication",
+        "static",
+        "tomoe",
+        "upcycling",
+    ],
 )
 def test_every_method_declares_itself(name: str) -> None:
     method = methods()[name]
@@ -221,6 +233,36 @@ def test_experts_that_divide_a_network(family: str, way: str, tmp_path: Path) ->
     else:
         with pytest.raises(MoesmithError, match=reason):
             export_run(run.folder, "hf", tmp_path / "hf", Options(), "cpu")
+
+
+DIVIDED = {"llama-moe-partition": [], "llama-moe-shared": ["carve.selector=norm"], "moefication": []}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("preset", DIVIDED)
+def test_divided_channels_go_all_the_way(preset: str, family: str, tmp_path: Path) -> None:
+    """Four parts that are added, two per token: converted, verified, and exported where a stock architecture fits."""
+    import moesmith as package
+
+    settings = [*SMALL, "carve.experts=4", *DIVIDED[preset]]
+    run = package.convert(preset, save_tiny(family, tmp_path / "m"), ASSETS / "text", tmp_path / "run",
+                          settings=settings, dtype="fp32", device="cpu")  # fmt: skip
+    stages, carving = run.evaluation["stages"], run.carving()
+    assert stages["carve"]["geomean"] != stages["parent"]["geomean"]
+    assert run.manifest("export")["metrics"]["logits_difference"] < 1e-3
+    scaled = {"llama-moe-partition": "rescaled", "llama-moe-shared": "rescaled", "moefication": "none"}[preset]
+    assert (carving.compensation, carving.layers[0].active_width) == (scaled, 32)
+    counted, plan = run.manifest("carve")["metrics"], make_plan(load_recipe(preset, None, settings), run.parent(), 4)
+    for name in ("parent_parameters", "parameters_total", "parameters_active"):
+        assert counted[name] == getattr(plan, name), name
+    if family == "phi":
+        with pytest.raises(MoesmithError, match="gate"):  # no stock architecture has experts of two matrices
+            export_run(run.folder, "hf", tmp_path / "hf", Options(), "cpu")
+    if (preset, family) == ("moefication", "llama"):
+        export_run(run.folder, "gguf", tmp_path / "moe.gguf", Options(quant="f32"), "cpu")
+        assert moesmith("report", run.folder).status == 0
+        page = (run.folder / "report.html").read_text(encoding="utf-8")
+        assert "per token, in equal parts" in page
 
 
 @pytest.mark.usefixtures("clean")

@@ -17,9 +17,10 @@ from torch import Tensor
 from moesmith.calibration.moments import Second
 from moesmith.calibration.stream import Stream
 from moesmith.errors import MoesmithError
+from moesmith.methods.balanced import balanced_assignment, balanced_kmeans
 from moesmith.methods.cmoe import centres, distances, divide, fit_router, marks
-from moesmith.methods.expert_weaver import _balanced_kmeans, mean_router, profiles, variation
-from moesmith.methods.partition import Partition, balanced, sizes
+from moesmith.methods.expert_weaver import mean_router, profiles, variation
+from moesmith.methods.partition import Partition, sizes
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Analytic, Linear
 from moesmith.mixture.moe import build, carved_layer, moe_blocks
@@ -91,7 +92,7 @@ def test_a_balanced_assignment_is_the_cheapest_of_all(widths: list[int]) -> None
     places = [group for group, width in enumerate(widths) for _ in range(width)]
     every = set(itertools.permutations(places))
     best = min(every, key=lambda order: sum(float(cost_NE[row, group]) for row, group in enumerate(order)))
-    assert balanced(cost_NE, widths).tolist() == list(best)
+    assert torch.from_numpy(balanced_assignment(cost_NE.numpy(), widths)).tolist() == list(best)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -103,7 +104,7 @@ def test_a_balanced_assignment_costs_what_a_linear_sum_assignment_does(
         cost_NE = torch.randn(rows, len(widths), generator=torch.Generator().manual_seed(seed)).double()
         cost_NE[:, 0] -= 1.0  # most rows want to be in the same group
         cost_NE = (2 * cost_NE).round() if ties else cost_NE
-        ids_N = balanced(cost_NE, widths)
+        ids_N = torch.from_numpy(balanced_assignment(cost_NE.numpy(), widths))
         assert torch.bincount(ids_N, minlength=len(widths)).tolist() == widths
         places_N = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
         taken, columns = linear_sum_assignment(cost_NE[:, places_N].numpy())
@@ -278,12 +279,12 @@ def test_balanced_kmeans_finds_groups_of_equal_size() -> None:
     generator = torch.Generator().manual_seed(8)
     truth = torch.arange(30) % 3
     rows_FD = 5 * torch.randn(3, 4, generator=generator)[truth] + 0.1 * torch.randn(30, 4, generator=generator)
-    ids_F = _balanced_kmeans(rows_FD, 3, torch.Generator().manual_seed(0), 5)
+    ids_F = balanced_kmeans(rows_FD, 3, torch.Generator().manual_seed(0), 5)
     assert len({(int(a), int(b)) for a, b in zip(truth, ids_F, strict=True)}) == 3
-    uneven_F = _balanced_kmeans(rows_FD[:20], 3, torch.Generator().manual_seed(0), 5)
+    uneven_F = balanced_kmeans(rows_FD[:20], 3, torch.Generator().manual_seed(0), 5)
     assert sorted(torch.bincount(uneven_F).tolist()) == [6, 7, 7]
-    assert torch.equal(ids_F, _balanced_kmeans(rows_FD, 3, torch.Generator().manual_seed(0), 5))
-    same_F = _balanced_kmeans(torch.ones(8, 2), 4, torch.Generator().manual_seed(0), 3)  # nothing to tell apart
+    assert torch.equal(ids_F, balanced_kmeans(rows_FD, 3, torch.Generator().manual_seed(0), 5))
+    same_F = balanced_kmeans(torch.ones(8, 2), 4, torch.Generator().manual_seed(0), 3)  # nothing to tell apart
     assert torch.bincount(same_F).tolist() == [2] * 4
 
 

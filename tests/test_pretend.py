@@ -31,7 +31,7 @@ from moesmith.training import losses
 
 PRESETS = [
     *("cmoe", "dive-1of8", "dive-plus", "drop-upcycling", "expert-weaver", "flap-static", "flap-static-refit"),
-    *("llama-moe-1of8", "llm-pruner", "token", "tomoe-50", "tomoe-plus"),
+    *("llama-moe-1of8", "llm-pruner", "moefication", "token", "tomoe-50", "tomoe-plus"),
 ]
 # two domains, two experts, a step or two of each training: AdamW makes a whole step of a gradient that is all rounding,
 # so the rate is low
@@ -42,7 +42,7 @@ SMALL = [
 ]
 ON_PURPOSE = {
     "mixture/carving.py:Carving.expert_weights": "LoRA is merged in fp64 on the CPU: the same model everywhere",
-    "methods/expert_weaver.py:_balanced_kmeans": "a few numbers per channel, assigned one after the other",
+    "methods/balanced.py:balanced_kmeans": "groups are made in fp64 on the CPU: the same channels everywhere",
     "methods/tomoe/warm.py:start_from": "a start of masks: a few rows in fp64, once per layer",
 }
 # who may copy more than results to the host, and why: bytes of the tiny models
@@ -55,6 +55,9 @@ COPIES = {
     "conversion/steps/training.py:_whole.<locals>.trained.<locals>.<listcomp>": "the same",
     "methods/cmoe.py:marks": "which channels each token of a sample marks, a few per token",
     "methods/expert_weaver.py:profiles": "a number per channel and sample",
+    "methods/balanced.py:balanced_kmeans": "rows that are grouped there",
+    "methods/parts.py:EqualParts.layer": "a rescaled matrix belongs to the carving",
+    "methods/parts.py:split_channels": "a graph that is cut there",
     "methods/token.py:as_expert": "trained matrices belong to the carving",
     "methods/upcycling.py:redraw": "an expert's own matrices belong to the carving",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",

@@ -36,6 +36,8 @@ KEYS = {
     "dive": {"carve": f"{SHARES} experts top_k score selection"} | AFFINITY | ROUTER | STAGE1 | STAGE2,
     "static": {"carve": f"{SHARES} score selection"} | STAGE2,
     "llama-moe": {"carve": f"{SHARES} experts top_k"} | ROUTER | STAGE1 | STAGE2,
+    "llama-moe-partition": {"carve": "method experts ratio sample ridge split selector shared rescale"} | STAGE2,
+    "moefication": {"carve": "method experts ratio sample ridge split selector"} | STAGE2,
     "token": {"carve": "method experts ratio select repair ridge pool prior sample gram passes batch lr"} | STAGE2,
     "cmoe": {"carve": "method experts top_k ratio marked sample rounds represent router ridge"} | STAGE2,
     "expert-weaver": {"carve": "method experts ratio shares least most threshold samples rounds"} | STAGE2,
@@ -437,7 +439,7 @@ def test_an_unknown_budget_names_the_known() -> None:
 
 def test_the_active_share_of_channels() -> None:
     """Width times the experts that a token visits; what has no such setting says which one to use."""
-    for name, visited in (("token", 1), ("dive-2of8", 2), ("flap-static", 1), ("llama-moe", 1)):
+    for name, visited in (("token", 1), ("dive-2of8", 2), ("flap-static", 1), ("llama-moe", 1), ("moefication", 1)):
         for active in (0.25, 0.75, 1.0):
             recipe: Any = load_recipe(name, active=active)
             assert visited * (1 - recipe.carve.ratio) == pytest.approx(active, abs=1e-5)

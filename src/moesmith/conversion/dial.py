@@ -107,7 +107,7 @@ def active_for(
             stages = run.evaluation["stages"]
             losses[share] = stages[finished_of(stages)]["geomean"] / stages["parent"]["geomean"] - 1
             before = [place]
-    share = share_for(losses, largest)
+    share = recipes[PROBES[0]].method.at_least(share_for(losses, largest))
     found = ", ".join(f"{loss:+.0%} at {share:.0%}" for share, loss in losses.items())
     say(f"perplexity {found} active: {share:.0%} for at most {largest:+.0%}")
     return share

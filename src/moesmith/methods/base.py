@@ -117,6 +117,10 @@ class Method:
         """How many of them a token visits."""
         return int(getattr(self.settings, "top_k", 1))
 
+    def at_least(self, active: float) -> float:
+        """Return the smallest share of channels, not below ``active``, that a token can use with these settings."""
+        return active
+
     def check_domains(self, names: Sequence[str], source: str) -> None:
         """Refuse text that it cannot use.
 

@@ -16,7 +16,7 @@ def kmeans(x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int 
     A cluster that holds nearly nothing starts again at a row of the largest one.
     """
     x_TD = x_TD.float()
-    centres_ED = _distant(x_TD, clusters, generator)
+    centres_ED = distant(x_TD, clusters, generator)
     for _ in range(rounds):
         ids_T = nearest(x_TD, centres_ED)
         counts_E = torch.bincount(ids_T, minlength=clusters)
@@ -31,7 +31,7 @@ def kmeans(x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int 
     return centres_ED
 
 
-def _distant(x_TD: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def distant(x_TD: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw rows one after the other, each with the probability of its squared distance to the nearest one so far."""
     rows = [int(torch.randint(len(x_TD), (1,), generator=generator))]
     far_T = torch.full((len(x_TD),), torch.inf, device=x_TD.device)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from moesmith.arguments import ceil_div
 from moesmith.calibration.stream import LayerView
+from moesmith.methods.balanced import balanced_assignment
 from moesmith.methods.base import Needs, Routed
-from moesmith.methods.partition import Partition, balanced, check_ratio, members
+from moesmith.methods.partition import Partition, check_ratio, members
 from moesmith.methods.registry import register
 from moesmith.mixture.layer import Analytic, Layer, Linear
 from moesmith.parent.accelerator import closed_form_device
@@ -163,7 +164,7 @@ def divide(
     rest = rest.sort().values
     for _ in range(rounds):
         far_FE, _ = distances(ids_TK, centres(ids_TK, group_F, experts), F)
-        ids_N = balanced(far_FE[rest], widths)
+        ids_N = torch.from_numpy(balanced_assignment(far_FE[rest].numpy(), widths))
         if torch.equal(group_F[rest], ids_N):
             break
         group_F[rest] = ids_N

@@ -21,9 +21,9 @@ from torch import Tensor
 from moesmith.arguments import ceil_div
 from moesmith.calibration.moments import Second
 from moesmith.calibration.stream import LayerView
+from moesmith.methods.balanced import balanced_kmeans
 from moesmith.methods.base import Needs
-from moesmith.methods.clusters import kmeans
-from moesmith.methods.partition import Partition, balanced, check_ratio, members, sizes
+from moesmith.methods.partition import Partition, check_ratio, members, sizes
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
 from moesmith.mixture.carving import Carving
@@ -128,7 +128,7 @@ class ExpertWeaver(Partition):
         common, widths = sizes(F, spec.experts, top_k, spec.ratio)
         order_F = profile_FS.mean(1).argsort(descending=True, stable=True)
         shared, rest = order_F[:common].sort().values, order_F[common:].sort().values
-        ids_N = _balanced_kmeans(profile_FS[rest], spec.experts, view.generator, spec.rounds)
+        ids_N = balanced_kmeans(profile_FS[rest], spec.experts, view.generator, spec.rounds)
         experts = members(ids_N, rest, spec.experts)
         assert sorted(map(len, experts)) == sorted(widths)
         shares = {"shared": common / F, "specialised": specialised, "visited": top_k / spec.experts}
@@ -178,21 +178,3 @@ def mean_router(network: Network, experts: list[Tensor], inputs: Second) -> Tens
     bias_E = torch.stack([bias_F[channels.to(bias_F.device)].float().mean().cpu() for channels in experts])
     constant_D, _ = constant_direction(inputs)
     return router_ED + (bias_E - bias_E.mean())[:, None] * constant_D
-
-
-def _balanced_kmeans(rows_FD: Tensor, groups: int, generator: torch.Generator, rounds: int) -> Tensor:
-    """Cluster rows into groups whose sizes differ by one at most, (F,): Lloyd's rounds with a balanced assignment.
-
-    Starts from distant rows (k-means++). Costs are squared distances, but for what a row has in common with all groups.
-    """
-    rows_FD = rows_FD.double()
-    widths = [len(rows_FD) // groups + (g < len(rows_FD) % groups) for g in range(groups)]
-    centres_ED = kmeans(rows_FD, groups, generator, rounds=0).double()
-    ids_F = torch.full((len(rows_FD),), -1)
-    for _ in range(rounds):
-        new_F = balanced(centres_ED.square().sum(1) - 2 * rows_FD @ centres_ED.T, widths)
-        if torch.equal(new_F, ids_F):
-            break
-        ids_F = new_F
-        centres_ED = torch.zeros_like(centres_ED).index_add_(0, ids_F, rows_FD) / torch.tensor(widths)[:, None]
-    return ids_F

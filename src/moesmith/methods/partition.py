@@ -9,17 +9,16 @@ Shapes: F channels, N channels to divide, E routed experts, K active ones.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from moesmith.arguments import ceil_div
 from moesmith.calibration.stream import spread
 from moesmith.errors import MoesmithError
+from moesmith.methods.balanced import even_sizes
 from moesmith.methods.base import Carver
 from moesmith.methods.steps import windows_of
 from moesmith.mixture.carving import Carving
@@ -57,58 +56,7 @@ def sizes(F: int, experts: int, top_k: int, ratio: float) -> tuple[int, list[int
             f"at carve.ratio {ratio:g} there are {routed} of {F} channels for {experts} routed experts",
             "Give fewer experts, or a higher ratio.",
         )
-    return F - routed, [routed // experts + (e < routed % experts) for e in range(experts)]
-
-
-def balanced(cost_NE: Tensor, widths: Sequence[int]) -> Tensor:
-    """Assign N rows to E groups of given sizes at the least total cost, exactly: the group of every row, (N,).
-
-    That is a linear sum assignment in which each group has as many equal places as it is wide, without the N × N costs
-    of one: every row begins in its cheapest group, and as long as one is too full, rows move along the cheapest chain
-    of groups from a full one to one with room (successive shortest paths).
-
-    Args:
-        cost_NE: of each row in each group.
-        widths: rows of every group, N together.
-    """
-    cost = cost_NE.cpu().double().numpy()
-    groups, ids = np.arange(len(widths)), cost.argmin(1)
-    room = np.array(widths) - np.bincount(ids, minlength=len(widths))
-    step, which = np.full((len(widths), len(widths)), np.inf), np.zeros((len(widths), len(widths)), dtype=np.int64)
-
-    def refresh(group: int) -> None:
-        """The row of a group that moves to each other group at the least change of cost."""
-        rows = np.flatnonzero(ids == group)
-        step[group] = np.inf
-        if len(rows):
-            change = cost[rows] - cost[rows, group][:, None]
-            best = change.argmin(0)
-            step[group], which[group] = change[best, groups], rows[best]
-            step[group, group] = np.inf
-
-    for group in range(len(widths)):
-        refresh(group)
-    noise = 1e-12 * (float(np.abs(cost).max()) if cost.size else 0.0)
-    while (room < 0).any():
-        far, before = np.where(room < 0, 0.0, np.inf), np.full(len(widths), -1)
-        for _ in groups:  # Bellman-Ford from all full groups at once
-            through = far[:, None] + step
-            last = through.argmin(0)
-            better = through[last, groups] < far - noise
-            if not better.any():
-                break
-            far, before = np.where(better, through[last, groups], far), np.where(better, last, before)
-        end = int(np.where(room > 0, far, np.inf).argmin())
-        room[end] -= 1
-        touched = [end]
-        while before[touched[-1]] >= 0:
-            touched.append(int(before[touched[-1]]))
-        room[touched[-1]] += 1
-        for to, source in itertools.pairwise(touched):
-            ids[which[source, to]] = to
-        for changed in touched:
-            refresh(changed)
-    return torch.from_numpy(ids)
+    return F - routed, even_sizes(routed, experts)
 
 
 def members(ids_N: Tensor, channels_N: Tensor, experts: int) -> list[Tensor]:

@@ -45,7 +45,7 @@ class Header:
     Attributes:
         d_ff: the parent's FFN width F.
         gates: the gate of every layer.
-        compensation: ``refit``, ``bias`` or ``none``.
+        compensation: ``refit``, ``bias``, ``none``, or what the method calls it.
         provenance: where the carving came from.
     """
 
@@ -128,7 +128,12 @@ class Carving:
 
     @property
     def compensation(self) -> str:
-        """What makes up for dropped channels: ``refit`` (experts' own ``down_proj``), ``bias`` or ``none``."""
+        """What makes up for dropped channels: ``refit`` (experts' own ``down_proj``), ``bias`` or ``none``.
+
+        A method that changes ``down_proj`` in another way names it in the provenance.
+        """
+        if named := self.provenance.get("compensation"):
+            return str(named)
         if any(expert.down_DF is not None for layer in self.layers for expert in layer.experts):
             return "refit"
         return "bias" if self.biased else "none"

@@ -126,6 +126,7 @@ def _summary(source: Source) -> dict[str, Any]:
     found |= {"masks": source.masks or None}
     carved = source.carved
     found |= {"experts": carved.experts if carved else None, "top_k": carved.top_k if carved else None}
+    found["parts"] = carved is not None and carved.gates[0].mix == "sum"  # experts that a token uses together
     if carved is not None:  # a method may have no setting for it
         found["carve"] = {"compensation": carved.compensation} | carve
     found["short"] = str(found["parent"]).rstrip("/").rsplit("/", 1)[-1]

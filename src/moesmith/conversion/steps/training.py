@@ -18,7 +18,7 @@ from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.mixture.lora import add_lora, lora_tensors
 from moesmith.mixture.moe import build, moe_blocks
 from moesmith.native.experts import MoEBlock, SlicedExperts
-from moesmith.native.gate import Router
+from moesmith.native.gate import Router, added
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import TrainSection
 from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
@@ -42,8 +42,8 @@ def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, nn.Parameter]:
     """Set gates and adapters as the stage needs them; returns what it trains, by name.
 
-    Router weights are trained if they can receive a gradient: with the dense gate, with a sparse gate of K > 1,
-    or straight-through (DIVE's published code).
+    Router weights are trained if they can receive a gradient: with the dense gate, with a sparse gate of K > 1
+    whose experts are averaged, or straight-through (DIVE's published code).
     """
     blocks = moe_blocks(model)
     parameters: dict[str, nn.Parameter] = {}
@@ -63,7 +63,8 @@ def prepare(model: PreTrainedModel, spec: TrainSection, seed: int) -> dict[str, 
         router = block.router
         router.temperature = spec.gate_temperature if spec.gate == "dense" else None
         router.gradient = spec.router_gradient
-        alive = spec.gate == "dense" or router.spec.top_k > 1 or router.gradient == "straight-through"
+        weighed = router.spec.top_k > 1 and not added(router.spec)  # a weight that is always 1 has no gradient
+        alive = spec.gate == "dense" or weighed or router.gradient == "straight-through"
         if spec.train_router and router.spec.experts > 1 and router.activation is None and alive:
             parameters[f"router.{index}"] = router.weight
             if router.noise is not None:
