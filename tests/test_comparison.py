@@ -234,6 +234,18 @@ def test_rows_vary() -> None:
     ]
 
 
+def test_all_rows_vary() -> None:
+    control = {"name": "top", "control": {"by": "gate", "active": 0.5}}
+    found = [
+        c.name for c in spec(rows=[*ROWS[:2], control], vary={"carve.ratio": [0.5, 0.75], "seed": [7]}).conversions()
+    ]
+    assert found == [
+        *("static-ratio-0.5-seed-7", "static-ratio-0.75-seed-7"),
+        *("dive-ratio-0.5-seed-1", "dive-ratio-0.5-seed-2", "dive-ratio-0.75-seed-1", "dive-ratio-0.75-seed-2"),
+        "top",
+    ]
+
+
 def test_a_row_takes_the_settings_that_it_has() -> None:
     one = spec()
     given = {c.name: one.settings_of(c) for c in one.conversions()}

@@ -180,7 +180,7 @@ def compare(
         found: list[tuple[Conversion, dict[str, Any]]] = []
         for conversion in spec.conversions():
             recipe, kept = recipes[conversion.name], out / "rows" / f"{conversion.name}.json"
-            if chosen and conversion.of not in chosen:
+            if chosen and conversion.source.name not in chosen:
                 if kept.is_file():
                     found.append((conversion, read_json(kept)))
                 continue

@@ -61,8 +61,6 @@ class RowSection(Section):
             raise ValueError("settings and vary belong to a recipe; leave them out")
         if not NAME.fullmatch(self.name):
             raise ValueError(f"{self.name!r} is no name: letters, digits, and . _ + - after the first")
-        if empty := [key for key, values in self.vary.items() if not values]:
-            raise ValueError(f"vary.{empty[0]} has no values")
         return self
 
 
@@ -74,6 +72,7 @@ class Spec(Section):
     data: str = Field("", description="the data source; may be given on the command line")
     budget: str | None = Field(None, description="demo, small or paper")
     settings: list[str] = Field([], description="section.key=value of every row whose recipe has it")
+    vary: dict[str, list[Any]] = Field({}, description="of every row that has a recipe, as a row's own")
     measure: Measure = Measure()
     rows: list[RowSection] = Field(min_length=1)
     keep: bool = Field(True, description="keep the models of rows that are measured")
@@ -81,10 +80,12 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
+        if empty := [key for row in (self, *self.rows) for key, values in row.vary.items() if not values]:
+            raise ValueError(f"vary.{empty[0]} has no values")
         names = [conversion.name for conversion in self.conversions()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two rows are called {twice[0]}")
-        if self.baseline and self.baseline not in {conversion.row for conversion in self.conversions()}:
+        if self.baseline and self.baseline not in {row.name for row in self.rows}:
             raise ValueError(f"there is no row {self.baseline!r} for a baseline")
         if not self.measure.domains:
             raise ValueError("measure.domains names no group of domains")
@@ -93,14 +94,15 @@ class Spec(Section):
     def conversions(self) -> Iterator[Conversion]:
         """Yield every conversion of every row."""
         for row in self.rows:
-            for values in itertools.product(*row.vary.values()):
-                chosen = dict(zip(row.vary, values, strict=True))
+            vary = (self.vary if row.recipe else {}) | row.vary
+            for values in itertools.product(*vary.values()):
+                chosen = dict(zip(vary, values, strict=True))
                 others = {key: value for key, value in chosen.items() if key != SEED}
                 suffix = "".join(f"-{key.rpartition('.')[2]}-{value}" for key, value in others.items())
                 title = ", ".join([row.title or row.name, *(f"{key} {value}" for key, value in others.items())])
                 seed = f"-seed-{chosen[SEED]}" if SEED in chosen else ""
                 own = [*row.settings, *(f"{key}={value}" for key, value in chosen.items())]
-                yield Conversion(row.name, row.name + suffix, row.name + suffix + seed, title, row, tuple(own))
+                yield Conversion(row, suffix, row.name + suffix + seed, title, tuple(own))
 
     def settings_of(self, conversion: Conversion) -> list[str]:
         """Return all settings of a conversion: those of the comparison that its recipe has, and its own."""
@@ -113,20 +115,23 @@ class Conversion:
     """One conversion.
 
     Attributes:
-        of: the specification's row.
-        row: the row of the table that it belongs to; several seeds share one.
-        name: of its folder.
-        title: of its row.
         source: the specification's row: what it converts by, a finished run, or a control.
+        variant: what is varied, its seed apart; in names.
+        name: of its folder.
+        title: of its row of the table.
         settings: its own.
     """
 
-    of: str
-    row: str
+    source: RowSection
+    variant: str
     name: str
     title: str
-    source: RowSection
     settings: tuple[str, ...]
+
+    @property
+    def row(self) -> str:
+        """The row of the table that it belongs to; several seeds share one."""
+        return self.source.name + self.variant
 
 
 def load_spec(path: str | Path, only: Sequence[str] = ()) -> Spec:

@@ -48,7 +48,7 @@ def table_of(
         name: [result["measured"] for _, result in family if "measured" in result] for name, family in families.items()
     }
     base = spec.baseline or spec.rows[0].name
-    against = next((each for name, each in measured.items() if each and families[name][0][0].of == base), None)
+    bases = {f[0][0].variant: measured[name] for name, f in families.items() if f[0][0].source.name == base}
     rows = [_row(spec, "dense parent", dense["facts"], [dense["measured"]], dense["measured"], None)]
     for name, family in families.items():
         title = family[0][0].title
@@ -57,7 +57,8 @@ def table_of(
             rows.append({"title": title, "refused": reasons[0]})
             continue
         facts = next(result["facts"] for _, result in family if "facts" in result)
-        beside = None if against is None or measured[name] is against else against
+        beside = bases.get(family[0][0].variant) or next(iter(bases.values()), None)
+        beside = beside if beside and beside is not measured[name] else None
         rows.append(_row(spec, title, facts, measured[name], dense["measured"], beside) | {"name": name})
     return {"groups": list(spec.measure.domains), "tasks": spec.measure.tasks, "baseline": base, "rows": rows}
 
