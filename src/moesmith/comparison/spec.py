@@ -80,7 +80,8 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        if empty := [key for row in (self, *self.rows) for key, values in row.vary.items() if not values]:
+        varied = [self.vary, *(row.vary for row in self.rows)]
+        if empty := [key for each in varied for key, values in each.items() if not values]:
             raise ValueError(f"vary.{empty[0]} has no values")
         names = [conversion.name for conversion in self.conversions()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
