@@ -16,10 +16,10 @@ from moesmith.methods.parts import (
     channel_energies,
     coactivation,
     expert_norms,
-    norm_router,
     rows_normalised,
     similarity_router,
 )
+from moesmith.methods.router import fitted_router
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import block, build
 from moesmith.parent.load import Parent
@@ -87,7 +87,7 @@ def test_the_fitted_router_is_the_least_squares_one(ridge: float) -> None:
     targets = np.concatenate([n / np.sqrt(200), np.zeros((12, 5))])
     solved_ED = np.linalg.lstsq(rows, targets, rcond=None)[0].T
     expected_ED = torch.from_numpy(solved_ED - solved_ED.mean(0)).float()
-    torch.testing.assert_close(norm_router(x_TD, norms_TE, ridge), expected_ED, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(fitted_router(x_TD, norms_TE, ridge), expected_ED, rtol=1e-3, atol=1e-5)
 
 
 def test_the_similarity_router_ranks_by_cosines() -> None:

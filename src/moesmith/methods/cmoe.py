@@ -23,8 +23,8 @@ from moesmith.methods.balanced import balanced_assignment
 from moesmith.methods.base import Needs, Routed
 from moesmith.methods.partition import Partition, check_ratio, members
 from moesmith.methods.registry import register
+from moesmith.methods.router import fitted_router
 from moesmith.mixture.layer import Analytic, Layer, Linear
-from moesmith.parent.accelerator import closed_form_device
 from moesmith.parent.structure import Network
 from moesmith.run.folder import Run
 
@@ -178,19 +178,7 @@ def divide(
 
 
 def fit_router(network: Network, x_TD: Tensor, heads_E: Tensor, ridge: float) -> Tensor:
-    """Fit a linear router to an analytic one by ridge least squares, (E, D) fp32 on the CPU.
-
-    W = argmin E‖W x − (s − mean s)‖² + λ‖W‖² with s the analytic logits |h| of the experts' channels; what is common to
-    all of a token's logits decides nothing. λ is ``ridge`` times the mean diagonal of E[x xᵀ].
-    """
-    device, D = x_TD.device, x_TD.shape[1]
+    """Fit a linear router to an analytic one's logits |h| of the experts' channels (:func:`router.fitted_router`)."""
     one = network.narrowed(heads_E, network.down_DF[:, heads_E.to(network.down_DF.device)])
-    gram_DD, cross_ED = torch.zeros(D, D, device=device), torch.zeros(len(heads_E), D, device=device)
-    for rows_CD in x_TD.split(CHUNK):
-        score_CE = one.hidden(rows_CD.to(one.gate_FD.dtype)).float().abs()
-        cross_ED += (score_CE - score_CE.mean(-1, keepdim=True)).T @ rows_CD
-        gram_DD += rows_CD.T @ rows_CD
-    place = closed_form_device(device)
-    gram_DD, cross_ED = gram_DD.to(place).double(), cross_ED.to(place).double()
-    gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.linalg.solve(gram_DD, cross_ED.T).T.float().cpu()
+    scores = [one.hidden(rows_CD.to(one.gate_FD.dtype)).float().abs() for rows_CD in x_TD.split(CHUNK)]
+    return fitted_router(x_TD, torch.cat(scores), ridge)

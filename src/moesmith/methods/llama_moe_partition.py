@@ -22,9 +22,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesmith.calibration.stream import LayerView
-from moesmith.methods.parts import EqualParts, Parts, norm_router, split_channels
+from moesmith.methods.parts import EqualParts, Parts, split_channels
 from moesmith.methods.registry import register
-from moesmith.methods.router import random_router
+from moesmith.methods.router import fitted_router, random_router
 
 
 @register
@@ -84,5 +84,5 @@ class LlamaMoePartition(EqualParts):
     def route(self, view: LayerView, routed: Sequence[Tensor], x_TD: Tensor, norms_TE: Tensor) -> Tensor:
         """Draw the router as published, or fit it."""
         if self.settings.selector == "norm":
-            return norm_router(x_TD, norms_TE, self.settings.ridge)
+            return fitted_router(x_TD, norms_TE, self.settings.ridge)
         return random_router(len(routed), view.parent.D, view.generator).to(torch.float32)

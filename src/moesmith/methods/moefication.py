@@ -23,12 +23,12 @@ from moesmith.calibration.stream import LayerView
 from moesmith.methods.parts import (
     EqualParts,
     Parts,
-    norm_router,
     rows_normalised,
     similarity_router,
     split_channels,
 )
 from moesmith.methods.registry import register
+from moesmith.methods.router import fitted_router
 
 
 @register
@@ -56,4 +56,4 @@ class Moefication(EqualParts):
         """Fit the router, or take the experts' mean rows."""
         if self.settings.selector == "similarity":
             return similarity_router(rows_normalised(view.ffn.gate_FD), routed)
-        return norm_router(x_TD, norms_TE, self.settings.ridge)
+        return fitted_router(x_TD, norms_TE, self.settings.ridge)

@@ -23,7 +23,6 @@ from moesmith.methods.balanced import balanced_graph, balanced_kmeans, equal_siz
 from moesmith.methods.base import Carver, Needs
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
-from moesmith.parent.accelerator import closed_form_device
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import Network
 from moesmith.run.folder import Run
@@ -252,26 +251,6 @@ def expert_norms(ffn: Network, x_TD: Tensor, routed: Sequence[Tensor]) -> Tensor
 def rows_normalised(weight_FD: Tensor) -> Tensor:
     """Rows of length 1, (F, D) fp32."""
     return torch.nn.functional.normalize(weight_FD.float(), dim=-1)
-
-
-def norm_router(x_TD: Tensor, norms_TE: Tensor, ridge: float = 0.01) -> Tensor:
-    """The linear router that predicts the experts' norms best in the least-squares sense, (E, D) fp32 on the CPU.
-
-    R = argmin E‖n − R x‖² + λ‖R‖² = E[n xᵀ] (E[x xᵀ] + λ I)⁻¹ with λ = ``ridge`` · mean diag E[x xᵀ]. What all experts'
-    logits have in common does not decide anything, so their mean is taken off.
-
-    Args:
-        x_TD: router inputs.
-        norms_TE: n, one number per expert and token.
-        ridge: λ, relative to the mean energy of an input.
-    """
-    place = closed_form_device(x_TD.device)
-    sums, cross_ED = Sums(x_TD.shape[1], x_TD.device), norms_TE.T.float() @ x_TD.float() / max(1, len(x_TD))
-    sums.add(x_TD)
-    gram_DD = sums.result().gram_NN.to(place).double()
-    gram_DD.diagonal().add_((ridge * gram_DD.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny))
-    router_ED = torch.linalg.solve(gram_DD, cross_ED.to(place).double().T).T
-    return (router_ED - router_ED.mean(0)).float().cpu()
 
 
 def similarity_router(rows_FD: Tensor, routed: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moesmith.calibration.moments import Second, merge
+from moesmith.calibration.moments import Second, Sums, merge
 from moesmith.parent.accelerator import closed_form_device
 
 
@@ -54,3 +54,23 @@ def lda_router(groups: Sequence[Second], ridge: float = 0.01, scale: float = 1.0
     W_ED, b_E = W_ED - W_ED.mean(0), b_E - b_E.mean()
     v_D, _ = constant_direction(pooled)
     return (scale * (W_ED + b_E[:, None] * v_D.to(place).double())).float().cpu()
+
+
+def fitted_router(x_TD: Tensor, scores_TE: Tensor, ridge: float = 0.01) -> Tensor:
+    """Fit the linear router that predicts scores of experts best, by ridge least squares: (E, D) fp32 on the CPU.
+
+    R = argmin E‖s − R x‖² + λ‖R‖² = E[s xᵀ] (E[x xᵀ] + λ I)⁻¹ with λ = ``ridge`` · mean diag E[x xᵀ]. What all experts'
+    logits have in common does not decide anything, so their mean is taken off.
+
+    Args:
+        x_TD: router inputs.
+        scores_TE: s, one number per expert and token.
+        ridge: λ, relative to the mean energy of an input.
+    """
+    place = closed_form_device(x_TD.device)
+    sums, cross_ED = Sums(x_TD.shape[1], x_TD.device), scores_TE.T.float() @ x_TD.float() / max(1, len(x_TD))
+    sums.add(x_TD)
+    gram_DD = sums.result().gram_NN.to(place).double()
+    gram_DD.diagonal().add_((ridge * gram_DD.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny))
+    router_ED = torch.linalg.solve(gram_DD, cross_ED.to(place).double().T).T
+    return (router_ED - router_ED.mean(0)).float().cpu()
