@@ -285,7 +285,7 @@ def test_a_file_that_is_no_specification(tmp_path: Path, text: str, message: str
         load_spec(written(tmp_path, VALUES), ["other"])
 
 
-@pytest.mark.parametrize("name", ["token", "methods", "distillation"])
+@pytest.mark.parametrize("name", ["token", "methods", "distillation", "dive-table"])
 def test_examples_are_specifications(name: str) -> None:
     one = load_spec(Path(__file__).parents[1] / "examples" / "comparisons" / f"{name}.yaml")
     from moesmith.run.recipe import load_recipe
