@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import yaml
 from golden import ASSETS
 from scipy import stats
 
-from moesmith.comparison.compare import compare
+from moesmith.comparison.compare import Comparison, compare
 from moesmith.comparison.controls import Control
+from moesmith.comparison.measure import Ruler
 from moesmith.comparison.spec import Spec, load_spec
 from moesmith.comparison.statistics import interval, mean, p_value
-from moesmith.data.text import evaluation_blocks, load_domains
+from moesmith.data.text import evaluation_blocks, load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_items, run_tasks
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
@@ -132,6 +134,20 @@ def test_what_is_finished_stays(made: tuple[Path, dict[str, Any]], monkeypatch: 
     assert compare(spec(), out, model=MODEL, data=DATA)["rows"] == result["rows"]  # in the dtype that it began in
     few = compare(spec(), out, model=MODEL, data=DATA, only="dive")
     assert few["rows"] == result["rows"]
+
+
+def test_other_text_is_measured_again(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    data, keys = tmp_path / "data", []
+    shutil.copytree(DATA, data)
+    parent, one = load_parent(MODEL, "fp32"), spec()
+    for split in ("", "test", "train"):  # as it is, then with another record in each split
+        if split:
+            lines = (data / f"sum.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            (data / f"sum.{split}.jsonl").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
+        comparison = Comparison(one, tmp_path, parent, str(data), Ruler(parent, str(data), one.measure))
+        keys.append((comparison.key(0), source_digest(str(data), ["sum"])))
+    assert keys[0][0] != keys[1][0] == keys[2][0]
+    assert len({of_text for _, of_text in keys}) == 3
 
 
 def test_a_lost_row_is_measured_again(made: tuple[Path, dict[str, Any]]) -> None:
@@ -262,6 +278,7 @@ def test_a_row_takes_the_settings_that_it_has() -> None:
         ({"rows": [{"name": "a", "recipe": "token", "run": "b"}]}, "a recipe, a run or a control"),
         ({"rows": [{"name": "a", "run": "b", "settings": ["seed=1"]}]}, "belong to a recipe"),
         ({"rows": [{"name": "../a", "recipe": "token"}]}, "is no name"),
+        ({"rows": [{"name": "parent", "recipe": "token"}]}, "is no name"),
         ({"rows": [{"name": "a", "recipe": "token", "vary": {"seed": []}}]}, "vary.seed has no values"),
         ({"rows": [ROWS[0], ROWS[0]]}, "two rows are called static"),
         ({"baseline": "other"}, "no row 'other' for a baseline"),

@@ -20,7 +20,7 @@ from moesmith.comparison.spec import Conversion, Spec, load_spec
 from moesmith.comparison.table import table_of, write_tables
 from moesmith.console import log_to, say
 from moesmith.conversion.convert import convert
-from moesmith.data.text import source_digest
+from moesmith.data.text import load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import MANIFEST, digest, read_json, write_json
 from moesmith.files.lock import HIDDEN, folder_lock
@@ -56,9 +56,7 @@ class Comparison:
 
     def key(self, work: Any) -> str:
         """Return a digest of what a row's numbers depend on."""
-        names = list(self.ruler.blocks)
-        text = {name: [list(ids.shape), int(ids.sum())] for name, ids in self.ruler.blocks.items()}
-        facts = {"work": work, "measure": self.spec.measure.model_dump(mode="json"), "text": [names, text]}
+        facts = {"work": work, "measure": self.spec.measure.model_dump(mode="json"), "text": self.ruler.digest}
         return digest(facts | {"parent": self.parent.digest, "compute": long_name(self.parent.dtype)})
 
     def row(self, conversion: Conversion, recipe: Recipe | None, done: Sequence[Path]) -> dict[str, Any]:
@@ -81,7 +79,8 @@ class Comparison:
             run = convert(recipe, self.parent, self.data, folder, reuse=[str(path) for path in done])
             return self._measured(conversion.title, run)
 
-        found = self._kept(conversion.name, recipe.same_work(), made)
+        names = recipe.domains.names or [domain.name for domain in load_domains(self.data, None)]
+        found = self._kept(conversion.name, [recipe.same_work(), source_digest(self.data, names)], made)
         if not self.spec.keep:
             drop_models(folder)
         return found

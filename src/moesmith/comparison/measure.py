@@ -15,6 +15,7 @@ from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import Found, find_tasks, run_items
 from moesmith.evaluation.likelihoods import lambada_scores
 from moesmith.evaluation.perplexity import token_nlls, wikitext2_blocks
+from moesmith.files.artefact import digest
 from moesmith.parent.layerwise import Decoder
 from moesmith.parent.load import Parent
 
@@ -23,6 +24,9 @@ WIKITEXT = "wikitext2"
 
 class Ruler:
     """Text and tasks, read once.
+
+    Attributes:
+        digest: of all that it reads.
 
     Args:
         parent: whose tokenizer reads them.
@@ -44,10 +48,14 @@ class Ruler:
         }
         if spec.wikitext2:
             self.blocks[WIKITEXT] = wikitext2_blocks(parent.tokenizer, self.folder, spec.window, spec.wikitext2)
+        records: dict[str, Any] = {}
         if spec.lambada:
-            read_records(records_file(self.folder, "lambada.test"))  # an unusable file is refused now
+            records["lambada"] = read_records(records_file(self.folder, "lambada.test"))[: spec.lambada]
         local = self.folder if self.folder.is_dir() else None
         self.tasks: Found = find_tasks(spec.tasks, local) if spec.tasks else {}
+        for name, task in self.tasks.items():
+            records[name] = [(part.test, part.train) for part in task] if isinstance(task, list) else name
+        self.digest = digest([{name: ids.tolist() for name, ids in self.blocks.items()}, records])
 
     def measure(self, model: Decoder, label: str) -> dict[str, Any]:
         """Measure a model.

@@ -59,8 +59,8 @@ class RowSection(Section):
             raise ValueError("give a row a recipe, a run or a control")
         if not self.recipe and (self.settings or self.vary):
             raise ValueError("settings and vary belong to a recipe; leave them out")
-        if not NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r} is no name: letters, digits, and . _ + - after the first")
+        if not NAME.fullmatch(self.name) or self.name == "parent":
+            raise ValueError(f"{self.name!r} is no name: letters, digits, and . _ + - after the first; nor parent")
         return self
 
 
