@@ -134,6 +134,8 @@ def test_what_is_finished_stays(made: tuple[Path, dict[str, Any]], monkeypatch: 
     assert compare(spec(), out, model=MODEL, data=DATA)["rows"] == result["rows"]  # in the dtype that it began in
     few = compare(spec(), out, model=MODEL, data=DATA, only="dive")
     assert few["rows"] == result["rows"]
+    with pytest.raises(MoesmithError, match="computes in fp32, not bf16"):
+        compare(spec(), out, model=MODEL, data=DATA, dtype="bf16")
 
 
 def test_other_text_is_measured_again(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -161,7 +163,8 @@ def test_a_row_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path) -> N
     result = compare(spec(rows=rows, baseline="static"), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
     assert "64" in result["rows"][1]["refused"]
     assert result["rows"][2]["groups"]["all"]["value"] > 0
-    assert "refused: " in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert f"- not made: wide: {result['rows'][1]['refused']}" in text
 
 
 def test_models_can_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +228,14 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(MoesmithError, match="holds no comparison"):
         compare(spec(), tmp_path, model=MODEL, data=DATA)
+    with pytest.raises(MoesmithError, match=r"there is no row 'other'\. Choose of static, dive, token"):
+        compare(spec(), tmp_path / "out", model=MODEL, data=DATA, only="other")
+    with pytest.raises(MoesmithError, match=r"no recipe has a setting 'stage2\.tokns'\. Did you mean 'stage2\.tokens'"):
+        compare(spec(settings=["stage2.tokns=0"]), tmp_path / "out", model=MODEL, data=DATA)
+    measure = VALUES["measure"] | {"window": 9999, "tokens": 10**5}
+    with pytest.raises(MoesmithError, match=r"measure\.window is 9999, but the model reads"):
+        compare(spec(measure=measure), tmp_path / "out", model=MODEL, data=DATA)
+    assert not (tmp_path / "out").exists()
 
 
 def test_items_are_the_tasks_scores(tmp_path: Path) -> None:
@@ -283,6 +294,11 @@ def test_a_row_takes_the_settings_that_it_has() -> None:
         ({"rows": [ROWS[0], ROWS[0]]}, "two rows are called static"),
         ({"baseline": "other"}, "no row 'other' for a baseline"),
         ({"measure": {}}, "names no group"),
+        ({"measure": {"domains": {"a": []}}}, "group 'a' names no domain"),
+        ({"measure": {"domains": {"a": ["b", "b"]}}}, "or one twice"),
+        ({"measure": {"domains": {"a": ["wikitext2"]}, "wikitext2": 4096}}, "wikitext2 is a domain here"),
+        ({"measure": {"domains": {"a": ["b"]}, "tokens": 64}}, "fewer than one window"),
+        ({"rows": [{"name": "a", "recipe": "token", "vary": {"carve.select": ["../x"]}}]}, "is no name"),
         ({"colour": "red"}, "colour: "),
     ],
 )
@@ -298,8 +314,6 @@ def test_a_file_that_is_no_specification(tmp_path: Path, text: str, message: str
         load_spec(written(tmp_path, text))
     with pytest.raises(MoesmithError, match="cannot be read"):
         load_spec(tmp_path / "absent.yaml")
-    with pytest.raises(MoesmithError, match="has no row 'other'"):
-        load_spec(written(tmp_path, VALUES), ["other"])
 
 
 @pytest.mark.parametrize("name", ["token", "methods", "distillation", "dive-table"])
@@ -311,13 +325,13 @@ def test_examples_are_specifications(name: str) -> None:
         load_recipe(conversion.source.recipe, one.budget, one.settings_of(conversion))
 
 
-def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+@pytest.mark.parametrize(("strata", "size"), [(3, 25), (16, 4)])
+def test_intervals_hold_the_mean_as_often_as_they_say(strata: int, size: int) -> None:
     generator, held = np.random.default_rng(3), 0
-    for trial in range(200):
-        strata = [generator.normal(centre, 1 + centre, 25) for centre in (0, 1, 2)]
-        found = interval(strata, trial)
-        held += found.low <= 1 <= found.high
-    assert 180 <= held <= 199  # 95 % of 200, four standard deviations either way
+    for trial in range(300):
+        found = interval([generator.normal(centre, 1 + centre, size) for centre in range(strata)], trial)
+        held += found.low <= (strata - 1) / 2 <= found.high
+    assert 274 <= held <= 296  # 95 % of 300: 285, three standard deviations either way
 
 
 def test_the_paired_test_is_the_permutation_test() -> None:
@@ -330,6 +344,69 @@ def test_the_paired_test_is_the_permutation_test() -> None:
     assert p_value(strata) == pytest.approx(exact.pvalue, abs=0.03)
     assert p_value([[0.0] * 9]) == 1
     assert p_value([[1.0] * 30]) < 0.001
+
+
+def test_a_row_is_tested_against_its_own_variant_of_the_baseline(tmp_path: Path) -> None:
+    control = {"name": "top", "control": {"by": "gate", "active": 0.5}}
+    rows = [ROWS[0] | {"vary": {"carve.ratio": [0.25, 0.5]}}, ROWS[2], control]
+    result = compare(spec(rows=rows), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
+    tested = {each["name"]: "p" in each["groups"]["all"] for each in result["rows"][1:]}
+    bases = {"static-ratio-0.25": False, "static-ratio-0.5": False, "top": False}
+    assert tested == bases | {"token-ratio-0.5": True, "token-ratio-0.25": True}
+
+
+def test_rows_of_another_measurement_are_not_shown(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"model": MODEL, "data": DATA}
+    compare(spec(rows=ROWS[:2]), out, dtype="fp32", **options)
+    other = spec(rows=ROWS[:2], measure=VALUES["measure"] | {"window": 32})
+    result = compare(other, out, only="static", **options)
+    assert [each["title"] for each in result["rows"]] == ["dense parent", "static | mask"]
+
+
+def test_a_measurement_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last words and the tasks are measured part by part: a part that is known is not measured again."""
+    data = tmp_path / "data"
+    shutil.copytree(DATA, data)
+    questions = [{"question": f"cat {n}", "choices": ["dog", "bird fish", "ant"], "answer": n % 3} for n in range(6)]
+    passages = [{"context": f"bird {word} fish", "target": word} for word in ("cat", "dog", "ant")]
+    for name, records in (("arc_easy", questions), ("lambada", passages)):
+        lines = "".join(json.dumps({"id": str(n)} | record) + "\n" for n, record in enumerate(records))
+        (data / f"{name}.test.jsonl").write_text(lines, encoding="utf-8")
+    measure = VALUES["measure"] | {"lambada": 3, "tasks": ["arc_easy"], "limit": 5}
+    one = spec(rows=ROWS[:1], measure=measure)
+    options: dict[str, Any] = {"model": MODEL, "data": str(data), "dtype": "fp32"}
+
+    def killed(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moesmith.comparison.measure.run_items", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(one, tmp_path / "out", **options)
+    kept = read_json(tmp_path / "out" / "rows" / "parent.json")
+    assert kept["measured"].keys() == {"windows", "lambada"}
+    kept["measured"]["lambada"]["right"] = [1, 1, 1]
+    write_json(tmp_path / "out" / "rows" / "parent.json", kept)
+    stopped = compare(one, tmp_path / "out", **options)
+    whole = compare(one, tmp_path / "whole", **options)
+    assert stopped["rows"][0]["lambada"]["value"] == 1  # what was known
+    assert stopped["rows"][0]["accuracy"] == whole["rows"][0]["accuracy"]
+    assert stopped["rows"][0]["by task"].keys() == {"arc_easy"}
+    assert 0 <= whole["rows"][1]["lambada"]["value"] <= 1 < whole["rows"][1]["lambada"]["perplexity"]
+
+
+def test_losses_that_are_no_numbers_refuse_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare(spec(rows=ROWS[:1]), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
+
+    def broken(_model: Any, texts: Any, *_args: Any, **_options: Any) -> Any:
+        return [torch.full((len(ids), 3), torch.nan) for ids in texts]
+
+    (tmp_path / "out" / "rows" / "static.json").unlink()
+    monkeypatch.setattr("moesmith.comparison.measure.token_nlls", broken)
+    result = compare(spec(rows=ROWS[:1]), tmp_path / "out", model=MODEL, data=DATA)
+    assert "are not finite" in result["rows"][1]["refused"]
+    assert result["rows"][0] == whole["rows"][0]
 
 
 def test_a_stratum_counts_as_one() -> None:

@@ -72,8 +72,8 @@ def test_sizes_follow_from_what_a_token_leaves_out() -> None:
 @pytest.mark.parametrize(
     ("name", "wanted", "says"),
     [
-        ("cmoe", ["carve.ratio=0.7"], r"carve: ratio 0\.7 is above 0\.666667, what 2 of 6 experts leave out"),
-        ("cmoe", ["carve.top_k=6"], r"ratio 0\.5 is above 0, what 6 of 6"),
+        ("cmoe", ["carve.ratio=0.7"], r"carve: ratio 0\.7 is above 0\.666667, all that 2 of 6 experts leave out"),
+        ("cmoe", ["carve.top_k=6"], r"ratio 0\.5 is above 0, all that 6 of 6"),
         ("cmoe", ["carve.top_k=7"], "top_k 7 is above experts 6"),
         ("cmoe", ["carve.ridge=0.1"], r"ridge has no effect: carve\.router is not linear"),
         ("expert-weaver", ["carve.ratio=0.99"], r"ratio 0\.99 is above"),

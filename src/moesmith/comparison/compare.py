@@ -5,35 +5,40 @@ OUT/runs/<row>: the conversions; OUT/rows/<row>.json: what was measured of each;
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from moesmith.arguments import path_of, path_text, refuse_many_processes, several
-from moesmith.comparison.controls import Control
 from moesmith.comparison.facts import facts, parent_facts
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
-from moesmith.comparison.spec import Conversion, Spec, load_spec
+from moesmith.comparison.spec import PARENT, Conversion, Spec, load_spec
 from moesmith.comparison.table import table_of, write_tables
 from moesmith.console import log_to, say
 from moesmith.conversion.convert import convert
-from moesmith.data.text import load_domains, source_digest
+from moesmith.data.text import source_digest
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, digest, read_json, write_json
-from moesmith.files.lock import HIDDEN, folder_lock
-from moesmith.files.outputs import check_place, existing
-from moesmith.parent.compute import AUTO, Device, DType, long_name, named
+from moesmith.files.artefact import MANIFEST, digest, hidden_beside, read_json, sweep, write_json
+from moesmith.files.lock import HIDDEN, LOCK, folder_lock
+from moesmith.files.outputs import check_place, existing, real
+from moesmith.parent.compute import AUTO, Device, DType, long_name, named, parse_dtype, short
 from moesmith.parent.load import Parent, load_parent
+from moesmith.report.page import template_of
 from moesmith.run.folder import Run, open_run
 from moesmith.run.pipeline import check_reuse
-from moesmith.run.recipe import Recipe, load_recipe
+from moesmith.run.recipe import Recipe, check_known, load_recipe
 
 FORMAT = 1
 RESULT = "comparison.json"
-PARENT = "dense parent"
+LOG = "compare.log"
+Row = dict[str, Any]  # key, facts, measured, done
+Parts = Iterator[tuple[str, Any]]
 
 
 @dataclass
@@ -56,67 +61,86 @@ class Comparison:
 
     def key(self, work: Any) -> str:
         """Return a digest of what a row's numbers depend on."""
-        facts = {"work": work, "measure": self.spec.measure.model_dump(mode="json"), "text": self.ruler.digest}
-        return digest(facts | {"parent": self.parent.digest, "compute": long_name(self.parent.dtype)})
+        found = {"work": work, "text": self.ruler.digest, "parent": self.parent.digest}
+        return digest(found | {"compute": long_name(self.parent.dtype)})
 
-    def row(self, conversion: Conversion, recipe: Recipe | None, done: Sequence[Path]) -> dict[str, Any]:
-        """Return what was measured of a row, after converting if need be.
+    def row(self, conversion: Conversion, recipe: Recipe | None, done: Sequence[Path], *, make: bool) -> Row | None:
+        """Return what was measured of a row, after converting if need be; ``None`` if it is not to be made.
 
         Args:
             conversion: the row's.
             recipe: its recipe; ``None`` for a finished run or a control.
             done: runs whose stages may be used.
+            make: whether to convert and measure what is not known.
+
+        Raises:
+            MoesmithError: the row cannot be made.
         """
-        control, folder = conversion.source.control, Path(conversion.source.run)
+        name, title, control = conversion.name, conversion.title, conversion.source.control
         if control is not None:
-            return self._kept(conversion.name, control.model_dump(), lambda: self._control(conversion.title, control))
+
+            def controlled(have: Mapping[str, Any]) -> Parts:
+                with control.model(self.parent) as model:
+                    yield "facts", control.facts(self.parent)
+                    yield from self.ruler.measure(model, title, have)
+
+            return self._kept(name, control.model_dump(), controlled if make else None)
         if recipe is None:
-            key = open_run(folder).manifest("export")["key"]
-            return self._kept(conversion.name, key, lambda: self._measured(conversion.title, self._finished(folder)))
-        folder = self.out / "runs" / conversion.name
+            run = open_run(conversion.source.run)
+            run.check_finished()
+            if run.inputs["model_digest"] != self.parent.digest:
+                raise MoesmithError(f"{run.folder} was made from another parent", "Give a run of the comparison's own.")
+            key = run.manifest("export")["key"]
+            return self._kept(name, key, (lambda have: self._measured(run, title, have)) if make else None)
+        folder = self.out / "runs" / name
 
-        def made() -> dict[str, Any]:
-            run = convert(recipe, self.parent, self.data, folder, reuse=[str(path) for path in done])
-            return self._measured(conversion.title, run)
+        def converted(have: Mapping[str, Any]) -> Parts:
+            try:
+                made = convert(recipe, self.parent, self.data, folder, reuse=[str(path) for path in done])
+            except MoesmithError as error:
+                if "with other settings" not in str(error):
+                    raise
+                raise MoesmithError(f"{error} Or delete {folder}, or give the row another name.") from error
+            yield from self._measured(made, title, have)
 
-        names = recipe.domains.names or [domain.name for domain in load_domains(self.data, None)]
-        found = self._kept(conversion.name, [recipe.same_work(), source_digest(self.data, names)], made)
-        if not self.spec.keep:
+        work = [recipe.same_work(), source_digest(self.data, recipe.domains.names)]
+        found = self._kept(name, work, converted if make else None)
+        if make and not self.spec.keep:
             drop_models(folder)
         return found
 
-    def dense(self) -> dict[str, Any]:
+    def dense(self) -> Row:
         """Return what was measured of the parent."""
 
-        def made() -> dict[str, Any]:
-            return {"facts": parent_facts(self.parent), "measured": self.ruler.measure(self.parent.decoder, PARENT)}
+        def made(have: Mapping[str, Any]) -> Parts:
+            yield "facts", parent_facts(self.parent)
+            yield from self.ruler.measure(self.parent.model, "dense parent", have)
 
-        return self._kept("parent", PARENT, made)
+        return self._kept(PARENT, PARENT, made) or {}
 
-    def _kept(self, name: str, work: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return a row's numbers from its file, or make them and write it."""
+    def _measured(self, run: Run, title: str, have: Mapping[str, Any]) -> Parts:
+        yield "facts", facts(run, self.parent)
+        yield from self.ruler.measure(cast(PreTrainedModel, run.load(self.parent)), title, have)  # loaded whole
+
+    def _kept(self, name: str, work: Any, make: Callable[[Mapping[str, Any]], Parts] | None) -> Row | None:
+        """Return a row's numbers from its file, or make those that it lacks and write each as it comes."""
         path, key = self.out / "rows" / f"{name}.json", self.key(work)
-        found = read_json(path) if path.is_file() else {}
+        found: Row = read_json(path) if path.is_file() else {}
+        if found.get("key") == key and found.get("done"):
+            return found
+        if make is None:
+            return None
+        say(f"== {name}")
         if found.get("key") != key:
-            say(f"== {name}")
-            found = {"key": key} | make()
-            path.parent.mkdir(exist_ok=True)
+            found = {"key": key, "measured": {}}
+        for part, value in make(found["measured"]):
+            if part == "facts":
+                found["facts"] = value
+            else:
+                found["measured"][part] = value
             write_json(path, found)
+        write_json(path, found | {"done": True})
         return found
-
-    def _measured(self, title: str, run: Run) -> dict[str, Any]:
-        return {"facts": facts(run, self.parent), "measured": self.ruler.measure(run.load(self.parent), title)}
-
-    def _control(self, title: str, control: Control) -> dict[str, Any]:
-        with control.model(self.parent) as model:
-            return {"facts": control.facts(self.parent), "measured": self.ruler.measure(model, title)}
-
-    def _finished(self, folder: Path) -> Run:
-        run = open_run(folder)
-        run.check_finished()
-        if run.inputs["model_digest"] != self.parent.digest:
-            raise MoesmithError(f"{folder} was made from another parent", "Give a run of the comparison's own.")
-        return run
 
 
 def compare(
@@ -133,14 +157,14 @@ def compare(
     """Convert a parent in many ways on one footing, and put the results into one table.
 
     Rows that are finished stay; the same call continues a comparison that was stopped. A row that cannot be converted
-    says why in the table, and the others go on.
+    says why in the table, and the others go on. The parent is loaded whole.
 
     Args:
         spec: a YAML file, or a :class:`Spec`.
         out: the comparison's folder.
         model: the parent, in place of the specification's.
         data: the data source, in place of the specification's.
-        only: rows to convert now; the table shows all that are finished.
+        only: rows to convert now, as the specification names them; the table shows all that are finished.
         reuse: other runs whose finished stages rows may take over.
         dtype: what all rows compute in; a comparison that is continued keeps its own.
         device: where.
@@ -153,50 +177,80 @@ def compare(
             else.
     """
     refuse_many_processes()
-    chosen, names = several("only", only), spec
-    spec = spec if isinstance(spec, Spec) else load_spec(spec, chosen)
+    read = [] if isinstance(spec, Spec) else [path_text("spec", spec)]
+    spec = spec if isinstance(spec, Spec) else load_spec(spec)
+    chosen, others = several("only", only), several("reuse", reuse)
+    if unknown := sorted(set(chosen) - {row.name for row in spec.rows}):
+        known = ", ".join(row.name for row in spec.rows)
+        raise MoesmithError(f"there is no row {unknown[0]!r}", f"Choose of {known}.")
+    template_of("moesmith.comparison", "page.html")  # what the page needs is missed now
     source, text = path_text("model", model or spec.model), path_text("data", data or spec.data)
     out = path_of("out", out)
-    check_place(out, existing(source, text, *([] if isinstance(names, Spec) else [str(names)])))
-    before, others = _begun(out), check_reuse(several("reuse", reuse))
+    runs = [run for run in (*others, *(row.run for row in spec.rows)) if run]
+    runs = [run for run in runs if not real(Path(run)).is_relative_to(real(out))]  # its own may be rows again
+    check_place(out, existing(source, text, *read, *runs))
+    before, reused = _begun(out), check_reuse(others)
+    check_known(spec.settings)
     recipes = {
         c.name: load_recipe(c.source.recipe, spec.budget, spec.settings_of(c)) if c.source.recipe else None
         for c in spec.conversions()
     }
-    parent = load_parent(source, named(before["compute"]) if before else dtype, device=device)
+    parent = load_parent(source, _kept_dtype(out, before, dtype), device=device, half=False)
     if before and before["parent"] != parent.digest:
         raise MoesmithError(f"{out} holds a comparison of another parent", "Give another --out.")
     comparison = Comparison(spec, out, parent, text, Ruler(parent, text, spec.measure))
-    with folder_lock(out), log_to(out / "compare.log"):
-        head = {"format": FORMAT, "title": spec.title, "model": source, "parent": parent.digest, "data": text}
-        head |= {"compute": long_name(parent.dtype), "device": str(parent.device)}
-        head |= {
-            "data_digest": source_digest(text, spec.measure.names),
-            "spec": spec.model_dump(mode="json", exclude_defaults=True),
-        }
+    head = {"format": FORMAT, "title": spec.title, "model": source, "parent": parent.digest, "data": text}
+    head |= {"compute": long_name(parent.dtype), "device": str(parent.device)}
+    head |= {"data_digest": source_digest(text, spec.measure.names)}
+    head |= {"spec": spec.model_dump(mode="json", exclude_defaults=True)}
+    with folder_lock(out):
+        for name in ("rows", "figures"):
+            sweep(out / name)
         write_json(out / RESULT, before | head)
-        dense = comparison.dense()
-        found: list[tuple[Conversion, dict[str, Any]]] = []
-        for conversion in spec.conversions():
-            recipe, kept = recipes[conversion.name], out / "rows" / f"{conversion.name}.json"
-            if chosen and conversion.source.name not in chosen:
-                if kept.is_file():
-                    found.append((conversion, read_json(kept)))
-                continue
-            done = [path.parent for path in sorted(out.glob("runs/*/run.json")) if path.parent.name != conversion.name]
-            try:
-                found.append((conversion, comparison.row(conversion, recipe, [*done, *others])))
-            except MoesmithError as error:
-                say(f"{conversion.title}: {error}")
-                found.append((conversion, {"refused": str(error)}))
+        with log_to(out / LOG):
+            dense = comparison.dense()
+            found: list[tuple[Conversion, Row]] = []
+            for conversion in spec.conversions():
+                now = not chosen or conversion.source.name in chosen
+                done = [path.parent for path in sorted(out.glob("runs/*/run.json"))]
+                done = [path for path in done if path.name != conversion.name]
+                try:
+                    row = comparison.row(conversion, recipes[conversion.name], [*done, *reused], make=now)
+                except MoesmithError as error:
+                    if not now:
+                        continue
+                    say(f"{conversion.title}: {error}")
+                    row = {"refused": str(error)}
+                if row is not None:
+                    found.append((conversion, row))
+                if now:
+                    _write(out, head | table_of(spec, dense, found))
             result = head | table_of(spec, dense, found)
-            write_json(out / RESULT, result)
-            write_tables(out, result)
-        result = head | table_of(spec, dense, found)
-        write_json(out / RESULT, result)
-        write_tables(out, result)
-        write_page(out, result)
+            _write(out, result)
+            write_page(out, result)
     return result
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    write_json(out / RESULT, result)
+    write_tables(out, result)
+
+
+def _kept_dtype(out: Path, before: Mapping[str, Any], dtype: DType) -> DType:
+    """Return the dtype that a comparison began in, or the one asked for if none has begun.
+
+    Raises:
+        MoesmithError: the one asked for is another.
+    """
+    if not before:
+        return dtype
+    kept = named(before["compute"])
+    if parse_dtype(dtype) not in (None, kept):
+        raise MoesmithError(
+            f"{out} holds a comparison that computes in {short(kept)}, not {dtype}",
+            "Leave --dtype out to continue it, or give another --out.",
+        )
+    return kept
 
 
 def _begun(out: Path) -> dict[str, Any]:
@@ -211,15 +265,25 @@ def _begun(out: Path) -> dict[str, Any]:
             if found["format"] > FORMAT:
                 raise MoesmithError(f"{out} was written by a newer moesmith", "Upgrade moesmith.")
             return found
-    elif not out.exists() or (out.is_dir() and all(path.name in HIDDEN for path in out.iterdir())):
+    elif not out.exists() or (out.is_dir() and all(map(_just_begun, out.iterdir()))):
         return {}
     raise MoesmithError(f"{out} exists and holds no comparison", "Give another --out.")
 
 
+def _just_begun(path: Path) -> bool:
+    """Whether a file is what a comparison that was just begun can leave."""
+    half = path.name.startswith((f".{RESULT}.", f"{LOCK}.")) and path.name.endswith(".tmp")
+    return path.name in HIDDEN or half
+
+
 def drop_models(folder: Path) -> None:
     """Delete a run's models and carvings; what other runs can use of it (text, statistics) stays."""
-    for path in (folder / "model", folder / "stock"):
-        shutil.rmtree(path, ignore_errors=True)
+    gone = [folder / "model", folder / "stock"]
     for path in folder.glob(f"stages/*/{MANIFEST}"):
         if path.parent.name == "export" or (path.parent / "carving.json").is_file():
-            shutil.rmtree(path.parent, ignore_errors=True)
+            gone.append(path.parent)
+    for path in gone:
+        if path.is_dir():
+            hidden = hidden_beside(path)
+            os.replace(path, hidden / path.name)  # a kill from here on leaves what the run's own sweep removes
+            shutil.rmtree(hidden)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from moesmith.errors import MoesmithError
 from moesmith.methods.scores import kept_channels
 from moesmith.parent.hooks import hooked
 from moesmith.parent.load import Parent
+from moesmith.parent.sizes import Sizes
 from moesmith.parent.structure import FFN, Network
 from moesmith.run.settings import Section
 
@@ -38,18 +40,19 @@ class Control(Section):
         """Give the parent's model, so changed inside the ``with``.
 
         Raises:
-            MoesmithError: the parent is run layer by layer, or has no gate.
+            MoesmithError: the parent has no gate.
         """
-        if parent.layerwise:
-            raise MoesmithError("a control needs the whole parent", "Give more memory.")
         if self.by == "gate" and parent.ffns[0].up_FD is None:
             raise MoesmithError("the parent's networks have no gate", "Write by: magnitude.")
-        kept = kept_channels(parent.F, 1 - self.active)
+        kept = self._kept(parent)
         with ExitStack() as stack:
             for ffn in parent.ffns:
                 for hooks in self._hooks(ffn, kept):
                     stack.enter_context(hooked([hooks], before=True))
             yield parent.model
+
+    def _kept(self, parent: Parent) -> int:
+        return kept_channels(parent.F, round(1 - self.active, 6))
 
     def _hooks(self, ffn: FFN, kept: int) -> list[tuple[Any, Callable[..., Any]]]:
         seen: list[Tensor] = []
@@ -60,19 +63,19 @@ class Control(Section):
 
         def mask(_module: Any, args: tuple[Any, ...]) -> tuple[Tensor]:
             hidden_F = args[0]
-            size_F = seen[0] if seen else hidden_F.abs()
-            least = size_F.topk(kept, -1).values[..., -1:]
-            return (hidden_F * (size_F >= least),)
+            kept_K = (seen[0] if seen else hidden_F.abs()).topk(kept, -1).indices  # exactly so many, ties or not
+            return (torch.zeros_like(hidden_F).scatter(-1, kept_K, hidden_F.gather(-1, kept_K)),)
 
         return [(ffn.module, look), (ffn.down, mask)] if self.by == "gate" else [(ffn.down, mask)]
 
     def facts(self, parent: Parent) -> dict[str, Any]:
         """Return the facts of its row: what a token reads, if kernels skip all other rows and columns."""
-        kept = kept_channels(parent.F, 1 - self.active)
+        kept = self._kept(parent)
         skipped = 1 if self.by == "magnitude" else 2  # matrices of which only the kept channels are read
         fewer = skipped * (parent.F - kept) * parent.D * parent.L
         found = parent_facts(parent)
         return found | {
             "ffn_active": kept / parent.F,
+            "active": 1 - fewer / Sizes.of(parent).total,
             "parameters_active": found["parameters_active"] - fewer,
         }

@@ -18,7 +18,8 @@ def facts(run: Run, parent: Parent) -> dict[str, Any]:
         ``architecture``; ``experts`` and ``top_k`` of the layer with the most; ``ffn_active``, the share of the
         feed-forward channels that a token uses; ``active``, the same of all block matrices; ``parameters_active`` and
         ``parameters_total``; ``bytes`` of the weights on disk; ``calibration_tokens``; ``training_tokens``;
-        ``seconds`` of all steps that are needed to make the model; ``memory``, the most that one of them took, bytes.
+        ``seconds`` of all steps that are needed to make the model; ``memory`` and ``device_memory``, the most that one
+        of them took, bytes.
     """
     carving, exported = run.carving(), run.metrics("export")
     steps = {name: found for name, found in run.manifests.items() if name not in WITHOUT}
@@ -37,6 +38,7 @@ def facts(run: Run, parent: Parent) -> dict[str, Any]:
         "training_tokens": sum(trained),
         "seconds": sum(found["seconds"] for found in steps.values()),
         "memory": max((found.get("memory", 0) for found in steps.values()), default=0),
+        "device_memory": max((found.get("device_memory", 0) for found in steps.values()), default=0),
     }
 
 
@@ -56,4 +58,5 @@ def parent_facts(parent: Parent) -> dict[str, Any]:
         "training_tokens": 0,
         "seconds": 0.0,
         "memory": 0,
+        "device_memory": 0,
     }

@@ -28,7 +28,7 @@ def ratios_figure(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> F
         above = [max(0.0, row["groups"][group]["high"] - row["groups"][group]["value"]) for row in rows]
         axes.errorbar(
             values, ys, xerr=[below, above], fmt=MARKS[place % len(MARKS)], color=COLOURS[place % len(COLOURS)],
-            markersize=5.5, elinewidth=1.2, label=group,
+            markersize=5.5, elinewidth=1.2, label=style.plain(group),
         )  # fmt: skip
     axes.set_xscale("log")
     ticks(axes.xaxis, [row["groups"][group][end] for row in rows for group in groups for end in ("low", "high")])

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from moesmith.comparison.figures import frontier_figure, ratios_figure
-from moesmith.comparison.table import cells
+from moesmith.comparison.table import cells, refused
 from moesmith.files.artefact import write_text
 from moesmith.report import style
 from moesmith.report.page import template_of
@@ -36,5 +36,7 @@ def write_page(out: Path, result: Mapping[str, Any]) -> None:
         style.save_png(figure, out / "figures" / f"{name}.png")
         drawn[name] = Markup(style.to_svg(figure, name, description))
     recipe = yaml.safe_dump(result["spec"], sort_keys=False, allow_unicode=True, width=100)
-    page = template.render(result=result, tables=cells(result), rows=rows, figures=drawn, spec=recipe)
+    page = template.render(
+        result=result, tables=cells(result), refused=refused(result), rows=rows, figures=drawn, spec=recipe
+    )
     write_text(out / "comparison.html", page)

@@ -7,8 +7,9 @@ differ in their seed alone are one row of the table.
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,13 +17,17 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from moesmith.arguments import path_text
 from moesmith.comparison.controls import Control
 from moesmith.errors import MoesmithError
 from moesmith.run.recipe import applicable
-from moesmith.run.settings import Section
+from moesmith.run.settings import Section, hold_a_window
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+LONGEST = 200  # characters of a folder's name
 SEED = "seed"
+WIKITEXT = "wikitext2"  # the name of its windows
+PARENT = "parent"  # of the parent's own numbers
 
 
 class Measure(Section):
@@ -35,6 +40,17 @@ class Measure(Section):
     lambada: int = Field(0, ge=0, description="passages of LAMBADA; 0 leaves it out")
     tasks: list[str] = Field([], description="multiple-choice tasks")
     limit: int | None = Field(None, ge=1, description="items per task; all if left out")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for group, names in self.domains.items():
+            if not names or len(set(names)) < len(names):
+                raise ValueError(f"group {group!r} names no domain, or one twice")
+        if self.wikitext2 and WIKITEXT in self.names:
+            raise ValueError(f"{WIKITEXT} is a domain here; leave out {WIKITEXT}, or the domain")
+        for tokens in (self.tokens, self.wikitext2 or self.tokens):
+            hold_a_window(tokens, self.window)
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -59,8 +75,6 @@ class RowSection(Section):
             raise ValueError("give a row a recipe, a run or a control")
         if not self.recipe and (self.settings or self.vary):
             raise ValueError("settings and vary belong to a recipe; leave them out")
-        if not NAME.fullmatch(self.name) or self.name == "parent":
-            raise ValueError(f"{self.name!r} is no name: letters, digits, and . _ + - after the first; nor parent")
         return self
 
 
@@ -86,11 +100,18 @@ class Spec(Section):
         names = [conversion.name for conversion in self.conversions()]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two rows are called {twice[0]}")
+        if odd := [n for n in names if not NAME.fullmatch(n) or len(n) > LONGEST or n == PARENT]:
+            raise ValueError(f"{odd[0]!r} is no name for a folder: letters, digits, and . _ + - after the first")
         if self.baseline and self.baseline not in {row.name for row in self.rows}:
             raise ValueError(f"there is no row {self.baseline!r} for a baseline")
         if not self.measure.domains:
             raise ValueError("measure.domains names no group of domains")
         return self
+
+    @property
+    def base(self) -> str:
+        """The name of the row that others are tested against."""
+        return self.baseline or self.rows[0].name
 
     def conversions(self) -> Iterator[Conversion]:
         """Yield every conversion of every row."""
@@ -98,12 +119,9 @@ class Spec(Section):
             vary = (self.vary if row.recipe else {}) | row.vary
             for values in itertools.product(*vary.values()):
                 chosen = dict(zip(vary, values, strict=True))
-                others = {key: value for key, value in chosen.items() if key != SEED}
-                suffix = "".join(f"-{key.rpartition('.')[2]}-{value}" for key, value in others.items())
-                title = ", ".join([row.title or row.name, *(f"{key} {value}" for key, value in others.items())])
-                seed = f"-seed-{chosen[SEED]}" if SEED in chosen else ""
-                own = [*row.settings, *(f"{key}={value}" for key, value in chosen.items())]
-                yield Conversion(row, suffix, row.name + suffix + seed, title, tuple(own))
+                varied = {key: value for key, value in chosen.items() if key != SEED}
+                own = [*row.settings, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
+                yield Conversion(row, varied, chosen.get(SEED), tuple(own))
 
     def settings_of(self, conversion: Conversion) -> list[str]:
         """Return all settings of a conversion: those of the comparison that its recipe has, and its own."""
@@ -117,36 +135,41 @@ class Conversion:
 
     Attributes:
         source: the specification's row: what it converts by, a finished run, or a control.
-        variant: what is varied, its seed apart; in names.
-        name: of its folder.
-        title: of its row of the table.
+        varied: the values of what is varied, its seed apart.
+        seed: the seed, where it is varied.
         settings: its own.
     """
 
     source: RowSection
-    variant: str
-    name: str
-    title: str
+    varied: Mapping[str, Any]
+    seed: Any
     settings: tuple[str, ...]
 
     @property
     def row(self) -> str:
         """The row of the table that it belongs to; several seeds share one."""
-        return self.source.name + self.variant
+        return self.source.name + "".join(f"-{key.rpartition('.')[2]}-{value}" for key, value in self.varied.items())
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.row if self.seed is None else f"{self.row}-{SEED}-{self.seed}"
+
+    @property
+    def title(self) -> str:
+        """The title of its row of the table."""
+        return ", ".join([self.source.title or self.source.name, *(f"{k} {v}" for k, v in self.varied.items())])
 
 
-def load_spec(path: str | Path, only: Sequence[str] = ()) -> Spec:
-    """Read a specification.
-
-    Args:
-        path: a YAML file.
-        only: rows to keep, as its ``rows`` name them; all if left out.
+def load_spec(path: str | Path) -> Spec:
+    """Read a specification from a YAML file.
 
     Raises:
         MoesmithError: there is no such file, an unknown key, or a value that does not fit.
     """
+    path = Path(path_text("spec", path))
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Give a YAML file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -154,13 +177,9 @@ def load_spec(path: str | Path, only: Sequence[str] = ()) -> Spec:
     if not isinstance(values, dict):
         raise MoesmithError(f"{path} holds no comparison", "See docs/commands/compare.md.")
     try:
-        spec = Spec.model_validate(values)
+        return Spec.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "comparison"
         said = first["msg"].removeprefix("Value error, ")
         raise MoesmithError(f"{path}: {where}: {said}", "See docs/commands/compare.md.") from error
-    if unknown := sorted(set(only) - {row.name for row in spec.rows}):
-        known = ", ".join(row.name for row in spec.rows)
-        raise MoesmithError(f"{path} has no row {unknown[0]!r}", f"Choose of {known}.")
-    return spec

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from moesmith.comparison.spec import Conversion, Spec
+from moesmith.comparison.measure import ACCURACY
+from moesmith.comparison.spec import WIKITEXT, Conversion, Spec
 from moesmith.comparison.statistics import interval, mean, p_value
-from moesmith.console import duration, show_table
+from moesmith.console import duration, show_table, show_text
 from moesmith.files.artefact import write_text
 
-WIKITEXT = "wikitext2"  # the name of its windows
+PARENT_TITLE = "dense parent"
 Measured = Mapping[str, Any]
 Strata = list[list[float]]
 
@@ -38,8 +39,8 @@ def table_of(
         found: the same of every conversion, or why it was ``refused``.
 
     Returns:
-        ``groups``, ``tasks`` and ``metric`` (of tasks), ``baseline``, and ``rows``: title, facts, and by quantity its
-        number with ``low`` and ``high``, and ``p`` against the baseline.
+        ``groups``, ``tasks``, ``baseline`` (a row's title), and ``rows``: title, facts, and by quantity its number with
+        ``low`` and ``high``, and ``p`` against the baseline.
     """
     families: dict[str, list[tuple[Conversion, Mapping[str, Any]]]] = {}
     for conversion, result in found:
@@ -47,20 +48,35 @@ def table_of(
     measured = {
         name: [result["measured"] for _, result in family if "measured" in result] for name, family in families.items()
     }
-    base = spec.baseline or spec.rows[0].name
-    bases = {f[0][0].variant: measured[name] for name, f in families.items() if f[0][0].source.name == base}
-    rows = [_row(spec, "dense parent", dense["facts"], [dense["measured"]], dense["measured"], None)]
+    base = next(row for row in spec.rows if row.name == spec.base)
+    bases = [(f[0][0].varied, measured[name]) for name, f in families.items() if f[0][0].source.name == base.name]
+    alone = len({c.row for c in spec.conversions() if c.source.name == base.name}) == 1
+    rows = [_row(spec, PARENT_TITLE, dense["facts"], [dense["measured"]], dense["measured"], None)]
     for name, family in families.items():
-        title = family[0][0].title
+        first, title = family[0][0], family[0][0].title
         reasons = [result["refused"] for _, result in family if "refused" in result]
         if not measured[name]:
             rows.append({"title": title, "refused": reasons[0]})
             continue
+        if reasons:
+            title += f" ({len(measured[name])} of {len(family)} seeds)"
         facts = next(result["facts"] for _, result in family if "facts" in result)
-        beside = bases.get(family[0][0].variant) or next(iter(bases.values()), None)
-        beside = beside if beside and beside is not measured[name] else None
-        rows.append(_row(spec, title, facts, measured[name], dense["measured"], beside) | {"name": name})
-    return {"groups": list(spec.measure.domains), "tasks": spec.measure.tasks, "baseline": base, "rows": rows}
+        beside = None if first.source.name == base.name else _beside(first.varied, bases, alone=alone)
+        rows.append({"name": name} | _row(spec, title, facts, measured[name], dense["measured"], beside))
+    return {
+        "groups": list(spec.measure.domains),
+        "tasks": spec.measure.tasks,
+        "baseline": base.title or base.name,
+        "rows": rows,
+    }
+
+
+def _beside(
+    varied: Mapping[str, Any], bases: Sequence[tuple[Mapping[str, Any], list[Measured]]], *, alone: bool
+) -> list[Measured] | None:
+    """Return the baseline's conversions of a row's variant; none where several variants fit, or none does."""
+    fit = [seeds for other, seeds in bases if alone or all(varied.get(key) == value for key, value in other.items())]
+    return fit[0] if len(fit) == 1 and fit[0] else None
 
 
 def _row(
@@ -79,12 +95,13 @@ def _row(
         row[WIKITEXT] = _perplexity(measured, [WIKITEXT], dense, against)
     if spec.measure.lambada:
         row["lambada"] = _compared([[one["lambada"]["right"]] for one in measured], None, None, float)
-        losses = [one["lambada"]["loss"] for one in measured]
-        row["lambada"]["perplexity"] = math.exp(mean(losses))
-    if spec.measure.tasks:
-        answers = [_answers(one) for one in measured]
-        row["accuracy"] = _compared(answers, None, None if against is None else [_answers(o) for o in against], float)
-        row["by task"] = dict(zip(measured[0]["tasks"], map(mean, zip(*answers, strict=True)), strict=True))
+        row["lambada"]["perplexity"] = _exp(mean([one["lambada"]["loss"] for one in measured]))
+    names = [part for part in measured[0] if part.startswith("task ")]
+    if names:
+        answers, others = ([_answers(one, names) for one in many or ()] for many in (measured, against))
+        row["accuracy"] = _compared(answers, None, others or None, float)
+        means = [statistics.fmean(map(mean, ([part] for part in parts))) for parts in zip(*answers, strict=True)]
+        row["by task"] = {name.removeprefix("task "): value for name, value in zip(names, means, strict=True)}
     return row
 
 
@@ -98,12 +115,17 @@ def _perplexity(
 
     mine = [windows(one) for one in measured]
     others = None if against is None else [windows(one) for one in against]
-    found = _compared(mine, windows(dense), others, math.exp)
-    return found | {"perplexity": math.exp(statistics.fmean(map(mean, mine)))}
+    found = _compared(mine, windows(dense), others, _exp)
+    return found | {"perplexity": _exp(statistics.fmean(map(mean, mine)))}
 
 
-def _answers(one: Measured) -> Strata:
-    return [scores["acc"] for scores in one["tasks"].values()]
+def _answers(one: Measured, names: Sequence[str]) -> Strata:
+    return [one[name][ACCURACY] for name in names]
+
+
+def _exp(x: float) -> float:
+    """Compute e^x; infinite where it overflows, as ``evaluation.perplexity`` does."""
+    return math.exp(x) if x < 709 else math.inf
 
 
 def _compared(
@@ -147,9 +169,9 @@ def quality(result: Mapping[str, Any]) -> list[Column]:
     rows = [row for row in result["rows"] if "refused" not in row]
     found: list[Column] = [("", lambda row: row["title"])]
     for group in result["groups"]:
-        found += [(f"{group}", _text(group)), ("× parent", _ratio(group))]
-    if any("p" in row["groups"][result["groups"][0]] for row in rows):
-        found.append((f"p against {result['baseline']}", lambda row: _p(row["groups"][result["groups"][0]])))
+        found += [(group, _text(group)), ("× parent", _ratio(group))]
+        if any("p" in row["groups"][group] for row in rows):
+            found.append(("p", _p_of(group)))
     if any(WIKITEXT in row for row in rows):
         found.append(("WikiText-2", lambda row: f"{row[WIKITEXT]['perplexity']:,.2f}"))
     if any("lambada" in row for row in rows):
@@ -163,14 +185,19 @@ def quality(result: Mapping[str, Any]) -> list[Column]:
 COST: list[Column] = [
     ("", lambda row: row["title"]),
     ("FFN active", lambda row: f"{100 * row['ffn_active']:.1f} %"),
-    ("active", lambda row: f"{row['parameters_active'] / 1e6:,.1f} M"),
-    ("total", lambda row: f"{row['parameters_total'] / 1e6:,.1f} M"),
+    ("active parameters", lambda row: f"{row['parameters_active'] / 1e6:,.1f} M"),
+    ("in total", lambda row: f"{row['parameters_total'] / 1e6:,.1f} M"),
     ("on disk", lambda row: f"{row['bytes'] / 1e6:,.1f} MB"),
-    ("calibration tokens", lambda row: f"{row['calibration_tokens']:,}"),
-    ("training tokens", lambda row: f"{row['training_tokens']:,}"),
+    ("calibration text", lambda row: f"{row['calibration_tokens']:,}"),
+    ("training text", lambda row: f"{row['training_tokens']:,}"),
     ("time", lambda row: duration(row["seconds"]) if row["seconds"] else "–"),
     ("peak memory", lambda row: f"{row['memory'] / 2**30:.1f} GiB" if row["memory"] else "–"),
 ]
+
+DEVICE: Column = (
+    "of the accelerator",
+    lambda row: f"{row['device_memory'] / 2**30:.1f} GiB" if row["device_memory"] else "–",
+)
 
 
 def _text(group: str) -> Callable[[Mapping[str, Any]], str]:
@@ -180,7 +207,7 @@ def _text(group: str) -> Callable[[Mapping[str, Any]], str]:
 def _ratio(group: str) -> Callable[[Mapping[str, Any]], str]:
     def cell(row: Mapping[str, Any]) -> str:
         found = row["groups"][group]
-        if found["low"] == found["high"]:  # the parent beside itself
+        if found["low"] == found["high"]:  # the parent beside itself, or one window of each domain
             return f"{found['value']:.3f}"
         spread = f" ± {found['spread']:.3f}" if "spread" in found else ""
         return f"{found['value']:.3f}{spread} ({found['low']:.3f}–{found['high']:.3f})"
@@ -193,35 +220,37 @@ def _accuracy(row: Mapping[str, Any]) -> str:
     return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f}–{100 * found['high']:.1f})"
 
 
-def _p(found: Mapping[str, float]) -> str:
-    return "–" if "p" not in found else "< 0.001" if found["p"] < 0.001 else f"{found['p']:.3f}"
+def _p_of(group: str) -> Callable[[Mapping[str, Any]], str]:
+    def cell(row: Mapping[str, Any]) -> str:
+        p = row["groups"][group].get("p")
+        return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+    return cell
 
 
 def cells(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
-    """Return two tables as text, quality and cost: head and body of each.
+    """Return two tables as text, quality and cost: head and body of each, without refused rows."""
+    rows = [row for row in result["rows"] if "refused" not in row]
+    cost = [*COST, *([DEVICE] if any(row["device_memory"] for row in rows) else [])]
+    return [
+        ([title for title, _ in shown], [[take(row) for _, take in shown] for row in rows])
+        for shown in (quality(result), cost)
+    ]
 
-    A refused row has its reason in the second cell of the first, and no place in the second.
-    """
-    tables = []
-    for shown in (quality(result), COST):
-        body = []
-        for row in result["rows"]:
-            if "refused" not in row:
-                body.append([take(row) for _, take in shown])
-            elif shown is not COST:
-                body.append([row["title"], f"refused: {row['refused']}", *[""] * (len(shown) - 2)])
-        tables.append(([title for title, _ in shown], body))
-    return tables
+
+def refused(result: Mapping[str, Any]) -> list[str]:
+    """Say in a line each which rows were refused, and why."""
+    return [f"{row['title']}: {row['refused']}" for row in result["rows"] if "refused" in row]
 
 
 def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     """Write ``comparison.csv`` and ``comparison.md``."""
     parts = []
     for head, body in cells(result):
-        lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in body]
+        lines = [_markdown(head), "|---|" + "---:|" * (len(head) - 1), *map(_markdown, body)]
         parts.append("\n".join(lines) + "\n")
-    write_text(out / "comparison.md", "\n".join(parts))
+    parts += ["".join(f"- not made: {line}\n" for line in map(_literal, refused(result)))]
+    write_text(out / "comparison.md", "\n".join(part for part in parts if part))
     flat = [_flat(row) for row in result["rows"]]
     names = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
@@ -229,6 +258,14 @@ def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(flat)
     write_text(out / "comparison.csv", text.getvalue())
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_literal, cells))} |"
+
+
+def _literal(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", "\\|")
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,3 +283,5 @@ def show(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     for title, (head, body) in zip((result["title"], "sizes, text, time and memory"), cells(result), strict=True):
         show_table(title, head, body)
+    for line in refused(result):
+        show_text(f"not made: {line}")

@@ -104,6 +104,9 @@ def convert(
     shapes = _skeleton(model, _kept(out, header, dtype), device, stored)
     say(f"computes in {shapes.choice or short(shapes.dtype)}")
     chosen = _timed(chosen, time, header, shapes, len(domains))
+    computed = shapes.dtype if shapes.choice is None else shapes.choice.dtype
+    if computed == torch.float16 and trains(chosen):
+        raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16, fp32 or auto.")
     if isinstance(model, Parent):
         parent = model
     elif shapes.tokenizer is not None:  # it had to be read whole
@@ -221,8 +224,6 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     """Load the parent, whole or layer by layer, as the plan for its shapes and the available memory require."""
     choice = shapes.choice
     assert choice is not None
-    if choice.dtype == torch.float16 and trains(recipe):
-        raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16, fp32 or auto.")
     plan = make_plan(recipe, shapes, domains)
     free = free_memory(choice.device) if room is None else room
     whole = plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory

@@ -92,7 +92,7 @@ def run_items(
     result: dict[str, dict[str, list[float]]] = {}
     for name, found, _ in _answered(model, tokenizer, tasks, limit, batch):
         samples = [sample for part in found["samples"].values() for sample in part]
-        metrics = [key for key, value in samples[0].items() if isinstance(value, int | float) and key != "doc_id"]
+        metrics = [name for name in samples[0]["metrics"] if isinstance(samples[0][name], int | float)]
         result[name] = {key: [float(sample[key]) for sample in samples] for key in metrics}
     return result
 

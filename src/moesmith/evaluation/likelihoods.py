@@ -160,16 +160,13 @@ def _batches(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequenc
         start = stop
 
 
-def lambada_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, limit: int | None = None, batch: int = 8
-) -> list[Likelihood]:
-    """Score the last word of each passage of LAMBADA; arguments and errors as :func:`lambada`."""
+def lambada_pairs(data: Path, limit: int | None = None) -> list[tuple[str, str]]:
+    """Read LAMBADA's passages, each with its last word; arguments and errors as :func:`lambada`."""
     path = records_file(data, "lambada.test")
     records = read_records(path)[:limit]
-    pairs = [
+    return [
         (text_field(r, "context", path, n), " " + text_field(r, "target", path, n)) for n, r in enumerate(records, 1)
     ]
-    return log_likelihoods(model, tokenizer, pairs, batch, label="lambada")
 
 
 def lambada(
@@ -190,7 +187,7 @@ def lambada(
     Raises:
         MoesmithError: the file is missing or malformed.
     """
-    scores = lambada_scores(model, tokenizer, data, limit, batch)
+    scores = log_likelihoods(model, tokenizer, lambada_pairs(data, limit), batch, label="lambada")
     mean = statistics.fmean(s.total for s in scores)
     return {
         "perplexity": float(torch.tensor(-mean, dtype=torch.float64).exp()),

@@ -181,6 +181,11 @@ def domain_perplexities(
 
 
 def text_field(record: Record, name: str, path: Path, number: int) -> str:
+    """Return the text that record ``number`` of a file has under a name.
+
+    Raises:
+        MoesmithError: there is none.
+    """
     value = record.get(name)
     if not isinstance(value, str):
         raise MoesmithError(f"{path}: record {number} has no text under {name!r}", "Fix or remove the record.")

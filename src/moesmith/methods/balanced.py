@@ -125,7 +125,7 @@ def balanced_kmeans(rows_FD: Tensor, groups: int, generator: torch.Generator, ro
     ids_F = torch.full((len(x_FD),), -1)
     centres_ED = distant(x_FD, groups, generator)
     for _ in range(rounds):
-        costs_FE = centres_ED.square().sum(-1) - 2 * x_FD @ centres_ED.T  # ‖x‖² is the same in every group
+        costs_FE = centres_ED.square().sum(-1) - x_FD @ (2 * centres_ED).T  # ‖x‖² is the same in every group
         fresh_F = torch.from_numpy(balanced_assignment(costs_FE.numpy(), widths))
         if torch.equal(fresh_F, ids_F):
             break
@@ -200,6 +200,6 @@ def _exchange(w_FF: Numbers, ids_F: Numbers, kept_FE: Numbers, pair: tuple[int, 
             return done
         a, b = int(a_N[row]), int(b_M[column])
         ids_F[a], ids_F[b] = other, one
-        kept_FE[:, one] += w_FF[:, b] - w_FF[:, a]
-        kept_FE[:, other] += w_FF[:, a] - w_FF[:, b]
+        kept_FE[:, one] += w_FF[b] - w_FF[a]  # rows: the matrix is symmetric
+        kept_FE[:, other] += w_FF[a] - w_FF[b]
     return len(ids_F)

@@ -182,6 +182,7 @@ class Needs:
     Attributes:
         inputs: second moments of the router's input, by expert.
         gram: the Gram matrix of the ``down_proj`` input as well.
+        groups: how many of these matrices exist at once, two to work with apart; ``None`` for one per expert.
         passes: how often all tokens go through the layer, including the pass to the next layer if it is a separate one.
         held: whether it asks for all tokens of a layer at once (:meth:`LayerView.tokens`); with carved activations it
             must then change nothing of a layer but its network.
@@ -190,6 +191,7 @@ class Needs:
 
     inputs: bool = True
     gram: bool = False
+    groups: int | None = None
     passes: float = 1.0
     held: bool = False
     repair: bool = False

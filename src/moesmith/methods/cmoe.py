@@ -132,7 +132,8 @@ def distances(ids_TK: Tensor, centre_TE: Tensor, F: int) -> tuple[Tensor, Tensor
     m is 0 or 1 and c lies between: ‖m − c‖₁ = Σ m + Σ c − 2 m · c, so only marks are ever visited.
     """
     common_FE = torch.zeros(F, centre_TE.shape[1])
-    for ids_CK, centre_CE in zip(ids_TK.split(CHUNK), centre_TE.split(CHUNK), strict=True):
+    chunk = max(1, CHUNK * 64 // ids_TK.shape[1] // centre_TE.shape[1])
+    for ids_CK, centre_CE in zip(ids_TK.split(chunk), centre_TE.split(chunk), strict=True):
         common_FE.index_add_(0, ids_CK.flatten(), centre_CE.repeat_interleave(ids_CK.shape[1], 0))
     counts_F = torch.bincount(ids_TK.flatten(), minlength=F).float()
     return counts_F[:, None] + centre_TE.sum(0) - 2 * common_FE, common_FE

@@ -98,9 +98,14 @@ class ExpertWeaver(Partition):
             layers.append(self.layer(first, rest, self.router(), top_k))
         return Carving(layers, parent.F)
 
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent that has too few channels for the experts where most is shared."""
+        least = self.visits(0.0 if self.settings.shares == "layer" else 0.5)
+        sizes(parent.F, self.experts, least, self.settings.ratio)
+
     def needs(self) -> Needs:
         """Count one pass, in which the gate is computed twice."""
-        return Needs(passes=1.3)
+        return Needs(groups=1, passes=1.3)
 
     def windows(self, domains: int) -> int:
         """Return how many samples of each domain there are: a window is one."""

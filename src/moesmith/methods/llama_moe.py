@@ -1,4 +1,4 @@
-"""LLaMA-MoE's independent construction (arXiv:2406.16554): each expert gets a random share of the channels."""
+"""DIVE's baseline "LLaMA-MoE", as we infer it (arXiv:2506.09351): each expert gets a random share of the channels."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def check_ratio(ratio: float, experts: int, top_k: int) -> None:
     """
     most = 1 - top_k / experts
     if not 0 <= ratio <= most + 1e-6:
-        raise ValueError(f"ratio {ratio:g} is above {most:g}, what {top_k} of {experts} experts leave out")
+        raise ValueError(f"ratio {ratio:g} is above {most:g}, all that {top_k} of {experts} experts leave out")
 
 
 def sizes(F: int, experts: int, top_k: int, ratio: float) -> tuple[int, list[int]]:
@@ -79,6 +79,11 @@ class Partition(Carver):
     def active(self) -> float:
         """Share of the channels that a token uses."""
         return 1 - float(self.settings.ratio)
+
+    def at_least(self, active: float) -> float:
+        """Round up to what the visited experts have where nothing is shared."""
+        visited = int(getattr(self.settings, "top_k", 1))
+        return max(active, round(visited / self.experts, 6))
 
     @property
     def shared(self) -> float:

@@ -21,6 +21,7 @@ from moesmith.calibration.moments import Sums
 from moesmith.calibration.stream import LayerView
 from moesmith.methods.balanced import balanced_graph, balanced_kmeans, equal_size
 from moesmith.methods.base import Carver, Needs
+from moesmith.methods.steps import Carve
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
@@ -28,7 +29,7 @@ from moesmith.parent.structure import Network
 from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 from moesmith.run.shapes import Shapes
-from moesmith.run.step import Job
+from moesmith.run.step import Job, Step
 
 CHUNK = 4096  # tokens whose channels exist at once
 WHOLE = 0.01  # of a part: so far from a whole number of parts counts as rounding of ``ratio``
@@ -117,10 +118,14 @@ class EqualParts(Carver):
         parts = max(self.shared + 1, math.ceil(active * self.settings.experts - WHOLE))
         return round(parts / self.settings.experts, 6)
 
+    def steps(self) -> list[Step]:
+        """List the steps: text, if any is looked at, and carving."""
+        return super().steps() if self.sampled else [Carve(self.recipe, self)]
+
     def needs(self) -> Needs:
         """Count a second pass of a part of the text; cutting a graph takes a few F × F matrices."""
         graph = self.settings.split == "co-activation"
-        return Needs(inputs=self.sampled, gram=graph, passes=2.0 if self.sampled else 0.0)
+        return Needs(inputs=self.sampled, gram=graph, groups=3 if graph else 1, passes=2.0 if self.sampled else 0.0)
 
     def tokens(self, shapes: Shapes) -> int:
         """Count all text, or none."""

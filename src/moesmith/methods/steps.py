@@ -252,7 +252,8 @@ class Carve(Step):
         tokens = self.method.tokens(shapes)
         share = sizes.L * ((0.6 * sizes.F**2 if needs.gram else 0) + (sizes.D**2 if needs.inputs else 0)) / sizes.total
         seconds = tokens * (needs.passes + share) / pace.blocks if pace and tokens else 0.0
-        gram = shapes.gram(shapes.E + 2, channels=needs.gram)
+        groups = shapes.E if needs.groups is None else needs.groups
+        gram = shapes.gram(groups + 2, channels=needs.gram) if needs.inputs or needs.gram else 0
         places = buffers(self.method.activations, held=needs.held, repair=needs.repair)
         states = places * tokens * sizes.D * shapes.itemsize
         waiting = min(states, waiting_room(shapes.parent))

@@ -69,7 +69,9 @@ class Token(Carver):
     def needs(self) -> Needs:
         """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
         spec = self.settings
-        return Needs(gram=True, passes=1.7 + 0.4 * spec.repair + 0.8 * spec.passes, held=True, repair=spec.repair)
+        return Needs(
+            gram=True, groups=1, passes=1.7 + 0.4 * spec.repair + 0.8 * spec.passes, held=True, repair=spec.repair
+        )
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""

@@ -1,8 +1,9 @@
 """Upcycling: every expert starts as a copy of the whole feed-forward network, and training makes them differ.
 
-*Sparse upcycling* (arXiv:2212.05055) changes nothing in the copies, so that the untrained mixture computes what the
-parent computes, whoever is chosen. *Drop-Upcycling* (arXiv:2502.19261) draws a share of each expert's channels again,
-so that experts differ from the start. Both add parameters, do not save any, and read no calibration text.
+*Sparse upcycling* (arXiv:2212.05055) changes nothing in the copies; with weights that sum to 1, as here, the untrained
+mixture computes what the parent computes, whoever is chosen. *Drop-Upcycling* (arXiv:2502.19261) draws a share of each
+expert's channels again, so that experts differ from the start. Both add parameters, do not save any, and read no
+calibration text.
 """
 
 from __future__ import annotations

@@ -27,16 +27,21 @@ def peak_memory() -> Iterator[Peak]:
     Linux forgets earlier peaks on request. Other systems know the whole process's only, so that there a piece of work
     after a larger one shows the larger one's.
     """
-    found, cuda = Peak(), torch.cuda.is_available()
+    found = Peak()
     with contextlib.suppress(OSError):
         (_PROC / "clear_refs").write_text("5")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    for index in _cudas():
+        torch.cuda.reset_peak_memory_stats(index)
     try:
         yield found
     finally:
         found.host = _resident()
-        found.device = torch.cuda.max_memory_allocated() if cuda else 0
+        found.device = max((torch.cuda.max_memory_allocated(index) for index in _cudas()), default=0)
+
+
+def _cudas() -> range:
+    """The GPUs that this process already uses: to ask would begin to use one."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def _resident() -> int:

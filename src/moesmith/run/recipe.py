@@ -314,13 +314,33 @@ def applicable(name: str | Path, given: Sequence[str], settings: Sequence[str]) 
         settings: ``section.key=value``.
     """
     deciding = [setting for setting in given if setting.startswith(DECIDING)]
-    mine = set(keys(kind_of(load_recipe(name, None, deciding).model_dump())))
-    return [setting for setting in settings if setting.partition("=")[0] in mine]
+    mine = keys(kind_of(load_recipe(name, None, deciding).model_dump()))
+    return [setting for setting in settings if _has(mine, setting.partition("=")[0])]
+
+
+def check_known(settings: Sequence[str]) -> None:
+    """Refuse a setting that no method's recipe has: it is misspelt.
+
+    Raises:
+        MoesmithError: there is one; the message names the nearest.
+    """
+    from moesmith.methods.registry import methods
+
+    known = sorted({key for name in methods() for key in keys(kind_of({"carve": {"method": name}}))})
+    for key in (setting.partition("=")[0] for setting in settings):
+        if not _has(known, key):
+            near = difflib.get_close_matches(key, known, 1, 0.0)
+            raise MoesmithError(f"no recipe has a setting '{key}'", f"Did you mean '{near[0]}'?")
+
+
+def _has(known: Sequence[str], key: str) -> bool:
+    """Whether a key is among a recipe's, or one of a start's own settings."""
+    return key in known or ("carve.start" in known and key.startswith("carve.start."))
 
 
 def _check_key(key: str, kind: type[Recipe]) -> None:
     known = keys(kind)
-    if key in known or any(key.startswith(f"{one}.") for one in known if one == "carve.start"):
+    if _has(known, key):
         return
     method = kind.model_fields["carve"].get_default(call_default_factory=True).method
     near = difflib.get_close_matches(key, known, 1, 0.0)
