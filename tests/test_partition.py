@@ -289,19 +289,23 @@ def test_balanced_kmeans_finds_groups_of_equal_size() -> None:
 
 
 def test_how_many_experts_a_layer_visits() -> None:
-    """What is shared and what is visited make up what a token uses; the published bounds hold at a ratio of 0.25."""
+    """Experts of one width, as many used in every layer; the published bounds hold at a ratio of 0.25."""
     method: Any = load_recipe("expert-weaver", None, ["carve.ratio=0.25"]).method
-    for specialised, shared in ((0.0, 0.7), (0.4, 0.5), (1.0, 0.2)):
-        visited = method.visits(specialised)
-        assert shared + (1 - shared) * visited / 64 == pytest.approx(0.75, abs=0.01)
-        common, widths = sizes(11008, 64, visited, 0.25)
-        assert common / 11008 == pytest.approx(shared, abs=0.02)
-        assert common + visited * sum(widths) / 64 == pytest.approx(0.75 * 11008, abs=1)
+    for specialised, visited, routed in ((0.0, 3, 19), (0.5, 19, 35), (1.0, 35, 51)):  # by hand: 48 of 64 are used
+        common, widths, top_k = method.divided(14336, specialised)
+        assert (top_k, widths) == (visited, [224] * routed)
+        assert common == 14336 - 224 * routed
     half: Any = load_recipe("expert-weaver").method
-    assert [half.visits(r) for r in (0.0, 0.5, 1.0)] == sorted(half.visits(r) for r in (0.0, 0.5, 1.0))
+    for specialised in (0.0, 0.3, 1.0):
+        common, widths, top_k = half.divided(1537, specialised)
+        assert common + sum(widths) == 1537
+        assert max(widths) - min(widths) <= 1
+        assert common + top_k * 24 == pytest.approx(1537 / 2, abs=13)
     for ratio in (0.1, 0.9, 0.98):
         other: Any = load_recipe("expert-weaver", None, [f"carve.ratio={ratio}", "carve.most=1.0"]).method
-        assert all(1 <= other.visits(r) <= 63 for r in (0.0, 0.5, 1.0))
+        assert all(1 <= other.divided(1536, r)[2] <= 63 for r in (0.0, 0.5, 1.0))
+    with pytest.raises(MoesmithError, match="64 channels are too few for 65 experts"):
+        load_recipe("expert-weaver", None, ["carve.experts=65"]).method.check(tiny_parent("llama"))
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
@@ -318,7 +322,9 @@ def test_shares_by_layer_and_a_router_of_gate_rows(family: str) -> None:
         profile_FS = profiles(ffn, x_BSD.flatten(0, 1), 16)
         specialised = sum(float(v) > 0.3 for v in variation(profile_FS)) / 64
         assert method.measured["specialised"][index] == pytest.approx(specialised, abs=0.02)
-        assert layer.top_k == method.visits(method.measured["specialised"][index])  # type: ignore[attr-defined]
+        common, widths, top_k = method.divided(64, method.measured["specialised"][index])  # type: ignore[attr-defined]
+        assert (layer.top_k, layer.widths) == (top_k, widths)
+        assert layer.shared is None or layer.shared.width == common
         assert layer.shared is not None
         mean_F = profile_FS.mean(1)
         others = torch.cat([expert.channels for expert in layer.routed])

@@ -103,7 +103,9 @@ def parent_on(device: str, family: str, dtype: torch.dtype = torch.float32) -> P
 
 def settings_of(preset: str) -> list[str]:
     short = ["masks.tokens=64", "stage1.tokens=0", "stage2.tokens=0"] if "tomoe" in preset else ["carve.passes=0"]
-    few = ["carve.experts=3", "carve.sample=64"] if preset == "cmoe" else ["carve.experts=2"]
+    few = {"cmoe": ["carve.experts=3", "carve.sample=64"], "expert-weaver": ["carve.experts=4"]}.get(
+        preset, ["carve.experts=2"]
+    )
     few += ["carve.ratio=0.25"] if preset in ("cmoe", "expert-weaver") else []
     return [*tiny_settings(preset), *fitting([*SMALL, *few, *short], preset)]
 

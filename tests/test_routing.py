@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel, Qwen2MoeConfig
 
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.routing import SAMPLE_TOKENS, Routing, Sample, pieces
+from moesmith.evaluation.routing import SAMPLE_TOKENS, Recorder, Routing, Sample, pieces
 from moesmith.mixture.moe import build
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
@@ -165,3 +166,33 @@ def test_pieces_join_to_the_text(text: str) -> None:
     found = pieces(tokenizer, ids)
     assert len(found) == len(ids)
     assert "".join(found) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_layers_may_differ_in_experts_and_in_how_many_they_choose() -> None:
+    recorder, texts = Recorder(), [torch.zeros(2, 8, dtype=torch.int64)]
+    recorder.begin(texts, 2)
+    logits = {0: torch.randn(16, 3), 1: torch.randn(16, 5)}
+    for index, top_k in ((0, 1), (1, 2)):
+        ids_TK = logits[index].topk(top_k).indices
+        recorder._take(recorder.seen.setdefault(index, []), torch.nn.Identity(), None, (logits[index], None, ids_TK))
+    routing = recorder.result(tiny_tokenizer(), ["a"])
+    assert routing.counts_DLE.shape == (1, 2, 5)
+    assert routing.sizes_L.tolist() == [3, 5]
+    assert routing.counts_DLE.sum((0, 2)).tolist() == [16, 32]
+    assert (routing.counts_DLE[0, 0, 3:] == 0).all()
+    assert (routing.samples[0].ids_LTK[0, :, 1] == -1).all()
+    assert all(
+        expert < 3 for layer, expert, _ in routing.dead(1.0) if layer == 0
+    )  # those that are not there are not dead
+    for index, count in ((0, 3), (1, 5)):
+        p = logits[index].double().softmax(-1)
+        entropy = float(-(p * p.log()).sum(-1).mean()) / math.log(count)
+        assert routing.entropy_L[index] == pytest.approx(entropy, rel=1e-5)
+
+
+def test_sizes_of_layers_are_kept(tmp_path: Path) -> None:
+    counts = np.array([[[3, 1, 0], [1, 2, 1]]])
+    routing = Routing(("a",), counts, np.ones((1, 2)), np.array([4]), sizes_L=np.array([2, 3]))
+    routing.save(tmp_path / "routing.npz")
+    assert Routing.load(tmp_path / "routing.npz").sizes_L.tolist() == [2, 3]
+    assert Routing(("a",), counts, np.ones((1, 2)), np.array([4])).sizes_L.tolist() == [3, 3]

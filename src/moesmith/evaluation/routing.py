@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ class Sample:
         domain: the domain's name.
         tokens: T pieces of text; joined they are the text. A token that ends inside a character is empty, and
             the token that completes the character carries it.
-        ids_LTK: chosen experts (L, T, K), the one with the largest weight first.
+        ids_LTK: chosen experts (L, T, K), the one with the largest weight first; -1 where a layer chooses fewer.
     """
 
     domain: str
@@ -50,10 +51,12 @@ class Routing:
 
     Attributes:
         domains: names of the D domains.
-        counts_DLE: how often each expert was chosen, (D, L, E) int64; a token counts K times.
+        counts_DLE: how often each expert was chosen, (D, L, E) int64; a token counts K times. Layers with fewer experts
+            than others have zeros at the end.
         entropy_DL: mean entropy of the router's softmax over all E experts, in nats, (D, L).
         tokens_D: tokens seen per domain.
         samples: one short text per domain.
+        sizes_L: experts of each layer, (L,); E in all if left out.
     """
 
     domains: tuple[str, ...]
@@ -61,10 +64,20 @@ class Routing:
     entropy_DL: NDArray[np.float64]
     tokens_D: NDArray[np.int64]
     samples: list[Sample] = field(default_factory=list)
+    sizes_L: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __post_init__(self) -> None:
+        if not len(self.sizes_L):
+            self.sizes_L = np.full(self.counts_DLE.shape[1], self.experts)
+
+    @property
+    def present_LE(self) -> NDArray[np.bool_]:
+        """Which experts there are, (L, E)."""
+        return np.arange(self.experts) < self.sizes_L[:, None]
 
     @property
     def experts(self) -> int:
-        """The number of experts, E."""
+        """The number of experts, E, of the layer that has the most."""
         return int(self.counts_DLE.shape[2])
 
     @property
@@ -90,19 +103,20 @@ class Routing:
     def dead(self, threshold: float = 0.05) -> list[tuple[int, int, float]]:
         """List experts chosen less than ``threshold`` times the uniform share: (layer, expert, load)."""
         load_LE = self.load_LE
-        return [
-            (int(layer), int(e), float(load_LE[layer, e]))
-            for layer, e in np.argwhere(load_LE < threshold / self.experts)
-        ]
+        few_LE = (load_LE < threshold / self.sizes_L[:, None]) & self.present_LE
+        return [(int(layer), int(e), float(load_LE[layer, e])) for layer, e in np.argwhere(few_LE)]
 
     def _over_log(self, entropy_L: NDArray[np.float64]) -> NDArray[np.float64]:
-        return entropy_L / np.log(self.experts) if self.experts > 1 else np.zeros_like(entropy_L)
+        several_L = self.sizes_L > 1
+        return np.where(several_L, entropy_L, 0) / np.log(np.where(several_L, self.sizes_L, 2))
 
     def save(self, path: str | Path) -> None:
         """Write an ``.npz`` of plain arrays; text is JSON in a byte array, so nothing is pickled."""
         text = {"domains": self.domains, "samples": [[s.domain, s.tokens] for s in self.samples]}
         arrays: dict[str, NDArray[Any]] = {f"sample_{i}": s.ids_LTK for i, s in enumerate(self.samples)}
         arrays |= {"counts_DLE": self.counts_DLE, "entropy_DL": self.entropy_DL, "tokens_D": self.tokens_D}
+        if not self.present_LE.all():
+            arrays["sizes_L"] = self.sizes_L
         arrays["text"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
@@ -128,6 +142,7 @@ class Routing:
                     samples=[
                         Sample(name, tokens, arrays[f"sample_{i}"]) for i, (name, tokens) in enumerate(text["samples"])
                     ],
+                    sizes_L=arrays["sizes_L"] if "sizes_L" in arrays else np.zeros(0, np.int64),
                 )
         except FileNotFoundError:
             raise
@@ -199,9 +214,9 @@ class Recorder:
         starts = [place for place, sample in enumerate(self.samples) if sample]
         for name, blocks, start, end in zip(names, self.texts, starts, [*starts[1:], None], strict=True):
             layers = [layer[start:end] for layer in seen]
-            counts.append(torch.stack([torch.stack([part[0] for part in layer]).sum(0) for layer in layers]))
+            counts.append(_stacked([torch.stack([part[0] for part in layer]).sum(0) for layer in layers], 0))
             entropies.append(torch.stack([torch.stack([part[1] for part in layer]).sum(0) for layer in layers]))
-            ids_LTK = torch.stack([layer[0][2] for layer in layers]).numpy().astype(np.int64)
+            ids_LTK = _stacked([layer[0][2] for layer in layers], -1).numpy().astype(np.int64)
             text = pieces(tokenizer, blocks[0, : self.samples[start]].tolist())
             samples.append(Sample(name, text, ids_LTK))
         tokens_D = np.array([blocks.numel() for blocks in self.texts])
@@ -211,7 +226,14 @@ class Recorder:
             entropy_DL=torch.stack(entropies).numpy() / tokens_D[:, None],
             tokens_D=tokens_D,
             samples=samples,
+            sizes_L=np.array([len(layer[0][0]) for layer in seen]),
         )
+
+
+def _stacked(parts: Sequence[Tensor], filling: int) -> Tensor:
+    """Stack layers' tensors, (L, …, E) or (L, …, K): layers with fewer experts are filled up at the end."""
+    longest = max(part.shape[-1] for part in parts)
+    return torch.stack([F.pad(part, (0, longest - part.shape[-1]), value=filling) for part in parts])
 
 
 def _counts(logits_TE: Tensor, ids_TK: Tensor) -> Tensor:

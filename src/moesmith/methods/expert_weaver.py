@@ -21,9 +21,10 @@ from torch import Tensor
 from moesmith.arguments import ceil_div
 from moesmith.calibration.moments import Second
 from moesmith.calibration.stream import LayerView
-from moesmith.methods.balanced import balanced_kmeans
+from moesmith.errors import MoesmithError
+from moesmith.methods.balanced import balanced_kmeans, even_sizes
 from moesmith.methods.base import Needs
-from moesmith.methods.partition import Partition, check_ratio, members, sizes
+from moesmith.methods.partition import Partition, check_ratio, members
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
 from moesmith.mixture.carving import Carving
@@ -48,7 +49,7 @@ class ExpertWeaver(Partition):
         """How much is shared, and how the rest is divided."""
 
         method: Literal["expert-weaver"] = "expert-weaver"
-        experts: int = Field(64, ge=2, le=1024, description="routed experts")
+        experts: int = Field(64, ge=2, le=1024, description="experts of one width, shared ones included")
         ratio: float = Field(0.5, ge=0, lt=1, description="share of the FFN channels that a token does not use")
         shares: Literal["layer", "equal"] = "layer"
         least: float = Field(0.2, ge=0, le=1, description="least shared share, at ratio 0.25")
@@ -69,39 +70,54 @@ class ExpertWeaver(Partition):
             return {} if self.shares == "layer" else {"threshold": "carve.shares is not layer"}
 
     @property
-    def top_k(self) -> int:
-        """Experts that a token visits in a layer in the middle of the bounds."""
-        return self.visits(0.5)
+    def used(self) -> int:
+        """How many of the equal parts a token uses, shared ones included: k."""
+        return max(1, round(self.settings.experts * self.active))
 
-    def visits(self, specialised: float) -> int:
-        """Return K of a layer: as many experts as fill up what a token uses beyond the shared share.
+    def common(self, specialised: float) -> int:
+        """Return how many parts a layer shares (the paper's equation 6): round(α E), at least one less than k.
 
-        α = most − (most − least) · r, times (1 − ratio) / 0.75, and E (1 − ratio / (1 − α)), rounded, but at least one.
-        The shared expert then gets exactly what is left (:func:`moesmith.methods.partition.sizes`).
+        α = most − (most − least) · r, times (1 − ratio) / 0.75.
 
         Args:
             specialised: r, the share of channels with a coefficient of variation above the threshold.
         """
         spec = self.settings
-        shared = (spec.most - (spec.most - spec.least) * specialised) * self.active / PUBLISHED
-        wanted = spec.experts * (1 - spec.ratio / (1 - shared)) if shared < 1 else 0.0
-        return max(1, min(spec.experts - 1, round(wanted)))
+        alpha = (spec.most - (spec.most - spec.least) * specialised) * self.active / PUBLISHED
+        return max(0, min(self.used - 1, round(alpha * spec.experts)))
+
+    @property
+    def experts(self) -> int:
+        """Routed experts of a layer in the middle of the bounds."""
+        return int(self.settings.experts) - self.common(0.5)
+
+    @property
+    def top_k(self) -> int:
+        """How many of them a token visits."""
+        return self.used - self.common(0.5)
+
+    def divided(self, F: int, specialised: float) -> tuple[int, list[int], int]:
+        """Divide a layer's F channels: how many are shared, the widths of routed experts, how many a token visits."""
+        common, widths = self.common(specialised), even_sizes(F, self.settings.experts)
+        return sum(widths[:common]), widths[common:], self.used - common
+
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent that has too few channels for the experts."""
+        if self.settings.experts > parent.F:
+            raise MoesmithError(f"{parent.F} channels are too few for {self.settings.experts} experts", "Give fewer.")
+
+    def width(self, parent: Parent) -> int:
+        """Return the channels of an expert."""
+        return even_sizes(parent.F, self.settings.experts)[0]
 
     def outline(self, parent: Parent) -> Carving:
         """Divide the channels in their order; if layers will differ, those of the outline do, from bound to bound."""
-        spec, last = self.settings, max(1, parent.L - 1)
-        layers = []
+        last, layers = max(1, parent.L - 1), []
         for index in range(parent.L):
-            top_k = self.visits(index / last) if spec.shares == "layer" else self.top_k
-            common, widths = sizes(parent.F, spec.experts, top_k, spec.ratio)
+            common, widths, top_k = self.divided(parent.F, index / last if self.settings.shares == "layer" else 0.5)
             first, *rest = torch.arange(parent.F).split([common, *widths])
-            layers.append(self.layer(first, rest, self.router(), top_k))
+            layers.append(self.layer(first, rest, Linear(torch.zeros(len(rest), 0)), top_k))
         return Carving(layers, parent.F)
-
-    def check(self, parent: Parent) -> None:
-        """Refuse a parent that has too few channels for the experts where most is shared."""
-        least = self.visits(0.0 if self.settings.shares == "layer" else 0.5)
-        sizes(parent.F, self.experts, least, self.settings.ratio)
 
     def needs(self) -> Needs:
         """Count one pass, in which the gate is computed twice."""
@@ -129,24 +145,27 @@ class ExpertWeaver(Partition):
         (stats,) = view.statistics(look, 1)
         profile_FS = torch.cat(found, 1)
         specialised = float((variation(profile_FS) > spec.threshold).float().mean())
-        top_k = self.visits(specialised if spec.shares == "layer" else 0.5)
-        common, widths = sizes(F, spec.experts, top_k, spec.ratio)
+        common, widths, top_k = self.divided(F, specialised if spec.shares == "layer" else 0.5)
         order_F = profile_FS.mean(1).argsort(descending=True, stable=True)
         shared, rest = order_F[:common].sort().values, order_F[common:].sort().values
-        ids_N = balanced_kmeans(profile_FS[rest], spec.experts, view.generator, spec.rounds)
-        experts = members(ids_N, rest, spec.experts)
+        ids_N = balanced_kmeans(profile_FS[rest], len(widths), view.generator, spec.rounds)
+        experts = members(ids_N, rest, len(widths))
         assert sorted(map(len, experts)) == sorted(widths)
-        shares = {"shared": common / F, "specialised": specialised, "visited": top_k / spec.experts}
+        shares = {"shared": common / F, "specialised": specialised, "visited": top_k / len(widths)}
         self.note(**{name: round(share, 4) for name, share in shares.items()})
         return self.layer(shared, experts, Linear(mean_router(view.ffn, experts, stats.inputs)), top_k)
 
     def about(self, run: Run) -> list[str]:
         """Describe the run in numbers."""
         gates = run.carving_header().gates
-        least, most = (bound(gate.top_k for gate in gates) for bound in (min, max))
-        count = f"{least}" if least == most else f"{least} to {most}"
+        counts = [f"{gate.top_k} of {gate.experts}" for gate in (gates[0], gates[-1])]
+        count = (
+            counts[0]
+            if len({(g.top_k, g.experts) for g in gates}) == 1
+            else f"by layer, such as {' and '.join(counts)}"
+        )
         return [
-            f"{self.experts} experts that add up, {count} active per token and layer, beside one that every token uses",
+            f"experts of one width that add up, active per token {count}, beside those that every token uses",
             f"a token uses {self.active:.0%} of the FFN, divided without changing a weight",
             "channels by their gate's activity on samples of text; router: means of gate rows",
         ]

@@ -280,7 +280,7 @@ def load_figure(load_LE: ArrayLike, threshold: float = 0.05) -> Figure:
     """Draw choices per expert (rows) and layer (columns); white is the uniform share, a cross a dead expert.
 
     Args:
-        load_LE: (L, E), rows sum to 1.
+        load_LE: (L, E), rows sum to 1; NaN for an expert that a layer does not have.
         threshold: an expert below this fraction of the uniform share counts as dead.
     """
     from matplotlib.colors import TwoSlopeNorm
@@ -291,12 +291,16 @@ def load_figure(load_LE: ArrayLike, threshold: float = 0.05) -> Figure:
     axes = figure.add_subplot()
     uniform = 100 / experts
     style.dress(axes, "layer")
-    image = style.heatmap(axes, percent_EL, TwoSlopeNorm(uniform, 0, max(percent_EL.max(), 1.01 * uniform)))
+    image = style.heatmap(axes, percent_EL, TwoSlopeNorm(uniform, 0, max(np.nanmax(percent_EL), 1.01 * uniform)))
     layer_ticks(axes, layers)
     step = max(1, experts // 16)
     axes.set_yticks(range(0, experts, step), [f"E{expert}" for expert in range(0, experts, step)])
     if experts <= 16 and layers <= 36:
-        style.annotate(axes, image, percent_EL, lambda value: "×" if value < threshold * uniform else f"{value:.0f}")
+
+        def words(value: float) -> str:
+            return "" if np.isnan(value) else "×" if value < threshold * uniform else f"{value:.0f}"
+
+        style.annotate(axes, image, percent_EL, words)
     style.colourbar(figure, image, axes, "share of choices (%)")
     return figure
 

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { samples, palette, clusters, topK } = JSON.parse(document.getElementById("routes").textContent);
+  const { samples, palette, clusters } = JSON.parse(document.getElementById("routes").textContent);
   const get = (id) => document.getElementById(id);
   const make = (tag, text = "", className = "") => Object.assign(document.createElement(tag), { textContent: text, className });
   const slider = get("layer"), select = get("domain"), legend = get("legend"), tip = get("tip");
@@ -63,7 +63,7 @@
         span.style.borderBottom = `2px ${line} ${colour}`;
         span.classList.toggle("dim", only !== null && !experts.includes(only));
       });
-      const total = spans.length * topK;
+      const total = spans.reduce((sum, _, index) => sum + chosen(sample, layer, index).length, 0);
       const shown = sample.home !== null ? sample.home : [...counts].sort((a, b) => b[1] - a[1])[0][0];
       const label = sample.home !== null ? "its own expert" : "most to";
       share.textContent = `${label} E${shown}: ${Math.round(100 * (counts.get(shown) || 0) / total)} % in layer ${layer}`;

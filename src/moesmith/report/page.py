@@ -330,12 +330,16 @@ def _routing(source: Source) -> dict[str, Any]:
         dead.setdefault(layer, []).append((expert, load))
     entropy, balance, load_LE = routing.entropy_L, routing.balance_L, routing.load_LE
     return {
-        "load": source.picture(figures.load_figure(load_LE, DEAD), "load", "Share of choices per expert and layer"),
+        "load": source.picture(
+            figures.load_figure(np.where(routing.present_LE, load_LE, np.nan), DEAD),
+            "load",
+            "Share of choices per expert and layer",
+        ),
         "domains": source.picture(figures.domain_figure(share, names, home), "domains", "Experts chosen per domain"),
         "entropy": source.picture(figures.entropy_figure(entropy, balance), "entropy", "Routing entropy per layer"),
         "dead": dead,
         "count": sum(len(row) for row in dead.values()),
-        "all": load_LE.size,
+        "all": int(routing.sizes_L.sum()),
         "threshold": DEAD / routing.experts,
         "tokens": int(routing.tokens_D.sum()),
         "uniform": 1 / routing.experts,
@@ -353,7 +357,7 @@ def _text(source: Source) -> dict[str, Any]:
             "domain": sample.domain,
             "home": source.home.get(sample.domain),
             "tokens": sample.tokens,
-            "ids": sample.ids_LTK.tolist(),
+            "ids": [[[e for e in ids if e >= 0] for ids in layer] for layer in sample.ids_LTK.tolist()],
         }
         for sample in sorted(routing.samples, key=lambda s: source.home.get(s.domain, len(source.clusters)))
     ]
