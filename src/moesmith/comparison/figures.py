@@ -34,6 +34,7 @@ def ratios_figure(rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> F
     ticks(axes.xaxis, [row["groups"][group][end] for row in rows for group in groups for end in ("low", "high")])
     axes.set_yticks([-index for index in range(len(rows))], [style.plain(row["title"]) for row in rows])
     axes.tick_params(axis="y", length=0)
+    axes.set_ylim(0.5 - len(rows), 0.5)
     axes.axvline(1, color=MUTED, linewidth=1)
     if len(groups) > 1:
         style.legend(figure, loc="outside upper left", ncols=len(groups))
