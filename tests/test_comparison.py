@@ -396,6 +396,15 @@ def test_a_measurement_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pyt
     assert 0 <= whole["rows"][1]["lambada"]["value"] <= 1 < whole["rows"][1]["lambada"]["perplexity"]
 
 
+def test_a_row_with_other_settings_says_what_helps(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": MODEL, "data": DATA, "dtype": "fp32"}
+    compare(spec(rows=ROWS[:1]), tmp_path / "out", **options)
+    other = spec(rows=[ROWS[0] | {"settings": ["carve.ratio=0.25"]}])
+    refused = compare(other, tmp_path / "out", **options)["rows"][1]["refused"]
+    assert "carve.ratio was 0.5, is 0.25" in refused
+    assert refused.endswith(f"Or delete {tmp_path / 'out' / 'runs' / 'static'}, or give the row another name.")
+
+
 def test_losses_that_are_no_numbers_refuse_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compare(spec(rows=ROWS[:1]), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
 

@@ -19,7 +19,7 @@ from moesmith.comparison.facts import facts, parent_facts
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
 from moesmith.comparison.spec import PARENT, Conversion, Spec, load_spec
-from moesmith.comparison.table import table_of, write_tables
+from moesmith.comparison.table import PARENT_TITLE, table_of, write_tables
 from moesmith.console import log_to, say
 from moesmith.conversion.convert import convert
 from moesmith.data.text import source_digest
@@ -27,11 +27,11 @@ from moesmith.errors import MoesmithError
 from moesmith.files.artefact import MANIFEST, digest, hidden_beside, read_json, sweep, write_json
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
 from moesmith.files.outputs import check_place, existing, real
-from moesmith.parent.compute import AUTO, Device, DType, long_name, named, parse_dtype, short
+from moesmith.parent.compute import AUTO, Device, DType, keep_dtype, long_name, named
 from moesmith.parent.load import Parent, load_parent
 from moesmith.report.page import template_of
 from moesmith.run.folder import Run, open_run
-from moesmith.run.pipeline import check_reuse
+from moesmith.run.pipeline import check_folder, check_reuse
 from moesmith.run.recipe import Recipe, check_known, load_recipe
 
 FORMAT = 1
@@ -96,11 +96,10 @@ class Comparison:
 
         def converted(have: Mapping[str, Any]) -> Parts:
             try:
-                made = convert(recipe, self.parent, self.data, folder, reuse=[str(path) for path in done])
+                check_folder(folder, recipe, {})
             except MoesmithError as error:
-                if "with other settings" not in str(error):
-                    raise
                 raise MoesmithError(f"{error} Or delete {folder}, or give the row another name.") from error
+            made = convert(recipe, self.parent, self.data, folder, reuse=[str(path) for path in done])
             yield from self._measured(made, title, have)
 
         work = [recipe.same_work(), source_digest(self.data, recipe.domains.names)]
@@ -114,7 +113,7 @@ class Comparison:
 
         def made(have: Mapping[str, Any]) -> Parts:
             yield "facts", parent_facts(self.parent)
-            yield from self.ruler.measure(self.parent.model, "dense parent", have)
+            yield from self.ruler.measure(self.parent.model, PARENT_TITLE, have)
 
         return self._kept(PARENT, PARENT, made) or {}
 
@@ -195,7 +194,8 @@ def compare(
         c.name: load_recipe(c.source.recipe, spec.budget, spec.settings_of(c)) if c.source.recipe else None
         for c in spec.conversions()
     }
-    parent = load_parent(source, _kept_dtype(out, before, dtype), device=device, half=False)
+    kept = named(before["compute"]) if before else None
+    parent = load_parent(source, keep_dtype(f"{out} holds a comparison", kept, dtype), device=device, half=False)
     if before and before["parent"] != parent.digest:
         raise MoesmithError(f"{out} holds a comparison of another parent", "Give another --out.")
     comparison = Comparison(spec, out, parent, text, Ruler(parent, text, spec.measure))
@@ -234,23 +234,6 @@ def compare(
 def _write(out: Path, result: dict[str, Any]) -> None:
     write_json(out / RESULT, result)
     write_tables(out, result)
-
-
-def _kept_dtype(out: Path, before: Mapping[str, Any], dtype: DType) -> DType:
-    """Return the dtype that a comparison began in, or the one asked for if none has begun.
-
-    Raises:
-        MoesmithError: the one asked for is another.
-    """
-    if not before:
-        return dtype
-    kept = named(before["compute"])
-    if parse_dtype(dtype) not in (None, kept):
-        raise MoesmithError(
-            f"{out} holds a comparison that computes in {short(kept)}, not {dtype}",
-            "Leave --dtype out to continue it, or give another --out.",
-        )
-    return kept
 
 
 def _begun(out: Path) -> dict[str, Any]:

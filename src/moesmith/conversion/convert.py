@@ -23,7 +23,7 @@ from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_place, existing
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.checkpoint import has_weights
-from moesmith.parent.compute import AUTO, Device, DType, long_name, named, parse_dtype, short
+from moesmith.parent.compute import AUTO, Device, DType, keep_dtype, long_name, named, short
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.parent.load import Parent, choose_compute, load_parent, load_skeleton
 from moesmith.run.fingerprints import parent_digests
@@ -100,8 +100,11 @@ def convert(
         check_known(out / name)
     room = parse_size(memory)
     header = _begun(out)
-    stored = None if header is None else named(header["inputs"]["dtype"])  # 0.1 took every parent in bf16
-    shapes = _skeleton(model, _kept(out, header, dtype), device, stored)
+    stored = before = None
+    if header is not None:
+        stored = named(header["inputs"]["dtype"])  # 0.1 took every parent in bf16
+        before = named(header["inputs"].get("compute", header["inputs"]["dtype"]))
+    shapes = _skeleton(model, keep_dtype(f"{out} holds a run", before, dtype), device, stored)
     say(f"computes in {shapes.choice or short(shapes.dtype)}")
     chosen = _timed(chosen, time, header, shapes, len(domains))
     computed = shapes.dtype if shapes.choice is None else shapes.choice.dtype
@@ -164,23 +167,6 @@ def predict(
     found = make_plan(chosen, parent, domains, pace).as_dict()
     computes = str(parent.choice or short(parent.dtype))
     return found | {"recipe": chosen.name, "domains": domains, "computes": computes, "fitted": fitted}
-
-
-def _kept(out: Path, header: dict[str, Any] | None, dtype: DType) -> DType:
-    """Return the dtype that a run began to compute in, for ``auto``; the one asked for if no run has begun.
-
-    Raises:
-        MoesmithError: the run computes in another dtype than the one asked for.
-    """
-    if header is None:
-        return dtype
-    before = named(header["inputs"].get("compute", header["inputs"]["dtype"]))
-    if parse_dtype(dtype) not in (None, before):
-        raise MoesmithError(
-            f"{out} holds a run that computes in {short(before)}, not {dtype}",
-            "Leave --dtype out to continue it, or give another --out.",
-        )
-    return before
 
 
 def _begun(out: Path) -> dict[str, Any] | None:

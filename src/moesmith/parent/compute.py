@@ -56,6 +56,27 @@ def long_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def keep_dtype(what: str, before: torch.dtype | None, dtype: DType) -> DType:
+    """Return the dtype that something began to compute in, for ``auto``; the one asked for if nothing has begun.
+
+    Args:
+        what: says what is continued: ``"runs/mine holds a run"``.
+        before: the dtype that it began in; ``None`` if it is new.
+        dtype: the one asked for.
+
+    Raises:
+        MoesmithError: the one asked for is another.
+    """
+    if before is None:
+        return dtype
+    if parse_dtype(dtype) not in (None, before):
+        raise MoesmithError(
+            f"{what} that computes in {short(before)}, not {dtype}",
+            "Leave --dtype out to continue it, or give another --out.",
+        )
+    return before
+
+
 def named(long: str) -> torch.dtype:
     """Return the dtype of a :func:`long_name`, such as a run's header has."""
     return getattr(torch, long)
