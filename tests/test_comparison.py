@@ -21,6 +21,7 @@ from moesmith.comparison.controls import Control
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.spec import Spec, load_spec
 from moesmith.comparison.statistics import interval, mean, p_value
+from moesmith.conversion.series import Series
 from moesmith.data.text import evaluation_blocks, load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_items, run_tasks
@@ -146,7 +147,8 @@ def test_other_text_is_measured_again(made: tuple[Path, dict[str, Any]], tmp_pat
         if split:
             lines = (data / f"sum.{split}.jsonl").read_text(encoding="utf-8").splitlines()
             (data / f"sum.{split}.jsonl").write_text("\n".join(lines[1:]) + "\n", encoding="utf-8")
-        comparison = Comparison(one, tmp_path, parent, str(data), Ruler(parent, str(data), one.measure))
+        series = Series("comparison", tmp_path / "out", MODEL, data, dtype="fp32")
+        comparison = Comparison(one, series, Ruler(parent, str(data), one.measure))
         keys.append((comparison.key(0), source_digest(str(data), ["sum"])))
     assert keys[0][0] != keys[1][0] == keys[2][0]
     assert len({of_text for _, of_text in keys}) == 3

@@ -213,6 +213,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "masks.bias": ["masks.bias=1"],
     "masks.kl_weight": ["masks.kl_weight=9"],
     "masks.budget_weight": ["masks.budget_weight=1"],
+    "masks.union": ["masks.union=plain"],
     "masks.union_weight": ["masks.union_weight=9"],
     "masks.balance_weight": ["masks.balance_weight=9"],
     "evaluate.tokens": ["evaluate.tokens=256"],

@@ -27,7 +27,7 @@ TRAIN_KEYS = LOOP_KEYS + (
 )
 MASKS_KEYS = LOOP_KEYS + (
     " budget attention output_mask noise routing masking widths temperature bias kl_weight budget_weight"
-    " union_weight balance_weight"
+    " union union_weight balance_weight"
 )
 AFFINITY, ROUTER = {"affinity": "method published profile linkage tokens window"}, {"router": "start ridge noise"}
 STAGE1, STAGE2 = {"stage1": TRAIN_KEYS}, {"stage2": TRAIN_KEYS}

@@ -208,6 +208,44 @@ def compare(
 
 
 @app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="a study; the list of them if left out")] = None,
+    model: Model = "",
+    data: Data = "",
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="the study's folder; repeat the command to continue")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="demo, small or paper, of every conversion")] = None,
+    set_: Annotated[list[str], typer.Option("--set", help="section.key=value or study.key=value; repeatable")] = [],  # noqa: B006
+    reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer one of the papers' questions on a parent: conversions, tables, figures and a page."""
+    if name is None:
+        from moesmith.studies.study import studies
+
+        known = [{"name": key, "title": kind.title, "question": kind.question} for key, kind in studies().items()]
+        if as_json:
+            show_json(known)
+        else:
+            show_table("studies", ["name", "what is asked"], [(row["name"], row["title"]) for row in known])
+        return
+    from moesmith.studies.run import show
+    from moesmith.studies.run import study as run_study
+
+    if not (model and data and out_folder):
+        raise MoesmithError("a study needs --model, --data and --out", "Give all three.")
+    options: dict[str, Any] = {"settings": set_, "budget": budget, "reuse": reuse, "dtype": dtype, "device": device}
+    result = run_study(name, model, data, out_folder, **options)
+    if as_json:
+        show_json(result)
+    else:
+        show(result)
+
+
+@app.command()
 def inspect(run: RunFolder, as_json: Json = False) -> None:
     """Show a run's carving, gate and stages."""
     from moesmith.report.overview import describe, show

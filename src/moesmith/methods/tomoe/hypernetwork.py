@@ -6,6 +6,7 @@ D model width, F channels, h head width, W free entries of a Q/K mask.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ class ExpertMasks(nn.Module):
     def sample(self) -> Tensor:
         """Sample a fresh hard straight-through mask of every expert, (N, F); widths and union are counted on it."""
         return _sampled(self.logits(), self.spec)
+
+    def plain(self) -> Tensor:
+        """Return every expert's hard straight-through mask without noise, (N, F): kept are those above even odds.
+
+        The published union term counts sampled masks; noise alone brings eight equal ones to a union of nearly 1.
+        """
+        logits_NF = self.logits()
+        return gumbel_sigmoid(logits_NF, torch.full_like(logits_NF, math.log(2)), self.spec.temperature, self.spec.bias)
 
     def forward(self, x_TD: Tensor, v_TF: Tensor, double: bool) -> Tensor:
         """Route tokens and mask their channels: (T, F). Routing and masks are computed in fp32."""

@@ -72,7 +72,8 @@ class MaskObjective(nn.Module):
         for ffn, _ in layers:
             mask_NF = ffn.sample()
             widths.append(mask_NF.sum(-1).amax())
-            unions.append((1 - (1 - mask_NF).prod(0)).mean())
+            kept_NF = mask_NF if spec.union == "sampled" else ffn.plain()
+            unions.append((1 - (1 - kept_NF).prod(0)).mean())
             share_N = ffn.one_hot_TN.mean(0)  # value: the load; gradient: the softmax's
             load_N = share_N.detach()
             loads.append((load_N * share_N).sum())

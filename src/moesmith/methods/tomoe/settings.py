@@ -24,4 +24,9 @@ class MasksSection(LoopSection):
     kl_weight: float = Field(2.0, ge=0)
     budget_weight: float = Field(16.0, ge=0)
     union_weight: float = Field(3.0, ge=0, description="spread over attention and FFN positions: half of it acts")
+    union: Literal["sampled", "plain"] = Field(
+        "sampled",
+        description="which masks' union is asked for: of sampled ones (published) or of those without noise",
+        json_schema_extra={"neutral": "sampled"},
+    )
     balance_weight: float = Field(1.0, ge=0)

@@ -1,0 +1,1 @@
+"""Studies: the papers' own questions, each a command, figures and a page."""

@@ -1,0 +1,148 @@
+"""Run a study and write its page: STUDY.json, STUDY.md, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moesmith.arguments import several
+from moesmith.console import show_table, show_text
+from moesmith.conversion.series import Series
+from moesmith.data.text import source_digest
+from moesmith.errors import MoesmithError
+from moesmith.files.artefact import write_text
+from moesmith.parent.compute import AUTO, Device, DType
+from moesmith.report import style
+from moesmith.run.recipe import check_known
+from moesmith.run.settings import Section
+from moesmith.studies.bench import Bench
+from moesmith.studies.study import Found, Study, Table, find
+
+OWN = "study."  # settings of a study itself
+
+
+def study(
+    name: str,
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    settings: str | Sequence[str] | None = (),
+    budget: str | None = None,
+    reuse: str | Path | Sequence[str | Path] | None = (),
+    dtype: DType = AUTO,
+    device: Device = AUTO,
+) -> dict[str, Any]:
+    """Answer one of the papers' questions on a parent: convert, measure, write tables, figures and a page.
+
+    The same call continues a study that was stopped. The parent is loaded whole.
+
+    Args:
+        name: of the study; :func:`moesmith.studies.study.studies` lists them.
+        model: the parent.
+        data: where all text comes from.
+        out: the study's folder.
+        settings: ``section.key=value`` of every conversion whose recipe has it, and ``study.key=value``.
+        budget: of every conversion; the study's own if left out.
+        reuse: runs whose finished stages conversions may take over.
+        dtype: what all compute in; a study that is continued keeps its own.
+        device: where.
+
+    Returns:
+        ``study.json``.
+
+    Raises:
+        MoesmithError: the study, a setting or a file is wrong, or the folder holds something else.
+    """
+    kind, given = find(name), several("settings", settings)
+    asked = kind(_options(kind, [s for s in given if s.startswith(OWN)]))
+    mine = [s for s in given if not s.startswith(OWN)]
+    check_known(mine)
+    style.new_figure(1, 1)  # without matplotlib there is no page; said before any work
+    series = Series("study", out, model, data, reuse=several("reuse", reuse), dtype=dtype, device=device)
+    if series.before and series.before.get("study") != name:
+        raise MoesmithError(f"{series.out} holds the study {series.before.get('study')}", "Give another --out.")
+    more = {"study": name, "settings": given, "budget": budget or kind.budget}
+    with series.opened(more | {"data_digest": source_digest(series.data)}):
+        bench = Bench(series, [*kind.settings, *mine], budget or kind.budget)
+        found = asked.measure(bench)
+        result = series.write({"found": found, "conversions": bench.runs})
+        _write(series.out, asked, result)
+    return result
+
+
+def _options(kind: type[Study], given: Sequence[str]) -> Section:
+    """Read ``study.key=value``, values as YAML has them.
+
+    Raises:
+        MoesmithError: a setting that the study does not have, or a value that does not fit.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for setting in given:
+        key, _, value = setting.removeprefix(OWN).partition("=")
+        if key not in kind.Options.model_fields:
+            known = ", ".join(OWN + field for field in kind.Options.model_fields) or "none"
+            raise MoesmithError(f"study {kind.name} has no setting '{OWN}{key}'", f"It has {known}.")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise MoesmithError(
+                f"{setting}: {str(error).splitlines()[0]}", "Write a number, a word or [a, b]."
+            ) from error
+    try:
+        return kind.Options.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise MoesmithError(f"{OWN}{where}: {first['msg']}", "See docs/commands/study.md.") from error
+
+
+def _write(out: Path, asked: Study, result: Mapping[str, Any]) -> None:
+    """Write figures and ``study.md``."""
+    (out / "figures").mkdir(exist_ok=True)
+    names = []
+    for name, figure in asked.figures(result["found"]).items():
+        style.save_png(figure, out / "figures" / f"{name}.png")
+        names.append(name)
+    write_text(out / "study.md", page(asked, result, names))
+
+
+def page(asked: Study, result: Mapping[str, Any], figures: Sequence[str]) -> str:
+    """Write a study's page in Markdown."""
+    given = "".join(f" --set '{setting}'" for setting in result["settings"])
+    budget = "" if result["budget"] == asked.budget else f" --budget {result['budget']}"
+    source = f"--model {result['model']} --data {result['data']}"
+    parts = [
+        f"# {asked.title}",
+        f"**Question** ({asked.paper}). {asked.question}",
+        f"**Expected.** {asked.expected}",
+        f"    moesmith study {asked.name} {source}{budget}{given} --out RUN",
+        f"Computed in {result['compute']} on {result['device']}.",
+    ]
+    parts += [f"### {table.title}\n\n{markdown(table)}" for table in asked.tables(result["found"])]
+    parts += [f"![{name.replace('-', ' ')}](figures/{name}.png)" for name in figures]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(table: Table) -> str:
+    """Write a table in Markdown; the first column is text."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(table.head), "|---|" + "---:|" * (len(table.head) - 1), *map(line, table.body)])
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print a study's tables."""
+    asked = find(result["study"])
+    found: Found = result["found"]
+    for table in asked(asked.Options()).tables(found):
+        show_table(table.title, list(table.head), [list(row) for row in table.body])
+    show_text(f"question: {asked.question}")
+    show_text(f"expected: {asked.expected}")
