@@ -115,6 +115,7 @@ def test_there_is_no_such_method() -> None:
     [
         "cmoe",
         "dive",
+        "dot-moe",
         "drop-upcycling",
         "expert-weaver",
         "llama-moe",

@@ -30,7 +30,16 @@ from moesmith.testing.tokenizer import tiny_tokenizer
 from moesmith.training import losses
 
 PRESETS = [
-    *("cmoe", "dive-1of8", "dive-plus", "drop-upcycling", "expert-weaver", "flap-static", "flap-static-refit"),
+    *(
+        "cmoe",
+        "dive-1of8",
+        "dive-plus",
+        "dot-moe",
+        "drop-upcycling",
+        "expert-weaver",
+        "flap-static",
+        "flap-static-refit",
+    ),
     *("llama-moe-1of8", "llm-pruner", "moefication", "token", "tomoe-50", "tomoe-plus"),
 ]
 # two domains, two experts, a step or two of each training: AdamW makes a whole step of a gradient that is all rounding,
@@ -106,6 +115,7 @@ def settings_of(preset: str) -> list[str]:
     few = {"cmoe": ["carve.experts=3", "carve.sample=64"], "expert-weaver": ["carve.experts=4"]}.get(
         preset, ["carve.experts=2"]
     )
+    few += ["assign.tokens=64", "assign.window=32", "assign.batch=2"] if preset == "dot-moe" else []
     few += ["carve.ratio=0.25"] if preset in ("cmoe", "expert-weaver") else []
     return [*tiny_settings(preset), *fitting([*SMALL, *few, *short], preset)]
 

@@ -29,6 +29,7 @@ MASKS_KEYS = LOOP_KEYS + (
     " budget attention output_mask noise routing masking widths temperature bias kl_weight budget_weight"
     " union union_weight balance_weight"
 )
+ASSIGN = " rounds temperature last_temperature kl_weight language_weight z_weight balance_weight"
 AFFINITY, ROUTER = {"affinity": "method published profile linkage tokens window"}, {"router": "start ridge noise"}
 STAGE1, STAGE2 = {"stage1": TRAIN_KEYS}, {"stage2": TRAIN_KEYS}
 SHARES = "method ratio compensation ridge pool"
@@ -42,6 +43,7 @@ KEYS = {
     "cmoe": {"carve": "method experts top_k ratio marked sample rounds represent router ridge"} | STAGE2,
     "expert-weaver": {"carve": "method experts ratio shares least most threshold samples rounds"} | STAGE2,
     "tomoe": {"carve": "method experts start compensation ridge pool", "masks": MASKS_KEYS} | STAGE1 | STAGE2,
+    "dot-moe": {"carve": "method experts ratio split", "assign": LOOP_KEYS + ASSIGN} | STAGE2,
     "upcycling": {"carve": "method experts top_k"} | STAGE2,
     "drop-upcycling": {"carve": "method experts top_k redrawn"} | STAGE2,
 }

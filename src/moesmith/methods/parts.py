@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -20,7 +20,7 @@ from torch import Tensor
 from moesmith.calibration.moments import Sums
 from moesmith.calibration.stream import LayerView
 from moesmith.methods.balanced import balanced_graph, balanced_kmeans, equal_size
-from moesmith.methods.base import Carver, Needs
+from moesmith.methods.base import Carver, Method, Needs
 from moesmith.methods.steps import Carve
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
@@ -36,13 +36,11 @@ WHOLE = 0.01  # of a part: so far from a whole number of parts counts as roundin
 HELD = 8  # one token of so many is not fitted to, but measured on
 
 
-class Parts(Section):
+class Divided(Section):
     """Settings of a method whose experts are equal parts of the channels."""
 
     experts: int = Field(8, ge=2, le=1024, description="equal parts of the channels, shared ones included")
     ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels that a token does not use")
-    sample: int = Field(8192, ge=16, description="tokens per layer that parts and routers are made from")
-    ridge: float = Field(0.01, gt=0, description="selector norm: ridge, relative to a router input's mean energy")
 
     @property
     def used_parts(self) -> int:
@@ -50,7 +48,7 @@ class Parts(Section):
         return round((1 - self.ratio) * self.experts)
 
     @model_validator(mode="after")
-    def _divides(self) -> Parts:
+    def _divides(self) -> Self:
         parts = (1 - self.ratio) * self.experts
         if abs(parts - self.used_parts) > WHOLE or self.used_parts < 1:
             around = sorted({max(1, int(parts)), min(self.experts, int(parts) + 1)}, reverse=True)
@@ -59,29 +57,15 @@ class Parts(Section):
         return self
 
 
-class EqualParts(Carver):
-    """A method that cuts the channels into equal parts; it says how, and which router chooses among them."""
+class Parts(Divided):
+    """The same, of a method that makes its parts and routers from a sample of tokens."""
 
-    def parts(self, view: LayerView, rest: Tensor, x_TD: Tensor) -> Tensor:
-        """Return the expert of each of the channels ``rest``, exactly equal numbers: (len(rest),) int64.
+    sample: int = Field(8192, ge=16, description="tokens per layer that parts and routers are made from")
+    ridge: float = Field(0.01, gt=0, description="selector norm: ridge, relative to a router input's mean energy")
 
-        Args:
-            view: the layer.
-            rest: sorted channels that are not shared.
-            x_TD: a sample of router inputs; empty unless :attr:`sampled`.
-        """
-        raise NotImplementedError
 
-    def route(self, view: LayerView, routed: Sequence[Tensor], x_TD: Tensor, norms_TE: Tensor) -> Tensor:
-        """Return the router (E, D) fp32 on the CPU that chooses among experts of these channels.
-
-        Args:
-            view: the layer.
-            routed: each expert's channels.
-            x_TD: router inputs to fit to; empty unless :attr:`sampled`.
-            norms_TE: the experts' norms on them (:func:`expert_norms`).
-        """
-        raise NotImplementedError
+class DividedMethod(Method):
+    """A method whose experts are equal parts of the channels that add up."""
 
     @property
     def shared(self) -> int:
@@ -92,11 +76,6 @@ class EqualParts(Carver):
     def scale(self) -> float:
         """What routed experts' outputs are multiplied by."""
         return 1.0
-
-    @property
-    def sampled(self) -> bool:
-        """Whether layers are looked at: whether calibration text matters."""
-        return True
 
     @property
     def experts(self) -> int:
@@ -117,23 +96,6 @@ class EqualParts(Carver):
         """Round up to whole parts, with at least one that is chosen."""
         parts = max(self.shared + 1, math.ceil(active * self.settings.experts - WHOLE))
         return round(parts / self.settings.experts, 6)
-
-    def steps(self) -> list[Step]:
-        """List the steps: text, if any is looked at, and carving."""
-        return super().steps() if self.sampled else [Carve(self.recipe, self)]
-
-    def needs(self) -> Needs:
-        """Count a second pass of a part of the text; cutting a graph takes a few F × F matrices."""
-        graph = self.settings.split == "co-activation"
-        return Needs(inputs=self.sampled, gram=graph, groups=3 if graph else 1, passes=2.0 if self.sampled else 0.0)
-
-    def tokens(self, shapes: Shapes) -> int:
-        """Count all text, or none."""
-        return super().tokens(shapes) if self.sampled else 0
-
-    def begin(self, job: Job) -> list[list[Tensor]]:
-        """Return all calibration text, or none."""
-        return super().begin(job) if self.sampled else []
 
     def check(self, parent: Parent) -> None:
         """Refuse a number of parts that does not divide the channels."""
@@ -164,6 +126,53 @@ class EqualParts(Carver):
                 expert.down_DF = own_DF.to("cpu", down_DF.dtype)
         shared = Expert(torch.cat(list(common)).sort().values) if common else None
         return Layer(routed, Linear(router_ED), self.top_k, "sum", shared=shared)
+
+
+class EqualParts(DividedMethod, Carver):
+    """A method that cuts the channels into equal parts; it says how, and which router chooses among them."""
+
+    def parts(self, view: LayerView, rest: Tensor, x_TD: Tensor) -> Tensor:
+        """Return the expert of each of the channels ``rest``, exactly equal numbers: (len(rest),) int64.
+
+        Args:
+            view: the layer.
+            rest: sorted channels that are not shared.
+            x_TD: a sample of router inputs; empty unless :attr:`sampled`.
+        """
+        raise NotImplementedError
+
+    def route(self, view: LayerView, routed: Sequence[Tensor], x_TD: Tensor, norms_TE: Tensor) -> Tensor:
+        """Return the router (E, D) fp32 on the CPU that chooses among experts of these channels.
+
+        Args:
+            view: the layer.
+            routed: each expert's channels.
+            x_TD: router inputs to fit to; empty unless :attr:`sampled`.
+            norms_TE: the experts' norms on them (:func:`expert_norms`).
+        """
+        raise NotImplementedError
+
+    @property
+    def sampled(self) -> bool:
+        """Whether layers are looked at: whether calibration text matters."""
+        return True
+
+    def steps(self) -> list[Step]:
+        """List the steps: text, if any is looked at, and carving."""
+        return super().steps() if self.sampled else [Carve(self.recipe, self)]
+
+    def needs(self) -> Needs:
+        """Count a second pass of a part of the text; cutting a graph takes a few F × F matrices."""
+        graph = self.settings.split == "co-activation"
+        return Needs(inputs=self.sampled, gram=graph, groups=3 if graph else 1, passes=2.0 if self.sampled else 0.0)
+
+    def tokens(self, shapes: Shapes) -> int:
+        """Count all text, or none."""
+        return super().tokens(shapes) if self.sampled else 0
+
+    def begin(self, job: Job) -> list[list[Tensor]]:
+        """Return all calibration text, or none."""
+        return super().begin(job) if self.sampled else []
 
     def carve(self, view: LayerView) -> Layer:
         """Take the shared channels out, cut the rest into parts, fit the router."""

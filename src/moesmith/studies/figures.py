@@ -49,7 +49,7 @@ def lines(
     if layers:
         layer_ticks(axes, max(len(xs) for xs, _ in series.values()))
     if len(series) > 1:
-        style.legend(axes, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=min(4, len(series)))
+        style.legend(figure, loc="outside upper left", ncols=min(5, len(series)))
     return figure
 
 

@@ -178,7 +178,7 @@ def train(
     Args:
         objective: a module such as :class:`~moesmith.training.student.Student` that maps token ids (B, S) to the scalar
             loss of its ``model``, in which everything but ``parameters`` is frozen. Numbers in its ``measured`` go
-            into the log.
+            into the log; its ``begin(step, steps)`` is called before a step, if it has one.
         parameters: trained parameters by name, in the model's dtype.
         blocks: (N, window) token ids, of any integer type: each batch becomes int64 when it is used.
         spec: the stage's settings.
@@ -239,12 +239,15 @@ def train(
         state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
         write_tensors(checkpoint, masters.tensors(), {"state": json.dumps(state)})
 
+    begin = getattr(objective, "begin", None)
     model.train()
     with meter(label, (steps - done) * spec.batch * spec.window) as bar:
         for step in range(done, steps):
             everyones = batch_rows(len(blocks), step, spec.batch, seed)
             rows = everyones[rank::world]
             begun = time.monotonic()
+            if begin is not None:
+                begin(step, steps)
             while True:
                 try:
                     loss = gradients(rows, step, micro)

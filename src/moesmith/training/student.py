@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesmith.mixture.moe import share
+from moesmith.parent.load import Parent
 from moesmith.run.settings import TrainSection
 from moesmith.training.losses import head_loss
+
+
+def frozen(parent: Parent) -> PreTrainedModel:
+    """Build the parent's architecture around its own weights, frozen, to put other modules into.
+
+    Dropout is off even in training mode: what is learned is learned over the parent as it computes.
+    """
+    model = share(parent.model).requires_grad_(False)
+    for module in model.modules():
+        still: Any = module
+        if isinstance(module, nn.Dropout):
+            still.p = 0.0
+        elif hasattr(module, "attention_dropout"):
+            still.attention_dropout = 0.0
+    return model
 
 
 class Student(nn.Module):

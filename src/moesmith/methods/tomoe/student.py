@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.methods.tomoe.hypernetwork import ExpertMasks, Masks
 from moesmith.mixture.attention import install
-from moesmith.mixture.moe import share
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN, decoder_layers, put
+from moesmith.training.student import frozen
 
 
 class MaskedFFN(nn.Module):
@@ -32,20 +30,11 @@ class MaskedFFN(nn.Module):
 
 
 def masked_model(parent: Parent, masks: Masks) -> PreTrainedModel:
-    """Build the parent's architecture with ``masks`` in every layer; all base weights are the parent's own, frozen.
-
-    Dropout is off even in training mode: the paper's base network is in evaluation mode throughout.
-    """
-    model = share(parent.model).requires_grad_(False)
+    """Build the parent's architecture with ``masks`` in every layer; all base weights are the parent's own, frozen."""
+    model = frozen(parent)
     _, layers = decoder_layers(model)
     for ffn, layer, (experts, attention) in zip(parent.ffns, layers, masks.layers(), strict=True):
         put(model, ffn.path, MaskedFFN(ffn, experts))
         if attention is not None:
             install(layer, model.config, attention)
-    for module in model.modules():
-        still: Any = module
-        if isinstance(module, nn.Dropout):
-            still.p = 0.0
-        elif hasattr(module, "attention_dropout"):
-            still.attention_dropout = 0.0
     return model
