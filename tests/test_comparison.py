@@ -18,7 +18,9 @@ from scipy import stats
 
 from moesmith.comparison.compare import Comparison, compare
 from moesmith.comparison.controls import Control
+from moesmith.comparison.figures import curves, tokens_of
 from moesmith.comparison.measure import Ruler
+from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import Spec, load_spec
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.conversion.series import Series
@@ -31,6 +33,7 @@ from moesmith.parent.load import load_parent
 from moesmith.run.folder import open_run
 
 MODEL, DATA = str(ASSETS / "parents" / "llama"), str(ASSETS / "text")
+EXAMPLES = Path(__file__).parents[1] / "examples" / "comparisons"
 SETTINGS = [
     *("domains.tokens=512", "domains.window=32", "evaluate.tokens=256", "evaluate.window=64"),
     *("affinity.tokens=256", "affinity.window=32", "stage1.tokens=0", "stage2.tokens=0"),
@@ -205,7 +208,7 @@ def test_controls_keep_each_tokens_largest_channels(by: Any) -> None:
     parent = load_parent(MODEL, "fp32")
     x = torch.randn(1, 5, parent.D, generator=torch.Generator().manual_seed(0))
     ffn, kept = parent.ffns[0], parent.F // 4
-    with Control(by=by, active=0.25).model(parent), torch.no_grad():
+    with Control(by=by, active=0.25).row(parent), torch.no_grad():
         found = ffn.module(x)[0]
     for token, y_D in zip(x[0], found, strict=True):
         gate_F, up_F = ffn.activation(ffn.gate_FD @ token), ffn.up_FD @ token  # type: ignore[operator]
@@ -224,6 +227,32 @@ def test_a_control_is_a_row(tmp_path: Path) -> None:
     assert few["groups"]["all"]["value"] > 1
     assert few["ffn_active"] == 0.25
     assert few["parameters_total"] == dense["parameters_total"] > few["parameters_active"]
+
+
+@pytest.mark.parametrize(("quant", "error"), [("q8_0", 0.02), ("q4_k_m", 0.16)])
+def test_a_parent_in_fewer_bits_is_a_row(quant: Any, error: float, tmp_path: Path) -> None:
+    """Its weights are near the parent's and not the same, and it is a row of the table."""
+    parent = load_parent(MODEL, "fp32")
+    with Quantised(quant=quant).row(parent) as (model, found):
+        for name, wanted in parent.model.state_dict().items():
+            if name.endswith("_proj.weight"):
+                off = (model.state_dict()[name] - wanted).float().norm() / wanted.float().norm()
+                assert 0 < off < error, name
+        assert found["bytes"] > 0
+    rows = [{"name": "few", "control": {"quant": quant}}]
+    dense, few = compare(spec(rows=rows), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")["rows"]
+    assert few["groups"]["all"]["value"] == pytest.approx(1, abs=0.1)
+    assert few["groups"]["all"]["value"] != 1
+    assert few["parameters_total"] == dense["parameters_total"]
+
+
+def test_variants_that_read_more_text_are_a_figure(tmp_path: Path) -> None:
+    rows = [ROWS[0] | {"vary": {"domains.tokens": [256, 512]}}]
+    result = compare(spec(rows=rows), tmp_path / "out", model=MODEL, data=DATA, dtype="fp32")
+    (few, more), *_ = curves(result["rows"][1:]).values()
+    assert tokens_of(few) < tokens_of(more)
+    assert (tmp_path / "out" / "figures" / "tokens.png").is_file()
+    assert not curves([few])
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
@@ -263,6 +292,16 @@ def test_rows_vary() -> None:
     ]
 
 
+def test_several_sets_vary() -> None:
+    sets = [{"carve.ratio": [0.5], "seed": [1, 2]}, {"carve.ratio": [0.25]}]
+    rows = [ROWS[0], ROWS[2] | {"vary": [{"carve.passes": [0, 1]}]}]
+    assert [c.name for c in spec(rows=rows, vary=sets).conversions()] == [
+        "static-ratio-0.5-seed-1", "static-ratio-0.5-seed-2", "static-ratio-0.25",
+        "token-ratio-0.5-passes-0-seed-1", "token-ratio-0.5-passes-1-seed-1", "token-ratio-0.5-passes-0-seed-2",
+        "token-ratio-0.5-passes-1-seed-2", "token-ratio-0.25-passes-0", "token-ratio-0.25-passes-1",
+    ]  # fmt: skip
+
+
 def test_all_rows_vary() -> None:
     control = {"name": "top", "control": {"by": "gate", "active": 0.5}}
     found = [
@@ -293,6 +332,7 @@ def test_a_row_takes_the_settings_that_it_has() -> None:
         ({"rows": [{"name": "../a", "recipe": "token"}]}, "is no name"),
         ({"rows": [{"name": "parent", "recipe": "token"}]}, "is no name"),
         ({"rows": [{"name": "a", "recipe": "token", "vary": {"seed": []}}]}, "vary.seed has no values"),
+        ({"vary": [{"seed": [1]}, {"carve.ratio": []}]}, "vary.carve.ratio has no values"),
         ({"rows": [ROWS[0], ROWS[0]]}, "two rows are called static"),
         ({"baseline": "other"}, "no row 'other' for a baseline"),
         ({"measure": {}}, "names no group"),
@@ -318,9 +358,9 @@ def test_a_file_that_is_no_specification(tmp_path: Path, text: str, message: str
         load_spec(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("name", ["token", "methods", "distillation", "dive-table"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
 def test_examples_are_specifications(name: str) -> None:
-    one = load_spec(Path(__file__).parents[1] / "examples" / "comparisons" / f"{name}.yaml")
+    one = load_spec(EXAMPLES / f"{name}.yaml")
     from moesmith.run.recipe import load_recipe
 
     for conversion in [c for c in one.conversions() if c.source.recipe]:

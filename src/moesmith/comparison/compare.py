@@ -76,8 +76,8 @@ class Comparison:
         if control is not None:
 
             def controlled(have: Mapping[str, Any]) -> Parts:
-                with control.model(self.parent) as model:
-                    yield "facts", control.facts(self.parent)
+                with control.row(self.parent) as (model, found):
+                    yield "facts", found
                     yield from self.ruler.measure(model, title, have)
 
             return self._kept(name, control.model_dump(), controlled if make else None)

@@ -36,8 +36,8 @@ class Control(Section):
     active: float = Field(gt=0, le=1, description="share of the channels that a token keeps")
 
     @contextmanager
-    def model(self, parent: Parent) -> Iterator[PreTrainedModel]:
-        """Give the parent's model, so changed inside the ``with``.
+    def row(self, parent: Parent) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+        """Give the parent's model, so changed inside the ``with``, and the facts of its row.
 
         Raises:
             MoesmithError: the parent has no gate.
@@ -49,7 +49,7 @@ class Control(Section):
             for ffn in parent.ffns:
                 for hooks in self._hooks(ffn, kept):
                     stack.enter_context(hooked([hooks], before=True))
-            yield parent.model
+            yield parent.model, self.facts(parent)
 
     def _kept(self, parent: Parent) -> int:
         return kept_channels(parent.F, round(1 - self.active, 6))

@@ -69,6 +69,43 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]], group: str) -> Figure:
     return figure
 
 
+def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return rows that differ from others of their source in how much text they read, by source and in that order."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.get("source", row["title"]), []).append(row)
+    several = {name: sorted(some, key=tokens_of) for name, some in found.items()}
+    return {name: some for name, some in several.items() if len(set(map(tokens_of, some))) > 1}
+
+
+def tokens_of(row: Mapping[str, Any]) -> int:
+    """Count the text that a row read, for calibration and training."""
+    return int(row["calibration_tokens"] + row["training_tokens"])
+
+
+def tokens_figure(rows: Sequence[Mapping[str, Any]], group: str) -> Figure:
+    """Draw a group's perplexity over the parent's against the text that was read, a line per source."""
+    figure = style.new_figure(style.WIDTH * 0.8, 4.0)
+    axes = figure.add_subplot()
+    label = f"{style.plain(group)}: perplexity ÷ parent's (log scale)"
+    style.dress(axes, "tokens read, calibration and training (log scale)", label, grid="both")
+    for index, (name, some) in enumerate(curves(rows).items()):
+        found = [row["groups"][group] for row in some]
+        ys = [each["value"] for each in found]
+        below = [max(0.0, each["value"] - each["low"]) for each in found]
+        above = [max(0.0, each["high"] - each["value"]) for each in found]
+        axes.errorbar(
+            list(map(tokens_of, some)), ys, yerr=[below, above], fmt=f"{MARKS[index % len(MARKS)]}-",
+            color=COLOURS[index % len(COLOURS)], markersize=5, elinewidth=1.2, linewidth=1.5, label=style.plain(name),
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    every = [row for some in curves(rows).values() for row in some]
+    ticks(axes.yaxis, [row["groups"][group][end] for row in every for end in ("low", "high")])
+    style.legend(figure, loc="outside upper left", ncols=min(5, len(curves(rows))))
+    return figure
+
+
 def ticks(axis: Any, values: Sequence[float]) -> None:
     """Write plain numbers on a logarithmic axis, close together where its range is small."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moesmith.comparison.figures import frontier_figure, ratios_figure
+from moesmith.comparison.figures import curves, frontier_figure, ratios_figure, tokens_figure
 from moesmith.comparison.table import cells, refused
 from moesmith.files.artefact import write_text
 from moesmith.report import style
@@ -29,6 +29,8 @@ def write_page(out: Path, result: Mapping[str, Any]) -> None:
     pictures = {}
     if others:
         pictures["ratios"] = ratios_figure(others, result["groups"]), "Perplexity over the parent's, by row"
+        if curves(others):
+            pictures["tokens"] = tokens_figure(others, result["groups"][0]), "Quality by how much text was read"
         pictures["frontier"] = frontier_figure(rows, result["groups"][0]), "Quality, active and total parameters"
     drawn = {}
     for name, (figure, description) in pictures.items():

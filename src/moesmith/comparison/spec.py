@@ -1,7 +1,7 @@
 """What a comparison is: a parent, text, rows that are conversions, and what is measured of each; a YAML file.
 
 A row may vary settings: ``vary: {carve.ratio: [0.75, 0.5], seed: [1, 2, 3]}`` stands for six conversions. Those that
-differ in their seed alone are one row of the table.
+differ in their seed alone are one row of the table. A list of such sets stands for the conversions of all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from moesmith.arguments import path_text
 from moesmith.comparison.controls import Control
+from moesmith.comparison.quantised import Quantised
 from moesmith.errors import MoesmithError
 from moesmith.run.recipe import applicable
 from moesmith.run.settings import Section, hold_a_window
@@ -28,6 +29,13 @@ LONGEST = 200  # characters of a folder's name
 SEED = "seed"
 WIKITEXT = "wikitext2"  # the name of its windows
 PARENT = "parent"  # of the parent's own numbers
+
+
+Vary = dict[str, list[Any]] | list[dict[str, list[Any]]]
+
+
+def _sets(vary: Vary) -> list[dict[str, list[Any]]]:
+    return vary if isinstance(vary, list) else [vary]
 
 
 class Measure(Section):
@@ -65,9 +73,11 @@ class RowSection(Section):
     title: str = Field("", description="in tables; the name if left out")
     recipe: str = Field("", description="a preset, a method's name or a YAML file")
     run: str = Field("", description="a finished run of the same parent, in place of a recipe")
-    control: Control | None = Field(None, description="the parent with fewer channels for each token, likewise")
+    control: Control | Quantised | None = Field(
+        None, description="the parent with fewer channels for each token, or in fewer bits, likewise"
+    )
     settings: list[str] = Field([], description="section.key=value on top of the recipe and the comparison's settings")
-    vary: dict[str, list[Any]] = Field({}, description="values of settings, one conversion for each combination")
+    vary: Vary = Field({}, description="values of settings, one conversion for each combination; or several such sets")
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -86,7 +96,7 @@ class Spec(Section):
     data: str = Field("", description="the data source; may be given on the command line")
     budget: str | None = Field(None, description="demo, small or paper")
     settings: list[str] = Field([], description="section.key=value of every row whose recipe has it")
-    vary: dict[str, list[Any]] = Field({}, description="of every row that has a recipe, as a row's own")
+    vary: Vary = Field({}, description="of every row that has a recipe, as a row's own")
     measure: Measure = Measure()
     rows: list[RowSection] = Field(min_length=1)
     keep: bool = Field(True, description="keep the models of rows that are measured")
@@ -94,7 +104,7 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        varied = [self.vary, *(row.vary for row in self.rows)]
+        varied = [each for vary in (self.vary, *(row.vary for row in self.rows)) for each in _sets(vary)]
         if empty := [key for each in varied for key, values in each.items() if not values]:
             raise ValueError(f"vary.{empty[0]} has no values")
         names = [conversion.name for conversion in self.conversions()]
@@ -116,12 +126,13 @@ class Spec(Section):
     def conversions(self) -> Iterator[Conversion]:
         """Yield every conversion of every row."""
         for row in self.rows:
-            vary = (self.vary if row.recipe else {}) | row.vary
-            for values in itertools.product(*vary.values()):
-                chosen = dict(zip(vary, values, strict=True))
-                varied = {key: value for key, value in chosen.items() if key != SEED}
-                own = [*row.settings, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
-                yield Conversion(row, varied, chosen.get(SEED), tuple(own))
+            common = _sets(self.vary) if row.recipe else [{}]
+            for vary in [one | own for one in common for own in _sets(row.vary)]:
+                for values in itertools.product(*vary.values()):
+                    chosen = dict(zip(vary, values, strict=True))
+                    varied = {key: value for key, value in chosen.items() if key != SEED}
+                    given = [*row.settings, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
+                    yield Conversion(row, varied, chosen.get(SEED), tuple(given))
 
     def settings_of(self, conversion: Conversion) -> list[str]:
         """Return all settings of a conversion: those of the comparison that its recipe has, and its own."""

@@ -40,7 +40,7 @@ def table_of(
 
     Returns:
         ``groups``, ``tasks``, ``baseline`` (a row's title), and ``rows``: title, facts, and by quantity its number with
-        ``low`` and ``high``, and ``p`` against the baseline.
+        ``low`` and ``high``, and ``p`` against the baseline; ``source`` is the title that variants of a row share.
     """
     families: dict[str, list[tuple[Conversion, Mapping[str, Any]]]] = {}
     for conversion, result in found:
@@ -62,7 +62,10 @@ def table_of(
             title += f" ({len(measured[name])} of {len(family)} seeds)"
         facts = next(result["facts"] for _, result in family if "facts" in result)
         beside = None if first.source.name == base.name else _beside(first.varied, bases, alone=alone)
-        rows.append({"name": name} | _row(spec, title, facts, measured[name], dense["measured"], beside))
+        source = first.source.title or first.source.name
+        rows.append(
+            {"name": name, "source": source} | _row(spec, title, facts, measured[name], dense["measured"], beside)
+        )
     return {
         "groups": list(spec.measure.domains),
         "tasks": spec.measure.tasks,

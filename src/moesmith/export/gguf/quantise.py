@@ -71,7 +71,8 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
     fields = reader.fields
     arch = str(fields["general.architecture"].contents())
     layers = int(fields[f"{arch}.block_count"].contents())
-    experts = int(fields[f"{arch}.expert_count"].contents())
+    counted = fields.get(f"{arch}.expert_count")  # a dense model has no such key
+    experts = 0 if counted is None else int(counted.contents())
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     writer = gguf.GGUFWriter(str(out), arch)
     for name, kv in fields.items():
