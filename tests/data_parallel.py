@@ -21,6 +21,7 @@ from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
 from moesmith.training.loop import train
 from moesmith.training.student import Student
+from moesmith.world import together
 
 SPEC = TrainSection(
     tokens=6 * 8 * 16, window=16, batch=8, micro_batch=3, lr=3e-3, lora_rank=2, lora_dropout=0, norms=True,
@@ -35,7 +36,8 @@ def work(folder: Path, world: int, rank: int) -> None:
     model = build(parent, random_carving(parent, compensation="bias"), "sliced")
     blocks = torch.randint(0, 300, (40, 16), generator=torch.Generator().manual_seed(0))
     parameters = prepare(model, SPEC, seed=1)
-    train(Student(model, parent.model, SPEC), parameters, blocks, SPEC, folder / f"world-{world}", seed=1)
+    with together():
+        train(Student(model, parent.model, SPEC), parameters, blocks, SPEC, folder / f"world-{world}", seed=1)
     write_tensors(folder / f"{world}-{rank}.safetensors", {name: p.detach() for name, p in parameters.items()})
 
 

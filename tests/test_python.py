@@ -21,6 +21,7 @@ from moesmith.export.targets import explain_run, export_run
 from moesmith.report.overview import describe
 from moesmith.report.page import write_report
 from moesmith.run.pipeline import Pipeline as Run
+from moesmith.studies.run import study
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_model, tiny_parent
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -171,7 +172,13 @@ def test_weights_of_inference_mode_are_refused(home: Path, tmp_path: Path) -> No
 
 def test_many_processes_are_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MoesmithError, match=r"WORLD_SIZE is 2, but RANK is not set\. Start it with torchrun"):
+        again(home, tmp_path / "run")
     with pytest.raises(MoesmithError, match=r"one of 2 processes .*works in one\. Run it without torchrun"):
+        study("union", "model", "data", tmp_path / "study")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(MoesmithError, match=r"one of 2 processes \(OMPI_COMM_WORLD_SIZE=2\)\. Start it with torchrun"):
         again(home, tmp_path / "run")
 
 

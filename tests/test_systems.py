@@ -186,6 +186,7 @@ def test_every_process_of_a_launcher_is_refused_and_the_first_one_says_so(
     monkeypatch: pytest.MonkeyPatch, size: str, rank: str
 ) -> None:
     monkeypatch.setenv(size, "4")
+    monkeypatch.setattr("moesmith.cli.WAIT", 0)
     for number in range(4):
         monkeypatch.setenv(rank, str(number))
         answer = moesmith("presets")

@@ -31,6 +31,7 @@ from moesmith.testing.parents import tiny_parent
 from moesmith.training import loop
 from moesmith.training.loop import Masters, batch_rows, learning_rate, steps_of, train
 from moesmith.training.student import Student, token_loss
+from moesmith.world import World
 
 WINDOW, BATCH = 16, 8
 STAGE1 = TrainSection(window=WINDOW, batch=BATCH, micro_batch=BATCH, lr=3e-3, gate="dense", gate_temperature=0.5)
@@ -471,7 +472,7 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeyp
         process_index, num_processes, is_main_process = 0, 3, True
 
     monkeypatch.setattr(loop, "Accelerator", lambda **_: Three())
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr(loop, "crew", lambda: World(0, 3))
     model, parameters = model_for(STAGE2, tiny_parent("llama"))
     with pytest.raises(MoesmithError, match=r"a batch of 8 sequences cannot be shared by 3 processes\. Give"):
         train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path)

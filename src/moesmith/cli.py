@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,8 @@ from moesmith.arguments import first_process, refuse_many_processes
 from moesmith.console import duration, say, show_json, show_table, show_text, volume
 from moesmith.errors import MoesmithError
 
+WAIT = 3.0  # seconds until the first process has said why it stops
+TOGETHER = ("convert",)  # commands that several processes of a launcher do together
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -45,7 +48,10 @@ def common(
     verbose: Annotated[bool, typer.Option("--verbose", help="also print what libraries log and warn about")] = False,
 ) -> None:
     """Turn a dense language model into a Mixture-of-Experts, and prove what it did."""
-    context.with_resource(volume(quiet=quiet, verbose=verbose))
+    if context.invoked_subcommand not in TOGETHER:
+        refuse_many_processes()
+    mute = not first_process()
+    context.with_resource(volume(quiet=quiet or mute, verbose=verbose and not mute))
 
 
 @app.command()
@@ -404,13 +410,24 @@ def refuse_empty(words: list[str]) -> None:
 def main() -> None:
     """Entry point: a MoesmithError is one line and exit status 2."""
     try:
-        refuse_many_processes()
         refuse_empty(sys.argv[1:])
         app(prog_name="moesmith")
     except MoesmithError as error:
         if first_process():
             say(f"moesmith: {error}", logging.ERROR)
+        else:
+            leave_last(error)
         sys.exit(2)
+
+
+def leave_last(error: MoesmithError) -> None:
+    """End behind the first of several processes, whose line says why; say it where only this one knows.
+
+    A launcher stops all processes as soon as one has ended.
+    """
+    if getattr(error, "untold", False):
+        say(f"moesmith: {error}", logging.ERROR)
+    time.sleep(WAIT)
 
 
 if __name__ == "__main__":

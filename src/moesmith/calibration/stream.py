@@ -28,6 +28,7 @@ from moesmith.parent.layerwise import layered, share, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
 from moesmith.parent.structure import FFN, Network, put
+from moesmith.world import crew
 
 Activations = Literal["dense", "carved"]
 Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
@@ -186,15 +187,17 @@ class Stream:
         self.parent, self.activations, self.label = parent, activations, label
         self.model = parent.turned(layered(parent.model))
         parts = [(g, t, windows) for g, group in enumerate(texts) for t, windows in enumerate(group)]
-        self.batches = [ids for _, _, windows in parts for ids in windows.split(batch)]
-        self.owner = [(g, t) for g, t, windows in parts for _ in windows.split(batch)]
+        self.every = [ids for _, _, windows in parts for ids in windows.split(batch)]  # batches of all processes
+        self.mine = list(crew().mine(range(len(self.every))))
+        self.batches = [self.every[index] for index in self.mine]
+        self.owner = crew().mine([(g, t) for g, t, windows in parts for _ in windows.split(batch)])
         self.texts = [len(group) for group in texts]
         self.tokens = sum(ids.numel() for ids in self.batches)
         self.options: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
         self.index = self.position = 0  # of the layer, and of the batch that is passing it
         self.left = 1.0  # of the layer's work, for the progress bar
         self.passed = False  # whether the tokens have gone on from the layer of the last view
-        self.scratch = None if folder is None else folder / WAITING
+        self.scratch = None if folder is None else folder / f"{WAITING}{crew().rank or ''}"
         self._drop()  # left by a process that was killed
         self.room, self.buffers = room, buffers(activations, held=held, repair=repair)
         self.waiting = self._buffer("waiting")
@@ -307,18 +310,22 @@ class Stream:
 
     def sample(self, index: int, tokens: int) -> Tensor:
         """See :meth:`LayerView.sample`."""
-        found: list[Tensor] = []
-        step = max(1, self.tokens // max(1, tokens))
-        ffn = self.parent.ffns[index]
-        few = max(1, len(self.batches) // 64)  # not every batch, but every token of the chosen ones
+        found: dict[int, Tensor] = {}
+        step = max(1, sum(ids.numel() for ids in self.every) // max(1, tokens))
+        ffn, stream = self.parent.ffns[index], self
+        few = max(1, len(self.every) // 64)  # not every batch, but every token of the chosen ones
 
         class Rows:
             def add(self, x_TD: Tensor) -> None:
-                found.append(x_TD[:: max(1, step // few)].float())
+                found[stream.mine[stream.position]] = x_TD[:: max(1, step // few)].float()
 
+        which = [position for position, number in enumerate(self.mine) if number % few == 0]
         with watch([ffn.module], [Rows()]):
-            self._pass(self.model.layer(index), keep=False, which=range(0, len(self.batches), few))
-        return spread(torch.cat(found), tokens)  # the first ones alone would be those of the first texts
+            self._pass(self.model.layer(index), keep=False, which=which)
+        if crew().size > 1:
+            found = crew().merged({number: x_TD.cpu() for number, x_TD in found.items()})
+        rows = torch.cat([found[number] for number in sorted(found)]).to(self.parent.device)
+        return spread(rows, tokens)  # the first ones alone would be those of the first texts
 
     def hold(self, index: int) -> Tokens:
         """See :meth:`LayerView.tokens`.
@@ -350,13 +357,26 @@ class Stream:
             self.advance(HELD * self._share(state_BSD))
         del layer, rest, network
         give_back()
-        weight_T = 1 / torch.cat(energies).clamp_min(1e-20)
+        weight_T = 1 / self._everyones(torch.cat(energies)).clamp_min(1e-20)
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
-        lengths = torch.tensor([ids.shape[1] for ids in self.batches for _ in ids])
+        lengths = torch.tensor([ids.shape[1] for ids in self.every for _ in ids])
         sequence_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
-        parts = self._whole(self.inputs), self._whole(self.outputs)
+        parts = self._everyones(self._whole(self.inputs)), self._everyones(self._whole(self.outputs))
         self.tokens_now = Tokens(*parts, weight_T / weight_T.mean(), sequence_T)
         return self.tokens_now
+
+    def _everyones(self, mine_TN: Tensor) -> Tensor:
+        """Put the rows of all processes' tokens in the order of the text."""
+        team = crew()
+        if team.size == 1:
+            return mine_TN
+        parts: list[Tensor] = [mine_TN] * len(self.every)
+        for rank, rows_TN in enumerate(team.rows(mine_TN)):
+            numbers = range(len(self.every))[rank :: team.size]
+            found = rows_TN.split([self.every[number].numel() for number in numbers])
+            for number, part in zip(numbers, found, strict=True):
+                parts[number] = part
+        return torch.cat(parts)
 
     def _run(self, layer: nn.Module, state_BSD: Tensor) -> Tensor:
         args, options = self.options[tuple(state_BSD.shape)]
@@ -406,8 +426,24 @@ class Stream:
         keep = self.activations == "dense" and not self.passed
         with fast_products(self.parent.dtype), watch(*zip(*looked, strict=True)):
             self._pass(self.model.layer(index), keep=keep)
+        team = crew()
+        for sums in (*inputs, *channels):
+            sums.count = sum(team.exchange(sums.count))
+            team.add(sums.sum_N, sums.gram_NN)
         found = []
         for expert in range(experts):
-            own = [channel.result() for channel in texts[expert]] if parts else []
+            own = [_everyones(channel) for channel in texts[expert]] if parts else []
             found.append(Stats(inputs[expert].result(), channels[expert].result() if gram else None, own))
         return found
+
+
+def _everyones(channel: Channel) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a text whose batches several processes have read, (F,) fp32 on the CPU."""
+    team = crew()
+    if team.size == 1:
+        return channel.result()
+    some = [part for part in team.exchange((channel.count, *channel.result()) if channel.count else None) if part]
+    count = sum(n for n, _, _ in some)
+    mean_F = sum((n / count * mean.double() for n, mean, _ in some), torch.zeros((), dtype=torch.float64))
+    square_F = sum((n / count * (var.double() + mean.double() ** 2) for n, mean, var in some), torch.zeros_like(mean_F))
+    return mean_F.float(), (square_F - mean_F**2).clamp_min(0).float()

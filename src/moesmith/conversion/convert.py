@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moesmith.arguments import parent_or_source, parse_size, path_of, path_text, refuse_many_processes, several
+from moesmith.arguments import parent_or_source, parse_size, path_of, path_text, several
 from moesmith.console import duration, log_to, say
 from moesmith.conversion.order import steps_of, trains
 from moesmith.conversion.pace import measure, parse_time, tokens_of, with_tokens
 from moesmith.conversion.plan import check_room, fit_time, make_plan
 from moesmith.conversion.steps.finish import check_known, write_card
-from moesmith.conversion.steps.text import check_text, check_windows
+from moesmith.conversion.steps.text import check_batches, check_text, check_windows
 from moesmith.data.text import Domain, check_splits, load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_json
@@ -33,6 +34,7 @@ from moesmith.run.pipeline import Pipeline, check_folder, check_reuse
 from moesmith.run.recipe import Recipe, choose_recipe, parse
 from moesmith.run.step import Job
 from moesmith.training.loop import ordinary_mode
+from moesmith.world import own_device, refuse_others, world
 
 
 @ordinary_mode()
@@ -74,6 +76,8 @@ def convert(
         time: how long it may take here, such as ``"15m"``: calibration and training text are scaled to fit. The counts
             are written into the run's recipe.
 
+    Started by ``torchrun`` in several processes, all of them convert together (``moesmith.world``).
+
     Returns:
         The finished run; ``run.folder / "model"`` is a Hugging Face folder, of a stock architecture wherever one fits.
 
@@ -84,10 +88,47 @@ def convert(
         >>> import moesmith
         >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
     """
-    refuse_many_processes()
+    refuse_others()
+    team = world()
+    options: dict[str, Any] = {"tokenizer": tokenizer, "settings": settings, "budget": budget, "active": active}
+    options |= {"dtype": dtype, "device": own_device(device), "memory": memory, "time": time}
+    with team.agreed():
+        run, job = _prepared(recipe, model, data, out, several("reuse", reuse), **options)
+    with ExitStack() as held:
+        with team.agreed():
+            if team.first:
+                held.enter_context(run.lock())
+                held.enter_context(log_to(run.folder / "run.log"))
+        for step in steps_of(run.recipe):
+            with team.agreed(), step.prepared(job) if team.first else nullcontext():
+                run.step(step, job)
+        with team.agreed():
+            if team.first:
+                write_card(run)
+    say(f"finished: {run.folder / 'model'}")
+    return run
+
+
+def _prepared(
+    recipe: str | Path | Recipe,
+    model: str | Path | Parent | PreTrainedModel,
+    data: str | Path,
+    out: str | Path,
+    reuse: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: str | Sequence[str] | None,
+    budget: str | None,
+    active: float | None,
+    dtype: DType,
+    device: Device,
+    memory: str | int | None,
+    time: str | None,
+) -> tuple[Pipeline, Job]:
+    """Check everything before any work, and load the parent; arguments as :func:`convert` takes them."""
     chosen = choose_recipe(recipe, budget, settings, active)
     data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
-    others = check_reuse(several("reuse", reuse))
+    others = check_reuse(reuse)
     domains = choose_domains(data, chosen)
     overlap = check_splits(domains)
     inputs = {"data": data, "data_digest": source_digest(data, [domain.name for domain in domains])}
@@ -105,8 +146,13 @@ def convert(
         stored = named(header["inputs"]["dtype"])  # 0.1 took every parent in bf16
         before = named(header["inputs"].get("compute", header["inputs"]["dtype"]))
     shapes = _skeleton(model, keep_dtype(f"{out} holds a run", before, dtype), device, stored)
+    if shapes.choice is not None:  # measured: processes may differ
+        same = named(world().share(long_name(shapes.choice.dtype)))
+        shapes = replace(shapes, choice=replace(shapes.choice, dtype=same))
     say(f"computes in {shapes.choice or short(shapes.dtype)}")
     chosen = _timed(chosen, time, header, shapes, len(domains))
+    if time is not None:
+        chosen = with_tokens(chosen, world().share(tokens_of(chosen)))
     computed = shapes.dtype if shapes.choice is None else shapes.choice.dtype
     if computed == torch.float16 and trains(chosen):
         raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16, fp32 or auto.")
@@ -118,6 +164,7 @@ def convert(
         parent = _open(model, shapes, device, chosen, len(domains), room)
     steps = steps_of(chosen)
     check_windows(steps, parent.config)
+    check_batches(steps, world().size)
     inputs |= {"model": parent.source, "model_digest": parent.digest}
     inputs |= {"tokenizer_digest": tokenizer_digest(parent.tokenizer)} | parent_digests(parent, domains)
     inputs |= {"dtype": long_name(parent.stored), "compute": long_name(parent.dtype)}
@@ -125,13 +172,7 @@ def convert(
     job = Job(run, parent, domains, overlap)
     check_text(steps, job)
     check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
-    with run.lock(), log_to(out / "run.log"):
-        for step in steps:
-            with step.prepared(job):
-                run.step(step, job)
-        write_card(run)
-    say(f"finished: {out / 'model'}")
-    return run
+    return run, job
 
 
 def predict(

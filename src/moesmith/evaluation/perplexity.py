@@ -24,6 +24,7 @@ from moesmith.errors import MoesmithError
 from moesmith.parent.accelerator import halving
 from moesmith.parent.layerwise import Decoder, Layered, last_hidden
 from moesmith.parent.vocabulary import refuse_ids, rows_of
+from moesmith.world import crew
 
 CHUNK, DEVICE_CHUNK = 64, 512  # tokens whose logits exist at once: on a CPU, and where starting a kernel costs more
 WINDOW = 512  # a batch holds this many tokens per sequence it was asked for
@@ -94,8 +95,24 @@ def token_nlls(
     bar: Meter | None = None,
     listener: Listener | None = None,
 ) -> list[Tensor]:
-    """Compute :func:`token_nll` of several texts; a ``listener`` watches the layers in the same pass."""
-    return halving("perplexity", model.device, batch, lambda rows: _text_nlls(model, texts, rows, bar, listener))
+    """Compute :func:`token_nll` of several texts; a ``listener`` watches the layers in the same pass.
+
+    Processes that work together share the windows out; with a listener each of them reads all.
+    """
+
+    def read(some: Sequence[Tensor]) -> list[Tensor]:
+        return halving("perplexity", model.device, batch, lambda rows: _text_nlls(model, some, rows, bar, listener))
+
+    team = crew()
+    if team.size == 1 or listener is not None:
+        return read(texts)
+    nlls = [torch.zeros(len(blocks), blocks.shape[1] - 1) for blocks in texts]
+    mine = [(nll, blocks) for nll, blocks in zip(nlls, texts, strict=True) if len(team.mine(blocks))]
+    if mine:
+        for (nll, _), found in zip(mine, read([team.mine(blocks) for _, blocks in mine]), strict=True):
+            nll[team.rank :: team.size] = found
+    team.add(*nlls)
+    return nlls
 
 
 def _text_nlls(

@@ -42,6 +42,7 @@ from moesmith.run.folder import Run
 from moesmith.run.settings import Section, hold_a_window
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step
+from moesmith.world import alone, crew
 
 
 class AffinitySection(Section):
@@ -213,7 +214,7 @@ def pool_draws(windows: dict[str, Tensor], experts: int, seed: int) -> list[Tens
 class Affinity(Step):
     """Step *affinity*: cluster the domains; saves similarity, perplexity matrix, tree and clusters."""
 
-    name = "affinity"
+    name, parallel = "affinity", True
 
     def __init__(self, method: Dive) -> None:
         super().__init__(method.recipe, "moments")
@@ -239,11 +240,15 @@ class Affinity(Step):
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write ``clusters.json``, ``affinity.csv``, ``linkage.csv``, ``matrix.csv``."""
+        if not (self.mined or crew().first):
+            return {}
         spec, names, experts = self.spec, job.names, self.method.experts
         scores = self.method.scores(job.parent, [moments_of(job.run, name) for name in names], len(names))
         matrix = None
         if self.mined:
             matrix = self._perplexities(job, scores, work)
+            if not crew().first:
+                return {}
             similarity = mining.perplexity_similarity(matrix, spec.profile)
         elif spec.method == "moments":
             similarity = mining.perplexity_similarity(np.exp(self._predicted(job, scores)), spec.profile)
@@ -268,17 +273,19 @@ class Affinity(Step):
         """Measure the n × n perplexities of pruned models with bias compensation; finished rows survive a kill."""
         spec, carve, parent = self.spec, self.method.settings, job.parent
         blocks = [evaluation_blocks(d, parent.tokenizer, spec.tokens, spec.window).blocks for d in job.domains]
-        rows = []
+        mine = set(crew().mine(job.names))
         with meter("affinity", len(job.domains) * sum(block.numel() for block in blocks)) as bar:
             for domain, score in zip(job.domains, scores, strict=True):
                 path = work / f"row-{domain.name}.json"
-                if not path.is_file():
+                if domain.name in mine and not path.is_file():
                     kept = choose(score, self.method.ratio(parent), carve.selection)
                     pruned = self._pruned(parent, kept, moments_of(job.run, domain.name))
                     texts = {str(index): block for index, block in enumerate(blocks)}
-                    write_json(path, list(perplexities(decoder(parent, pruned), texts, bar=bar).values()))
-                rows.append(read_json(path))
-        return np.array(rows)
+                    with alone():
+                        found = perplexities(decoder(parent, pruned), texts, bar=bar)
+                    write_json(path, list(found.values()))
+        crew().exchange(None)  # all rows are written
+        return np.array([read_json(work / f"row-{name}.json") for name in job.names])
 
     def _predicted(self, job: Job, scores: Sequence[Tensor]) -> np.ndarray:
         """Predict the logarithms of these perplexities from the moments alone."""

@@ -43,6 +43,7 @@ from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 from moesmith.training.student import frozen, token_loss
+from moesmith.world import crew
 
 STARTS_AT = 2.0  # affinity of a channel to its cluster's expert, where all others have 0
 
@@ -97,7 +98,7 @@ class DotMoe(DividedMethod):
 class Assign(Step):
     """Step *assign*: learn affinities and routers over the frozen parent, and round them to a carving."""
 
-    name, title, trains = "assign", "channels assigned", "assign"
+    name, title, trains, parallel = "assign", "channels assigned", "assign", True
 
     def __init__(self, method: DotMoe) -> None:
         super().__init__(method.recipe, "corpus")
@@ -120,6 +121,8 @@ class Assign(Step):
         say(f"  {sum(p.numel() for p in names.values()):,} trainable parameters, none of them the parent's")
         objective = AssignObjective(model, parent.model, learned, spec)
         outcome = train(objective, names, job.run.training("assign"), spec, work, seed=self.recipe.seed, label="assign")
+        if not crew().first:
+            return {}
         learned.temperature = spec.last_temperature
         with torch.no_grad():
             expert_LF = rounded(learned.plan(spec.rounds))

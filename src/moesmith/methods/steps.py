@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moesmith.arguments import ceil_div
 from moesmith.calibration.moments import Moments, channel_moments, gram_bytes
-from moesmith.calibration.stream import BATCH, Stream, buffers
+from moesmith.calibration.stream import BATCH, WAITING, Stream, buffers
 from moesmith.console import say
 from moesmith.data.encoding import reading
 from moesmith.data.sampling import packed_windows, sample_windows
@@ -31,6 +31,7 @@ from moesmith.parent.vocabulary import readable
 from moesmith.run.folder import Run
 from moesmith.run.shapes import LOSS
 from moesmith.run.step import Cost, Job, Step
+from moesmith.world import alone, crew
 
 if TYPE_CHECKING:
     from moesmith.methods.base import Carver
@@ -85,7 +86,7 @@ class ChannelMoments(Step):
         gradients: how many of each domain gradients are taken on as well; 0 for none.
     """
 
-    name = "moments"
+    name, parallel = "moments", True
 
     def __init__(self, recipe: Recipe, tokens: int | None, gradients: int = 0) -> None:
         super().__init__(recipe, "domains")
@@ -98,14 +99,16 @@ class ChannelMoments(Step):
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write ``<domain>.safetensors``: count, mean and variance per layer and channel, and slopes if asked for."""
-        windows, read = windows_of(job.run), 0
-        for position, name in enumerate(job.names):
+        windows = windows_of(job.run)
+        read = sum(first(windows[name], self.tokens).numel() for name in job.names)
+        for position, name in crew().mine(list(enumerate(job.names))):
             path, used = work / f"{name}.safetensors", first(windows[name], self.tokens)
-            read += used.numel()
             if not path.is_file() and len(used):
                 label = f"moments {position + 1}/{len(job.names)} {name}"
-                found = text_moments(job.parent, windows[name], self.tokens, self.gradients, label=label)
+                with alone():
+                    found = text_moments(job.parent, windows[name], self.tokens, self.gradients, label=label)
                 write_tensors(path, found.tensors())
+        crew().exchange(None)  # all domains are written
         return {"tokens": read}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
@@ -195,7 +198,7 @@ class Begun:
 class Carve(Step):
     """A method's layers, one after the other: the whole mixture before any training."""
 
-    name, title = "carve", "carved"
+    name, title, parallel = "carve", "carved", True
 
     def __init__(self, recipe: Recipe, method: Carver, *needs: str) -> None:
         super().__init__(recipe, *needs)
@@ -215,6 +218,7 @@ class Carve(Step):
             begun = Begun(work / LAYERS, method, generator, parent.F)
             texts = method.begin(job)  # in every attempt: a method may count or draw as it goes on
             layers = begun.restore()
+            crew().exchange(None)  # all have read what the first one will go on writing
             options: dict[str, Any] = {"held": needs.held, "repair": needs.repair, "folder": work, "room": room}
             with Stream(parent, texts, method.activations, batch=batch, **options) as stream:
                 for view in stream.views(generator):
@@ -222,7 +226,8 @@ class Carve(Step):
                         layer = method.carve(view)
                         layer.check(parent.D, parent.F)
                         layers.append(layer)
-                        begun.keep(layers)
+                        if crew().first:
+                            begun.keep(layers)
                     layer = layers[view.index]
                     so_far = Carving([*layers, *[layer] * (parent.L - len(layers))], parent.F)
                     stream.carved(lambda: parent.turned(layered(parent.model, made(so_far))).layer(view.index))  # noqa: B023
@@ -231,7 +236,14 @@ class Carve(Step):
         def made(carving: Carving) -> Any:
             return lambda index: carved_layer(parent, carving, index)
 
-        carving = Carving(halving("carve", parent.device, BATCH, run), parent.F)
+        # out of memory, one process alone cannot try again with less: the others wait for its share
+        layers = run(BATCH) if crew().size > 1 else halving("carve", parent.device, BATCH, run)
+        crew().exchange(None)
+        if not crew().first:
+            return {}
+        for left in work.glob(f"{WAITING}*"):  # of processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        carving = Carving(layers, parent.F)
         carving.provenance = {"method": method.name, "parent": job.run.inputs} | method.provenance()
         carving.save(work)
         shutil.rmtree(work / LAYERS, ignore_errors=True)

@@ -35,7 +35,8 @@ from moesmith.parent.load import Parent
 from moesmith.parent.structure import Network
 from moesmith.run.folder import Run
 from moesmith.run.step import Job
-from moesmith.training.local import LocalSection, Outcome, reconstruct
+from moesmith.training.local import LocalSection, Outcome, order_of, reconstruct
+from moesmith.world import crew
 
 CHUNK = 4096  # tokens whose channels exist at once
 
@@ -94,10 +95,13 @@ class Token(Carver):
         spec, ffn, tokens = self.settings, view.network, view.tokens()
         router_ED, ids_T = self.route(view, tokens)
         pooled = self.moments(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
-        routed: list[Expert] = []
-        outcomes: list[Outcome] = []
+        made: dict[int, tuple[Expert, Outcome]] = {}
+        mine = crew().mine(range(spec.experts))
         for expert in range(spec.experts):
             rows_N = (ids_T == expert).nonzero().flatten()
+            if expert not in mine:
+                order_of(tokens, rows_N, spec, view.generator)  # draws what the process that has it draws
+                continue
             gram_FF, cross_DF = pooled
             if spec.experts > 1:
                 share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
@@ -107,11 +111,11 @@ class Token(Carver):
             kept = self.choose(down_DF, gram_FF)
             start = ffn.narrowed(kept, refit_down(down_DF, gram_FF, kept, spec.ridge)).to(torch.float32)
             found, outcome = reconstruct(start, tokens, rows_N, spec, view.generator)
-            outcomes.append(outcome)
-            routed.append(as_expert(view.parent, kept, found, trained=found is not start))
-            view.advance(1 / spec.experts)
-        self.report(ids_T, outcomes)
-        return Layer(routed, Linear(router_ED))
+            made[expert] = as_expert(view.parent, kept, found, trained=found is not start), outcome
+            view.advance(1 / len(mine))
+        made = crew().merged(made)
+        self.report(ids_T, [made[expert][1] for expert in range(spec.experts)])
+        return Layer([made[expert][0] for expert in range(spec.experts)], Linear(router_ED))
 
     def route(self, view: LayerView, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """A router (E, D), and the expert to which it sends every token (T,)."""

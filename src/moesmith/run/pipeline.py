@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from moesmith.run.memory import peak_memory
 from moesmith.run.recipe import Recipe, parse
 from moesmith.run.step import Job, Step
 from moesmith.run.versions import version_changes, versions
+from moesmith.world import together, world
 
 LISTS = ("card.sha256", "report.html.sha256", "bench.json.sha256")
 # names in a run's folder that are ours, those of finished models apart
@@ -111,6 +112,8 @@ class Pipeline(Run):
             MoesmithError: the step's own, a finished step is damaged, or something cannot be written; steps that were
             finished before stay.
         """
+        if not world().first:
+            return self._follow(step, job)
         name, settings = step.name, step.settings(job)
         inputs = {k: self.inputs[k] for k in ("model_digest", "data_digest")} | self._reads(step)
         facts = {"stage": name, "settings": settings, "seed": self.recipe.seed, "inputs": inputs}
@@ -126,6 +129,7 @@ class Pipeline(Run):
                     (final / left).unlink(missing_ok=True)
             verify_files(final)
             say(f"[{name}] done before")
+            world().share(False)
             return final
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +139,7 @@ class Pipeline(Run):
                     verify_files(other / "stages" / name)
                     _take_over(other / "stages" / name, final)
                     say(f"[{name}] taken over from {other}")
+                    world().share(False)
                     return final
             self._make(step, job, settings)
         except OSError as error:
@@ -161,11 +166,24 @@ class Pipeline(Run):
         old = self.old[self.folder]
         return [self.keys[name], *(() if old is None else old.keys_of(name))]
 
+    def _follow(self, step: Step, job: Job) -> Path:
+        """Do what the first process does: help with a step that all make together, or wait for it."""
+        for name in ("header", "manifests"):
+            self.__dict__.pop(name, None)
+        if world().share(False):
+            with together():
+                step.make(job, self._work(step.name))
+        return self.path(step.name)
+
+    def _work(self, name: str) -> Path:
+        """Return the folder in which a step is made."""
+        return self.path(name).with_name(f".{name}.partial")
+
     def _make(self, step: Step, job: Job, settings: dict[str, Any]) -> None:
         name = step.name
         final, key = self.path(name), self.keys[name]
         say(f"[{name}]")
-        work = final.parent / f".{name}.partial"
+        work = self._work(name)
         begun, now = _begun(work), versions()
         if begun is None or begun[0] not in self._known_keys(name):
             _drop_partial(work)
@@ -175,7 +193,8 @@ class Pipeline(Run):
         if changed := version_changes(begun[1], now):
             say(f"[{name}] was begun by other versions and goes on ({changed})")
         started = time.monotonic()
-        with peak_memory() as peak:
+        world().share(step.parallel)
+        with peak_memory() as peak, together() if step.parallel else nullcontext():
             metrics = dict(step.make(job, work))
         seconds = round(time.monotonic() - started, 1)
         manifest = {"format": FORMAT, "stage": name, "key": key, "needs": list(step.needs), "settings": settings}

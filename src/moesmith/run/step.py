@@ -82,6 +82,8 @@ class Step:
         shared: whether its folder holds all that it made, so that another run may take it over.
         reads: fingerprints of inputs that it depends on besides weights and data.
         tokenises: whether it turns text into tokens and computes nothing.
+        parallel: whether all processes of a run make it together (``world.together``); only the first one writes what
+            it returns. Any other step is made by the first one alone.
         trains: the recipe's section with its training, whose text it reads; empty for none.
         recipe: the recipe that it is part of.
     """
@@ -92,6 +94,7 @@ class Step:
     shared: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ()
     tokenises: ClassVar[bool] = False
+    parallel: ClassVar[bool] = False
     trains: ClassVar[str] = ""
 
     def __init__(self, recipe: Recipe, *needs: str) -> None:

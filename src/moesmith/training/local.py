@@ -73,6 +73,19 @@ def held_out(tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
     return rows_N[~kept_N], rows_N[kept_N]
 
 
+def order_of(tokens: Tokens, rows_N: Tensor, spec: Any, generator: torch.Generator) -> Tensor:
+    """Draw the order in which an expert's tokens are trained on: places among them, one for every token of every step.
+
+    Empty, and nothing is drawn, if they are fewer than a step takes.
+    """
+    mine_N, _ = held_out(tokens, rows_N)
+    steps = int(spec.passes * len(mine_N) / spec.batch)
+    if not steps:
+        return torch.zeros(0, dtype=torch.int64)
+    order = torch.cat([torch.randperm(len(mine_N), generator=generator) for _ in range(math.ceil(spec.passes))])
+    return order[: steps * spec.batch]
+
+
 @ordinary_mode()
 def reconstruct(
     start: Network, tokens: Tokens, rows_N: Tensor, spec: Any, generator: torch.Generator
@@ -92,7 +105,8 @@ def reconstruct(
     mine_N, others_N = held_out(tokens, rows_N)
     size = energy(tokens, others_N)
     before = squared_error(start, tokens, others_N)
-    steps = int(spec.passes * len(mine_N) / spec.batch)
+    order = order_of(tokens, rows_N, spec, generator)
+    steps = len(order) // spec.batch
     if not steps:
         return start, Outcome(before, before, size)
     masters = [part.clone().requires_grad_(True) for part in start.weights]
@@ -100,7 +114,6 @@ def reconstruct(
     groups: list[dict[str, Any]] = [{"params": [m], "lr": lr} for m, lr in zip(masters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     scale = energy(tokens, mine_N) / len(mine_N)
-    order = torch.cat([torch.randperm(len(mine_N), generator=generator) for _ in range(math.ceil(spec.passes))])
     expert = start.replaced(masters)
     for step in range(steps):
         rows = mine_N[order[step * spec.batch : (step + 1) * spec.batch]]

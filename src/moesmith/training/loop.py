@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +26,7 @@ from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_metadata, read_tensors, write_tensors, write_text
 from moesmith.parent.accelerator import full, out_of_memory, release
 from moesmith.run.settings import LoopSection
+from moesmith.world import crew
 
 SAVE_SECONDS = 60.0
 
@@ -303,7 +303,7 @@ def _processes(device: torch.device) -> Accelerator | None:
     Accelerate decides on a device once per process, so it is used only where needed: conversions on a GPU and on the
     CPU may follow each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if crew().size == 1:
         return None
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from moesmith.run.pipeline import Pipeline
 from moesmith.run.recipe import Recipe
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step
+from moesmith.world import crew
 
 CARD = "README.md"
 COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written and read
@@ -41,7 +42,7 @@ COPY = 5e8  # bytes per second at which a model is sliced, cast, hashed, written
 class Baseline(Step):
     """Perplexity per domain of the dense parent."""
 
-    name = "baseline"
+    name, parallel = "baseline", True
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe, "held-out")
@@ -49,7 +50,8 @@ class Baseline(Step):
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """``parent.json``."""
         result = _perplexities(job.parent.decoder, job.run.held_out, "parent")
-        write_json(work / "parent.json", result)
+        if crew().first:
+            write_json(work / "parent.json", result)
         return {"perplexity": result["geomean"]}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
@@ -179,7 +181,7 @@ class Evaluate(Step):
     The last carving is measured on ``RUN/model`` itself, loaded as any user would; so is ``RUN/stock``.
     """
 
-    name = "evaluate"
+    name, parallel = "evaluate", True
 
     def __init__(self, recipe: Recipe, made: Sequence[str]) -> None:
         super().__init__(recipe, "held-out", "baseline", *made, "export")
@@ -194,27 +196,27 @@ class Evaluate(Step):
         run, parent, made, blocks = job.run, job.parent, self.made, job.run.held_out
         results = {"parent": read_json(run.path("baseline") / "parent.json")}
         for name in made[:-1]:
-            path = work / f"{name}.json"
-            if not path.is_file():
-                write_json(path, _perplexities(decoder(parent, run.carving(name)), blocks, name))
-            results[name] = read_json(path)
+            results[name] = _once(
+                work / f"{name}.json",
+                lambda name=name: _perplexities(decoder(parent, run.carving(name)), blocks, name),  # type: ignore[misc]
+            )
         name, routing, last = made[-1], work / "routing.npz", run.carving(made[-1])
-        path, routed = work / f"{name}.json", last.experts > 1
-        if not path.is_file() or (routed and not routing.is_file()):
-            recorder = Recorder() if routed else None
+
+        def finished() -> dict[str, Any]:
+            recorder = Recorder() if last.experts > 1 else None
             found = _perplexities(run.load(parent), blocks, name, recorder)
-            if recorder is not None:
+            if recorder is not None and crew().first:
                 recorder.result(parent.tokenizer, list(blocks)).save(routing)
-            write_json(path, found)
-        results[name] = read_json(path)
+            return found
+
+        results[name] = _once(work / f"{name}.json", finished, *([routing] if last.experts > 1 else []))
         if has_stock(parent, last):
-            path = work / "stock.json"
-            if not path.is_file():
-                write_json(path, _perplexities(run.load(parent, "stock"), blocks, "stock"))
-            results[STOCK] = read_json(path)
+            twin = work / "stock.json"
+            results[STOCK] = _once(twin, lambda: _perplexities(run.load(parent, "stock"), blocks, "stock"))
         window = self.recipe.evaluate.window
         summary = {"stages": results, "window": window, "tokens": sum(b.numel() for b in blocks.values())}
-        write_json(work / "evaluation.json", summary)
+        if crew().first:
+            write_json(work / "evaluation.json", summary)
         return {name: result["geomean"] for name, result in results.items()}
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
@@ -244,6 +246,15 @@ def write_card(run: Pipeline) -> None:
     write_text(card, text)
     if known or not os.path.lexists(list_path):
         write_list(list_path, {name: file_digest(card)})
+
+
+def _once(path: Path, make: Callable[[], dict[str, Any]], *beside: Path) -> dict[str, Any]:
+    """Return what a file holds, or make and write it; ``beside``: files that must be there as well."""
+    if not crew().share(all(each.is_file() for each in (path, *beside))):
+        found = make()
+        if crew().first:
+            write_json(path, found)
+    return crew().share(read_json(path) if crew().first else {})
 
 
 def _perplexities(

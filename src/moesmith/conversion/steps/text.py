@@ -110,6 +110,21 @@ def check_windows(steps: list[Step], config: Any) -> None:
                 raise MoesmithError(f"{key} is {window}, but the model reads {limit} tokens", f"Lower {key}.")
 
 
+def check_batches(steps: list[Step], processes: int) -> None:
+    """Refuse batches that several processes cannot share evenly.
+
+    Raises:
+        MoesmithError: there is one; the message names its setting.
+    """
+    for step in steps:
+        if step.trains and step.loop.batch % processes:
+            key = f"{step.trains}.batch"
+            raise MoesmithError(
+                f"{key} is {step.loop.batch}, which {processes} processes cannot share evenly",
+                f"Give a multiple of {processes}, or start another number of processes.",
+            )
+
+
 def check_text(steps: list[Step], job: Job) -> None:
     """Refuse a domain with less text in a split than one window, or with chats that the parent cannot read.
 

@@ -25,6 +25,7 @@ from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 from moesmith.training.student import Student
+from moesmith.world import crew
 
 
 def norm_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -117,7 +118,7 @@ def _router(before: Linear | Analytic, trained: Router) -> Linear | Analytic:
 class Train(Step):
     """A training step: routers through the dense gate in the masked form, or experts and norms in the sliced form."""
 
-    title = "trained"
+    title, parallel = "trained", True
 
     def __init__(self, recipe: Recipe, before: str) -> None:
         super().__init__(recipe, before, "corpus")
@@ -154,7 +155,8 @@ class Train(Step):
         blocks = job.run.training(section)
         teacher = parent.model if spec.loss == "distill" and spec.mix + spec.hidden > 0 else None
         outcome = train(Student(model, teacher, spec), parameters, blocks, spec, work, seed=seed, label=self.name)
-        harvest(model, carving, parameters).save(work)
+        if crew().first:
+            harvest(model, carving, parameters).save(work)
         return outcome.metrics()
 
     def headline(self, metrics: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ from moesmith.run.settings import Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
+from moesmith.world import crew
 
 CALIBRATION = 8192  # training tokens on which the widths of V/O are measured
 REFIT = 131_072  # training tokens whose activations a refit sees
@@ -178,7 +179,7 @@ def start_of(start: Mapping[str, Any]) -> Any:
 class LearnMasks(Step):
     """Step *masks*: train the hypernetwork over the frozen parent, and make a carving."""
 
-    name, title, trains = "masks", "masks learned", "masks"
+    name, title, trains, parallel = "masks", "masks learned", "masks", True
 
     def __init__(self, method: Tomoe, *before: str) -> None:
         super().__init__(method.recipe, *before, "corpus")
@@ -200,6 +201,8 @@ class LearnMasks(Step):
         blocks = job.run.training("masks")
         objective = MaskObjective(model, parent.model, masks, spec)
         outcome = train(objective, learned, blocks, spec, work, seed=seed, label="masks")
+        if not crew().first:
+            return {}
         few = blocks[: max(1, CALIBRATION // spec.window)].long()
         carving, facts = harvest(masks, parent, few, {"method": "tomoe", "parent": job.run.inputs})
         write_tensors(work / "masks.safetensors", masks.state_dict())

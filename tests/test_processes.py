@@ -1,0 +1,145 @@
+"""Several processes, one run: the same command under torchrun makes what one process makes, and stops as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conversions import arguments, convert
+from golden import ASSETS
+
+from moesmith.run.folder import Run, open_run
+
+MODEL, DATA = ASSETS / "parents" / "llama", ASSETS / "text"
+
+
+def environment() -> dict[str, str]:
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return found | ({"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {})
+
+
+def torchrun(processes: int, words: list[str]) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*launch, "-m", "moesmith", *words]
+
+
+def answer(words: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=timeout, check=False)
+
+
+def settings_of(preset: str) -> list[str]:
+    """Without dropout and noise, which every process draws by itself."""
+    if preset == "dot-moe":
+        return ["assign.tokens=512", "assign.window=32", "assign.batch=4", "assign.micro_batch=2", "stage2.tokens=0"]
+    if preset == "token":
+        return ["carve.passes=1", "carve.batch=16"]
+    return ["stage2.lora_dropout=0", "router.noise=0"]
+
+
+def converted(preset: str, out: Path, processes: int) -> Run:
+    words = [*arguments(preset, MODEL, DATA, out, settings_of(preset)), "--dtype", "fp32", "--device", "cpu"]
+    if processes == 1:
+        return convert(preset, MODEL, DATA, out, settings_of(preset), device="cpu")
+    done = answer(torchrun(processes, words))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("finished: ") == 1  # one process speaks
+    return open_run(out)
+
+
+def story(run: Run, step: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run.path(step) / "log.jsonl").read_text().splitlines()]
+
+
+slow = pytest.mark.slow
+MORE = [("dive-1of8", 2), ("dive-plus", 4), ("dot-moe", 2)]
+
+
+@pytest.mark.parametrize(("preset", "processes"), [("token", 2), *(pytest.param(*more, marks=slow) for more in MORE)])
+def test_several_processes_make_what_one_makes(preset: str, processes: int, tmp_path: Path) -> None:
+    one, more = converted(preset, tmp_path / "one", 1), converted(preset, tmp_path / "more", processes)
+    first = "assign" if preset == "dot-moe" else "carve"
+    trained = preset == "dot-moe"  # its channels are learned from what several processes add up
+    for ours, theirs in zip(one.carving(first).layers, more.carving(first).layers, strict=True):
+        for a, b in zip(ours.experts, theirs.experts, strict=True):
+            same = np.isin(a.channels.numpy(), b.channels.numpy()).mean()
+            assert same == 1 or (trained and same > 0.8)
+        routers = [layer.router.weight_ED for layer in (ours, theirs)]  # type: ignore[union-attr]
+        torch.testing.assert_close(*routers, atol=1e-2 if trained else 1e-5, rtol=0)
+    for step in ("router", "experts", "assign"):
+        if one.has(step):
+            assert story(more, step) == pytest.approx(story(one, step), abs=5e-3 if trained else 1e-4)
+    for stage, found in more.evaluation["stages"].items():
+        assert found["geomean"] == pytest.approx(
+            one.evaluation["stages"][stage]["geomean"], rel=1e-2 if trained else 1e-3
+        )
+    assert more.metrics("export")["logits_difference"] < 1e-3
+    assert not list(more.path(first).glob(".waiting*"))
+
+
+@slow
+def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Finished by one process, then by two, a run keeps what it has."""
+    out = tmp_path / "run"
+    before = converted("dive-plus", out, 1).manifest("experts")
+    shutil.rmtree(out / "stages" / "evaluate")
+    after = converted("dive-plus", out, 2)
+    assert after.manifest("experts") == before
+    assert set(after.evaluation["stages"]) >= {"parent", "carve", "experts"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "processes", "says"),
+    [("carve.experts=64", 2, "64 experts"), ("stage2.batch=4", 3, "stage2.batch is 4, which 3 processes cannot share")],
+)
+def test_a_refusal_is_one_line_of_one_process(setting: str, processes: int, says: str, tmp_path: Path) -> None:
+    words = [*arguments("dive-plus", MODEL, DATA, tmp_path / "run"), "--set", "stage1.tokens=0", "--set", setting]
+    done = answer(torchrun(processes, words))
+    assert done.returncode != 0
+    assert done.stderr.count("moesmith: ") == 1
+    assert says in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commands_are_refused() -> None:
+    done = answer(torchrun(2, ["presets"]))
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.count("moesmith: started as one of 2 processes") == 1
+
+
+@slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(victim: int, tmp_path: Path) -> None:
+    import psutil
+
+    out = tmp_path / "run"
+    more = ["stage2.tokens=400000"]
+    words = [*arguments("dive-plus", MODEL, DATA, out, more), "--dtype", "fp32", "--device", "cpu"]
+    with subprocess.Popen(
+        torchrun(2, words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        log = out / "stages" / ".experts.partial" / "log.jsonl"
+        for _ in range(1200):
+            if log.is_file() and log.stat().st_size:
+                break
+            time.sleep(0.05)
+        workers = psutil.Process(launcher.pid).children(recursive=True)
+        ranks: dict[str, Any] = {child.environ().get("RANK", ""): child for child in workers}
+        ranks[str(victim)].send_signal(signal.SIGKILL)
+        started = time.monotonic()
+        assert launcher.wait(timeout=60) != 0
+        assert time.monotonic() - started < 60
+        assert launcher.stderr is not None
+    finished = open_run(out)
+    assert not finished.has("experts")
+    assert finished.has("carve")
