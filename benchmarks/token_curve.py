@@ -21,7 +21,8 @@ import torch
 from comparison import DOMAINS
 from torch import Tensor
 
-from moesmith.calibration.stream import Stream, Tokens
+from moesmith.calibration.stream import Stream
+from moesmith.calibration.view import Tokens
 from moesmith.console import show_table
 from moesmith.data.sampling import evaluation_blocks, packed_windows
 from moesmith.data.text import load_domains

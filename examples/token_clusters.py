@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.methods.base import Carver, Needs, Routed
 from moesmith.methods.refit import refit_down
 from moesmith.methods.registry import register

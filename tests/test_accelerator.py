@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesmith.calibration.moments import channel_moments
-from moesmith.calibration.stream import LayerView, Stats, Stream
+from moesmith.calibration.stream import Stream
+from moesmith.calibration.view import LayerView, Stats
 from moesmith.conversion.steps.training import prepare
 from moesmith.data.text import load_domains
 from moesmith.errors import MoesmithError

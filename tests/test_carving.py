@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.conversion.plan import make_plan
 from moesmith.conversion.steps.training import prepare
 from moesmith.errors import MoesmithError

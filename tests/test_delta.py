@@ -17,7 +17,7 @@ from golden import ASSETS
 from refusals import refused
 
 import moesmith as package
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import _parts, pack, unpack
 from moesmith.files.artefact import read_json, read_tensors, sums_of, write_json, write_sums, write_tensors

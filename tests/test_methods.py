@@ -12,7 +12,7 @@ from commands import moesmith
 from conversions import convert
 from golden import ASSETS
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.conversion.plan import make_plan
 from moesmith.errors import MoesmithError
 from moesmith.export.target import Options

@@ -22,7 +22,8 @@ from moesmith.calibration.moments import (
     pool,
     watch,
 )
-from moesmith.calibration.stream import Stats, Stream
+from moesmith.calibration.stream import Stream
+from moesmith.calibration.view import Stats
 from moesmith.methods.scores import channel_scores, choose
 from moesmith.mixture.moe import build, carved_layer
 from moesmith.parent.layerwise import layered

@@ -14,7 +14,8 @@ from golden import ASSETS
 from torch import Tensor
 
 from moesmith.calibration.moments import Second
-from moesmith.calibration.stream import HEAVIEST, LayerView, Stream, Tokens
+from moesmith.calibration.stream import HEAVIEST, Stream
+from moesmith.calibration.view import LayerView, Tokens
 from moesmith.conversion.convert import convert
 from moesmith.data.records import Domain
 from moesmith.data.sampling import packed_windows

@@ -12,7 +12,7 @@ from conversions import convert, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.conversion.plan import make_plan
 from moesmith.methods import steps as method_steps
 from moesmith.methods.upcycling import DropUpcycling, redraw

@@ -14,24 +14,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moesmith.calibration.moments import Channel, Second, Sums, fast_products, rows_of, watch
+from moesmith.calibration.moments import Channel, Sums, fast_products, rows_of, watch
+from moesmith.calibration.view import Activations, Assign, LayerView, Stats, Tokens, spread
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
 from moesmith.parent.layerwise import layered, share, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
-from moesmith.parent.structure import FFN, Network, put
+from moesmith.parent.structure import put
 from moesmith.world import crew
 
-Activations = Literal["dense", "carved"]
-Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
 BATCH = 8  # windows per forward pass
 WAITING = ".waiting"  # the folder of tokens that wait on disk
 HEAVIEST = 10.0  # times the mean weight of a token
@@ -43,52 +41,6 @@ def buffers(activations: Activations, *, held: bool, repair: bool) -> int:
     return (2 if activations == "dense" else 1) + (2 if held else 0) + (1 if repair else 0)
 
 
-def spread(rows: Tensor, most: int) -> Tensor:
-    """Take at most so many rows, evenly spread."""
-    if len(rows) <= most:
-        return rows
-    return rows[torch.arange(most, device=rows.device) * len(rows) // most]
-
-
-@dataclass
-class Stats:
-    """What one expert's tokens are like in one layer.
-
-    Attributes:
-        inputs: count, first and second moments of the router's input x (D).
-        channels: the same for the input of ``down_proj`` (F); ``None`` unless asked for.
-        parts: channel moments (mean and variance, (F,) fp32) of each text of the group; empty unless asked for.
-    """
-
-    inputs: Second
-    channels: Second | None = None
-    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def count(self) -> int:
-        """How many tokens there are."""
-        return self.inputs.count
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """All tokens of one layer, as its network meets them. On the CPU; ``x_TD`` and ``y_TD`` may be mapped from disk.
-
-    Attributes:
-        x_TD: what the network and a router get, in the dtype that the parent computes in.
-        y_TD: what the experts should make of it, in the same dtype: the output of the parent's network, or, with
-            ``repair``, that plus what the hidden state has lost in earlier carved layers.
-        weight_T: how much an error counts, fp32, mean 1: 1 / ‖h‖² with h the hidden state after the layer, so that
-            tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean.
-        sequence_T: the window that each token belongs to, int32.
-    """
-
-    x_TD: Tensor
-    y_TD: Tensor
-    weight_T: Tensor
-    sequence_T: Tensor
-
-
 class Seen(nn.Module):
     """Takes a network's place, keeps what the network would get, and gives zeros."""
 
@@ -98,59 +50,6 @@ class Seen(nn.Module):
         """Keep x."""
         self.x = x
         return torch.zeros_like(x)
-
-
-class LayerView:
-    """One layer, as a method sees it.
-
-    Attributes:
-        parent: the dense model.
-        index: which layer.
-        generator: for methods that draw at random; goes on from layer to layer.
-        groups: how many groups of text there are.
-    """
-
-    def __init__(self, parent: Parent, index: int, generator: torch.Generator, groups: int, stream: Stream) -> None:
-        self.parent, self.index, self.generator, self.groups = parent, index, generator, groups
-        self._stream = stream
-
-    @property
-    def ffn(self) -> FFN:
-        """Its feed-forward network."""
-        return self.parent.ffns[self.index]
-
-    @property
-    def network(self) -> Network:
-        """The same where and in what the parent computes, for methods that run it themselves; a copy if it must be."""
-        return self.ffn.to(self.parent.device, self.parent.dtype)
-
-    def sample(self, tokens: int) -> Tensor:
-        """Return router inputs of about so many tokens, evenly over all text, (T, D) fp32 on the parent's device."""
-        return self._stream.sample(self.index, tokens)
-
-    def statistics(
-        self, assign: Assign | None = None, experts: int = 0, *, gram: bool = False, parts: bool = False
-    ) -> list[Stats]:
-        """Collect statistics of each expert's tokens.
-
-        Args:
-            assign: which expert a token belongs to; if left out, the group of its text.
-            experts: how many experts ``assign`` chooses among.
-            gram: also collect the Gram matrix of the ``down_proj`` input: F² numbers per expert.
-            parts: also collect channel moments of each text; by group only.
-        """
-        return self._stream.statistics(self.index, assign, experts or self.groups, gram=gram, parts=parts)
-
-    def tokens(self) -> Tokens:
-        """Return all tokens at once, for methods that train: two more buffers as large as the waiting text.
-
-        Ask for them last: the text has then passed the layer's attention. The next layer's tokens take their place.
-        """
-        return self._stream.hold(self.index)
-
-    def advance(self, share: float) -> None:
-        """Report a share of the method's own work on held tokens as done, for the progress bar."""
-        self._stream.advance(WORKED * share)
 
 
 class Stream:
@@ -282,6 +181,10 @@ class Stream:
         self.passed = True
         del network
         give_back()
+
+    def work(self, share: float) -> None:
+        """Report a share of the method's own work on a layer's held tokens as done."""
+        self.advance(WORKED * share)
 
     def advance(self, share: float) -> None:
         """Report a share of a layer's work as done; never more than the whole."""

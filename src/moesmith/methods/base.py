@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moesmith.calibration.stream import Activations, LayerView
+from moesmith.calibration.view import Activations, LayerView
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.steps import Carve, Domains, windows_of
 from moesmith.mixture.carving import Carving

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moesmith.calibration.moments import Moments, Second, merge, pool
-from moesmith.calibration.stream import LayerView, Stats
+from moesmith.calibration.view import LayerView, Stats
 from moesmith.files.artefact import read_json, write_json
 from moesmith.methods.base import Carver, Needs, RouterSection
 from moesmith.methods.refit import compensation_bias, refit_down

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesmith.arguments import ceil_div
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.methods.balanced import balanced_assignment
 from moesmith.methods.base import Needs, Routed
 from moesmith.methods.partition import Partition, check_ratio, members

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesmith.calibration.moments import Moments, pool
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.console import meter, say
 from moesmith.data.sampling import evaluation_blocks
 from moesmith.errors import MoesmithError

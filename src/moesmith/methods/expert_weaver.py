@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moesmith.arguments import ceil_div
 from moesmith.calibration.moments import Second
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.errors import MoesmithError
 from moesmith.methods.balanced import balanced_kmeans, even_sizes
 from moesmith.methods.base import Needs

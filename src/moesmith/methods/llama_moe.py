@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.methods.base import ROUTING, Kept, Routed
 from moesmith.methods.channels import Channels, Part
 from moesmith.methods.dive import about_experts

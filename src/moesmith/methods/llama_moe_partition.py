@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.methods.parts import EqualParts, Parts, split_channels
 from moesmith.methods.registry import register
 from moesmith.methods.router import fitted_router, random_router

@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.methods.parts import (
     EqualParts,
     Parts,

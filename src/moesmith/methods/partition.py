@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moesmith.arguments import ceil_div
-from moesmith.calibration.stream import spread
+from moesmith.calibration.view import spread
 from moesmith.errors import MoesmithError
 from moesmith.methods.balanced import even_sizes
 from moesmith.methods.base import Carver

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesmith.calibration.moments import Sums
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.methods.balanced import balanced_graph, balanced_kmeans, equal_size
 from moesmith.methods.base import Carver, Method, Needs
 from moesmith.methods.steps import Carve

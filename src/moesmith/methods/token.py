@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moesmith.calibration.moments import Sums, fast_products
-from moesmith.calibration.stream import LayerView, Tokens, spread
+from moesmith.calibration.view import LayerView, Tokens, spread
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans
 from moesmith.methods.refit import eliminate, fit_down, refit_down

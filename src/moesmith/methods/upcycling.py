@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moesmith.calibration.stream import LayerView
+from moesmith.calibration.view import LayerView
 from moesmith.methods.base import Carver, Needs, Routed
 from moesmith.methods.registry import register
 from moesmith.methods.router import random_router

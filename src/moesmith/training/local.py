@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moesmith.calibration.stream import Tokens
+from moesmith.calibration.view import Tokens
 from moesmith.parent.structure import Network
 from moesmith.run.settings import Section
 from moesmith.training.loop import ordinary_mode

@@ -1,0 +1,122 @@
+"""What a method sees of one layer: its network, statistics of its tokens, or all of its tokens.
+
+Shapes: T tokens, D model width, F channels, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from moesmith.calibration.moments import Second
+from moesmith.parent.load import Parent
+from moesmith.parent.structure import FFN, Network
+
+if TYPE_CHECKING:
+    from moesmith.calibration.stream import Stream
+
+Activations = Literal["dense", "carved"]
+Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
+
+
+def spread(rows: Tensor, most: int) -> Tensor:
+    """Take at most so many rows, evenly spread."""
+    if len(rows) <= most:
+        return rows
+    return rows[torch.arange(most, device=rows.device) * len(rows) // most]
+
+
+@dataclass
+class Stats:
+    """What one expert's tokens are like in one layer.
+
+    Attributes:
+        inputs: count, first and second moments of the router's input x (D).
+        channels: the same for the input of ``down_proj`` (F); ``None`` unless asked for.
+        parts: channel moments (mean and variance, (F,) fp32) of each text of the group; empty unless asked for.
+    """
+
+    inputs: Second
+    channels: Second | None = None
+    parts: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many tokens there are."""
+        return self.inputs.count
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All tokens of one layer, as its network meets them. On the CPU; ``x_TD`` and ``y_TD`` may be mapped from disk.
+
+    Attributes:
+        x_TD: what the network and a router get, in the dtype that the parent computes in.
+        y_TD: what the experts should make of it, in the same dtype: the output of the parent's network, or, with
+            ``repair``, that plus what the hidden state has lost in earlier carved layers.
+        weight_T: how much an error counts, fp32, mean 1: 1 / ‖h‖² with h the hidden state after the layer, so that
+            tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean.
+        sequence_T: the window that each token belongs to, int32.
+    """
+
+    x_TD: Tensor
+    y_TD: Tensor
+    weight_T: Tensor
+    sequence_T: Tensor
+
+
+class LayerView:
+    """One layer, as a method sees it.
+
+    Attributes:
+        parent: the dense model.
+        index: which layer.
+        generator: for methods that draw at random; goes on from layer to layer.
+        groups: how many groups of text there are.
+    """
+
+    def __init__(self, parent: Parent, index: int, generator: torch.Generator, groups: int, stream: Stream) -> None:
+        self.parent, self.index, self.generator, self.groups = parent, index, generator, groups
+        self._stream = stream
+
+    @property
+    def ffn(self) -> FFN:
+        """Its feed-forward network."""
+        return self.parent.ffns[self.index]
+
+    @property
+    def network(self) -> Network:
+        """The same where and in what the parent computes, for methods that run it themselves; a copy if it must be."""
+        return self.ffn.to(self.parent.device, self.parent.dtype)
+
+    def sample(self, tokens: int) -> Tensor:
+        """Return router inputs of about so many tokens, evenly over all text, (T, D) fp32 on the parent's device."""
+        return self._stream.sample(self.index, tokens)
+
+    def statistics(
+        self, assign: Assign | None = None, experts: int = 0, *, gram: bool = False, parts: bool = False
+    ) -> list[Stats]:
+        """Collect statistics of each expert's tokens.
+
+        Args:
+            assign: which expert a token belongs to; if left out, the group of its text.
+            experts: how many experts ``assign`` chooses among.
+            gram: also collect the Gram matrix of the ``down_proj`` input: F² numbers per expert.
+            parts: also collect channel moments of each text; by group only.
+        """
+        return self._stream.statistics(self.index, assign, experts or self.groups, gram=gram, parts=parts)
+
+    def tokens(self) -> Tokens:
+        """Return all tokens at once, for methods that train: two more buffers as large as the waiting text.
+
+        Ask for them last: the text has then passed the layer's attention. The next layer's tokens take their place.
+        """
+        return self._stream.hold(self.index)
+
+    def advance(self, share: float) -> None:
+        """Report a share of the method's own work on held tokens as done, for the progress bar."""
+        self._stream.work(share)
