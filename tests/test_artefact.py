@@ -176,3 +176,16 @@ def test_an_error_is_one_line() -> None:
     error = MoesmithError("wrong\n  in two lines.", "Mend\nit.")
     assert str(error) == "wrong in two lines. Mend it."
     assert str(MoesmithError("no cure")) == "no cure"
+
+
+def test_mapped_tensors_are_a_safetensors_file(tmp_path: Path) -> None:
+    path, shapes = tmp_path / "x.safetensors", {"first": (3, 5), "third": (7,)}
+    wanted = {name: torch.randint(0, 99, shape, dtype=torch.int32) for name, shape in shapes.items()}
+    for name, tensor in artefact.mapped_tensors(path, shapes).items():
+        tensor.copy_(wanted[name])
+    artefact.settle(path)
+    found = artefact.read_tensors(path)
+    assert found.keys() == {"first", "third"}
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert artefact.mapped_tensors(tmp_path / "empty.safetensors", {}) == {}
+    assert artefact.read_tensors(tmp_path / "empty.safetensors") == {}

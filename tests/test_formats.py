@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 from commands import moesmith
-from conversions import convert
+from conversions import convert, weights
+from golden import ASSETS
 from refusals import refused
 
+from moesmith.data import formats
 from moesmith.data.formats import FORMATS, read_records
 from moesmith.data.text import load_domains, source_digest
 from moesmith.errors import MoesmithError
@@ -199,3 +202,35 @@ def test_an_empty_option_is_refused(option: str, joined: bool, tmp_path: Path, m
     words += [f"{option}="] if joined else [option, ""]
     refused(moesmith(*words), f"{option} is empty. Give {option} a value, or leave it out")
     assert not list(tmp_path.iterdir())
+
+
+def test_records_of_a_large_file_stay_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what a small file's are: in order, by index, from the end, as a slice, after a copy."""
+    rows = [{"text": f"record {n} é\u2028"} for n in range(9)]
+    lines = [json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(rows)]
+    text = "\ufeff" + "\r\n".join(lines[:4]) + "\n\n  \n" + "\n".join(lines[4:])
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(text.encode())
+    small = read_records(path)
+    monkeypatch.setattr(formats, "LARGE", 16)
+    large = read_records(path)
+    assert isinstance(large, formats.Lines)
+    assert list(small) == list(large) == [large[n] for n in range(9)] == rows
+    assert (len(large), large[-1], large[2:4], next(reversed(large))) == (9, rows[-1], rows[2:4], rows[-1])
+    assert copy.deepcopy(large)[3] == rows[3]
+    with pytest.raises(IndexError):
+        large[9]
+    path.write_text("\n".join(lines[:3]) + "\n[1]\n")
+    with pytest.raises(MoesmithError, match=r"large\.jsonl:4: the line must be a JSON object"):
+        read_records(path)
+    path.write_text("\n" * 40)
+    with pytest.raises(MoesmithError, match=r"large\.jsonl is empty"):
+        read_records(path)
+
+
+def test_a_conversion_is_the_same_from_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = ASSETS / "parents" / "llama", ASSETS / "text"
+    small = convert("dive-plus", model, text, tmp_path / "small")
+    monkeypatch.setattr(formats, "LARGE", 16)
+    large = convert("dive-plus", model, text, tmp_path / "large")
+    assert weights(large.folder) == weights(small.folder)

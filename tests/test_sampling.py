@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from itertools import pairwise
 
 import pytest
 import torch
+from golden import ASSETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from moesmith.data.sampling import packed_windows
-from moesmith.data.text import Domain, as_text, evaluation_blocks, pack, sample_windows, training_blocks
+from moesmith.data.text import Domain, as_text, evaluation_blocks, load_domains, pack, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
 from moesmith.testing.tokenizer import tiny_tokenizer
 
@@ -249,3 +251,24 @@ def test_a_repeated_domain_reads_every_record_once_per_epoch() -> None:
     rows = packed.blocks.tolist()
     assert all(sorted(row) == expected for row in rows)
     assert rows[0] != rows[1]  # in another order
+
+
+# of the same text as version 0.1 packed it, where it had these settings
+PACKED = {
+    (8192, 32, 3, None): "53678ac9e8e88458",
+    (40000, 48, 5, 5): "dc5de371b7a09510",
+    (500, 100, 1, 2): "3a483b2faff8e3dc",
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_blocks_are_those_of_before(case: tuple[int, int, int, int | None]) -> None:
+    """Written into a tensor of one's own or a new one, of any integer type."""
+    domains, tokenizer = load_domains(ASSETS / "text"), tiny_tokenizer()
+    tokens, window, seed, calibrated = case
+    packed = training_blocks(domains, tokenizer, *case)
+    assert hashlib.sha256(packed.blocks.numpy().tobytes()).hexdigest()[:16] == PACKED[case]
+    assert packed.blocks.numel() + packed.dropped == packed.tokens
+    out = torch.zeros(tokens // window, window, dtype=torch.int32)
+    assert training_blocks(domains, tokenizer, tokens, window, seed, calibrated, out=out).blocks is out
+    assert torch.equal(out.long(), packed.blocks)

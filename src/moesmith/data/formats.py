@@ -5,17 +5,55 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from moesmith.data.records import Record, as_text, fields
 from moesmith.errors import MoesmithError
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+MARK = b"\xef\xbb\xbf"  # a byte-order mark
+LARGE = 2**26  # bytes of a file of JSON lines whose records stay on disk
 
 
-def read_records(path: Path) -> list[Record]:
+class Lines(Sequence[Record]):
+    """Records of a large file of JSON lines, checked once, and read again whenever they are asked for.
+
+    Args:
+        path: the file.
+        places: where each record begins and ends, one after the other.
+    """
+
+    def __init__(self, path: Path, places: array[int]) -> None:
+        self.path, self.places = path, places
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return len(self.places) // 2
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        start, end = self.places[2 * (index % len(self)) : 2 * (index % len(self)) + 2]
+        self.file.seek(start)
+        found: Record = _json(self.file.read(end - start))
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Lines, (self.path, self.places)
+
+
+def read_records(path: Path) -> Sequence[Record]:
     """Read a file of records in the format that its name's ending says, one of ``FORMATS``.
 
     Raises:
@@ -29,13 +67,35 @@ def read_records(path: Path) -> list[Record]:
     return read_jsonl(path)
 
 
-def read_jsonl(path: str | Path) -> list[Record]:
+def read_jsonl(path: str | Path) -> Sequence[Record]:
     """Read a file of JSON lines, one record per line; blank lines are skipped. ``.gz`` is unpacked.
+
+    Of a file larger than :data:`LARGE` every line is checked now, and read when it is asked for.
 
     Raises:
         MoesmithError: the file cannot be read or holds no record, or a line is not a record; file and line are named.
     """
-    return _checked(Path(path), enumerate(_bytes(Path(path)).split(b"\n"), start=1))
+    path = Path(path)
+    if path.suffix == ".jsonl" and path.is_file() and path.stat().st_size > LARGE:
+        return _on_disk(path)
+    return _checked(path, enumerate(_bytes(path).split(b"\n"), start=1))
+
+
+def _on_disk(path: Path) -> Lines:
+    places, start, end = array("q"), 0, 0
+
+    def lines() -> Iterator[tuple[int, bytes]]:
+        nonlocal start, end
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                start, end = end, end + len(line)
+                if number == 1 and line.startswith(MARK):
+                    start += len(MARK)
+                yield number, line.removeprefix(MARK) if number == 1 else line
+
+    for _ in _records(path, lines()):
+        places.extend((start, end))
+    return Lines(path, places)
 
 
 def find_records(folder: Path, name: str) -> list[Path]:
@@ -57,8 +117,12 @@ def records_file(folder: Path, name: str) -> Path:
 
 
 def _checked(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> list[Record]:
+    return list(_records(path, items, unit))
+
+
+def _records(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> Iterator[Record]:
     """Check that every item is a record; ``unit`` is what an item is called where it is not a line."""
-    records = []
+    found = False
     for number, item in items:
         if isinstance(item, bytes) and not item.strip():
             continue
@@ -70,10 +134,10 @@ def _checked(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> li
         except (ValueError, RecursionError) as error:
             where = f"{path}, {unit} {number}" if unit else f"{path}:{number}"
             raise MoesmithError(f"{where}: {error}", f"Fix or remove the {unit or 'line'}.") from error
-        records.append(record)
-    if not records:
+        found = True
+        yield record
+    if not found:
         raise MoesmithError(f"{path} is empty", "It needs one JSON object per line.")
-    return records
 
 
 def _json(text: bytes) -> Any:
@@ -106,7 +170,7 @@ def _bytes(path: Path) -> bytes:
         raise MoesmithError(f"{path} is not a whole gzip file ({error})", "Fetch or pack it again.") from error
     except OSError as error:
         raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Put the file there.") from error
-    return data.removeprefix(b"\xef\xbb\xbf")
+    return data.removeprefix(MARK)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -59,15 +59,22 @@ def overlaps(evaluated: Sequence[Domain], calibrated: Sequence[Domain] | None = 
         evaluated: the domains of the evaluation splits.
         calibrated: the domains of the calibration splits; the same if left out.
     """
+    wanted: set[int] = set()  # hashes of evaluation texts and of their long lines: nothing else has to be kept
+    for domain in evaluated:
+        for record in domain.evaluation:
+            parts = _lines(record)
+            wanted.add(hash(" ".join(parts)))
+            wanted.update(hash(line) for line in parts if _long(line))
     wholes: dict[int, str] = {}  # hash of a text → the first domain that has it
     lines: dict[int, str] = {}
     for domain in evaluated if calibrated is None else calibrated:
         for record in domain.calibration:
             parts = _lines(record)
-            wholes.setdefault(hash(" ".join(parts)), domain.name)
+            if (whole := hash(" ".join(parts))) in wanted:
+                wholes.setdefault(whole, domain.name)
             for line in parts:
-                if _long(line):
-                    lines.setdefault(hash(line), domain.name)
+                if _long(line) and (found := hash(line)) in wanted:
+                    lines.setdefault(found, domain.name)
     seen: set[int] = set()
     return {domain.name: _overlap(domain, wholes, lines, seen) for domain in evaluated}
 

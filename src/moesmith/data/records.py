@@ -60,8 +60,8 @@ class Domain:
     """
 
     name: str
-    calibration: tuple[Record, ...]
-    evaluation: tuple[Record, ...]
+    calibration: Sequence[Record]
+    evaluation: Sequence[Record]
     group: str = ""
     mode: Mode = ""
 

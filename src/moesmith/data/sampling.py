@@ -8,6 +8,7 @@ import statistics
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -217,6 +218,7 @@ def training_blocks(
     window: int,
     seed: int,
     calibrated: int | None = None,
+    out: Tensor | None = None,
 ) -> Packed:
     """Mix the calibration splits evenly: as many blocks from each domain (to within one), shuffled.
 
@@ -231,46 +233,76 @@ def training_blocks(
         seed: with the domains' names it decides the order.
         calibrated: the seed of :func:`packed_windows`, where experts were fitted to its windows: records that it read
             last, or not at all, then come first. What experts were fitted to teaches them little more.
+        out: where the blocks go, (tokens // window, window) of an integer type; a new tensor if left out.
 
     Raises:
         MoesmithError: there are fewer tokens than one window, or a domain has no token.
     """
     count = _whole_windows(tokens, window)
-    parts, epochs = [], {}
+    order = array("q", range(count))
+    random.Random(seed).shuffle(order)
+    place = array("q", order)  # of every block, counted domain after domain
+    for position, block in enumerate(order):
+        place[block] = position
+    if out is None:
+        out = torch.empty(count, window, dtype=torch.int64)
+    read, begun, epochs = [0, 0], 0, {}
     for position, domain in enumerate(domains):
         share = count // len(domains) + (position < count % len(domains))
         stream = _epochs(domain, tokenizer, random.Random(f"{seed}:{domain.name}"), calibrated)
-        part = _cut(stream, window, share * window)
-        parts.append(part)
-        epochs[domain.name] = part.records / len(domain.calibration)
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return Packed(
-        torch.cat([part.blocks for part in parts])[order],
-        sum(part.records for part in parts),
-        sum(part.tokens for part in parts),
-        sum(part.dropped for part in parts),
-        epochs,
-    )
+        records, total = _fill(stream, out, place[begun : begun + share])
+        read, begun = [read[0] + records, read[1] + total], begun + share
+        epochs[domain.name] = records / len(domain.calibration)
+    return Packed(out, read[0], read[1], read[1] - count * window, epochs)
 
 
-def _shuffled(domain: Domain, seed: int) -> list[Record]:
+def _fill(stream: Iterator[list[int]], out: Tensor, rows: Sequence[int]) -> tuple[int, int]:
+    """Fill rows of ``out`` from texts, one after the other; return how many texts were read, and their tokens."""
+    records = total = done = 0
+    waiting: list[int] = []
+    window = out.shape[1]
+    while done < len(rows):
+        ids = next(stream)
+        records, total = records + 1, total + len(ids)
+        waiting += ids
+        full = min(len(waiting) // window, len(rows) - done)
+        for block in range(full):
+            out[rows[done + block]] = torch.tensor(waiting[block * window : (block + 1) * window], dtype=out.dtype)
+        waiting, done = waiting[full * window :], done + full
+    return records, total
+
+
+class _Order(Sequence[Record]):
+    """Records in another order, read when they are asked for."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records, self.order = records, array("q", range(len(records)))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.records[self.order[index]]
+
+
+def _shuffled(domain: Domain, seed: int) -> _Order:
     """Return the calibration records in the order of :func:`packed_windows`."""
-    records = list(domain.calibration)
-    random.Random(f"{seed}:{domain.name}").shuffle(records)
-    return records
+    found = _Order(domain.calibration)
+    random.Random(f"{seed}:{domain.name}").shuffle(found.order)
+    return found
 
 
 def _epochs(
     domain: Domain, tokenizer: PreTrainedTokenizerBase, rng: random.Random, calibrated: int | None
 ) -> Iterator[list[int]]:
     """Yield tokenised calibration records in random order, again and again."""
-    records: list[Record] = list(domain.calibration)
+    records = _Order(domain.calibration)
     for epoch in itertools.count():
         if epoch == 0 and calibrated is not None:
-            records = _shuffled(domain, calibrated)[::-1]
+            records = _shuffled(domain, calibrated)
+            records.order.reverse()
         else:
-            rng.shuffle(records)
+            rng.shuffle(records.order)
         total = 0
         for ids in encoded(map(whole, records), tokenizer, eos=True):
             total += len(ids)

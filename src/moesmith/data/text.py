@@ -69,7 +69,7 @@ def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -
         return hub_domains(path, names)
     groups = _groups(path)
     return [
-        Domain(name, tuple(read_records(train)), tuple(read_records(test)), groups.get(name, ""))
+        Domain(name, read_records(train), read_records(test), groups.get(name, ""))
         for name, (train, test) in _files(path, names).items()
     ]
 

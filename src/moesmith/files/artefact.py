@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -149,6 +152,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(0, str(error)) from error
 
     write_atomic(path, save)
+
+
+def mapped_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Make a safetensors file of int32 tensors that are on disk from the start, and may be larger than memory.
+
+    Args:
+        path: a new file; it is whole once all tensors are filled.
+        shapes: of each tensor.
+
+    Returns:
+        The tensors, to be filled; :func:`settle` the file then.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "I32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.flush()
+        if end and hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a signal later
+            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+        file.truncate(8 + len(text) + end)
+    found = {}
+    for name, shape in shapes.items():
+        place = 8 + len(text) + header[name]["data_offsets"][0]
+        found[name] = torch.from_numpy(np.memmap(path, np.int32, "r+", place, tuple(shape)))
+    return found
+
+
+def settle(path: Path) -> None:
+    """Wait until the disk holds what was written into a file's mapped tensors."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +152,13 @@ def batch_rows(blocks: int, step: int, batch: int, seed: int) -> Tensor:
     rows: list[int] = []
     for position in range(start, start + batch):
         epoch, offset = divmod(position, blocks)
-        if not rows or offset == 0:
-            order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        rows.append(int(order[offset]))
+        rows.append(int(_order(blocks, seed * 1_000_003 + epoch)[offset]))
     return torch.tensor(rows)
+
+
+@lru_cache(maxsize=2)  # of a pass and the next one: a step may end one and begin the other
+def _order(blocks: int, seed: int) -> Tensor:
+    return torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
 
 
 @ordinary_mode()

@@ -13,7 +13,7 @@ from moesmith.data.encoding import check_chats, reading, spelled
 from moesmith.data.overlap import found_in, warnings
 from moesmith.data.sampling import evaluation_blocks, must_hold, training_blocks
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_tensors
+from moesmith.files.artefact import mapped_tensors, settle, write_tensors
 from moesmith.parent.vocabulary import readable
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import LoopSection
@@ -83,13 +83,16 @@ class Corpus(Step):
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write ``training.safetensors``: int32 (N, window) by section."""
-        sequences, epochs = {}, {}
+        shapes = {name: (spec.tokens // spec.window, spec.window) for name, spec in self.training.items()}
+        sequences, epochs = mapped_tensors(work / "training.safetensors", shapes), {}
         for offset, (name, spec) in enumerate(self.training.items()):
-            seed = self.recipe.seed + offset
-            packed = training_blocks(job.domains, job.parent.tokenizer, spec.tokens, spec.window, seed, self.calibrated)
-            sequences[name], epochs[name] = packed.blocks.to(torch.int32), packed.epochs
+            seed, places = self.recipe.seed + offset, (spec.tokens, spec.window)
+            packed = training_blocks(
+                job.domains, job.parent.tokenizer, *places, seed, self.calibrated, out=sequences[name]
+            )
+            epochs[name] = packed.epochs
         readable(sequences, job.parent.model)
-        write_tensors(work / "training.safetensors", sequences)
+        settle(work / "training.safetensors")
         return {"training_epochs": epochs}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
@@ -138,5 +141,5 @@ def check_text(steps: list[Step], job: Job) -> None:
     for domain in job.domains:
         check_chats(domain, job.parent.tokenizer)
         must_hold(domain, job.parent.tokenizer, calibration, max(windows.values()))
-        if count := spelled(domain.calibration + domain.evaluation, job.parent.tokenizer):
+        if count := sum(spelled(split, job.parent.tokenizer) for split in (domain.calibration, domain.evaluation)):
             say(f"domain {domain.name}: {count} records spell a control token of the parent; it is read as plain text")
