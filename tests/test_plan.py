@@ -147,3 +147,25 @@ def test_names_that_are_no_hub_ids_are_never_looked_up(monkeypatch: pytest.Monke
     skeleton = load_skeleton("smollm2-135m")
     assert (skeleton.L, skeleton.D, skeleton.F, skeleton.stored) == (30, 576, 1536, torch.bfloat16)
     assert sum(p.numel() for p in skeleton.model.parameters()) == 134_515_008
+
+
+def test_other_machines_and_several_processes() -> None:
+    """Two FLOPs for every parameter and token; what is shared out takes its share of the time, exports do not."""
+    config = str(Path(__file__).parents[1] / "examples" / "configs" / "llama-2-7b.json")
+    one = conversion.predict("dive-1of8", config, rate="100")
+    eight = conversion.predict("dive-1of8", config, rate="100", ranks=8)
+    assert one["forward_tokens_per_second"] == pytest.approx(
+        100e12 / (2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)), rel=1e-3
+    )
+    for kind in ("calibration", "affinity", "training", "evaluation"):
+        assert eight["seconds"][kind] == pytest.approx(one["seconds"][kind] / 8, abs=0.1)
+    assert eight["seconds"]["export"] == one["seconds"]["export"]
+    assert eight["memory"] == one["memory"]
+    assert (eight["ranks"], eight["computes"]) == (8, "bf16 at 100")
+    fast = conversion.predict("dive-1of8", config, rate="h100")
+    assert fast["seconds"]["training"] == pytest.approx(one["seconds"]["training"] / (0.4 * 9.89), rel=1e-3)
+    for wrong in ("h101", "0", "nan", "-3"):
+        with pytest.raises(MoesmithError, match="is no rate"):
+            conversion.predict("dive-1of8", config, rate=wrong)
+    with pytest.raises(MoesmithError, match="ranks is 0"):
+        conversion.predict("dive-1of8", config, ranks=0)

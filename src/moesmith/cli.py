@@ -77,6 +77,8 @@ def plan(
     dtype: Dtype = "auto",
     device: Device = "auto",
     time: Time = None,
+    ranks: Annotated[int, typer.Option(help="how many processes would share the work")] = 1,
+    rate: Annotated[str | None, typer.Option(help="of each one's device: h100, h200, a100, l40s, or TFLOP/s")] = None,
     method_file: MethodFile = None,
     as_json: Json = False,
 ) -> None:
@@ -85,6 +87,7 @@ def plan(
 
     _register(method_file)
     options: dict[str, Any] = {"settings": settings, "budget": budget, "active": active, "time": time}
+    options |= {"ranks": ranks, "rate": rate}
     result = predict(recipe, model, data, dtype=dtype, device=device, **options)
     if as_json:
         show_json(result)
@@ -95,7 +98,7 @@ def plan(
         ("parameters active per token", f"{result['parameters_active']:,}"),
         ("architecture", result["architecture"]),
         ("channels per expert", f"{result['expert_width']:,}"),
-        ("peak memory", f"{result['memory'] / 2**30:.1f} GiB"),
+        ("peak memory" if ranks == 1 else "peak memory of a process", f"{result['memory'] / 2**30:.1f} GiB"),
         ("peak memory, layer by layer", _gigabytes(result["memory_layerwise"])),
         ("disk", f"{result['disk'] / 2**30:.2f} GiB"),
         ("domains", f"{result['domains']}"),
@@ -104,7 +107,8 @@ def plan(
     for name, seconds in result["seconds"].items():
         tokens = f"{result[f'{name}_tokens']:,} tokens, " if f"{name}_tokens" in result else ""
         rows.append((name, f"{tokens}about {duration(seconds)}"))
-    rows.append(("wall time on this machine", f"about {duration(result['seconds_total'])}"))
+    where = "on this machine" if rate is None else f"with {ranks} × {rate}" if ranks > 1 else f"with {rate}"
+    rows.append((f"wall time {where}", f"about {duration(result['seconds_total'])}"))
     show_table(f"plan of {result['recipe']}", ["", ""], rows)
     for line in result["warnings"]:
         say(line, logging.WARNING)

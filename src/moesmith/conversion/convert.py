@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.arguments import parent_or_source, parse_size, path_of, path_text, several
 from moesmith.console import duration, log_to, say
 from moesmith.conversion.order import steps_of, trains
-from moesmith.conversion.pace import measure, parse_time, tokens_of, with_tokens
+from moesmith.conversion.pace import counted, measure, parse_rate, parse_time, tokens_of, with_tokens
 from moesmith.conversion.plan import check_room, fit_time, make_plan
 from moesmith.conversion.steps.finish import check_known, write_card
 from moesmith.conversion.steps.text import check_batches, check_text, check_windows
@@ -186,12 +186,17 @@ def predict(
     dtype: DType = AUTO,
     device: Device = AUTO,
     time: str | None = None,
+    ranks: int = 1,
+    rate: str | None = None,
 ) -> dict[str, Any]:
     """Predict what ``moesmith plan`` prints: :class:`moesmith.conversion.plan.Plan`, facts of parent and machine.
 
     Args:
         recipe, model, data, settings, budget, active, dtype, device, time: as :func:`convert` takes them; of a model
             its ``config.json`` is enough.
+        ranks: how many processes would share the work.
+        rate: FLOPs per second of the device of each, in place of this machine's measured speed: TFLOP/s, or a name of
+            ``conversion.pace.RATES``; it then computes in bf16 unless ``dtype`` says otherwise.
 
     Raises:
         MoesmithError: as :func:`convert`, before any work.
@@ -200,13 +205,20 @@ def predict(
     texts = choose_domains(path_text("data", data), chosen)
     check_splits(texts)
     domains, weights = len(texts), isinstance(model, str) and has_weights(model)
-    parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
-    pace = measure(parent)
+    if ranks < 1:
+        raise MoesmithError(f"ranks is {ranks}", "Give at least 1.")
+    if rate is not None:
+        parent = _skeleton(model, "bf16" if dtype == AUTO else dtype, "cpu")
+        pace = counted(parent, parse_rate(rate))
+    else:
+        parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
+        pace = measure(parent)
     if time is not None:
         chosen = fit_time(chosen, parent, domains, parse_time(time), pace)
     fitted = [] if time is None else [f"{key}={tokens}" for key, tokens in tokens_of(chosen).items()]
-    found = make_plan(chosen, parent, domains, pace).as_dict()
-    computes = str(parent.choice or short(parent.dtype))
+    found = make_plan(chosen, parent, domains, pace).shared(ranks).as_dict()
+    computes = str(parent.choice or short(parent.dtype)) if rate is None else f"{short(parent.dtype)} at {rate}"
+    found |= {"ranks": ranks}
     return found | {"recipe": chosen.name, "domains": domains, "computes": computes, "fitted": fitted}
 
 

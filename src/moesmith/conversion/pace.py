@@ -6,6 +6,7 @@ of every step is counted in those (``Step.cost``); constants on top of the count
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 import time
@@ -21,6 +22,7 @@ from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import CHUNK
 from moesmith.parent.checkpoint import quiet
 from moesmith.parent.load import Parent
+from moesmith.parent.sizes import Sizes
 from moesmith.run.recipe import Recipe
 from moesmith.run.shapes import Pace
 
@@ -52,6 +54,32 @@ def measure(parent: Parent) -> Pace:
 
     with torch.inference_mode():
         return Pace(_rate(blocks, ids.numel()) / parent.L, _rate(head, CHUNK))
+
+
+# FLOPs per second that training of language models sustains in bf16 on one device: 0.4 of what its maker states
+RATES = {"h100": 0.4 * 989e12, "h200": 0.4 * 989e12, "a100": 0.4 * 312e12, "l40s": 0.4 * 362e12}
+
+
+def parse_rate(text: str) -> float:
+    """Return FLOPs per second for a device's name, or for TFLOP/s as a number.
+
+    Raises:
+        MoesmithError: it is neither.
+    """
+    if text.lower() in RATES:
+        return RATES[text.lower()]
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not (math.isfinite(found) and found > 0):
+        raise MoesmithError(f"{text!r} is no rate", f"Give TFLOP/s, such as 250, or one of {', '.join(RATES)}.")
+    return found * 1e12
+
+
+def counted(parent: Parent, rate: float) -> Pace:
+    """Compute the speeds that a device with a ``rate`` of FLOPs per second has: two for every parameter and token."""
+    return Pace(rate / (2 * Sizes.of(parent).total), rate / (2 * parent.D * parent.config.vocab_size))
 
 
 def _rate(work: Any, tokens: int) -> float:

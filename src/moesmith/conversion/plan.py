@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,14 @@ class Plan:
     forward_tokens_per_second: float
     seconds: dict[str, float]
     warnings: list[str]
+
+    def shared(self, ranks: int) -> Plan:
+        """Return the plan of so many processes: steps that share text take their share of the time.
+
+        Memory is one process's: each holds the parent, and in training experts, gradients and optimiser.
+        """
+        seconds = {kind: took / (ranks if kind in KINDS else 1) for kind, took in self.seconds.items()}
+        return replace(self, seconds={kind: round(took, 1) for kind, took in seconds.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as values for ``--json``."""
