@@ -40,7 +40,14 @@ class Generation(Study):
         " is repeated, how many different words are there?"
     )
     expected = "Less likely to the parent in the order of the models' perplexities; greedy text repeats itself more."
-    settings = (f"domains.names=[{SIXTEEN}]", "evaluate.tokens=1024", "stage1.tokens=0", "stage2.tokens=163840")
+    settings = (
+        f"domains.names=[{SIXTEEN}]",
+        "domains.tokens=12288",
+        "affinity.method=scores",
+        "evaluate.tokens=1024",
+        "stage1.tokens=0",
+        "stage2.tokens=163840",
+    )
 
     class Options(Section):
         """Prompts and continuations."""
