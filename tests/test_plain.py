@@ -15,13 +15,6 @@ from commands import moesmith
 from conversions import convert
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPTNeoXConfig,
-    NemotronConfig,
-    PreTrainedConfig,
-    Starcoder2Config,
-)
 
 from moesmith.conversion.steps.training import prepare
 from moesmith.errors import MoesmithError
@@ -52,38 +45,6 @@ def test_the_network_is_found_with_its_biases() -> None:
         assert ffn.gate_bias_F.data_ptr() == layer.mlp.fc1.bias.data_ptr()  # a view
         assert torch.equal(ffn.down_bias_D, layer.mlp.fc2.bias)
         assert ffn.down is layer.mlp.fc2
-
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-MISFITS: dict[str, tuple[PreTrainedConfig, str]] = {
-    "one after the other": (Starcoder2Config(**SMALL), "no gate, and its layers or its end have 2 layer norms"),
-    "other layer norms": (NemotronConfig(**SMALL), "no gate, and its layers or its end have 2 layer norms"),
-    "fused attention": (GPTNeoXConfig(**SMALL | {"hidden_act": "gelu"}), "hold no attention with q/k/v/o projections"),
-}
-
-
-@pytest.mark.parametrize("name", MISFITS)
-def test_other_decoders_without_a_gate_are_refused(name: str) -> None:
-    config, reason = MISFITS[name]
-    with pytest.raises(MoesmithError, match=reason):
-        Parent.from_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tiny_tokenizer())
-
-
-def test_norms_of_queries_and_keys_are_refused() -> None:
-    with pytest.raises(
-        MoesmithError, match=r"attention has k_layernorm\.bias, .*q_layernorm\.weight\. moesmith converts"
-    ):
-        tiny_parent("phi", qk_layernorm=True)
 
 
 BENT: dict[str, tuple[Callable[[Any], nn.Module], str]] = {

@@ -24,12 +24,13 @@ from moesmith.calibration.moments import Channel, Sums, fast_products, rows_of, 
 from moesmith.calibration.view import Activations, Assign, LayerView, Stats, Tokens, spread
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
-from moesmith.parent.layerwise import layered, share, starts
+from moesmith.parent.layerwise import Call, layered, share, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
 from moesmith.parent.structure import put
 from moesmith.world import crew
 
+NOT_ADDED = "The parent does something to its networks' outputs before it adds them, and experts are fitted to sums"
 BATCH = 8  # windows per forward pass
 WAITING = ".waiting"  # the folder of tokens that wait on disk
 HEAVIEST = 10.0  # times the mean weight of a token
@@ -83,6 +84,8 @@ class Stream:
     ) -> None:
         if held and activations == "dense":
             raise MoesmithError("a layer's tokens are held where activations are carved", "Set activations = 'carved'.")
+        if held and not parent.additive:
+            raise MoesmithError(NOT_ADDED, "Choose another method.")
         self.parent, self.activations, self.label = parent, activations, label
         self.model = parent.turned(layered(parent.model))
         parts = [(g, t, windows) for g, group in enumerate(texts) for t, windows in enumerate(group)]
@@ -92,7 +95,7 @@ class Stream:
         self.owner = crew().mine([(g, t) for g, t, windows in parts for _ in windows.split(batch)])
         self.texts = [len(group) for group in texts]
         self.tokens = sum(ids.numel() for ids in self.batches)
-        self.options: dict[tuple[int, ...], tuple[Any, dict[str, Any]]] = {}
+        self.calls: dict[tuple[int, ...], list[Call]] = {}  # of every layer, by the shape of a batch
         self.index = self.position = 0  # of the layer, and of the batch that is passing it
         self.left = 1.0  # of the layer's work, for the progress bar
         self.passed = False  # whether the tokens have gone on from the layer of the last view
@@ -142,10 +145,8 @@ class Stream:
         self.parent.model.eval()
         with torch.no_grad(), meter(self.label, self.tokens) as bar:
             self.bar: Meter = bar
-            for state_BSD, (hidden_BSD, args, options) in zip(
-                self.waiting, starts(self.model, self.batches), strict=True
-            ):
-                self.options.setdefault(tuple(hidden_BSD.shape), (args, options))
+            for state_BSD, (hidden_BSD, calls) in zip(self.waiting, starts(self.model, self.batches), strict=True):
+                self.calls.setdefault(tuple(hidden_BSD.shape), calls)
                 state_BSD.copy_(hidden_BSD)
             for state_BSD, hidden_BSD in zip(self.intact, self.waiting, strict=False):
                 state_BSD.copy_(hidden_BSD)
@@ -233,8 +234,8 @@ class Stream:
     def hold(self, index: int) -> Tokens:
         """See :meth:`LayerView.tokens`.
 
-        Every parent was proved to add its network's output to the rest (``parent/proof/family.py``). So the layer runs
-        without its network, and what it gives takes the waiting states' place.
+        The parent was proved to add its network's output to the rest (``parent/proof``). So the layer runs without its
+        network, and what it gives takes the waiting states' place.
         """
         if self.tokens_now is not None:
             return self.tokens_now
@@ -282,7 +283,7 @@ class Stream:
         return torch.cat(parts)
 
     def _run(self, layer: nn.Module, state_BSD: Tensor) -> Tensor:
-        args, options = self.options[tuple(state_BSD.shape)]
+        args, options = self.calls[tuple(state_BSD.shape)][self.index]
         out: Tensor = layer(state_BSD.to(self.parent.device), *args, **options)
         return out
 

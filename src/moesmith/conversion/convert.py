@@ -269,6 +269,11 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
         say(f"{choice.device} has {free / 1e9:.1f} GB free, but about {plan.memory / 1e9:.1f} GB are needed")
         choice = choose_compute(shapes.model, AUTO, "cpu")
+    if not whole and len(set(getattr(shapes.config, "layer_types", None) or [None])) > 1:
+        what = (
+            f"whole, the parent needs about {plan.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB may be used"
+        )
+        raise MoesmithError(f"{what}; its layers differ, so they cannot be read one at a time", "Give it more memory.")
     if not whole:
         need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
         say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")

@@ -10,7 +10,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from moesmith.calibration.stream import NOT_ADDED
 from moesmith.calibration.view import Activations, LayerView
+from moesmith.errors import MoesmithError
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.steps import Carve, Domains, windows_of
 from moesmith.mixture.carving import Carving
@@ -213,6 +215,11 @@ class Carver(Method):
     def __init__(self, recipe: Recipe, settings: Section | None = None) -> None:
         super().__init__(recipe, settings)
         self.measured: dict[str, list[float]] = {}
+
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent whose networks' outputs are not added as they are, where experts are fitted to sums."""
+        if self.needs().held and not parent.additive:
+            raise MoesmithError(NOT_ADDED, "Choose another method, such as dive-plus.")
 
     def note(self, **numbers: float) -> None:
         """Keep numbers of the layer that is being carved."""

@@ -75,11 +75,22 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
         model: Any = checked((loaded, info), str(folder))
         return cast(PreTrainedModel, model.to(device).eval())
 
-    first = read(0, shell=True)
-    shell = layered(first)
+    shell = layered(read(0, shell=True))
+    for module in shell.shell.modules():  # its own code calls as many layers as its config says
+        if (own := getattr(module, "config", None)) is not None and hasattr(own, "num_hidden_layers"):
+            _deepen(own, config)
     return replace(
         shell, depth=config.num_hidden_layers, layer=lambda index: decoder_layers(read(index, shell=False))[1][0]
     )
+
+
+def _deepen(own: Any, whole: Any) -> None:
+    """Let a config of one layer say how many there are, all alike."""
+    fields: Any = own.parent if isinstance(own, MoesmithConfig) else own.__dict__
+    depth = whole.num_hidden_layers
+    fields["num_hidden_layers"] = depth
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:1] * depth
 
 
 def _place(name: str) -> tuple[str, int | None]:

@@ -142,61 +142,72 @@ def _groups(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
         yield group
 
 
-def starts(model: Layered, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Any, dict[str, Any]]]:
-    """Yield what the first layer gets for every batch: hidden states (B, S, D), and arguments that all layers get."""
+Call = tuple[Any, dict[str, Any]]  # what a layer is called with besides its hidden states
+
+
+def starts(model: Layered, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Call]]]:
+    """Yield what the layers get for every batch: the first one's hidden states (B, S, D), and the rest of every call.
+
+    Layers may differ in masks and positions, so the model's own code calls a stand-in for each of them.
+    """
     for ids_BS in batches:
-        start = _Start()
-        with _standing(model, start):
-            try:
-                model.shell.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
-            except _StoppedError:
-                yield start.seen
+        stand_ins = [_StandIn(model.config, index) for index in range(model.depth)]
+        with _standing(model, stand_ins):
+            model.shell.base_model(input_ids=ids_BS.to(model.device), use_cache=False)
+        yield stand_ins[0].hidden_BSD, [stand_in.call for stand_in in stand_ins]
 
 
 def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Meter | None) -> Iterator[Tensor]:
     waiting = list(starts(model, batches))
-    states = [seen[0] for seen in waiting]
+    states = [hidden_BSD for hidden_BSD, _ in waiting]
     for index in range(model.depth):
         layer = model.layer(index)
         with nullcontext() if visit is None else visit(index, layer):
-            for position, (_, args, options) in enumerate(waiting):
+            for position, (_, calls) in enumerate(waiting):
+                args, options = calls[index]
                 states[position] = layer(states[position], *args, **options)
                 if bar is not None:
                     bar.advance(batches[position].numel() / model.depth)
         del layer  # before the next one is made
         give_back()
     for position, ids_BS in enumerate(batches):
-        with _standing(model, _End(states[position])):
+        ends: list[nn.Module] = [_End(model.config, index, states[position]) for index in range(model.depth)]
+        with _standing(model, ends):
             yield model.shell.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state
 
 
 @contextmanager
-def _standing(model: Layered, module: nn.Module) -> Iterator[None]:
-    """Inside the ``with``, put one module in the layers' place."""
-    put(model.shell, model.place, nn.ModuleList([module]))
+def _standing(model: Layered, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the ``with``, put other modules in the layers' place."""
+    put(model.shell, model.place, nn.ModuleList(modules))
     try:
         yield
     finally:
         put(model.shell, model.place, nn.ModuleList())
 
 
-class _StoppedError(Exception):
-    pass
+class _Part(nn.Module):
+    """Stands where a layer was, and says of itself what a decoder asks its layers."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        super().__init__()
+        kinds = getattr(config, "layer_types", None)
+        self.attention_type = kinds[index] if kinds else "full_attention"
 
 
-class _Start(nn.Module):
-    """Records what the first layer would get, and stops the pass."""
+class _StandIn(_Part):
+    """Records what a layer would get."""
 
     def forward(self, hidden_BSD: Tensor, *args: Any, **options: Any) -> Tensor:
-        self.seen = hidden_BSD, args, options
-        raise _StoppedError
+        self.hidden_BSD, self.call = hidden_BSD, (args, options)
+        return hidden_BSD
 
 
-class _End(nn.Module):
+class _End(_Part):
     """Returns what the last layer returned."""
 
-    def __init__(self, hidden_BSD: Tensor) -> None:
-        super().__init__()
+    def __init__(self, config: Any, index: int, hidden_BSD: Tensor) -> None:
+        super().__init__(config, index)
         self.hidden_BSD = hidden_BSD
 
     def forward(self, *_args: Any, **_options: Any) -> Tensor:

@@ -44,7 +44,7 @@ from moesmith.parent.digests import PROBE, model_digest, refuse_not_finite
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, Layered, cast, layered, share
 from moesmith.parent.mapped import give_back
-from moesmith.parent.proof.family import find_family
+from moesmith.parent.proof.family import find_home
 from moesmith.parent.proof.rope import unread
 from moesmith.parent.stored import UNQUANTISED
 from moesmith.parent.structure import FFN, decoder_layers, find_ffns
@@ -68,6 +68,8 @@ class Parent:
         stored: the dtype of its weights on disk: digests, carvings and exports are made in it.
         choice: the device and dtype chosen to compute in; ``None`` for the model's own. A model that is run layer by
             layer moves each layer there when its turn comes.
+        why: why no stock architecture holds it, where only that it can be carved is proved; else empty.
+        additive: whether its layers add their networks' outputs as they are.
     """
 
     model: PreTrainedModel
@@ -79,6 +81,8 @@ class Parent:
     memory: int | None = None
     stored: torch.dtype = torch.bfloat16
     choice: Choice | None = None
+    why: str = ""
+    additive: bool = True
 
     @classmethod
     def from_model(
@@ -121,10 +125,12 @@ class Parent:
             if choice is not None and not mapped:
                 move(model, choice.dtype, choice.device)
             ffns = find_ffns(model)
-            family = find_family(model, ffns)
+            home = find_home(model, ffns)
         if odd := unread(model.config):
             say(f"{source}: nothing reads {', '.join(odd)} in its config; what it computes without them is converted")
-        return cls(model, tokenizer, source, digest, ffns, family, memory, stored, choice)
+        if home.why:
+            say(f"{source}: {home.why}; so no stock Mixture-of-Experts holds it, and our own format does")
+        return cls(model, tokenizer, source, digest, ffns, home.family, memory, stored, choice, home.why, home.additive)
 
     @property
     def config(self) -> Any:
@@ -289,4 +295,5 @@ def load_skeleton(source: str, dtype: torch.dtype | None = None) -> Parent:
             raise MoesmithError(what, "Fix the config.") from error
     ffns = find_ffns(model)
     tokenizer: Any = None
-    return Parent(model, tokenizer, source, "", ffns, find_family(model, ffns), stored=model.dtype)
+    home = find_home(model, ffns)
+    return Parent(model, tokenizer, source, "", ffns, home.family, stored=model.dtype, why=home.why)

@@ -25,9 +25,7 @@ from moesmith.parent.accelerator import closed_form_device
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
-KINDS = (
-    "moesmith converts decoders that a stock Mixtral, Qwen2-MoE or Qwen3-MoE can hold, and parallel ones like Phi-2's."
-)
+KINDS = "moesmith converts decoders whose layers run one by one and whose logits are head(hidden state)."
 # the norms of a stock decoder layer: before attention, and before the feed-forward network
 STREAM = ("input_layernorm", "post_attention_layernorm")
 OUTPUTS = ("o_proj", "dense")  # names of an attention's output projection

@@ -104,6 +104,8 @@ def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
             "(longrope), and no stock Mixture-of-Experts does while it generates",
             "Write the native format (native.write_native).",
         )
+    if parent.why:
+        return f"{parent.why}, and no stock Mixture-of-Experts has that", "Write the native format, which holds it."
     if parent.family == NATIVE:
         return (
             "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one",

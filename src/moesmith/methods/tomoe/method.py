@@ -108,6 +108,9 @@ class Tomoe(Method):
         """Refuse a budget that leaves nothing, and a run without training text."""
         if not self.spec.tokens:
             raise MoesmithError("masks.tokens is 0, but masks are learned from text", "Set masks.tokens.")
+        if self.prunes_attention and parent.why:
+            raise MoesmithError(f"attention is pruned where it is proved, and {parent.why[0].lower()}{parent.why[1:]}",
+                                "Set masks.attention to none.")  # fmt: skip
         sizes = Sizes.of(parent)
         check_budget(sizes, self.spec.budget, self.spec.attention)
         if self.start is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from moesmith.errors import MoesmithError
+from moesmith.parent.proof.carvable import prove_carvable
 from moesmith.parent.proof.positions import prove_positions
 from moesmith.parent.proof.reference import layer_norm, rms_norm
 from moesmith.parent.proof.rope import stock_rope
@@ -42,6 +44,43 @@ NEUTRAL: dict[str, float | None] = {
 PREPARE = "prepare_inputs_for_generation"
 # Config fields that attention is computed from.
 NEEDED = {"rope_parameters": "positions", "num_key_value_heads": "attention"}
+
+
+@dataclass(frozen=True)
+class Home:
+    """What holds a parent.
+
+    Attributes:
+        family: a stock architecture, or :data:`NATIVE`.
+        why: why no stock architecture holds it, where it is only known to be carvable (``proof/carvable.py``).
+        additive: whether layers add their networks' outputs as they are.
+    """
+
+    family: str
+    why: str = ""
+    additive: bool = True
+
+
+def find_home(model: PreTrainedModel, ffns: list[FFN]) -> Home:
+    """Find what holds a decoder: what :func:`find_family` proves, or our own format if it can be carved at all.
+
+    Raises:
+        MoesmithError: it cannot be carved; the line says why it is none of the decoders that are known better.
+    """
+    try:
+        return Home(find_family(model, ffns))
+    except MoesmithError as error:
+        if KINDS not in str(error):  # it says what to do
+            raise
+        why = str(error).partition(f". {KINDS}")[0]
+        if model.device.type == "meta":  # shapes alone: nothing can be proved
+            return Home(NATIVE, why)
+        try:
+            return Home(NATIVE, why, prove_carvable(model, ffns))
+        except MoesmithError as other:
+            if OTHER_LOGITS in str(error):
+                raise
+            raise MoesmithError(f"{why}; {other.args[0].rstrip('.')}", KINDS) from error
 
 
 def find_family(model: PreTrainedModel, ffns: list[FFN]) -> str:

@@ -1,0 +1,166 @@
+"""Decoders that no stock architecture holds: carved in our own format, or refused by the property in the way."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversions import convert
+from golden import ASSETS
+from transformers import (
+    ArceeConfig,
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    NemotronConfig,
+    Olmo2Config,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+)
+
+from moesmith.errors import MoesmithError
+from moesmith.export.target import Options
+from moesmith.export.targets import explain_run, export_run
+from moesmith.mixture.moe import build
+from moesmith.parent.load import Parent
+from moesmith.parent.proof.family import NATIVE
+from moesmith.testing.carvings import random_carving
+from moesmith.testing.tokenizer import tiny_tokenizer
+
+SMALL: dict[str, Any] = {
+    "vocab_size": len(tiny_tokenizer()), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0,
+    "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+# name → its config, what no stock architecture has of it, and whether its layers add networks' outputs as they are
+CARVABLE: dict[str, tuple[PreTrainedConfig, str, bool]] = {
+    "Gemma: scaled embeddings": (GemmaConfig(**SMALL, head_dim=8), "input to layer 0", True),
+    "Gemma 3: norms after, two rotations": (
+        Gemma3TextConfig(**SMALL, head_dim=8, layer_types=KINDS, sliding_window=8, query_pre_attn_scalar=8),
+        "differs between layers", False,
+    ),
+    "OLMo 2: norms after": (Olmo2Config(**SMALL), "other norms", False),
+    "StableLM: layer norms, partial rotation": (StableLmConfig(**SMALL), "partial_rotary_factor", True),
+    "GLM-4: norms after, fused gate": (Glm4Config(**SMALL, head_dim=8), "partial_rotary_factor", False),
+    "SmolLM3: layers without positions": (SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1]), "rotary|attention", True),
+    "Granite: residual multiplier": (GraniteConfig(**SMALL, residual_multiplier=0.2), "residual_multiplier", False),
+    "Llama: output bias": (LlamaConfig(**SMALL, attention_bias=True), "o_proj.bias", True),
+    "Qwen3: norms and biases": (Qwen3Config(**SMALL, head_dim=8, attention_bias=True), "bias", True),
+    "Qwen2: windows in some layers": (
+        Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1), "differs", True,
+    ),
+    "StarCoder 2: no gate, in sequence": (Starcoder2Config(**SMALL), "2 layer norms", True),
+    "Nemotron: squared ReLU": (NemotronConfig(**SMALL), "2 layer norms", True),
+    "Arcee: no gate, RMS norms": (ArceeConfig(**SMALL), "layer norms", True),
+    "Phi: norms of queries and keys": (PhiConfig(**SMALL, qk_layernorm=True), "k_layernorm", True),
+    "GPT-NeoX: fused attention": (GPTNeoXConfig(**SMALL | {"hidden_act": "gelu"}), "no attention with q/k/v/o", True),
+}  # fmt: skip
+REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
+    "Gemma 2: capped logits": (Gemma2Config(**SMALL, head_dim=8), "logits are not"),
+    "Cohere: scaled logits": (CohereConfig(**SMALL), "logits are not"),
+    "Granite: scaled logits": (GraniteConfig(**SMALL, logits_scaling=4.0), "logits are not"),
+}
+
+
+def model_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Random, with every part of it large enough to change the logits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(p + 0.1 * noise if "norm" in name or p.dim() == 1 else 1.5 * noise / p.shape[1] ** 0.5)
+    return model.eval()
+
+
+def parent_of(name: str) -> Parent:
+    return Parent.from_model(model_of(CARVABLE[name][0]), tiny_tokenizer(), "tiny")
+
+
+@pytest.mark.parametrize("name", CARVABLE)
+def test_it_is_known_to_be_carvable(name: str) -> None:
+    """All experts together are the parent, and both forms of a mixture are one function."""
+    _, why, additive = CARVABLE[name]
+    parent = parent_of(name)
+    assert (parent.family, parent.additive) == (NATIVE, additive)
+    assert re.search(why, parent.why), parent.why
+    ids = torch.arange(60).view(2, 30) % 256
+    carving = random_carving(parent, compensation="refit")
+    with torch.no_grad():
+        masked, sliced = (build(parent, carving, form)(ids).logits for form in ("masked", "sliced"))
+        whole = build(parent, random_carving(parent, kept=parent.F))(ids).logits
+        assert torch.allclose(whole, parent.model(ids).logits, atol=1e-4)
+    for block in (masked, sliced):
+        assert not torch.allclose(block, whole, atol=1e-2)
+    assert torch.allclose(masked, sliced, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CARVABLE)
+def test_it_goes_all_the_way(name: str, tmp_path: Path) -> None:
+    """Carved, trained, written, read again and compared by logits; other targets say why they cannot hold it."""
+    parent = parent_of(name)
+    parent.model.save_pretrained(tmp_path / "m")
+    parent.tokenizer.save_pretrained(tmp_path / "m")
+    run = convert("dive-plus", tmp_path / "m", ASSETS / "text", tmp_path / "run", ["stage1.tokens=0"])
+    assert run.metrics("export")["architecture"] == "MoesmithForCausalLM"
+    assert run.metrics("export")["logits_difference"] < 1e-3
+    stages = run.evaluation["stages"]
+    assert stages["carve"]["geomean"] != stages["parent"]["geomean"]
+    fits = {row["target"]: row for row in explain_run(run.folder)}
+    assert fits["native"]["fits"]
+    assert not fits["hf"]["fits"]
+    with pytest.raises(MoesmithError, match="no stock Mixture-of-Experts"):
+        export_run(run.folder, "hf", tmp_path / "hf", Options(), "cpu")
+
+
+@pytest.mark.parametrize("name", ["OLMo 2: norms after", "Gemma: scaled embeddings"])
+def test_methods_that_hold_tokens_need_sums(name: str, tmp_path: Path) -> None:
+    parent, additive = parent_of(name), CARVABLE[name][2]
+    given = ["carve.passes=0", "domains.window=32", "stage2.tokens=0"]
+    if additive:
+        assert convert("token", parent, ASSETS / "text", tmp_path / "run", given).metrics("carve")["error"] > 0
+    else:
+        with pytest.raises(MoesmithError, match=r"does something to its networks' outputs.*Choose another method"):
+            convert("token", parent, ASSETS / "text", tmp_path / "run", given)
+
+
+def test_attention_is_pruned_only_where_it_is_proved(tmp_path: Path) -> None:
+    given = ["masks.tokens=128", "masks.window=32", "masks.batch=2", "masks.micro_batch=1"]
+    parent = parent_of("Llama: output bias")
+    with pytest.raises(MoesmithError, match=r"attention is pruned where it is proved.*Set masks\.attention to none"):
+        convert("tomoe-50", parent, ASSETS / "text", tmp_path / "run", given)
+    run = convert("tomoe-50", parent, ASSETS / "text", tmp_path / "run", [*given, "masks.attention=none"])
+    assert run.metrics("export")["logits_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_logits_are_refused(name: str) -> None:
+    config, reason = REFUSED[name]
+    with pytest.raises(MoesmithError, match=reason) as error:
+        Parent.from_model(model_of(config), tiny_tokenizer())
+    assert str(error.value).count("\n") == 0
+
+
+def test_what_a_config_does_not_say_is_refused() -> None:
+    """A model that computes something else than its class, here by a hook, could not be written."""
+    model = model_of(CARVABLE["OLMo 2: norms after"][0])
+    model.model.embed_tokens.register_forward_hook(lambda _module, _args, out: out * 1.05)
+    with pytest.raises(MoesmithError, match="something else than its class does"):
+        Parent.from_model(model, tiny_tokenizer())
