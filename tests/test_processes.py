@@ -53,6 +53,7 @@ def converted(preset: str, out: Path, processes: int) -> Run:
     done = answer(torchrun(processes, words))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("finished: ") == 1  # one process speaks
+    assert done.stdout.count("parameters active") == 1
     return open_run(out)
 
 

@@ -162,7 +162,8 @@ def convert(
             raise MoesmithError("--active and --max-loss decide the same", "Give one of them.")
         active = active_for(max_loss, recipe, model, data, out_folder, **options)
     run_conversion(recipe, model, data, out_folder, active=active, reuse=reuse, time=time, **options)
-    show(describe(out_folder), brief=True)
+    if first_process():
+        show(describe(out_folder), brief=True)
 
 
 @app.command(name="eval")

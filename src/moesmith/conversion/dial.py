@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesmith.arguments import refuse_many_processes
 from moesmith.console import say
 from moesmith.conversion.convert import choose_domains, convert
 from moesmith.conversion.pace import tokens_of, with_tokens
@@ -87,6 +88,7 @@ def active_for(
     Raises:
         MoesmithError: no loss, a method without ``carve.ratio``, or as ``convert`` raises.
     """
+    refuse_many_processes()
     largest, begun = parse_loss(most), Path(out) / "run.json"
     recipes = {share: load_recipe(recipe, budget, settings, share) for share in PROBES}
     if begun.is_file():
