@@ -23,6 +23,7 @@ from transformers import (
     LlamaConfig,
     NemotronConfig,
     Olmo2Config,
+    Olmo2ForCausalLM,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -156,6 +157,19 @@ def test_other_logits_are_refused(name: str) -> None:
     with pytest.raises(MoesmithError, match=reason) as error:
         Parent.from_model(model_of(config), tiny_tokenizer())
     assert str(error.value).count("\n") == 0
+
+
+def test_a_class_that_transformers_does_not_know_is_refused() -> None:
+    class Mine(Olmo2ForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.more = torch.nn.Linear(2, 2)
+
+    model = Mine(CARVABLE["OLMo 2: norms after"][0]).eval()
+    with pytest.raises(
+        MoesmithError, match=r"than its class does with its config and weights: more\.weight, more\.bias"
+    ):
+        Parent.from_model(model, tiny_tokenizer())
 
 
 def test_what_a_config_does_not_say_is_refused() -> None:

@@ -75,12 +75,21 @@ def _answers(model: PreTrainedModel, first_BS: Tensor, more_BS: Tensor) -> tuple
 
 
 def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the parent's class from its config, around the parent's own weights."""
+    """Build the parent's class from its config, around the parent's own weights.
+
+    Raises:
+        MoesmithError: transformers knows no such class, or it has other weights.
+    """
     config = copy.deepcopy(model.config)
-    with init_empty_weights(include_buffers=False):
-        twin: Any = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
-    twin.load_state_dict(model.state_dict(), strict=False, assign=True)
-    twin.tie_weights()
+    try:
+        with init_empty_weights(include_buffers=False):
+            twin: Any = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
+        missing, odd = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
+        twin.tie_weights()
+    except Exception as error:  # transformers and torch refuse with errors of their own
+        raise MoesmithError(OTHER) from error
+    if odd or any(parameter.is_meta for parameter in twin.parameters()):
+        raise MoesmithError(f"{OTHER}: {', '.join([*odd, *missing][:3])}")
     for module in twin.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(model.device))
