@@ -14,6 +14,7 @@ from moesmith.data.overlap import warnings
 from moesmith.data.text import Domain, load_domains, overlaps, read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_tasks
+from moesmith.evaluation.health import health
 from moesmith.evaluation.likelihoods import lambada
 from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, wikitext2
 from moesmith.parent.compute import AUTO, Device, DType, long_name
@@ -50,7 +51,7 @@ def compare(
     Args:
         folder: a finished run, as text or a path.
         data: data source; the run's own when ``None``.
-        tasks: ``domains``, ``wikitext2``, ``lambada``, or tasks of ``harness.find_tasks``.
+        tasks: ``domains``, ``wikitext2``, ``lambada``, ``health``, or tasks of ``harness.find_tasks``.
         limit: items per task.
         tokens: evaluation tokens per domain, and of WikiText-2.
         dtype: what both compute in; the fastest here for ``auto``.
@@ -80,7 +81,7 @@ def compare(
     names = header["recipe"]["domains"]["names"] if data is None else None
     domains = load_domains(source, names) if "domains" in tasks else []
     overlap = _overlap(domains, header, data is None) if domains else {}
-    rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada")]
+    rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada", "health")]
     benchmarks = find_tasks(rest, local) if rest else {}
     parent, moe = models_of(folder, dtype, device)
 
@@ -97,6 +98,8 @@ def compare(
         if "lambada" in tasks and local:
             scores = lambada(model, parent.tokenizer, local, limit)
             found |= {("lambada", key): scores[key] for key in ("perplexity", "acc")}
+        if "health" in tasks:
+            found |= {("answers", key): value for key, value in health(model, parent.tokenizer).items()}
         if benchmarks:
             for task, metrics in run_tasks(model, parent.tokenizer, benchmarks, limit).items():
                 found |= {(task, metric): value for metric, value in metrics.items()}
