@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,3 +323,25 @@ def test_a_kill_between_two_layers_loses_both(tmp_path: Path, monkeypatch: pytes
     assert len(method_steps.Begun(tmp_path, method, generator, 64).restore()) == 1
     assert method.measured == {"error": [0.25]}
     assert torch.equal(generator.get_state(), before)
+
+
+def test_tokens_that_hardly_count_make_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens of huge activations, as a text's first ones have, are not clustered, but routed like all others."""
+    parent = tiny_parent("llama")
+    x_TD = torch.randn(2000, parent.D, generator=torch.Generator().manual_seed(0))
+    weight_T = torch.ones(2000)
+    x_TD[::100] *= 300
+    weight_T[::100] = 1e-4
+    tokens = Tokens(x_TD, torch.zeros_like(x_TD), weight_T / weight_T.mean(), torch.zeros(2000, dtype=torch.int32))
+    seen: list[Tensor] = []
+
+    def clustered(sample_ND: Tensor, *rest: Any) -> Any:
+        seen.append(sample_ND)
+        return kmeans(sample_ND, *rest)
+
+    monkeypatch.setattr("moesmith.methods.token.kmeans", clustered)
+    method: Any = load_recipe("token", None, ["carve.experts=2"]).method
+    view: Any = SimpleNamespace(parent=parent, generator=torch.Generator().manual_seed(1))
+    router_ED, ids_T = method.route(view, tokens)
+    assert (len(seen[0]), len(ids_T), router_ED.shape) == (1980, 2000, (2, parent.D))
+    assert float(seen[0].abs().max()) < 10

@@ -39,13 +39,14 @@ from moesmith.training.local import LocalSection, Outcome, order_of, reconstruct
 from moesmith.world import crew
 
 CHUNK = 4096  # tokens whose channels exist at once
+LIGHT = 0.2  # weight of a token's error, where the mean is 1, below which it is not clustered
 
 
 @register
 class Token(Carver):
     """Token carving: k-means of router inputs, elimination, refit, local reconstruction."""
 
-    name, title = "token", "experts for groups of tokens, reconstructed locally"
+    name, title, version = "token", "experts for groups of tokens, reconstructed locally", 2
     paper, activations = "docs/methods.md", "carved"
 
     class Settings(LocalSection):
@@ -123,7 +124,9 @@ class Token(Carver):
         x_TD = tokens.x_TD
         if experts == 1:
             return torch.zeros(1, view.parent.D), torch.zeros(len(x_TD), dtype=torch.int64)
-        sample_ND = x_TD[spread(torch.arange(len(x_TD)), experts * self.settings.sample)].to(device)
+        # tokens of huge activations, such as a text's first, would be a group of their own that hardly counts
+        heard_N = (tokens.weight_T > LIGHT).nonzero().flatten()
+        sample_ND = x_TD[spread(heard_N, experts * self.settings.sample)].to(device)
         sums = Sums(view.parent.D, device)
         sums.add(sample_ND)
         constant_D, _ = constant_direction(sums.result())
