@@ -363,6 +363,29 @@ def report(
 
 
 @app.command()
+def push(
+    run: RunFolder,
+    to: Annotated[str, typer.Option(help="the hub's repository, user/name; made if it is not there")],
+    out_folder: Annotated[Path | None, typer.Option("--out", help="a new folder for what is uploaded")] = None,
+    base_model: Annotated[str | None, typer.Option(help="the parent's hub id, for the card")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="such as apache-2.0")] = None,
+    file: Annotated[list[Path], typer.Option(help="a further file, such as a GGUF file; repeatable")] = [],  # noqa: B006
+    private: Annotated[bool, typer.Option("--private", help="of a repository that is made")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write --out and upload nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload the finished model to the Hugging Face hub, with a card that the hub reads."""
+    from moesmith.export.push import push as upload
+
+    options: dict[str, Any] = {"base_model": base_model, "licence": licence, "files": file, "out": out_folder}
+    result = upload(run, to, **options, private=private, dry_run=dry_run)
+    if as_json:
+        show_json(result)
+        return
+    show_table(result["url"] or f"{out_folder}", ["file", "bytes"], list(result["files"].items()))
+
+
+@app.command()
 def pack(
     run: RunFolder,
     out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the delta")],

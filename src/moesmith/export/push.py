@@ -1,0 +1,168 @@
+"""Hand a finished model to others: a folder with a card that the Hugging Face hub reads, uploaded if asked.
+
+The card is the run's own, with what the hub reads from its header: licence, parent, data sets, measured perplexities.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from moesmith.arguments import path_of, several
+from moesmith.console import say
+from moesmith.data.hf_datasets import read_sets
+from moesmith.errors import MoesmithError
+from moesmith.export.folder import whole_folder
+from moesmith.files.artefact import SUMS, write_text
+from moesmith.run.folder import Run, finished_of, open_run
+
+CARD = "README.md"
+REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+HEADER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+def push(
+    folder: str | Path,
+    to: str,
+    *,
+    out: str | Path | None = None,
+    base_model: str | None = None,
+    licence: str | None = None,
+    files: str | Path | Sequence[str | Path] | None = (),
+    private: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Upload a finished run's model, with a card that the hub reads.
+
+    Args:
+        folder: the run.
+        to: the repository, ``user/name``; made if it is not there.
+        out: where the folder to upload is written; a temporary one if left out.
+        base_model: the parent's hub id; taken from the run where it names one.
+        licence: of the model, a hub identifier such as ``apache-2.0``; the parent folder's own card says it if it is
+            left out and that card does.
+        files: further files, such as a GGUF file made by ``moesmith export``.
+        private: of a repository that is made.
+        dry_run: write ``out`` and upload nothing.
+
+    Returns:
+        ``repository``, ``url`` (``None`` for a dry run), ``files`` with their sizes, ``metadata`` of the card.
+
+    Raises:
+        MoesmithError: the run is not finished or its model is damaged, the repository's name is none, a file is
+            missing, ``out`` may not be written, or the hub refuses.
+    """
+    if not REPOSITORY.fullmatch(to):
+        raise MoesmithError(f"{to!r} is no repository", "Write --to user/name.")
+    if dry_run and out is None:
+        raise MoesmithError("a dry run writes a folder", "Give --out.")
+    run, more = open_run(folder), [path_of("file", file) for file in several("files", files)]
+    run.check_finished()
+    run.check_files()
+    if absent := [file for file in more if not file.is_file()]:
+        raise MoesmithError(f"there is no file {absent[0]}", "Give files that exist.")
+    names = [file.name for file in more]
+    if taken := [n for n in names if names.count(n) > 1 or (run.model / n).exists()]:
+        raise MoesmithError(f"two files would be called {taken[0]}", "Rename one of them.")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch) / "model" if out is None else path_of("out", out)
+        card = _card(run, to, base_model, licence, names)
+        with whole_folder(place) as work:
+            for file in [*run.model.iterdir(), *more]:
+                if file.name not in (CARD, SUMS):
+                    _placed(file, work / file.name)
+            write_text(work / CARD, card)
+        sizes = {file.name: file.stat().st_size for file in sorted(place.iterdir())}
+        url = None if dry_run else _upload(place, to, private=private, card=card)
+    return {"repository": to, "url": url, "files": sizes, "metadata": ModelCard(card).data.to_dict()}
+
+
+def _placed(source: Path, target: Path) -> None:
+    """Put a file in another folder without copying it, where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _card(run: Run, to: str, base_model: str | None, licence: str | None, files: Sequence[str]) -> str:
+    """Write the run's card anew with a header that the hub reads."""
+    text = (run.model / CARD).read_text(encoding="utf-8")
+    found = HEADER.match(text)
+    header: dict[str, Any] = (yaml.safe_load(found[1]) if found else None) or {}
+    body = text[found.end() :] if found else text
+    base_model = base_model or header.get("base_model")
+    licence = licence or header.get("license") or _licence(run)
+    if licence is None:
+        say("the card says no licence: give --license, such as that of the parent")
+    data = ModelCardData(
+        model_name=to.split("/")[1],
+        license=licence,
+        base_model=base_model,
+        base_model_relation="finetune" if base_model else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*header.get("tags", []), *(["gguf"] if any(name.endswith(".gguf") for name in files) else [])],
+        datasets=_datasets(run) or None,
+        eval_results=_results(run),
+    )
+    if files:
+        body += "\nFiles for other runtimes: " + ", ".join(f"`{name}`" for name in files) + ".\n"
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _licence(run: Run) -> str | None:
+    """Read the licence that the parent folder's own card names."""
+    card = Path(run.inputs["model"]) / CARD
+    if not card.is_file():
+        return None
+    found = HEADER.match(card.read_text(encoding="utf-8", errors="replace"))
+    try:
+        header = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return None
+    name = header.get("license") if isinstance(header, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _datasets(run: Run) -> list[str]:
+    """Return the hub ids of the data sets that a run read; empty for folders, files and the built-in text."""
+    source = Path(run.inputs["data"])
+    if not (source.is_file() and source.suffix in (".yaml", ".yml")):
+        return []
+    return sorted({s.hub for s in read_sets(source).values() if not s.data_files and not Path(s.hub).exists()})
+
+
+def _results(run: Run) -> list[EvalResult]:
+    """Return the perplexity of every domain, and the geometric mean, as the hub's evaluation results."""
+    found = run.evaluation
+    stage = found["stages"][finished_of(found["stages"])]
+    values = {**stage["domains"], "geometric mean": stage["geomean"]}
+    what: dict[str, Any] = {"task_type": "text-generation", "dataset_type": "held-out", "metric_type": "perplexity"}
+    what |= {"metric_name": f"perplexity ({found['window']} tokens)"}
+    return [
+        EvalResult(dataset_name=f"held-out text: {name}", dataset_config=name, metric_value=round(value, 3), **what)
+        for name, value in values.items()
+    ]
+
+
+def _upload(folder: Path, to: str, *, private: bool, card: str) -> str:
+    """Make the repository, let the hub check the card, upload the folder; return its address."""
+    api = HfApi()
+    try:
+        ModelCard(card).validate()
+        api.create_repo(to, private=private, exist_ok=True)
+        done = api.upload_folder(repo_id=to, folder_path=folder, commit_message="Upload by moesmith")
+    except Exception as error:  # the hub's, the network's, and those of what lies between
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        what = f"the hub did not take {to}: {said}"
+        raise MoesmithError(what, "Run 'hf auth login', or fix what it says.") from error
+    return str(done.commit_url)

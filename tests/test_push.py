@@ -1,0 +1,152 @@
+"""Pushing to the hub: the folder, its card, and the upload to a stand-in of the hub's HTTP interface."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import moesmith
+from huggingface_hub import ModelCard, constants
+from refusals import refused
+from transformers import AutoModelForCausalLM
+
+from moesmith.errors import MoesmithError
+from moesmith.export.push import push
+from moesmith.files.artefact import sums_of, verify_files
+from moesmith.run.folder import open_run
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files takes."""
+
+    seen: list[tuple[str, Any]]
+    refuses = ""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        lines = [json.loads(line) for line in body.splitlines() if line]
+        self.seen.append((self.path, lines))
+        if self.refuses and self.refuses in self.path:
+            self._answer(400, {"error": "not like this"})
+        elif self.path == "/api/validate-yaml":
+            self._answer(200, {})
+        elif self.path == "/api/repos/create":
+            self._answer(200, {"url": f"http://{self.headers['Host']}/me/moe"})
+        elif "/preupload/" in self.path:
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]]
+            self._answer(200, {"files": modes})
+        elif "/commit/" in self.path:
+            host = self.headers["Host"]
+            self._answer(200, {"commitUrl": f"http://{host}/me/moe/commit/1", "commitOid": "1", "success": True})
+        else:
+            self._answer(404, {"error": self.path})
+
+    def _answer(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_args: Any) -> None: ...
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A running stand-in; only it is online."""
+    handler = type("Mine", (Hub,), {"seen": [], "refuses": ""})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_nothing")
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_dry_run_writes_the_folder(finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "moe-q8_0.gguf"
+    file.write_bytes(b"GGUF of another command")
+    out = tmp_path / "out"
+    found = push(finished, "me/moe", out=out, base_model="org/parent", licence="mit", files=[file], dry_run=True)
+    assert (found["url"], found["repository"]) == (None, "me/moe")
+    verify_files(out, "")
+    assert set(found["files"]) == {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", file.name} <= set(sums_of(out)) | {"x"}
+    card = ModelCard.load(out / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["base_model"], data["base_model_relation"]) == ("mit", "org/parent", "finetune")
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert {"mixture-of-experts", "moesmith", "gguf"} <= set(data["tags"])
+    stages = open_run(finished).evaluation["stages"]
+    values = {r["dataset"]["name"]: r["metrics"][0]["value"] for r in data["model-index"][0]["results"]}
+    assert values["held-out text: geometric mean"] == pytest.approx(list(stages.values())[-1]["geomean"], abs=1e-3)
+    assert "as a Mixture-of-Experts" in card.text
+    assert file.name in card.text
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_an_upload_sends_every_file(finished: Path, hub: type[Hub]) -> None:
+    answer = moesmith("push", finished, "--to", "me/moe", "--license", "mit", "--json")
+    assert answer.status == 0, answer.err
+    assert json.loads(answer.out)["url"].endswith("/me/moe/commit/1")
+    paths = [path for path, _ in hub.seen]
+    assert paths[0] == "/api/validate-yaml"  # before anything is made
+    assert paths[1] == "/api/repos/create"
+    commits = [lines for path, lines in hub.seen if "/commit/" in path]
+    files = {entry["value"]["path"]: entry["value"]["content"] for entry in commits[-1] if entry["key"] == "file"}
+    model = open_run(finished).model
+    assert set(files) == {path.name for path in model.iterdir()} | {"SHA256SUMS"}
+    config = base64.b64decode(files["config.json"])
+    assert config == (model / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["validate-yaml", "repos/create", "commit"])
+def test_what_the_hub_refuses_is_one_line(finished: Path, hub: type[Hub], where: str) -> None:
+    hub.refuses = where
+    refused(
+        moesmith("push", finished, "--to", "me/moe", "--license", "mit"),
+        r"the hub did not take me/moe: .*hf auth login",
+    )
+
+
+def test_refusals(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(MoesmithError, match="'moe' is no repository"):
+        push(finished, "moe", out=tmp_path / "out", dry_run=True)
+    with pytest.raises(MoesmithError, match="a dry run writes a folder"):
+        push(finished, "me/moe", dry_run=True)
+    with pytest.raises(MoesmithError, match=r"there is no file .*absent\.gguf"):
+        push(finished, "me/moe", out=tmp_path / "out", files=str(tmp_path / "absent.gguf"), dry_run=True)
+    with pytest.raises(MoesmithError, match=r"two files would be called config\.json"):
+        push(finished, "me/moe", out=tmp_path / "out", files=finished / "model" / "config.json", dry_run=True)
+    damaged = Path(shutil.copytree(finished, tmp_path / "run"))
+    (damaged / "model" / "config.json").write_text("{}")
+    with pytest.raises(MoesmithError, match=r"config\.json"):
+        push(damaged, "me/moe", out=tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_parents_card_says_its_licence(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = open_run(finished)
+    parent = Path(run.inputs["model"])
+    found = push(finished, "me/moe", out=tmp_path / "none", dry_run=True)
+    assert "license" not in found["metadata"]
+    assert "the card says no licence" in capsys.readouterr().err
+    card = parent / "README.md"
+    card.write_text("---\nlicense: apache-2.0\n---\n# A parent\n")
+    try:
+        found = push(finished, "me/moe", out=tmp_path / "out", dry_run=True)
+    finally:
+        card.unlink()
+    assert found["metadata"]["license"] == "apache-2.0"
