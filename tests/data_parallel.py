@@ -1,72 +1,116 @@
-"""Train a tiny MoE in two processes. Run as a program: ``python tests/data_parallel.py FOLDER``.
+"""Train a tiny MoE in several processes. Run as a program: ``python tests/data_parallel.py FOLDER JOB ...``.
 
-Forks two processes that talk over gloo, as ``accelerate launch`` would start them, and one that works alone. Each
-writes the trained weights to ``FOLDER/<world>-<rank>.safetensors``.
+A job is ``NAME:PROCESSES:spread|whole:FROM``: so many forked processes that talk over gloo, as ``torchrun`` would start
+them, each with all weights or with a part of them; they go on from the working folder of job ``FROM`` if that is not
+empty. Each process writes what it has trained to ``FOLDER/NAME-RANK.safetensors``, and how many of the layers' numbers
+it held to ``FOLDER/NAME-RANK.json``. A job whose name begins with ``cut`` stops after three steps.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moesmith.conversion.steps.training import prepare
-from moesmith.files.artefact import write_tensors
+from moesmith.files.artefact import write_json, write_tensors
 from moesmith.mixture.moe import build
+from moesmith.parent.structure import decoder_layers
 from moesmith.run.settings import TrainSection
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
+from moesmith.training import loop
 from moesmith.training.loop import train
+from moesmith.training.sharding import gather, part, spread
 from moesmith.training.student import Student
 from moesmith.world import together
 
-SPEC = TrainSection(
+LORA = TrainSection(
     tokens=6 * 8 * 16, window=16, batch=8, micro_batch=3, lr=3e-3, lora_rank=2, lora_dropout=0, norms=True,
     loss="distill", mix=0.5, router_gradient="straight-through",
 )  # fmt: skip
+WHOLE = LORA.model_copy(
+    update={"lora_rank": 0, "whole": True, "hidden": 0.5, "checkpointing": True}
+)  # the experts themselves
 
 
-def work(folder: Path, world: int, rank: int) -> None:
-    """Train as process ``rank`` of ``world``."""
+class CutError(Exception):
+    """Ends a job that is to be continued."""
+
+
+def work(folder: Path, name: str, rank: int, divided: bool, before: str) -> None:
+    """Train as process ``rank``."""
     torch.set_num_threads(1)
+    spec = WHOLE if "experts" in name else LORA
     parent = tiny_parent("llama")
-    model = build(parent, random_carving(parent, compensation="bias"), "sliced")
+    model, teacher = build(parent, random_carving(parent, compensation="bias"), "sliced"), parent.model
     blocks = torch.randint(0, 300, (40, 16), generator=torch.Generator().manual_seed(0))
-    parameters = prepare(model, SPEC, seed=1)
+    parameters = prepare(model, spec, seed=1)
+    place = folder / name
+    if before and rank == 0:
+        shutil.copytree(folder / before, place)
+
+    def stop(step: int) -> None:
+        if name.startswith("cut") and step == 3:
+            raise CutError
+
     with together():
-        train(Student(model, parent.model, SPEC), parameters, blocks, SPEC, folder / f"world-{world}", seed=1)
-    write_tensors(folder / f"{world}-{rank}.safetensors", {name: p.detach() for name, p in parameters.items()})
+        if divided:
+            loop.crew().share(None)  # the folder is there
+            model, parameters = spread(model, parameters, torch.float32, torch.device("cpu"))
+            teacher = spread(teacher, {}, torch.float32, torch.device("cpu"))[0]
+        train(Student(model, teacher, spec), parameters, blocks, spec, place, seed=1, on_step=stop)
+        layers: list[nn.Parameter] = list(decoder_layers(model)[1].parameters())
+        held = {"held": sum(part(p.data).numel() for p in layers), "all": sum(p.numel() for p in layers)}
+        write_json(folder / f"{name}-{rank}.json", held)
+        if divided:
+            parameters = gather(model, parameters)
+    write_tensors(folder / f"{name}-{rank}.safetensors", {name: p.detach() for name, p in parameters.items()})
 
 
-def main() -> None:
-    """Fork the processes and wait for them; the exit status tells if all were well."""
-    folder = Path(sys.argv[1])
+def forked(folder: Path, job: str) -> int:
+    """Fork a job's processes and wait for them; returns the worst exit status."""
+    name, processes, how, before = job.split(":")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     children = []
-    for world in (1, 2):
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                if world > 1:
-                    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-                    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                    if Path("/sys/class/net/lo").exists():  # a host name that does not resolve is no obstacle then
-                        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-                status = 1
-                try:
-                    work(folder, world, rank)
-                    status = 0
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
-            children.append(child)
-    sys.exit(max(os.waitpid(child, 0)[1] for child in children) and 1)
+    for rank in range(int(processes)):
+        child = os.fork()
+        if child == 0:
+            if int(processes) > 1:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": processes}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                if Path("/sys/class/net/lo").exists():  # a host name that does not resolve is no obstacle then
+                    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            status = 1
+            try:
+                loop.SAVE_SECONDS = 0.0  # a checkpoint after every step
+                work(folder, name, rank, how == "spread", before)
+                status = 0
+            except CutError:
+                status = 0
+            except Exception:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    return max(os.waitpid(child, 0)[1] for child in children)
+
+
+def story(folder: Path, name: str) -> list[tuple[int, float, float]]:
+    """What a job's log says of its steps."""
+    lines = (folder / name / "log.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(max(forked(Path(sys.argv[1]), job) for job in sys.argv[2:]) and 1)

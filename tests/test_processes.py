@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conversions import arguments, convert
+from conversions import arguments, convert, tiny_settings
 from golden import ASSETS
 
+from moesmith.conversion.convert import predict
 from moesmith.run.folder import Run, open_run
+from moesmith.testing.parents import tiny_model
+from moesmith.testing.tokenizer import tiny_tokenizer
 
 MODEL, DATA = ASSETS / "parents" / "llama", ASSETS / "text"
 
@@ -85,6 +88,28 @@ def test_several_processes_make_what_one_makes(preset: str, processes: int, tmp_
         )
     assert more.metrics("export")["logits_difference"] < 1e-3
     assert not list(more.path(first).glob(".waiting*"))
+
+
+@slow
+def test_a_parent_that_fits_no_process_is_trained_in_parts(tmp_path: Path) -> None:
+    """By one process that has room for it, and by two that have not."""
+    tiny_model("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=256).save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    settings = [*settings_of("dive-plus"), "stage2.lr=0.001"]  # rounding grows with the rate
+    preset, one, more = "dive-plus", tmp_path / "one", tmp_path / "more"
+    plan = predict(preset, tmp_path / "m", DATA, settings=[*tiny_settings(preset), *settings], dtype="fp32", ranks=2)
+    assert plan["memory_layerwise"] < plan["memory"]
+    room = str((plan["memory_layerwise"] + plan["memory"]) // 2)
+    convert(preset, tmp_path / "m", DATA, one, settings, device="cpu")
+    words = [*arguments(preset, tmp_path / "m", DATA, more, settings), "--dtype", "fp32", "--device", "cpu"]
+    done = answer(torchrun(2, [*words, "--memory", room]))
+    assert done.returncode == 0, done.stderr
+    assert "layer by layer: whole, it needs about" in done.stderr
+    for step in ("router", "experts"):
+        assert story(open_run(more), step) == pytest.approx(story(open_run(one), step), abs=1e-4)
+    alone = answer([sys.executable, "-m", "moesmith", *words, "--memory", room])
+    assert alone.returncode == 2
+    assert "the plan needs about" in alone.stderr
 
 
 @slow

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_parallel import story
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -450,21 +451,53 @@ def test_what_is_not_finite_stops_with_its_data_and_is_not_trained_on(
         assert (saved == 250).any()
 
 
-def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
-    program = [sys.executable, str(Path(__file__).parent / "data_parallel.py"), str(tmp_path)]
+def in_processes(folder: Path, *jobs: str) -> None:
+    """Do the jobs of ``data_parallel.py``."""
+    program = [sys.executable, str(Path(__file__).parent / "data_parallel.py"), str(folder), *jobs]
     done = subprocess.run(
         program, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    alone, first, second = (read_tensors(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
-    assert largest(first, second) == 0
-    assert largest(alone, first) < 1e-5
-    stories = [
-        [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, path.read_text().splitlines())]
-        for path in (tmp_path / "world-1" / "log.jsonl", tmp_path / "world-2" / "log.jsonl")
-    ]
-    assert stories[0] == [pytest.approx(line, abs=2e-4) for line in stories[1]]
-    assert len(stories[0]) == 6
+
+
+def check_same(folder: Path, one: str, more: str, processes: int) -> None:
+    """One process's weights and losses are those of several, of which each has the same."""
+    alone = read_tensors(folder / f"{one}-0.safetensors")
+    for rank in range(processes):
+        assert largest(alone, read_tensors(folder / f"{more}-{rank}.safetensors")) < 1e-5
+    assert story(folder, one) == [pytest.approx(line, abs=2e-4) for line in story(folder, more)]
+    assert len(story(folder, one)) == 6
+
+
+def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
+    in_processes(tmp_path, "one:1:whole:", "two:2:whole:", "parts:2:spread:")
+    check_same(tmp_path, "one", "two", 2)
+    check_same(tmp_path, "one", "parts", 2)
+    held = [json.loads((tmp_path / f"parts-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(each["held"] for each in held) == held[0]["all"]  # every number once
+    assert max(each["held"] for each in held) < 0.52 * held[0]["all"]
+
+
+@pytest.mark.slow
+def test_spread_training_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
+    """With whole experts, drift of hidden states and recomputed activations; killed after the third step."""
+    jobs = ("one-experts:1:whole:", "cut-experts:2:spread:", "four-experts:4:spread:cut-experts")
+    in_processes(tmp_path, *jobs, "alone-experts:1:whole:cut-experts", "cut-one-experts:1:whole:")
+    in_processes(tmp_path, "parts-experts:2:spread:cut-one-experts")
+    assert len(list((tmp_path / "cut-experts" / "checkpoint").iterdir())) == 1
+    assert not list((tmp_path / "cut-experts").glob("**/*.metadata"))  # pickled
+    for name, processes in (("four-experts", 4), ("alone-experts", 1), ("parts-experts", 2)):
+        check_same(tmp_path, "one-experts", name, processes)
+
+
+@pytest.mark.slow
+def test_a_damaged_part_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    in_processes(tmp_path, "cut:2:spread:")
+    (found,) = (tmp_path / "cut" / "checkpoint").glob("*/shard-00002*")
+    found.write_bytes(found.read_bytes()[:-8])
+    model, parameters = model_for(STAGE2, tiny_parent("llama"))
+    with pytest.raises(MoesmithError, match=r"shard-00002\S+ is missing or damaged\. Delete"):
+        train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path / "cut")
 
 
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

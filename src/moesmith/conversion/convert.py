@@ -71,8 +71,8 @@ def convert(
             machine. A run that is continued keeps the one that it began in. Weights are stored in the parent's dtype.
         device: where: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, ``xpu``, or ``auto``, the accelerator with the most
             free memory if the plan fits on it.
-        memory: most bytes to use, such as ``"4GB"``; what is free if left out. A conversion without training that needs
-            more is done layer by layer, with the same result.
+        memory: most bytes to use, such as ``"4GB"``; what is free if left out. A conversion that needs more is done
+            layer by layer, with the same result; a training step of it by several processes, which hold a part each.
         time: how long it may take here, such as ``"15m"``: calibration and training text are scaled to fit. The counts
             are written into the run's recipe.
 
@@ -171,7 +171,7 @@ def _prepared(
     run = Pipeline(out, chosen, inputs, others)
     job = Job(run, parent, domains, overlap)
     check_text(steps, job)
-    check_room(make_plan(chosen, parent, len(domains)), out, parent, room)
+    check_room(make_plan(chosen, parent, len(domains), ranks=world().size), out, parent, room)
     return run, job
 
 
@@ -216,7 +216,7 @@ def predict(
     if time is not None:
         chosen = fit_time(chosen, parent, domains, parse_time(time), pace)
     fitted = [] if time is None else [f"{key}={tokens}" for key, tokens in tokens_of(chosen).items()]
-    found = make_plan(chosen, parent, domains, pace).shared(ranks).as_dict()
+    found = make_plan(chosen, parent, domains, pace, ranks).as_dict()
     computes = str(parent.choice or short(parent.dtype)) if rate is None else f"{short(parent.dtype)} at {rate}"
     found |= {"ranks": ranks}
     return found | {"recipe": chosen.name, "domains": domains, "computes": computes, "fitted": fitted}
@@ -254,7 +254,7 @@ def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shap
     if time is not None:
         recipe = fit_time(recipe, shapes, domains, parse_time(time), pace)
         say("text: " + ", ".join(f"{key}={tokens}" for key, tokens in tokens_of(recipe).items()))
-    seconds = make_plan(recipe, shapes, domains, pace).seconds
+    seconds = make_plan(recipe, shapes, domains, pace, world().size).seconds
     say(f"about {duration(sum(seconds.values()))} on this machine, of which {duration(seconds['training'])} training")
     return recipe
 
@@ -263,8 +263,8 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     """Load the parent, whole or layer by layer, as the plan for its shapes and the available memory require."""
     choice = shapes.choice
     assert choice is not None
-    plan = make_plan(recipe, shapes, domains)
-    free = free_memory(choice.device) if room is None else room
+    plan = make_plan(recipe, shapes, domains, ranks=world().size)
+    free = min(world().exchange(free_memory(choice.device) if room is None else room))
     whole = plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory
     if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
         say(f"{choice.device} has {free / 1e9:.1f} GB free, but about {plan.memory / 1e9:.1f} GB are needed")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Plan:
     ``warnings`` are lines about results that may surprise, such as widths that do not quantise.
     ``device`` and ``dtype`` are what models compute with, ``products`` the FLOPs per second that chose the dtype.
     ``memory`` is the peak with models whole in memory, ``memory_layerwise`` with one layer at a time, mapped weights
-    included; ``None`` if a stage needs gradients.
+    included; ``None`` if a stage needs gradients and there is one process: of several, each holds a part.
     """
 
     parent_parameters: int
@@ -61,27 +61,20 @@ class Plan:
     seconds: dict[str, float]
     warnings: list[str]
 
-    def shared(self, ranks: int) -> Plan:
-        """Return the plan of so many processes: steps that share text take their share of the time.
-
-        Memory is one process's: each holds the parent, and in training experts, gradients and optimiser.
-        """
-        seconds = {kind: took / (ranks if kind in KINDS else 1) for kind, took in self.seconds.items()}
-        return replace(self, seconds={kind: round(took, 1) for kind, took in seconds.items()})
-
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as values for ``--json``."""
         return asdict(self) | {"seconds_total": round(sum(self.seconds.values()), 1)}
 
 
-def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = None) -> Plan:
-    """Predict what ``recipe`` costs for ``parent`` and a number of domains.
+def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = None, ranks: int = 1) -> Plan:
+    """Predict what ``recipe`` costs for ``parent`` and a number of domains; memory is that of one process.
 
     Args:
         recipe: what would be done.
         parent: the loaded parent, or its shapes (``load.load_skeleton``).
         domains: how many domains of text.
         pace: what this machine does in a second (``pace.measure``); without it times are empty.
+        ranks: how many processes share the work.
 
     Raises:
         MoesmithError: a budget of learned masks that cannot be met.
@@ -90,21 +83,21 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = 
     steps = steps_of(recipe)
     shapes = shapes_of(recipe, parent, domains)
     costs = [step.cost(shapes, pace) for step in steps]
-    whole = any(cost.layerwise is None for cost in costs)
+    layers = [cost.one_layer(ranks) for cost in costs]
     choice = parent.choice or Choice(parent.device, parent.dtype, {})
     return Plan(
         **shapes.counts,
         architecture=NATIVE if shapes.native else parent.family,
         expert_width=shapes.kept,
         memory=_memory(shapes, costs),
-        memory_layerwise=None if whole else _memory_layerwise(shapes, costs),
+        memory_layerwise=None if None in layers else _memory_layerwise(shapes, [size or 0 for size in layers]),
         disk=round(sum(cost.disk for cost in costs) + COMPANIONS),
         **{f"{kind}_tokens": sum(cost.tokens for cost in costs if cost.kind == kind) for kind in KINDS},
         device=str(choice.device),
         dtype=long_name(choice.dtype),
         products={long_name(dtype): round(rate) for dtype, rate in choice.rates.items()},
         forward_tokens_per_second=0.0 if pace is None else round(pace.blocks, 1),
-        seconds={} if pace is None else _seconds(costs),
+        seconds={} if pace is None else _seconds(costs, ranks),
         warnings=_widths(recipe, parent, shapes),
     )
 
@@ -129,9 +122,11 @@ def _widths(recipe: Recipe, parent: Parent, shapes: Shapes) -> list[str]:
     return found
 
 
-def _seconds(costs: Sequence[Cost]) -> dict[str, float]:
+def _seconds(costs: Sequence[Cost], ranks: int = 1) -> dict[str, float]:
+    """Add up seconds by kind; processes share the work on text."""
     order = ("calibration", "affinity", "training", "export", "evaluation")
     found = {kind: sum(cost.seconds for cost in costs if cost.kind == kind) for kind in order}
+    found = {kind: seconds / (ranks if kind in KINDS else 1) for kind, seconds in found.items()}
     return {"start": START} | {kind: round(seconds, 1) for kind, seconds in found.items()}
 
 
@@ -140,10 +135,10 @@ def _memory(s: Shapes, costs: Sequence[Cost]) -> int:
     return round(BASE + s.dense * s.itemsize + s.experts * s.itemsize + s.down + max(cost.memory for cost in costs))
 
 
-def _memory_layerwise(s: Shapes, costs: Sequence[Cost]) -> int:
+def _memory_layerwise(s: Shapes, layers: Sequence[int]) -> int:
     """Add up a layer of the mapped parent and the most that one step has on top of it."""
     mapped = (s.sizes.total // s.sizes.L + s.shell) * s.stored
-    return round(BASE + mapped + s.down + max(cost.layerwise or 0 for cost in costs))
+    return round(BASE + mapped + s.down + max(layers))
 
 
 def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace: Pace) -> Recipe:

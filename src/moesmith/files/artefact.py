@@ -216,20 +216,28 @@ def read_metadata(path: Path) -> dict[str, str]:
 def commit(work: Path, final: Path, manifest: Mapping[str, Any], drop: Sequence[str] = ()) -> None:
     """Turn a filled working folder into a finished artefact: hash its files, add the manifest, rename it.
 
-    Files named in ``drop`` are working state: they are deleted once the rename has made the artefact final.
+    Files and folders named in ``drop`` are working state: they are deleted once the rename has made the artefact final.
 
     Raises:
         MoesmithError: ``final`` holds what moesmith did not leave there (:func:`check_left`).
     """
     sweep(work)
     names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
-    names = [name for name in names if name not in drop and name != MANIFEST]
+    names = [name for name in names if name.partition("/")[0] not in drop and name != MANIFEST]
     write_json(work / MANIFEST, {**manifest, "files": {name: file_digest(work / name) for name in names}})
     check_left(final, drop)
     with aside(final):
         os.replace(work, final)
     for name in drop:
-        (final / name).unlink(missing_ok=True)
+        remove(final / name)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; neither need be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_left(final: Path, drop: Sequence[str] = ()) -> None:
@@ -243,7 +251,9 @@ def check_left(final: Path, drop: Sequence[str] = ()) -> None:
     manifest = read_json(final / MANIFEST) if (final / MANIFEST).is_file() else None
     ours = isinstance(manifest, dict) and {"key", "files"} <= manifest.keys()
     known = manifest["files"] if manifest is not None and ours else {}
-    if odd := strangers(final, {*known, *drop, MANIFEST} if ours else ()) or differing(final, known):
+    odd = strangers(final, {*known, *drop, MANIFEST} if ours else ())
+    odd = [name for name in odd if not (ours and name.partition("/")[0] in drop)]  # and what is in such a folder
+    if odd := odd or differing(final, known):
         raise MoesmithError(f"{final / odd[0]} is not as moesmith left it", f"Delete {final} or move it away.")
 
 

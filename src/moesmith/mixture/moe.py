@@ -30,7 +30,7 @@ from moesmith.native.heads import HeadGate
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, layered, share
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, decoder_layers, put
+from moesmith.parent.structure import FFN, decoder_layers, hidden, put
 
 Form = Literal["masked", "sliced"]
 
@@ -47,28 +47,33 @@ class MaskedExperts(nn.Module):
     bias_ED: Tensor | None
     expert_R: Tensor
     channel_R: Tensor
-    down_DR: Tensor
+    gate_FD: Tensor
+    up_FD: Tensor | None
+    gate_bias_F: Tensor | None
 
     def __init__(self, ffn: FFN, mask_EF: Tensor, bias_ED: Tensor | None, down: list[Tensor] | None) -> None:
         super().__init__()
         dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
-        self.hidden = ffn.hidden
+        parts = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "gate_bias_F": ffn.gate_bias_F}
+        for name, part in parts.items():  # shared with the parent, and still the module's own to be moved or spread
+            setattr(self, name, None if part is None else nn.Parameter(part.detach(), requires_grad=False))
+        self.activation = ffn.activation
         self.experts = len(mask_EF)
         self.register_buffer("mask_EF", mask_EF.to(device, dtype), persistent=False)
         self.register_buffer("bias_ED", None if bias_ED is None else bias_ED.to(device, dtype), persistent=False)
         self.refitted = down is not None
         if down is None:
-            self.down_DF = ffn.down_DF
+            self.down_DF = nn.Parameter(ffn.down_DF.detach(), requires_grad=False)
         else:  # R = the kept channels of all experts, one expert after the other
             expert_R, channel_R = mask_EF.nonzero(as_tuple=True)
             self.even = len({down_DF.shape[1] for down_DF in down}) == 1
             self.register_buffer("expert_R", expert_R.to(device), persistent=False)
             self.register_buffer("channel_R", channel_R.to(device), persistent=False)
-            self.register_buffer("down_DR", torch.cat([d.to(device, dtype) for d in down], 1), persistent=False)
+            self.down_DR = nn.Parameter(torch.cat([d.to(device, dtype) for d in down], 1), requires_grad=False)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Return the weighted sum of the experts' outputs, (T, D)."""
-        a_TF = self.hidden(x_TD)
+        a_TF = hidden(x_TD, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F)
         w_TE = x_TD.new_zeros(len(x_TD), self.experts).scatter(1, ids_TK, weights_TK.to(x_TD.dtype))
         if self.refitted:
             # transposed, so that picking channels copies whole rows; picking columns is several times slower

@@ -31,6 +31,14 @@ STREAM = ("input_layernorm", "post_attention_layernorm")
 OUTPUTS = ("o_proj", "dense")  # names of an attention's output projection
 
 
+def hidden(
+    x: Tensor, gate_FD: Tensor, up_FD: Tensor | None, activation: Activation, gate_bias_F: Tensor | None = None
+) -> Tensor:
+    """Compute the input of ``down``, (…, D) to (…, F): act(gate x) * (up x), or act(gate x + b) without a gate."""
+    a = activation(F.linear(x, gate_FD, gate_bias_F))
+    return a if up_FD is None else a * F.linear(x, up_FD)
+
+
 @dataclass
 class Network:
     """A feed-forward network, y = down(hidden(x)): gated, or with two matrices and perhaps biases.
@@ -62,9 +70,8 @@ class Network:
         return len(self.weights)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The input of ``down``, (…, D) to (…, F): act(gate x) * (up x), or act(gate x + b) without a gate."""
-        a = self.activation(F.linear(x, self.gate_FD, self.gate_bias_F))
-        return a if self.up_FD is None else a * F.linear(x, self.up_FD)
+        """The input of ``down``, (…, D) to (…, F)."""
+        return hidden(x, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F)
 
     def output(self, x: Tensor) -> Tensor:
         """What it computes, (…, D) to (…, D)."""

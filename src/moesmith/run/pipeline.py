@@ -29,6 +29,7 @@ from moesmith.files.artefact import (
     finished,
     hidden_beside,
     read_json,
+    remove,
     sweep,
     verify_files,
     write_cure,
@@ -47,7 +48,7 @@ from moesmith.world import together, world
 LISTS = ("card.sha256", "report.html.sha256", "bench.json.sha256")
 # names in a run's folder that are ours, those of finished models apart
 OURS = ("run.json", "run.log", "stages", "bench", "figures", "report.html", "bench.json", *LISTS)
-WORKING = ("checkpoint.safetensors", ".key")  # a stage's working state: not part of the finished artefact
+WORKING = ("checkpoint.safetensors", "checkpoint", ".key")  # a stage's working state: not part of the finished artefact
 
 
 class Pipeline(Run):
@@ -126,7 +127,7 @@ class Pipeline(Run):
         if self._fits(step, self.folder):
             if (begun := _begun(final)) is not None and begun[0] in self._known_keys(name):
                 for left in WORKING:  # from a process killed between the rename and this
-                    (final / left).unlink(missing_ok=True)
+                    remove(final / left)
             verify_files(final)
             say(f"[{name}] done before")
             world().share(False)

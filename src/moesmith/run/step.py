@@ -53,6 +53,8 @@ class Cost:
         memory: bytes on top of the parent, and of the mixture if there already is one.
         layerwise: the same with one layer in memory at a time; ``None`` if the whole model must be in memory.
         disk: bytes that it leaves on disk.
+        spread: where several processes can hold a part of the models each: the bytes that they share out, and those
+            that each needs besides; ``None`` where they cannot.
     """
 
     kind: str = "calibration"
@@ -61,6 +63,14 @@ class Cost:
     memory: int = 0
     layerwise: int | None = 0
     disk: int = 0
+    spread: tuple[int, int] | None = None
+
+    def one_layer(self, ranks: int) -> int | None:
+        """Return the bytes that one of ``ranks`` processes needs if none holds a model whole; ``None`` if one must."""
+        if self.layerwise is not None or self.spread is None or ranks == 1:
+            return self.layerwise
+        shared, own = self.spread
+        return shared // ranks + own
 
 
 def trained(metrics: Mapping[str, Any]) -> str:

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_metadata, read_tensors, write_tensors, write_text
+from moesmith.files.artefact import write_tensors, write_text
 from moesmith.parent.accelerator import full, out_of_memory, release
 from moesmith.run.settings import LoopSection
+from moesmith.training.checkpoint import Checkpoint
+from moesmith.training.sharding import is_spread, part
 from moesmith.world import crew
 
 SAVE_SECONDS = 60.0
@@ -53,7 +55,8 @@ class Masters:
 
     def __init__(self, parameters: dict[str, nn.Parameter], spec: LoopSection) -> None:
         self.parameters = parameters
-        self.fp32 = {name: p.detach().float().clone() for name, p in parameters.items()}
+        self.fp32 = {name: part(p.detach()).float().clone() for name, p in parameters.items()}
+        self.spread = any(is_spread(p.data) for p in parameters.values())
         for master in self.fp32.values():
             master.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
@@ -64,10 +67,14 @@ class Masters:
         """Clip, update and copy back; returns the gradient norm before clipping."""
         for name, parameter in self.parameters.items():
             grad = parameter.grad
-            self.fp32[name].grad = torch.zeros_like(self.fp32[name]) if grad is None else grad.float()
+            self.fp32[name].grad = torch.zeros_like(self.fp32[name]) if grad is None else part(grad).float()
             parameter.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.fp32.values(), clip or math.inf))
-        if math.isfinite(norm):
+        length = nn.utils.get_total_norm([master.grad for master in self.fp32.values() if master.grad is not None])
+        if self.spread:
+            crew().add(square := length.square())
+            length = square.sqrt()
+        nn.utils.clip_grads_with_norm_(self.fp32.values(), clip or math.inf, length)
+        if math.isfinite(norm := float(length)):
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
             self.write_back()
@@ -77,7 +84,7 @@ class Masters:
     def write_back(self) -> None:
         """Round the masters into the model."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.fp32[name])
+            part(parameter.data).copy_(self.fp32[name])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything a checkpoint needs."""
@@ -86,6 +93,11 @@ class Masters:
             for key, value in self.optimizer.state.get(master, {}).items():
                 kept[f"{key}.{name}"] = value
         return kept
+
+    def wanted(self) -> dict[str, Tensor]:
+        """Return tensors of the shapes that a checkpoint holds."""
+        kept = {f"{kind}.{name}": m for name, m in self.fp32.items() for kind in ("master", "exp_avg", "exp_avg_sq")}
+        return kept | {f"step.{name}": torch.zeros(()) for name in self.fp32}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what :meth:`tensors` returned."""
@@ -186,7 +198,7 @@ def train(
         parameters: trained parameters by name, in the model's dtype.
         blocks: (N, window) token ids, of any integer type: each batch becomes int64 when it is used.
         spec: the stage's settings.
-        folder: holds ``log.jsonl`` (a line per step) and ``checkpoint.safetensors``.
+        folder: holds ``log.jsonl`` (a line per step) and a checkpoint (``training.checkpoint``).
         seed: seed of data order, dropout and router noise.
         label: what the progress line says.
         on_step: called with the number of finished steps.
@@ -213,14 +225,13 @@ def train(
         parameter.requires_grad_(True)
     trainable = sum(p.numel() for p in parameters.values())
     masters = Masters(parameters, spec)
-    student = accelerator.prepare_model(objective) if accelerator else objective
+    student = accelerator.prepare_model(objective) if accelerator and not masters.spread else objective
     if spec.checkpointing:
         model.gradient_checkpointing_enable()
     first, last, done, before = math.nan, math.nan, 0, 0.0
-    checkpoint = folder / "checkpoint.safetensors"
-    if checkpoint.is_file():
-        state = json.loads(read_metadata(checkpoint)["state"])
-        masters.load(read_tensors(checkpoint))
+    checkpoint = Checkpoint(folder, {name: p.data for name, p in parameters.items()})
+    if (state := checkpoint.state()) is not None:
+        masters.load(checkpoint.load(masters.wanted()))
         done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
         say(f"{label}: continuing at step {done} of {steps}")
     log = _Log(folder / "log.jsonl", done) if rank == 0 else None
@@ -233,15 +244,15 @@ def train(
         """Leave the gradients of a step's rows on the parameters; return the mean loss."""
         torch.manual_seed(seed * 1_000_003 + step * world + rank)
         losses = []
-        for part in rows.split(micro):
-            loss = student(blocks[part].to(device, torch.int64)) * (len(part) / len(rows))
+        for chosen in rows.split(micro):
+            loss = student(blocks[chosen].to(device, torch.int64)) * (len(chosen) / len(rows))
             loss.backward()
             losses.append(loss.detach())
         return sum(float(loss) for loss in losses)  # read once the device has all of the step's work
 
     def save(step: int) -> None:
         state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
-        write_tensors(checkpoint, masters.tensors(), {"state": json.dumps(state)})
+        checkpoint.save(masters.tensors(), state)
 
     begin = getattr(objective, "begin", None)
     model.train()
@@ -281,15 +292,16 @@ def train(
                 record = {"step": step + 1, "tokens": (step + 1) * spec.batch * spec.window, "loss": round(loss, 5)}
                 record |= {"lr": lr, "grad_norm": round(norm, 5)} | getattr(objective, "measured", {})
                 log.write(record | {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)})
-                now = time.monotonic()
-                if now - saved > SAVE_SECONDS * max(1.0, writing):  # large checkpoints less often
-                    save(step + 1)
-                    saved = time.monotonic()
-                    writing = saved - now
+            now = time.monotonic()
+            due = now - saved > SAVE_SECONDS * max(1.0, writing)  # large checkpoints less often
+            if crew().share(due) if masters.spread else due and rank == 0:
+                save(step + 1)
+                saved = time.monotonic()
+                writing = saved - now
             bar.advance(spec.batch * spec.window, f"loss {loss:.3f}")
             if on_step is not None:
                 on_step(step + 1)
-    if rank == 0:
+    if masters.spread or rank == 0:
         save(steps)
     if accelerator:
         accelerator.wait_for_everyone()

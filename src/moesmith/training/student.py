@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.mixture.moe import share
+from moesmith.parent.hooks import hooked
 from moesmith.parent.load import Parent
+from moesmith.parent.structure import decoder_layers
 from moesmith.run.settings import TrainSection
 from moesmith.training.losses import head_loss
 
@@ -87,5 +89,12 @@ def drift(states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 def _states(model: PreTrainedModel, ids_BS: Tensor, *, every: bool) -> list[Tensor]:
     """Return the hidden states behind ``every`` layer, (B, S, D), the last one normalised; or that one alone."""
-    out = model.base_model(input_ids=ids_BS, use_cache=False, output_hidden_states=every)
-    return [*out.hidden_states[1:-1], out.last_hidden_state] if every else [out.last_hidden_state]
+    states: list[Tensor] = []
+
+    def keep(_layer: nn.Module, _args: Any, out: Any) -> None:
+        states.append(out[0] if isinstance(out, tuple) else out)
+
+    # not by output_hidden_states, which transformers knows of its own classes only: a spread model has another
+    with hooked((layer, keep) for layer in decoder_layers(model)[1][:-1] if every):
+        last_BSD: Tensor = model.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state
+    return [*states, last_BSD]

@@ -19,11 +19,13 @@ from moesmith.mixture.lora import add_lora, lora_tensors
 from moesmith.mixture.moe import build, moe_blocks
 from moesmith.native.experts import MoEBlock, SlicedExperts
 from moesmith.native.gate import Router, added
+from moesmith.parent.compute import Choice
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import TrainSection
 from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
+from moesmith.training.sharding import gather, spread
 from moesmith.training.student import Student
 from moesmith.world import crew
 
@@ -143,7 +145,9 @@ class Train(Step):
         """Write a carving with what training changed, and ``log.jsonl``."""
         spec, parent, section, seed = self.spec, job.parent, self.trains, self.recipe.seed
         carving = job.run.carving(self.before)
-        model = build(parent, carving, "masked" if spec.gate == "dense" else "sliced")
+        # of a parent that does not fit, several processes hold a part each; layers go to the device as they are cut
+        place = replace(parent, choice=Choice(parent.model.device, parent.dtype, {})) if parent.layerwise else parent
+        model = build(place, carving, "masked" if spec.gate == "dense" else "sliced")
         parameters = prepare(model, spec, seed)
         if not parameters:
             raise MoesmithError(
@@ -154,7 +158,12 @@ class Train(Step):
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
         blocks = job.run.training(section)
         teacher = parent.model if spec.loss == "distill" and spec.mix + spec.hidden > 0 else None
+        if parent.layerwise:
+            model, parameters = spread(model, parameters, parent.dtype, parent.device)
+            teacher = None if teacher is None else spread(teacher, {}, parent.dtype, parent.device)[0]
         outcome = train(Student(model, teacher, spec), parameters, blocks, spec, work, seed=seed, label=self.name)
+        if parent.layerwise:
+            parameters = gather(model, parameters)
         if crew().first:
             harvest(model, carving, parameters).save(work)
         return outcome.metrics()
@@ -166,24 +175,27 @@ class Train(Step):
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Count forward and backward passes, the teacher, and what the backward pass keeps."""
         spec, sizes = self.spec, shapes.sizes
-        distilled = spec.loss == "distill"
+        distilled, passes = spec.loss == "distill", 1 + BACKWARD + spec.checkpointing
         if spec.gate == "dense":  # all of gate and up, and every expert's own down if refitted
             extra = sizes.L * sizes.D * (shapes.E * shapes.kept - sizes.F) / sizes.total if shapes.refit else 0.0
-            student = (1 + extra) * (1 + BACKWARD)
+            student = (1 + extra) * passes
         else:
-            student = shapes.active * (1 + BACKWARD)
+            student = shapes.active * passes
         seconds = 0.0
         if pace:
             seconds = spec.tokens * ((student + distilled) / pace.blocks + (2 + distilled) * LOSS / pace.head)
-        kept = 10 * sizes.D + 5 * shapes.used
-        memory = 2 * spec.micro_batch * spec.window * sizes.L * kept
+        kept = 10 * sizes.D + 5 * shapes.used  # of a token in a layer; recomputed, what goes in
+        kept = sizes.L * sizes.D + kept if spec.checkpointing else sizes.L * kept
+        memory = 2 * spec.micro_batch * spec.window * kept
         if spec.gate == "dense" and shapes.refit:
             memory += 2 * sizes.L * sizes.D * sizes.F * shapes.E * shapes.itemsize
         # fp32 master, two moments, gradient and a copy in the model's dtype; only the masters stay
         weights = sizes.L * shapes.E * spec.lora_rank * shapes.matrices * (sizes.D + shapes.kept)
         weights += shapes.experts if spec.whole else 0
         disk = 4 * weights + 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down
-        return Cost("training", spec.tokens, seconds, memory + 20 * weights, None, disk)
+        models = ((1 + distilled) * sizes.total + shapes.experts) * shapes.itemsize + 20 * weights
+        whole = (2 * shapes.layer + (1 + distilled) * shapes.shell) * shapes.itemsize  # two layers at a time, the ends
+        return Cost("training", spec.tokens, seconds, memory + 20 * weights, None, disk, (models, whole + memory))
 
 
 class TrainRouter(Train):
