@@ -16,7 +16,7 @@ import yaml
 from golden import ASSETS
 from scipy import stats
 
-from moesmith.comparison.compare import Comparison, compare
+from moesmith.comparison.compare import Comparison, compare, turns
 from moesmith.comparison.controls import Control
 from moesmith.comparison.figures import curves, tokens_of
 from moesmith.comparison.measure import Ruler
@@ -300,6 +300,16 @@ def test_several_sets_vary() -> None:
         "token-ratio-0.5-passes-0-seed-1", "token-ratio-0.5-passes-1-seed-1", "token-ratio-0.5-passes-0-seed-2",
         "token-ratio-0.5-passes-1-seed-2", "token-ratio-0.25-passes-0", "token-ratio-0.25-passes-1",
     ]  # fmt: skip
+
+
+def test_every_row_has_its_first_turn_before_a_second_one() -> None:
+    rows = [
+        ROWS[0] | {"vary": {"seed": [1, 2]}},
+        ROWS[2],
+        {"name": "b", "recipe": "token", "vary": {"seed": [7, 8, 9]}},
+    ]
+    made = [(c.source.name, c.seed) for c in turns(list(spec(rows=rows).conversions()))]
+    assert made == [("static", 1), ("token", None), ("b", 7), ("static", 2), ("token", None), ("b", 8), ("b", 9)]
 
 
 def test_all_rows_vary() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,8 +192,13 @@ def compare(
     more |= {"spec": spec.model_dump(mode="json", exclude_defaults=True)}
     with series.opened(more):
         dense = comparison.dense()
-        found: list[tuple[Conversion, Row]] = []
-        for conversion in spec.conversions():
+        shown, found = list(spec.conversions()), dict[str, Row]()
+
+        def table() -> dict[str, Any]:
+            rows = [(conversion, found[conversion.name]) for conversion in shown if conversion.name in found]
+            return table_of(spec, dense, rows)
+
+        for conversion in turns(shown):
             now = not chosen or conversion.source.name in chosen
             try:
                 row = comparison.row(conversion, recipes[conversion.name], make=now)
@@ -202,13 +208,23 @@ def compare(
                 say(f"{conversion.title}: {error}")
                 row = {"refused": str(error)}
             if row is not None:
-                found.append((conversion, row))
+                found[conversion.name] = row
             if now:
-                write_tables(series.out, series.write(table_of(spec, dense, found)))
-        result = series.write(table_of(spec, dense, found))
+                write_tables(series.out, series.write(table()))
+        result = series.write(table())
         write_tables(series.out, result)
         write_page(series.out, result)
     return result
+
+
+def turns(conversions: Sequence[Conversion]) -> list[Conversion]:
+    """Order conversions to be made: of every row the first, then the second; what is stopped has a whole table."""
+    seen: Counter[str] = Counter()
+    order = []
+    for conversion in conversions:
+        order.append(seen[conversion.source.name])
+        seen[conversion.source.name] += 1
+    return [conversion for _, conversion in sorted(zip(order, conversions, strict=True), key=lambda pair: pair[0])]
 
 
 def drop_models(folder: Path) -> None:
