@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,73 @@ def test_a_parent_that_fits_no_process_is_trained_in_parts(tmp_path: Path) -> No
     alone = answer([sys.executable, "-m", "moesmith", *words, "--memory", room])
     assert alone.returncode == 2
     assert "the plan needs about" in alone.stderr
+
+
+@contextmanager
+def two_hosts() -> Iterator[list[tuple[str, str]]]:
+    """Two network namespaces with a wire between them: each one's name and address."""
+    hosts = [(f"moesmith-{end}-{os.getpid()}", f"10.199.0.{index}") for index, end in enumerate("ab", 1)]
+    names = [f"ms{end}{os.getpid()}" for end in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+
+    try:
+        try:
+            for host, _ in hosts:
+                ip("netns", "add", host)
+                ip("-n", host, "link", "set", "lo", "up")
+            ends = [(name, "netns", host) for name, (host, _) in zip(names, hosts, strict=True)]
+            ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
+            for name, (host, address) in zip(names, hosts, strict=True):
+                ip("-n", host, "addr", "add", f"{address}/24", "dev", name)
+                ip("-n", host, "link", "set", name, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield [(host, address) for host, address in hosts]
+    finally:
+        for host, _ in hosts:
+            subprocess.run(["ip", "netns", "delete", host], check=False, capture_output=True, timeout=20)
+
+
+@slow
+def test_two_hosts_make_what_one_process_makes(tmp_path: Path) -> None:
+    one, out = converted("dive-plus", tmp_path / "one", 1), tmp_path / "more"
+    words = [*arguments("dive-plus", MODEL, DATA, out, settings_of("dive-plus")), "--dtype", "fp32", "--device", "cpu"]
+    with two_hosts() as hosts:
+        first = hosts[0][1]
+        port = f"{20000 + os.getpid() % 20000}"
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        launch += ["--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{port}", "--rdzv-id=1"]
+        started = []
+        for index, (host, address) in enumerate(hosts):
+            inside = [
+                "ip",
+                "netns",
+                "exec",
+                host,
+                *launch,
+                f"--local-addr={address}",
+                f"--rdzv-conf=is_host={int(not index)}",
+                "-m",
+                "moesmith",
+                *words,
+            ]
+            wire = {"GLOO_SOCKET_IFNAME": f"ms{'ab'[index]}{os.getpid()}"}
+            started.append(
+                subprocess.Popen(
+                    inside, env=environment() | wire, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                )
+            )
+        said = [process.communicate(timeout=240) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert sum(errors.count("finished: ") for _, errors in said) == 1  # one process speaks
+    more = open_run(out)
+    for step in ("router", "experts"):
+        assert story(more, step) == pytest.approx(story(one, step), abs=1e-4)
+    assert more.evaluation["stages"]["experts"]["geomean"] == pytest.approx(
+        one.evaluation["stages"]["experts"]["geomean"], rel=1e-3
+    )
 
 
 @slow
