@@ -233,6 +233,11 @@ def show_text(text: str) -> None:
     out.print(plain(text), soft_wrap=True)
 
 
+def show_piece(text: str) -> None:
+    """Print a part of a text on standard output at once, without a line end."""
+    out.print(plain(text), soft_wrap=True, end="")
+
+
 def show_json(value: Any) -> None:
     """Print a value as JSON on standard output; it stays JSON in every encoding."""
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")

@@ -28,6 +28,24 @@ def generate(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="a finished run, a .gguf file, or a folder that transformers loads")],
+    beside: Annotated[str | None, typer.Option(help="another of these, which answers every prompt first")] = None,
+    parent: Annotated[bool, typer.Option("--parent", help="the run's dense parent answers every prompt first")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="of an answer, at most")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 for the most likely token")] = 0.0,
+    system: Annotated[str | None, typer.Option(help="a system message")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Chat with a finished model, in the terminal or line by line from a pipe."""
+    from moesmith.chat.chat import chat as talk
+
+    options: dict[str, Any] = {"tokens": tokens, "temperature": temperature, "system": system}
+    talk(model, beside, parent=parent, dtype=dtype, device=device, **options)
+
+
+@app.command()
 def export(
     run: RunFolder,
     to: Annotated[str | None, typer.Option(help="hf, sglang, gguf, native or delta")] = None,
