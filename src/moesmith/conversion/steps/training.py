@@ -25,6 +25,7 @@ from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 from moesmith.training.student import Student
+from moesmith.training.tracking import Report
 from moesmith.world import crew
 
 
@@ -154,7 +155,9 @@ class Train(Step):
         say(f"  {count:,} trainable parameters in {len(parameters)} tensors")
         blocks = job.run.training(section)
         teacher = parent.model if spec.loss == "distill" and spec.mix + spec.hidden > 0 else None
-        outcome = train(Student(model, teacher, spec), parameters, blocks, spec, work, seed=seed, label=self.name)
+        report = Report(self.recipe.report_to, job.run.folder, self.name)
+        student = Student(model, teacher, spec)
+        outcome = train(student, parameters, blocks, spec, work, seed=seed, label=self.name, report=report)
         if crew().first:
             harvest(model, carving, parameters).save(work)
         return outcome.metrics()
