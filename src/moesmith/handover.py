@@ -119,6 +119,7 @@ def push(
     base_model: Annotated[str | None, typer.Option(help="the parent's hub id, for the card")] = None,
     licence: Annotated[str | None, typer.Option("--license", help="such as apache-2.0")] = None,
     file: Annotated[list[Path], typer.Option(help="a further file, such as a GGUF file; repeatable")] = [],  # noqa: B006
+    quantized_of: Annotated[str | None, typer.Option(help="the model's own repository: upload only --file")] = None,
     private: Annotated[bool, typer.Option("--private", help="of a repository that is made")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="write --out and upload nothing")] = False,
     as_json: Json = False,
@@ -127,6 +128,7 @@ def push(
     from moesmith.export.push import push as upload
 
     options: dict[str, Any] = {"base_model": base_model, "licence": licence, "files": file, "out": out_folder}
+    options |= {"quantized_of": quantized_of}
     result = upload(run, to, **options, private=private, dry_run=dry_run)
     if as_json:
         show_json(result)
