@@ -26,7 +26,7 @@ from moesmith.export.gguf.target import Gguf, _judge, mark_losses, wide_rows
 from moesmith.export.stock.write import stock_reference
 from moesmith.export.target import Options, Source
 from moesmith.export.targets import source_of
-from moesmith.files.artefact import sums_of
+from moesmith.files.artefact import own_list, sums_of
 from moesmith.mixture.layer import Layer, Linear
 from moesmith.parent.load import load_parent
 from moesmith.run.recipe import load_recipe
@@ -314,7 +314,11 @@ def test_command(finished: Path, tmp_path: Path) -> None:
     answer = moesmith(*words)
     assert answer.status == 0, answer.err
     assert "greedy match" in answer.out
+    assert f"llama-server -m {tmp_path / 'moe.gguf'} -c 512" in answer.out
+    assert f"ollama create moe -f {tmp_path / 'moe.Modelfile'}" in answer.out
     first = sums_of(tmp_path)
+    assert first.keys() == {"moe.gguf", "moe.gguf.sha256", "moe.Modelfile"}
+    assert set(own_list(tmp_path / "moe.gguf.sha256") or ()) == {"moe.gguf", "moe.Modelfile"}
     assert (tmp_path / "moe.gguf.sha256").read_text().endswith(f"\n{first['moe.gguf']}  moe.gguf\n")
     refused(moesmith(*words), r"moe\.gguf exists\. Give --overwrite")
     assert moesmith(*words, "--overwrite").status == 0

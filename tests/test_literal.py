@@ -19,8 +19,8 @@ from conversions import arguments
 
 from moesmith import console
 from moesmith.cli import main
+from moesmith.console import code, inline
 from moesmith.evaluation import compare
-from moesmith.report.card import code, inline
 
 NAMES = ["[bold red]", "a [b] c", "[link=x]y", "|pipe", "<script>alert(1)<", "Über 中", "$x_1$ :smile:", "`*_&lt;_*`"]
 

@@ -93,8 +93,22 @@ def test_a_dry_run_writes_the_folder(finished: Path, tmp_path: Path) -> None:
     values = {r["dataset"]["name"]: r["metrics"][0]["value"] for r in data["model-index"][0]["results"]}
     assert values["held-out text: geometric mean"] == pytest.approx(list(stages.values())[-1]["geomean"], abs=1e-3)
     assert "as a Mixture-of-Experts" in card.text
-    assert file.name in card.text
+    assert f"`llama-server --hf-repo me/moe --hf-file {file.name}`" in card.text
+    assert f"`ollama run hf.co/me/moe:{file.name}`" in card.text
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_quantised_files_have_a_repository_of_their_own(finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "moe-q8_0.gguf"
+    file.write_bytes(b"GGUF of another command")
+    words = ["push", finished, "--to", "me/moe-GGUF", "--quantized-of", "me/moe", "--base-model", "org/parent"]
+    answer = moesmith(*words, "--file", file, "--license", "mit", "--out", tmp_path / "out", "--dry-run", "--json")
+    assert answer.status == 0, answer.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "SHA256SUMS", file.name}
+    data = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("me/moe", "quantized", "mit")
+    assert not {"library_name", "model-index"} & data.keys()
+    assert "gguf" in data["tags"]
 
 
 def test_an_upload_sends_every_file(finished: Path, hub: type[Hub]) -> None:
@@ -130,6 +144,12 @@ def test_refusals(finished: Path, tmp_path: Path) -> None:
         push(finished, "me/moe", out=tmp_path / "out", files=str(tmp_path / "absent.gguf"), dry_run=True)
     with pytest.raises(MoesmithError, match=r"two files would be called config\.json"):
         push(finished, "me/moe", out=tmp_path / "out", files=finished / "model" / "config.json", dry_run=True)
+    with pytest.raises(MoesmithError, match=r"no quantised files are named"):
+        push(finished, "me/moe-GGUF", out=tmp_path / "out", quantized_of="me/moe", dry_run=True)
+    with pytest.raises(MoesmithError, match=r"me/moe cannot be quantised from itself"):
+        push(finished, "me/moe", out=tmp_path / "out", quantized_of="me/moe", dry_run=True)
+    with pytest.raises(MoesmithError, match=r"'moe' is no repository\. Write --quantized-of"):
+        push(finished, "me/moe-GGUF", out=tmp_path / "out", quantized_of="moe", dry_run=True)
     damaged = Path(shutil.copytree(finished, tmp_path / "run"))
     (damaged / "model" / "config.json").write_text("{}")
     with pytest.raises(MoesmithError, match=r"config\.json"):

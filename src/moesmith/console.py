@@ -41,6 +41,7 @@ console = Console(stderr=True, **_LITERAL)
 out = Console(soft_wrap=True, **_LITERAL)
 # characters that move a cursor or reverse the reading direction, without line ends and tabs
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_MARKS = re.compile(r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])")  # Markdown's
 
 
 def plain(text: str, file: IO[str] | None = None) -> str:
@@ -60,6 +61,18 @@ def _escaped(text: str, encoding: str) -> str:
 
 def _escape(character: str) -> str:
     return f"\\u{ord(character):04x}"
+
+
+def inline(text: str) -> str:
+    """Escape a user's text for a line or table cell of Markdown: it is shown as it is, whatever marks it holds."""
+    return _MARKS.sub(r"\\\g<0>", plain(" ".join(text.split())))
+
+
+def code(text: str) -> str:
+    """Write a user's text as code in a line of Markdown, fenced by more backticks than it holds."""
+    text = plain(" ".join(text.split()))
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def say(message: str, level: int = logging.INFO) -> None:
@@ -231,6 +244,11 @@ def log_to(path: Path) -> Iterator[None]:
 def show_text(text: str) -> None:
     """Print lines on standard output."""
     out.print(plain(text), soft_wrap=True)
+
+
+def show_piece(text: str) -> None:
+    """Print a part of a text on standard output at once, without a line end."""
+    out.print(plain(text), soft_wrap=True, end="")
 
 
 def show_json(value: Any) -> None:

@@ -34,6 +34,7 @@ from moesmith.run.pipeline import Pipeline, check_folder, check_reuse
 from moesmith.run.recipe import Recipe, choose_recipe, parse
 from moesmith.run.step import Job
 from moesmith.training.loop import ordinary_mode
+from moesmith.training.tracking import check_report
 from moesmith.world import own_device, refuse_others, world
 
 
@@ -127,6 +128,7 @@ def _prepared(
 ) -> tuple[Pipeline, Job]:
     """Check everything before any work, and load the parent; arguments as :func:`convert` takes them."""
     chosen = choose_recipe(recipe, budget, settings, active)
+    check_report(chosen.report_to)
     data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
     others = check_reuse(reuse)
     domains = choose_domains(data, chosen)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import PreTrainedModel
 
 from moesmith.arguments import path_text, several, takes_paths
@@ -17,9 +18,10 @@ from moesmith.evaluation.harness import find_tasks, run_tasks
 from moesmith.evaluation.health import health
 from moesmith.evaluation.likelihoods import lambada
 from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, wikitext2
+from moesmith.evaluation.prompt import token_ids, written
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
-from moesmith.parent.vocabulary import refuse_ids, rows_of
+from moesmith.parent.vocabulary import rows_of
 from moesmith.run.folder import open_run
 
 
@@ -137,16 +139,13 @@ def continuations(
     if chat:
         if not tokenizer.chat_template:
             raise MoesmithError("the parent has no chat template", "Leave --chat out.")
-        turns = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
-    if inputs["input_ids"].shape[1] == 0:
-        raise MoesmithError("the prompt is empty", "Give some text to continue.")
-    refuse_ids(inputs["input_ids"], rows_of(parent.model), "the prompt")
+        prompt = written(tokenizer, [{"role": "user", "content": prompt}])
+    ids = token_ids(tokenizer, prompt, rows_of(parent.model), templated=chat).to(parent.device)
 
     def go_on(model: PreTrainedModel) -> str:
         generate: Any = model.generate
-        ids = generate(**inputs, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+        made = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+        return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
     return {"dense parent": go_on(parent.model), "MoE": go_on(moe)}

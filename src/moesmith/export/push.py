@@ -1,12 +1,18 @@
 """Hand a finished model to others: a folder with a card that the Hugging Face hub reads, uploaded if asked.
 
 The card is the run's own, with what the hub reads from its header: licence, parent, data sets, measured perplexities.
+
+A repository has one relation to one base model. A mixture is a ``finetune`` of its parent, also where GGUF files of it
+lie beside it: they are quantisations of the mixture, not of the parent. In a repository of their own they are
+``quantized``, and the mixture's repository is their base model. Perplexities go into the card (``model-index``) and not
+into ``.eval_results/``, whose entries must name a benchmark that the hub knows; no text of a run is one.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +23,7 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from moesmith.arguments import path_of, several
-from moesmith.console import say
+from moesmith.console import code, say
 from moesmith.data.hf_datasets import read_sets
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder
@@ -37,6 +43,7 @@ def push(
     base_model: str | None = None,
     licence: str | None = None,
     files: str | Path | Sequence[str | Path] | None = (),
+    quantized_of: str | None = None,
     private: bool = False,
     dry_run: bool = False,
 ) -> dict[str, Any]:
@@ -50,6 +57,7 @@ def push(
         licence: of the model, a hub identifier such as ``apache-2.0``; the parent folder's own card says it if it is
             left out and that card does.
         files: further files, such as a GGUF file made by ``moesmith export``.
+        quantized_of: the repository that holds the model itself: ``files`` alone are uploaded, as quantised from it.
         private: of a repository that is made.
         dry_run: write ``out`` and upload nothing.
 
@@ -60,8 +68,11 @@ def push(
         MoesmithError: the run is not finished or its model is damaged, the repository's name is none, a file is
             missing, ``out`` may not be written, or the hub refuses.
     """
-    if not REPOSITORY.fullmatch(to):
-        raise MoesmithError(f"{to!r} is no repository", "Write --to user/name.")
+    for flag, name in (("--to", to), ("--quantized-of", quantized_of)):
+        if name is not None and not REPOSITORY.fullmatch(name):
+            raise MoesmithError(f"{name!r} is no repository", f"Write {flag} user/name.")
+    if quantized_of == to:
+        raise MoesmithError(f"{to} cannot be quantised from itself", "Give --to another repository.")
     if dry_run and out is None:
         raise MoesmithError("a dry run writes a folder", "Give --out.")
     run, more = open_run(folder), [path_of("file", file) for file in several("files", files)]
@@ -69,14 +80,16 @@ def push(
     run.check_files()
     if absent := [file for file in more if not file.is_file()]:
         raise MoesmithError(f"there is no file {absent[0]}", "Give files that exist.")
-    names = [file.name for file in more]
-    if taken := [n for n in names if names.count(n) > 1 or (run.model / n).exists()]:
+    if quantized_of is not None and not more:
+        raise MoesmithError("no quantised files are named", "Give --file, such as a GGUF file of 'moesmith export'.")
+    names, own = [file.name for file in more], [] if quantized_of is not None else list(run.model.iterdir())
+    if taken := [n for n in names if names.count(n) > 1 or n in {CARD, SUMS, *(file.name for file in own)}]:
         raise MoesmithError(f"two files would be called {taken[0]}", "Rename one of them.")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "model" if out is None else path_of("out", out)
-        card = _card(run, to, base_model, licence, names)
+        card = _card(run, to, base_model, licence, names, quantized_of)
         with whole_folder(place) as work:
-            for file in [*run.model.iterdir(), *more]:
+            for file in [*own, *more]:
                 if file.name not in (CARD, SUMS):
                     _placed(file, work / file.name)
             write_text(work / CARD, card)
@@ -93,7 +106,9 @@ def _placed(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _card(run: Run, to: str, base_model: str | None, licence: str | None, files: Sequence[str]) -> str:
+def _card(
+    run: Run, to: str, base_model: str | None, licence: str | None, files: Sequence[str], quantized_of: str | None
+) -> str:
     """Write the run's card anew with a header that the hub reads."""
     text = (run.model / CARD).read_text(encoding="utf-8")
     found = HEADER.match(text)
@@ -103,19 +118,20 @@ def _card(run: Run, to: str, base_model: str | None, licence: str | None, files:
     licence = licence or header.get("license") or _licence(run)
     if licence is None:
         say("the card says no licence: give --license, such as that of the parent")
-    data = ModelCardData(
-        model_name=to.split("/")[1],
-        license=licence,
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=[*header.get("tags", []), *(["gguf"] if any(name.endswith(".gguf") for name in files) else [])],
-        datasets=_datasets(run) or None,
-        eval_results=_results(run),
-    )
+    gguf = [name for name in files if name.endswith(".gguf")]
+    common: dict[str, Any] = {"license": licence, "pipeline_tag": "text-generation", "datasets": _datasets(run) or None}
+    common["tags"] = [*header.get("tags", []), *(["gguf"] if gguf else [])]
+    if quantized_of is not None:  # what was measured was measured on the model itself
+        data = ModelCardData(base_model=quantized_of, base_model_relation="quantized", **common)
+    else:
+        relation = "finetune" if base_model else None
+        common |= {"model_name": to.split("/")[1], "library_name": "transformers", "eval_results": _results(run)}
+        data = ModelCardData(base_model=base_model, base_model_relation=relation, **common)
     if files:
-        body += "\nFiles for other runtimes: " + ", ".join(f"`{name}`" for name in files) + ".\n"
+        body += "\nFiles for other runtimes: " + ", ".join(code(name) for name in files) + ".\n"
+    for name in gguf:
+        served = f"llama-server --hf-repo {to} --hf-file {shlex.quote(name)}"
+        body += f"\nTo serve {code(name)}: {code(served)}, or {code(f'ollama run hf.co/{to}:{name}')}.\n"
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 

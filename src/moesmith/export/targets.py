@@ -9,6 +9,7 @@ from moesmith.arguments import path_of, takes_paths
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import Delta
+from moesmith.export.gguf.modelfile import commands, modelfile_of, write_modelfile
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.hf import HuggingFace
 from moesmith.export.native import Native
@@ -87,7 +88,8 @@ def export_run(
         overwrite: replace what moesmith wrote at ``out``, when the new one is proved.
 
     Returns:
-        ``target``, ``out``, ``lost``, and what the target's ``write`` and ``verify`` return.
+        ``target``, ``out``, ``lost``, and what the target's ``write`` and ``verify`` return; of a GGUF file also the
+        lines that serve it, ``ollama`` and ``llama_server``.
 
     Raises:
         MoesmithError: an unknown target, an option it does not take, an ``out`` that may not be written
@@ -113,6 +115,9 @@ def export_run(
     with place(out, overwrite=overwrite) as work:
         facts = target.write(source, work, options)
         facts |= target.verify(source, work, source.ids)
+        if to == "gguf":
+            write_modelfile(source, work)
+            facts |= commands(source, out)
     return {"target": to, "out": str(out), "lost": lost} | facts
 
 
@@ -128,6 +133,6 @@ def check_out(out: Path, target: Target, run: Path, *, overwrite: bool = False) 
         )
     check_place(out, inputs_of(run))
     if target.suffix:
-        check_file(out, overwrite=overwrite)
+        check_file(out, overwrite=overwrite, beside=[modelfile_of(out).name])
     else:
         check_folder(out, overwrite=overwrite)

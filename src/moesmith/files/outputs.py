@@ -36,7 +36,8 @@ from moesmith.files.artefact import (
 
 OTHER = "Give another --out"
 ASK = "Give --overwrite (in Python overwrite=True) to replace what moesmith wrote there, or another --out."
-OF_A_RUN = ("run.json", "stages", "model", "stock", "bench", "figures")  # names that a run's folder uses
+# names that a run's folder uses
+OF_A_RUN = ("run.json", "stages", "model", "stock", "bench", "figures", "tensorboard", "wandb")
 
 
 def inputs_of(run: Path, *more: str | Path | None) -> list[Path]:
@@ -203,7 +204,7 @@ def check_file(out: Path, *, overwrite: bool, beside: Iterable[str] = ()) -> Non
         raise MoesmithError(f"{out} is a folder, and a file is to be written", "Give a file's name.")
     if sums is None and os.path.lexists(lists):
         raise MoesmithError(f"{lists} exists and is not moesmith's", f"{OTHER}, or move it away.")
-    for name in sorted({there.name, *beside, *(sums or {})}):
+    for name in [there.name, *sorted({*beside, *(sums or {})} - {there.name})]:
         path = there.parent / name
         if not os.path.lexists(path):
             continue

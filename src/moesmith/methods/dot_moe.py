@@ -43,6 +43,7 @@ from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 from moesmith.training.student import frozen, token_loss
+from moesmith.training.tracking import Report
 from moesmith.world import crew
 
 STARTS_AT = 2.0  # affinity of a channel to its cluster's expert, where all others have 0
@@ -120,7 +121,8 @@ class Assign(Step):
         names = {f"assign.{name}": p for name, p in learned.named_parameters()}
         say(f"  {sum(p.numel() for p in names.values()):,} trainable parameters, none of them the parent's")
         objective = AssignObjective(model, parent.model, learned, spec)
-        outcome = train(objective, names, job.run.training("assign"), spec, work, seed=self.recipe.seed, label="assign")
+        blocks, report = job.run.training("assign"), Report(self.recipe.report_to, job.run.folder, self.name)
+        outcome = train(objective, names, blocks, spec, work, seed=self.recipe.seed, label="assign", report=report)
         if not crew().first:
             return {}
         learned.temperature = spec.last_temperature
@@ -249,6 +251,10 @@ class AssignObjective(nn.Module):
         """Parts of the last loss as numbers."""
         return {name: round(float(value), 5) for name, value in self._measured.items()}
 
+    def loads(self) -> list[Tensor]:
+        """Return each layer's share of choices by expert, (E,), in the last forward pass."""
+        return [loads_of(self.learned.logits[index], self.learned.top_k) for index in sorted(self.learned.logits)]
+
     def begin(self, step: int, steps: int) -> None:
         """Set the temperature of a step, from the first to the last."""
         first, last = self.spec.temperature, self.spec.last_temperature
@@ -269,10 +275,13 @@ class AssignObjective(nn.Module):
 
 def load_balance(logits_TE: Tensor, top_k: int) -> Tensor:
     """Compute E Σ_e f_e P_e: share of choices times mean probability; 1 if all experts are chosen equally often."""
-    experts = logits_TE.shape[-1]
+    return logits_TE.shape[-1] * (loads_of(logits_TE, top_k) * logits_TE.softmax(-1).mean(0)).sum()
+
+
+def loads_of(logits_TE: Tensor, top_k: int) -> Tensor:
+    """Compute each expert's share of the choices, (E,)."""
     chosen_TK = logits_TE.topk(top_k, -1).indices
-    share_E = torch.bincount(chosen_TK.flatten(), minlength=experts) / chosen_TK.numel()
-    return experts * (share_E * logits_TE.softmax(-1).mean(0)).sum()
+    return torch.bincount(chosen_TK.flatten(), minlength=logits_TE.shape[-1]) / chosen_TK.numel()
 
 
 def sinkhorn(logits_LFE: Tensor, rounds: int) -> Tensor:

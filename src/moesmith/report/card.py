@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from moesmith.console import plain
+from moesmith.console import code, inline
 from moesmith.data.overlap import found_in, warnings
 from moesmith.mixture.carving import Header
 from moesmith.native.modeling import MoesmithForCausalLM
@@ -22,21 +22,6 @@ _LOADING = (
     " weights and needs only torch and transformers. If moesmith is installed, `import moesmith.native.modeling`"
     " replaces the flag",
 )
-
-
-_MARKS = re.compile(r"[\\`*\[\]<>|&~$#]|(?<![^\W_])_|_(?![^\W_])")
-
-
-def inline(text: str) -> str:
-    """Escape a user's text for a line or table cell of Markdown: it is shown as it is, whatever marks it holds."""
-    return _MARKS.sub(r"\\\g<0>", plain(" ".join(text.split())))
-
-
-def code(text: str) -> str:
-    """Write a user's text as code in a line of Markdown, fenced by more backticks than it holds."""
-    text = plain(" ".join(text.split()))
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def model_card(run: Run) -> str:

@@ -47,7 +47,18 @@ from moesmith.world import together, world
 
 LISTS = ("card.sha256", "report.html.sha256", "bench.json.sha256")
 # names in a run's folder that are ours, those of finished models apart
-OURS = ("run.json", "run.log", "stages", "bench", "figures", "report.html", "bench.json", *LISTS)
+OURS = (
+    "run.json",
+    "run.log",
+    "stages",
+    "bench",
+    "figures",
+    "report.html",
+    "bench.json",
+    "tensorboard",
+    "wandb",
+    *LISTS,
+)
 WORKING = ("checkpoint.safetensors", "checkpoint", ".key")  # a stage's working state: not part of the finished artefact
 
 

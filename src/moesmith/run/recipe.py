@@ -18,7 +18,7 @@ from pydantic import SerializeAsAny, ValidationError, create_model
 
 from moesmith.arguments import path_text, several
 from moesmith.errors import MoesmithError
-from moesmith.run.settings import DomainsSection, EvaluateSection, LoopSection, Section, TrainSection
+from moesmith.run.settings import DomainsSection, EvaluateSection, LoopSection, Section, Tracker, TrainSection
 
 if TYPE_CHECKING:
     from moesmith.methods.base import Method
@@ -37,6 +37,7 @@ class Recipe(Section):
     name: str
     description: str = ""
     seed: int = 42
+    report_to: Tracker = "none"
     domains: DomainsSection = DomainsSection()
     carve: SerializeAsAny[Section]
     stage2: TrainSection = TrainSection()
@@ -61,8 +62,8 @@ class Recipe(Section):
         return found
 
     def same_work(self) -> dict[str, Any]:
-        """Return what it does, as values: without its name and the settings of stages that it skips."""
-        found = self.model_dump(mode="json", exclude={"name", "description"})
+        """Return what it does, as values: without its name, its tracker, and the settings of stages that it skips."""
+        found = self.model_dump(mode="json", exclude={"name", "description", "report_to"})
         for key in found:
             section = getattr(self, key)
             if isinstance(section, LoopSection) and not section.tokens:

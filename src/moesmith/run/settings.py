@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 Gradient = Literal["none", "straight-through"]
+Tracker = Literal["none", "trackio", "tensorboard", "wandb"]
 
 
 class Section(BaseModel):

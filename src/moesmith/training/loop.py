@@ -29,6 +29,7 @@ from moesmith.parent.accelerator import full, out_of_memory, release
 from moesmith.run.settings import LoopSection
 from moesmith.training.checkpoint import Checkpoint
 from moesmith.training.sharding import is_spread, part
+from moesmith.training.tracking import Loads, Report, Tracking
 from moesmith.world import crew
 
 SAVE_SECONDS = 60.0
@@ -183,6 +184,7 @@ def train(
     *,
     seed: int = 0,
     label: str = "training",
+    report: Report | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Train ``parameters`` of ``objective`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
@@ -201,6 +203,8 @@ def train(
         folder: holds ``log.jsonl`` (a line per step) and a checkpoint (``training.checkpoint``).
         seed: seed of data order, dropout and router noise.
         label: what the progress line says.
+        report: where the numbers of each step go besides ``log.jsonl``; of several processes the first one's routers
+            are watched.
         on_step: called with the number of finished steps.
 
     Returns:
@@ -228,11 +232,12 @@ def train(
     student = accelerator.prepare_model(objective) if accelerator and not masters.spread else objective
     if spec.checkpointing:
         model.gradient_checkpointing_enable()
-    first, last, done, before = math.nan, math.nan, 0, 0.0
+    first, last, done, before, mark = math.nan, math.nan, 0, 0.0, ""
     checkpoint = Checkpoint(folder, {name: p.data for name, p in parameters.items()})
     if (state := checkpoint.state()) is not None:
         masters.load(checkpoint.load(masters.wanted()))
         done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
+        mark = state.get("report", "")
         say(f"{label}: continuing at step {done} of {steps}")
     log = _Log(folder / "log.jsonl", done) if rank == 0 else None
     share = spec.batch // world
@@ -252,11 +257,17 @@ def train(
 
     def save(step: int) -> None:
         state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
-        checkpoint.save(masters.tensors(), state)
+        checkpoint.save(masters.tensors(), state | {"report": tracking.mark})
 
+    tracking = Tracking(report if report and rank == 0 else Report(), spec.model_dump(mode="json"), mark, done)
+    loads = Loads(objective)
     begin = getattr(objective, "begin", None)
     model.train()
-    with meter(label, (steps - done) * spec.batch * spec.window) as bar:
+    with ExitStack() as held:
+        held.callback(tracking.close)
+        if tracking.client is not None:
+            held.enter_context(loads.watching())
+        bar = held.enter_context(meter(label, (steps - done) * spec.batch * spec.window))
         for step in range(done, steps):
             everyones = batch_rows(len(blocks), step, spec.batch, seed)
             rows = everyones[rank::world]
@@ -291,7 +302,10 @@ def train(
             if log is not None:
                 record = {"step": step + 1, "tokens": (step + 1) * spec.batch * spec.window, "loss": round(loss, 5)}
                 record |= {"lr": lr, "grad_norm": round(norm, 5)} | getattr(objective, "measured", {})
-                log.write(record | {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)})
+                record |= {"tokens_per_second": round(spec.batch * spec.window / seconds, 1)}
+                log.write(record)
+                if tracking.client is not None:
+                    tracking.log(step + 1, record, loads.over_ideal())
             now = time.monotonic()
             due = now - saved > SAVE_SECONDS * max(1.0, writing)  # large checkpoints less often
             if crew().share(due) if masters.spread else due and rank == 0:

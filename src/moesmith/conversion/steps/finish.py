@@ -13,7 +13,7 @@ from torch import Tensor
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
-from moesmith.evaluation.routing import Recorder
+from moesmith.evaluation.routing import Recorder, Routing
 from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import stock_reference, write_stock
@@ -33,6 +33,7 @@ from moesmith.run.pipeline import Pipeline
 from moesmith.run.recipe import Recipe
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step
+from moesmith.training.tracking import Report, Tracking
 from moesmith.world import crew
 
 CARD = "README.md"
@@ -217,7 +218,16 @@ class Evaluate(Step):
         summary = {"stages": results, "window": window, "tokens": sum(b.numel() for b in blocks.values())}
         if crew().first:
             write_json(work / "evaluation.json", summary)
+            self._report(job, results, Routing.load(routing) if last.experts > 1 else None)
         return {name: result["geomean"] for name, result in results.items()}
+
+    def _report(self, job: Job, results: Mapping[str, Any], routing: Routing | None) -> None:
+        """Send what was measured to the recipe's tracker."""
+        tracking = Tracking(Report(self.recipe.report_to, job.run.folder, self.name), self.recipe.evaluate.model_dump())
+        loads = [] if routing is None else routing.load_LE.max(-1) * routing.sizes_L
+        numbers = {f"perplexity/{stage}": result["geomean"] for stage, result in results.items()}
+        tracking.log(1, numbers, [float(load) for load in loads])
+        tracking.close()
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """Say all perplexities."""

@@ -27,6 +27,7 @@ from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 from moesmith.training.sharding import gather, spread
 from moesmith.training.student import Student
+from moesmith.training.tracking import Report
 from moesmith.world import crew
 
 
@@ -161,7 +162,9 @@ class Train(Step):
         if parent.layerwise:
             model, parameters = spread(model, parameters, parent.dtype, parent.device)
             teacher = None if teacher is None else spread(teacher, {}, parent.dtype, parent.device)[0]
-        outcome = train(Student(model, teacher, spec), parameters, blocks, spec, work, seed=seed, label=self.name)
+        report = Report(self.recipe.report_to, job.run.folder, self.name)
+        student = Student(model, teacher, spec)
+        outcome = train(student, parameters, blocks, spec, work, seed=seed, label=self.name, report=report)
         if parent.layerwise:
             parameters = gather(model, parameters)
         if crew().first:

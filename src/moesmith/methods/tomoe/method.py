@@ -38,6 +38,7 @@ from moesmith.run.settings import Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
+from moesmith.training.tracking import Report
 from moesmith.world import crew
 
 CALIBRATION = 8192  # training tokens on which the widths of V/O are measured
@@ -203,7 +204,8 @@ class LearnMasks(Step):
         say(f"  {sum(p.numel() for p in learned.values()):,} trainable parameters, none of them the parent's")
         blocks = job.run.training("masks")
         objective = MaskObjective(model, parent.model, masks, spec)
-        outcome = train(objective, learned, blocks, spec, work, seed=seed, label="masks")
+        report = Report(self.recipe.report_to, job.run.folder, self.name)
+        outcome = train(objective, learned, blocks, spec, work, seed=seed, label="masks", report=report)
         if not crew().first:
             return {}
         few = blocks[: max(1, CALIBRATION // spec.window)].long()

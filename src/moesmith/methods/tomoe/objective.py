@@ -57,6 +57,10 @@ class MaskObjective(nn.Module):
         values = torch.stack([value.detach().float() for value in self._measured.values()]).tolist()
         return {name: round(value, 5) for name, value in zip(self._measured, values, strict=True)}
 
+    def loads(self) -> list[Tensor]:
+        """Return each layer's share of tokens by expert, (E,), in the last forward pass."""
+        return [ffn.one_hot_TN.detach().mean(0) for ffn, _ in self.masks.layers()]
+
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Run one forward pass of teacher and student."""
         self.masks.draw()
