@@ -83,7 +83,7 @@ def test_a_study_runs_and_writes_its_page(name: str, tmp_path: Path, monkeypatch
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MoesmithError, match="Did you mean 'stability'"):
-        study("stabilty", MODEL, DATA, tmp_path / "out")
+        study("stabiliti", MODEL, DATA, tmp_path / "out")
     with pytest.raises(MoesmithError, match=r"has no setting 'study\.seed'. It has study\.seeds, study\.recipe"):
         study("stability", MODEL, DATA, tmp_path / "out", settings="study.seed=1")
     with pytest.raises(MoesmithError, match=r"study\.seeds: .* at least 2"):
