@@ -350,7 +350,7 @@ def test_a_wrong_specification_is_one_line(tmp_path: Path, changes: dict[str, An
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("3", "holds no comparison")])
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("3", "holds no comparison")])
 def test_a_file_that_is_no_specification(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(MoesmithError, match=message):
         load_spec(written(tmp_path, text))

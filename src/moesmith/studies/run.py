@@ -14,6 +14,7 @@ from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import write_text
+from moesmith.files.parse import parse_yaml
 from moesmith.parent.compute import AUTO, Device, DType
 from moesmith.report import style
 from moesmith.run.recipe import check_known
@@ -80,7 +81,6 @@ def _options(kind: type[Study], given: Sequence[str]) -> Section:
     Raises:
         MoesmithError: a setting that the study does not have, or a value that does not fit.
     """
-    import yaml
 
     values: dict[str, Any] = {}
     for setting in given:
@@ -88,12 +88,7 @@ def _options(kind: type[Study], given: Sequence[str]) -> Section:
         if key not in kind.Options.model_fields:
             known = ", ".join(OWN + field for field in kind.Options.model_fields) or "none"
             raise MoesmithError(f"study {kind.name} has no setting '{OWN}{key}'", f"It has {known}.")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise MoesmithError(
-                f"{setting}: {str(error).splitlines()[0]}", "Write a number, a word or [a, b]."
-            ) from error
+        values[key] = parse_yaml(value, setting, "Write a number, a word or [a, b].")
     try:
         return kind.Options.model_validate(values)
     except ValidationError as error:
