@@ -50,7 +50,7 @@ def one(name: str, seconds: int) -> None:
 
     most = 4 * max(len(content) for content in reader.starts()) + 4096
     options = [f"-max_total_time={seconds}", f"-max_len={most}", f"-rss_limit_mb={MEMORY}", "-timeout=30"]
-    options += [f"-artifact_prefix={home}/", "-print_final_stats=1", "-verbosity=0", "-handle_alrm=0"]
+    options += [f"-artifact_prefix={home}/", "-print_final_stats=1", "-verbosity=0"]
     atheris.Setup([sys.argv[0], *options, str(corpus)], give, custom_mutator=change)
     atheris.Fuzz()
 

@@ -29,6 +29,7 @@ MACHINE = {  # what differs between two machines, or two runs
     r"\b[\d,.]+(?= ([KMGT]i?B|ms|s|min|h)\b)": "<n>",
     r"(?<=process )\d+|(?<=127\.0\.0\.1:)\d+": "<n>",
     r"\b\d+\.\d+\.\d+(\.?\w+)?\b(?!:)": "<version>",
+    r"(?<=Give one of auto, cpu)[^.]*": "",  # and its accelerators
 }
 base = Path("/nowhere")  # the folder of all temporary folders of this session; conftest sets it
 
@@ -92,13 +93,13 @@ def shown(text: str) -> str:
 
 def _words(words: Sequence[str]) -> list[str]:
     """The words of a command without the settings that make it tiny; what holds a blank is quoted."""
-    found, tiny = [], {*TINY, *MASKED}
-    for index, word in enumerate(words):
-        if (word == "--set" and words[index + 1 : index + 2] and words[index + 1] in tiny) or (
-            word in tiny and words[index - 1] == "--set"
-        ):
-            continue
-        found.append(f"'{word}'" if not word or " " in word else word)
+    found: list[str] = []
+    tiny = iter([*TINY, *MASKED])  # they come first and in this order; a case's own settings come after them
+    for word in words:
+        if found and found[-1] == "--set" and word in tiny:
+            found.pop()
+        else:
+            found.append(f"'{word}'" if not word or " " in word else word)
     return found
 
 

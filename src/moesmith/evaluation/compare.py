@@ -17,6 +17,7 @@ from moesmith.evaluation.harness import find_tasks, run_tasks
 from moesmith.evaluation.health import health
 from moesmith.evaluation.likelihoods import lambada
 from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, wikitext2
+from moesmith.parent.checkpoint import first_line
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
 from moesmith.parent.vocabulary import refuse_ids, rows_of
@@ -138,7 +139,12 @@ def continuations(
         if not tokenizer.chat_template:
             raise MoesmithError("the parent has no chat template", "Leave --chat out.")
         turns = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        try:
+            prompt = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # jinja's, the template's own, or one about a type that it did not expect
+            raise MoesmithError(
+                f"the parent's chat template fails: {first_line(error)}", "Leave --chat out."
+            ) from error
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(parent.device)
     if inputs["input_ids"].shape[1] == 0:
         raise MoesmithError("the prompt is empty", "Give some text to continue.")

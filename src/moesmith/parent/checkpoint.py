@@ -143,7 +143,7 @@ def refuse_remote_code(source: str) -> None:
             config, _ = PreTrainedConfig.get_config_dict(source)
     except Exception as error:  # a broken config.json, or the hub client's own error types
         cause = error
-    if not config:
+    if not isinstance(config, dict) or not config:
         with contextlib.suppress(OSError, ValueError):  # not there either
             refuse_adapter(Path(str(cached_file(source, "adapter_config.json"))).parent, source)
         offline = " (offline)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""

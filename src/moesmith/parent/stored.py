@@ -131,9 +131,8 @@ def _shards(folder: Path, source: str) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MoesmithError(f"{source} cannot be loaded: its {INDEX} cannot be read", AGAIN) from error
     if odd := [str(name) for name in files if not (isinstance(name, str) and SHARD.fullmatch(name))]:
-        raise MoesmithError(
-            f"{source} cannot be loaded: {INDEX} names {shown(odd)}, no safetensors in the folder", AGAIN
-        )
+        what = f"{source} cannot be loaded: {INDEX} names {shown(odd)!r}, which is no safetensors file of the folder"
+        raise MoesmithError(what, AGAIN)
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise MoesmithError(f"{source} cannot be loaded: {INDEX} names {shown(missing)}, which is not there", AGAIN)
     if WHOLE in there and WHOLE not in files:

@@ -64,7 +64,13 @@ class Run:
         return self.folder / "model"
 
     def path(self, step: str) -> Path:
-        """Return a step's folder."""
+        """Return a step's folder.
+
+        Raises:
+            MoesmithError: a manifest names a step that is no name, and could lead elsewhere.
+        """
+        if not isinstance(step, str) or Path(step).name != step or "\0" in step:
+            raise MoesmithError(f"{self.folder}: {step!r:.80} is no name of a step", "Fetch or make the run again.")
         return self.folder / "stages" / step
 
     def has(self, step: str) -> bool:
