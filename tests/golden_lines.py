@@ -84,7 +84,7 @@ def written(cases: Cases) -> str:
 
 def shown(text: str) -> str:
     """A command or a line as it is on every machine."""
-    text = re.sub(rf"{re.escape(str(base))}/[^/\s]+(/|(?=\W|$))", lambda found: "" if found[1] else ".", text)
+    text = re.sub(rf"{re.escape(str(base))}/[\w-]+(/|(?=\W|$))", lambda found: "" if found[1] else ".", text)
     text = text.replace(str(ASSETS.parent.parent), "<repository>")
     for pattern, name in MACHINE.items():
         text = re.sub(pattern, name, text)

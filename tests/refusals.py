@@ -40,14 +40,17 @@ class World:
 
 # how a line goes on that tells what to do, or what would be right
 CURE = re.compile(
-    r"[.?;] (Add|Choose|Delete|Fetch|Fix|Free|Give|Leave|Lower|Mend|Name|Put|Raise|Run|Save|Set|Wait|Write)\b"
+    r"[.?;] (Add|Check|Choose|Delete|Fetch|Fix|Free|Give|Leave|Lower|Mend|Name|Put|Raise|Run|Save|Set|Wait|Write)\b"
     r"|Did you mean '|Is this a folder made by|Known by name: |[.] (It|A) \w+ \w+|[.] moesmith (converts|starts)"
     r"|[.] See '|[.] Upgrade moesmith|[.?;] (give|raise)\b"
 )
 
 
 # what is said before a parent is read: not the error, but the work ahead
-AHEAD = re.compile(r"(computes in \w+ on |about [\d.,]+ (s|min|h) on this machine|text: \w+\.tokens=)")
+AHEAD = re.compile(
+    r"(computes in \w+ on |about [\d.,]+ (s|min|h) on this machine|text: \w+\.tokens="
+    r"|not all evaluation text is held out)"
+)
 
 
 def refused(answer: Answer, says: str, *, golden: bool = True) -> None:

@@ -177,8 +177,8 @@ TEMPLATES = {
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_chat_template_is_in_a_sandbox(world: World, mark: Path, case: str) -> None:
     (world.own_model() / "chat_template.jinja").write_text(TEMPLATES[case].replace("MARK", str(mark)))
-    chats = [{"messages": [{"role": "user", "content": f"{n}"}]} for n in range(9)]
     for path in world.own_data().glob("*.jsonl"):
+        chats = [{"messages": [{"role": "user", "content": f"{path.name} {n}"}]} for n in range(9)]
         path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     convert_is_refused(world, "the (parent's )?chat template (refuses a chat|makes no text)", [], "dive-plus")
     assert not mark.exists()

@@ -189,6 +189,14 @@ def _refuse_dense(path: Path) -> NoReturn:
     raise MoesmithError(what, "Fetch or write it again; unpack it yourself if it is meant so.")
 
 
+def _weight(value: Any) -> int:
+    """Count the characters and other values in what a file unpacks to."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_weight, inner))
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """Read the rows of a Parquet file, counted from 1; the field of a missing value is left out."""
     try:
@@ -204,10 +212,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
             if sum(group.total_byte_size for group in groups) > most:
                 _refuse_dense(path)
             for batch in file.iter_batches(ROWS):
-                most -= batch.nbytes + batch.num_rows
+                batches.append(batch.to_pylist())
+                most -= _weight(batches[-1])
                 if most < 0:
                     _refuse_dense(path)
-                batches.append(batch.to_pylist())
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise MoesmithError(f"{path} cannot be read as Parquet: {reason}", "Fetch or write it again.") from error
