@@ -29,6 +29,7 @@ MACHINE = {  # what differs between two machines, or two runs
     r"\b[\d,.]+(?= ([KMGT]i?B|ms|s|min|h)\b)": "<n>",
     r"(?<=process )\d+|(?<=127\.0\.0\.1:)\d+": "<n>",
     r"\b\d+\.\d+\.\d+(\.?\w+)?\b(?!:)": "<version>",
+    r"[.]\w[\w.-]*[.]moesmith[.]tmp": "<hidden>",
     r"(?<=Give one of auto, cpu)[^.]*": "",  # and its accelerators
 }
 base = Path("/nowhere")  # the folder of all temporary folders of this session; conftest sets it

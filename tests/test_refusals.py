@@ -25,10 +25,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "no comparison": (["compare", "none.yaml", "--out", "o"], r"none\.yaml cannot be read: .* Give a YAML file"),
     "no YAML": (["compare", "broken.yaml", "--out", "o"], r"broken\.yaml:1: not YAML: .* Fix the file"),
-    "a comparison without text": (["compare", "SPEC", "--model", "m", "--out", "o"], "."),
+    "a comparison without text": (["compare", "SPEC", "--model", "m", "--out", "o"], r"names no data\. Give --data"),
     "an unknown row": (
         ["compare", "SPEC", "--model", "m", "--data", "TEXT", "--out", "o", "--only", "b"],
-        r"there is no row 'b'\. Choose of a",
+        r"there is no row 'b'\. Choose from a",
     ),
     "no repository": (["push", "RUN", "--to", "moe"], "'moe' is no repository"),
     "a dry run without a folder": (["push", "RUN", "--to", "a/b", "--dry-run"], "a dry run writes a folder"),
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a delta that is none": (["unpack", "none", "--model", "m", "--out", "o"], r"delta\.json is missing"),
     "a run that is none, to pack": (["pack", "none", "--out", "o"], r"run\.json is missing"),
     "an unknown target": (["export", "RUN", "--to", "onnx", "--out", "o"], "onnx"),
-    "a chat without a template": (["generate", "RUN", "one", "--device", "tpu"], "there is no device 'tpu'"),
+    "an unknown device": (["generate", "RUN", "one", "--device", "tpu"], "there is no device 'tpu'"),
     "no reachable parent": (["plan", "dive-plus", "--model", "nobody/none"], "nor a reachable hub id"),
 }
 

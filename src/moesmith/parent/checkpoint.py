@@ -124,9 +124,11 @@ def refuse_sizes(source: str, held: int) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's error, to quote it in a message of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    """Return the first line of a library's error, and what follows a colon at its end, to quote it in a message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return lines[0].removesuffix(":")[:300]
 
 
 def refuse_remote_code(source: str) -> None:
