@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import golden_lines
 import pytest
 import torch
 from commands import moesmith
@@ -29,6 +30,11 @@ pace.MEASURE = 0.0  # a round or two tell as much as tests want to know
 def _seeded() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _base(tmp_path_factory: pytest.TempPathFactory) -> None:
+    golden_lines.base = tmp_path_factory.getbasetemp()
 
 
 @pytest.fixture(scope="session")

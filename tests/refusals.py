@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import golden_lines
 import pytest
 from commands import Answer, moesmith
 from conversions import arguments, snapshot
 
+from moesmith.console import plain
 from moesmith.conversion import convert as conversion
+from moesmith.files.artefact import TEMPORARY
 from moesmith.run import folder
 
 
@@ -37,24 +40,53 @@ class World:
 
 # how a line goes on that tells what to do, or what would be right
 CURE = re.compile(
-    r"[.?;] (Add|Choose|Delete|Fetch|Fix|Free|Give|Leave|Lower|Mend|Name|Put|Raise|Run|Save|Set|Wait|Write)\b"
+    r"[.?;] (Add|Check|Choose|Delete|Fetch|Fix|Free|Give|Leave|Lower|Mend|Name|Put|Raise|Run|Save|Set|Wait|Write)\b"
     r"|Did you mean '|Is this a folder made by|Known by name: |[.] (It|A) \w+ \w+|[.] moesmith (converts|starts)"
     r"|[.] See '|[.] Upgrade moesmith|[.?;] (give|raise)\b"
 )
 
 
 # what is said before a parent is read: not the error, but the work ahead
-AHEAD = re.compile(r"(computes in \w+ on |about [\d.,]+ (s|min|h) on this machine|text: \w+\.tokens=)")
+AHEAD = re.compile(
+    r"(computes in \w+ on |about [\d.,]+ (s|min|h) on this machine|text: \w+\.tokens="
+    r"|not all evaluation text is held out)"
+)
 
 
-def refused(answer: Answer, says: str) -> None:
-    """One line on standard error that matches, exit status 2."""
+def refused(answer: Answer, says: str, *, golden: bool = True) -> None:
+    """One line on standard error that matches and is in the golden file, exit status 2, nothing written since.
+
+    Args:
+        answer: what the command left.
+        says: what the line holds, a pattern.
+        golden: false where one of dozens of like cases is tried, which nobody would read through.
+    """
     assert answer.status == 2, answer.err
     assert answer.out == ""
     lines = [line for line in answer.err.splitlines() if not AHEAD.match(line)]
     assert len(lines) == 1, answer.err
     assert re.match(f"moesmith: .*{says}", lines[0]), lines[0]
+    assert lines[0] == plain(lines[0])
     assert CURE.search(lines[0]), f"no cure: {lines[0]}"
+    if answer.words:
+        assert not (left := written(answer)), left
+    if answer.words and golden:
+        golden_lines.check(answer.words, lines[0])
+
+
+def midway(answer: Answer, line: str, says: str) -> None:
+    """As ``refused`` for a command that did and said something before: ``line`` is what it says last."""
+    refused(replace(answer, out="", err=line, began=0), says)
+
+
+def written(answer: Answer) -> list[str]:
+    """Files written since a command began into what it names, or half-written beside that; logs and locks apart."""
+    named = [Path(word) for word in answer.words if word.startswith(str(golden_lines.base))]
+    found = [path for folder in named if folder.is_dir() for path in folder.rglob("*")]
+    fresh = [path for path in found if path.is_file() and path.name not in (".lock", "run.log")]
+    fresh = [path for path in fresh if answer.began and path.stat().st_mtime_ns >= answer.began]
+    beside = [path for path in named if path.parent.is_dir() for path in path.parent.glob(f".*{TEMPORARY}")]
+    return sorted({str(path) for path in (*fresh, *beside)})
 
 
 def convert_is_refused(world: World, says: str, settings: list[str], preset: str, *more: object) -> None:

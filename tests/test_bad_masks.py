@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import Answer, moesmith
 from conversions import arguments, snapshot, weights
-from refusals import World, convert_is_refused, not_loaded, refused
+from refusals import World, convert_is_refused, midway, not_loaded, refused
 
 from moesmith.training import loop as train
 from moesmith.training.loop import Masters
@@ -127,9 +127,7 @@ def test_a_damaged_checkpoint(begun: World, left: float) -> None:
     assert answer.status == 2
     *said, line = answer.err.splitlines()
     assert all(part.startswith(("[", "computes in")) or "trainable" in part for part in said)  # stages done, and this
-    refused(
-        Answer(2, "", line), r"\.masks\.partial/checkpoint\.safetensors cannot be read: .* Delete the folder it is in"
-    )
+    midway(answer, line, r"\.masks\.partial/checkpoint\.safetensors cannot be read: .* Delete the folder it is in")
     assert snapshot(begun.out) == before
     shutil.rmtree(partial(begun))  # as it says
     assert converted(begun).status == 0
@@ -149,7 +147,7 @@ def test_a_loss_that_is_not_finite(world: World) -> None:
     answer = converted(world, "masks.lr=1e30")
     assert answer.status == 2
     says = r"masks: the loss is not finite at step \d+; its data is in \S+\. Lower the stage's lr"
-    refused(Answer(2, "", answer.err.splitlines()[-1]), says)
+    midway(answer, answer.err.splitlines()[-1], says)
     assert not (world.out / "stages" / "masks").exists()
     assert not (world.out / "model").exists()
 

@@ -259,7 +259,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(MoesmithError, match="holds no comparison"):
         compare(spec(), tmp_path, model=MODEL, data=DATA)
-    with pytest.raises(MoesmithError, match=r"there is no row 'other'\. Choose of static, dive, token"):
+    with pytest.raises(MoesmithError, match=r"there is no row 'other'\. Choose from static, dive, token"):
         compare(spec(), tmp_path / "out", model=MODEL, data=DATA, only="other")
     with pytest.raises(MoesmithError, match=r"no recipe has a setting 'stage2\.tokns'\. Did you mean 'stage2\.tokens'"):
         compare(spec(settings=["stage2.tokns=0"]), tmp_path / "out", model=MODEL, data=DATA)
@@ -360,7 +360,7 @@ def test_a_wrong_specification_is_one_line(tmp_path: Path, changes: dict[str, An
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("3", "holds no comparison")])
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("3", "holds no comparison")])
 def test_a_file_that_is_no_specification(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(MoesmithError, match=message):
         load_spec(written(tmp_path, text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from commands import moesmith
 from conversions import convert
 from golden import ASSETS
+from refusals import refused
 
 from moesmith.calibration.view import LayerView
 from moesmith.conversion.plan import make_plan
@@ -79,8 +81,7 @@ def test_its_settings_are_checked(tmp_path: Path) -> None:
         ("affinity.method=scores", "there is no setting 'affinity.method' with method token-clusters"),
     ):
         answer = moesmith(*words("convert", "--out", tmp_path / "run", "--set", setting))
-        assert answer.status == 2
-        assert says in answer.err
+        refused(answer, re.escape(says))
         assert not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import moesmith
 from conversions import convert, tiny_settings
+from refusals import refused
 
 import moesmith.conversion.convert as conversion
 from moesmith.arguments import parse_size
@@ -87,11 +88,9 @@ def test_what_does_not_fit_is_run_layer_by_layer(tmp_path: Path) -> None:
 def test_too_little_memory_is_one_line(home: Path, tmp_path: Path) -> None:
     words = ["convert", "dive-1of8", "--model", home / "m", "--data", home / "d", "--out", tmp_path / "run"]
     words += [word for setting in tiny_settings("dive-1of8") for word in ("--set", setting)]
-    answer = moesmith(*words, "--memory", "1MB")
-    assert answer.status == 2
-    assert "of memory, but 0.0 GiB are free" in answer.err
+    refused(moesmith(*words, "--memory", "1MB"), r"of memory, but 0\.0 GiB are free")
     assert not (tmp_path / "run").exists()
-    assert "is no size of memory" in moesmith(*words, "--memory", "much").err
+    refused(moesmith(*words, "--memory", "much"), "is no size of memory")
 
 
 @pytest.mark.parametrize(

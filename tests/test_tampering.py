@@ -19,7 +19,7 @@ import pytest
 import torch
 from commands import Answer, moesmith
 from conversions import arguments, convert, snapshot, weights
-from refusals import refused
+from refusals import midway, refused
 from test_delta import flip
 
 from moesmith.errors import MoesmithError
@@ -276,4 +276,4 @@ def test_no_room_for_a_finished_model(home: Path, run: Path, loaded: Parent, fin
 def one_line(answer: Answer, says: str) -> None:
     """As ``refused``, after the lines of stages that were done before."""
     lines = [line for line in answer.err.splitlines() if not line.endswith("] done before")]
-    refused(Answer(answer.status, answer.out, "\n".join(lines)), says)
+    midway(answer, "\n".join(lines), says)

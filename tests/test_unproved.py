@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def again(home: Path, run: Path) -> Answer:
 
 def last_line(answer: Answer) -> Answer:
     """An answer without the lines of the stages before."""
-    return Answer(answer.status, answer.out, answer.err.splitlines()[-1])
+    return replace(answer, err=answer.err.splitlines()[-1], began=0)
 
 
 def to_make_again(run: Path) -> None:

@@ -177,7 +177,10 @@ def compare(
     chosen = several("only", only)
     if unknown := sorted(set(chosen) - {row.name for row in spec.rows}):
         known = ", ".join(row.name for row in spec.rows)
-        raise MoesmithError(f"there is no row {unknown[0]!r}", f"Choose of {known}.")
+        raise MoesmithError(f"there is no row {unknown[0]!r}", f"Choose from {known}.")
+    for name, given in {"model": model or spec.model, "data": data or spec.data}.items():
+        if not given:
+            raise MoesmithError(f"the comparison names no {name}", f"Give --{name}, or name it in the file.")
     template_of("moesmith.comparison", "page.html")  # what the page needs is missed now
     check_known(spec.settings)
     recipes = {

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from moesmith.arguments import path_text
 from moesmith.comparison.controls import Control
 from moesmith.comparison.quantised import Quantised
 from moesmith.errors import MoesmithError
+from moesmith.files.parse import parse_yaml
 from moesmith.run.recipe import applicable
 from moesmith.run.settings import Section, hold_a_window
 
@@ -180,11 +180,9 @@ def load_spec(path: str | Path) -> Spec:
     """
     path = Path(path_text("spec", path))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_bytes(), str(path))
     except OSError as error:
         raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Give a YAML file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MoesmithError(f"{path} is not YAML: {str(error).splitlines()[0]}", "Fix it.") from error
     if not isinstance(values, dict):
         raise MoesmithError(f"{path} holds no comparison", "See docs/commands/compare.md.")
     try:

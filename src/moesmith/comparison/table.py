@@ -22,6 +22,7 @@ from moesmith.comparison.spec import WIKITEXT, Conversion, Spec
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.console import duration, show_table, show_text
 from moesmith.files.artefact import write_text
+from moesmith.report.card import inline
 
 PARENT_TITLE = "dense parent"
 Measured = Mapping[str, Any]
@@ -252,7 +253,7 @@ def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     for head, body in cells(result):
         lines = [_markdown(head), "|---|" + "---:|" * (len(head) - 1), *map(_markdown, body)]
         parts.append("\n".join(lines) + "\n")
-    parts += ["".join(f"- not made: {line}\n" for line in map(_literal, refused(result)))]
+    parts += ["".join(f"- not made: {line}\n" for line in map(inline, refused(result)))]
     write_text(out / "comparison.md", "\n".join(part for part in parts if part))
     flat = [_flat(row) for row in result["rows"]]
     names = list(dict.fromkeys(name for row in flat for name in row))
@@ -264,11 +265,7 @@ def write_tables(out: Path, result: Mapping[str, Any]) -> None:
 
 
 def _markdown(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(_literal, cells))} |"
-
-
-def _literal(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", "\\|")
+    return f"| {' | '.join(map(inline, cells))} |"
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 from moesmith.data.records import Record, as_text, fields
 from moesmith.errors import MoesmithError
+from moesmith.files.parse import parse_json
 
 FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+ROWS = 256  # of a Parquet file that are unpacked at once
 MARK = b"\xef\xbb\xbf"  # a byte-order mark
 LARGE = 2**26  # bytes of a file of JSON lines whose records stay on disk
+DENSEST = 200  # times its packed size, beyond LARGE: text does not unpack to more
 
 
 class Lines(Sequence[Record]):
@@ -131,7 +135,7 @@ def _records(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> It
             if not isinstance(record, dict):
                 raise ValueError(f"the {unit or 'line'} must be a JSON object, not {type(record).__name__}")
             as_text(record), fields(record)  # raises where something is wrong with it
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             where = f"{path}, {unit} {number}" if unit else f"{path}:{number}"
             raise MoesmithError(f"{where}: {error}", f"Fix or remove the {unit or 'line'}.") from error
         found = True
@@ -142,7 +146,7 @@ def _records(path: Path, items: Iterator[tuple[int, Any]], unit: str = "") -> It
 
 def _json(text: bytes) -> Any:
     try:
-        return json.loads(text.decode())
+        return parse_json(text)
     except UnicodeDecodeError as error:
         raise ValueError("the line is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -152,8 +156,8 @@ def _json(text: bytes) -> Any:
 def _list(path: Path) -> Iterator[tuple[int, Any]]:
     """Read the items of a JSON list, counted from 1."""
     try:
-        found = json.loads(_bytes(path).decode())
-    except (ValueError, RecursionError) as error:
+        found = parse_json(_bytes(path))
+    except ValueError as error:
         cure = "Fix it; a file with one object per line is called .jsonl."
         raise MoesmithError(f"{path} is not JSON ({error})", cure) from error
     if not isinstance(found, list):
@@ -165,12 +169,32 @@ def _bytes(path: Path) -> bytes:
     """Read a file's bytes, unpacked, without a byte-order mark."""
     try:
         data = path.read_bytes()
-        data = gzip.decompress(data) if path.name.endswith(".gz") else data
+        data = _unpacked(path, data) if path.name.endswith(".gz") else data
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise MoesmithError(f"{path} is not a whole gzip file ({error})", "Fetch or pack it again.") from error
     except OSError as error:
         raise MoesmithError(f"{path} cannot be read: {error.strerror or error}", "Put the file there.") from error
     return data.removeprefix(MARK)
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    most = max(LARGE, DENSEST * len(data))
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        found = file.read(most + 1)
+    return found if len(found) <= most else _refuse_dense(path)
+
+
+def _refuse_dense(path: Path) -> NoReturn:
+    what = f"{path} unpacks to more than {DENSEST} times its size, which text does not"
+    raise MoesmithError(what, "Fetch or write it again; unpack it yourself if it is meant so.")
+
+
+def _weight(value: Any) -> int:
+    """Count the characters and other values in what a file unpacks to."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_weight, inner))
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -183,7 +207,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise MoesmithError(what, "Run: pip install 'moesmith[data]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            batches = [batch.to_pylist() for batch in file.iter_batches()]
+            most, batches = max(LARGE, DENSEST * path.stat().st_size), []
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            if sum(group.total_byte_size for group in groups) > most:
+                _refuse_dense(path)
+            for batch in file.iter_batches(ROWS):
+                batches.append(batch.to_pylist())
+                most -= _weight(batches[-1])
+                if most < 0:
+                    _refuse_dense(path)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise MoesmithError(f"{path} cannot be read as Parquet: {reason}", "Fetch or write it again.") from error

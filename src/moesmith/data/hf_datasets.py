@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moesmith.data.records import Domain, Mode, Record, as_text, check_names, choose
 from moesmith.errors import MoesmithError
+from moesmith.files.parse import parse_yaml
 
 
 class HubSet(BaseModel):
@@ -57,13 +57,9 @@ def hub_domains(path: Path, names: Sequence[str] | None = None) -> list[Domain]:
 def read_sets(path: Path) -> dict[str, HubSet]:
     """Read the descriptions in a YAML file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, ValueError) as error:
         raise MoesmithError(f"{path} cannot be read: {error}", "Give a YAML file in UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise MoesmithError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}", "Fix the file.") from error
     if not isinstance(content, dict) or not content:
         raise MoesmithError(f"{path} describes no domains", "It needs lines like 'name: {hub: ..., eval_split: ...}'.")
     sets = {}

@@ -8,7 +8,6 @@ tokens in ``encoding``, sampling and packing in ``sampling``, what splits share 
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from moesmith.data.records import Domain, Record, as_text, check_names, choose, 
 from moesmith.data.sampling import evaluation_blocks, pack, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import digest, file_digest
+from moesmith.files.parse import parse_json
 
 __all__ = [
     "Domain",
@@ -142,7 +142,7 @@ def _groups(folder: Path) -> dict[str, str]:
     try:
         return {
             entry["set"]: str(entry["domain"])
-            for entry in json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            for entry in parse_json((folder / "index.json").read_text(encoding="utf-8"))
         }
     except (OSError, ValueError, TypeError, KeyError):
         return {}

@@ -25,6 +25,7 @@ from moesmith.export.target import Options, Source
 from moesmith.files.artefact import (
     SUMS,
     TEMPORARY,
+    check_format,
     differing,
     listed,
     read_json,
@@ -35,6 +36,7 @@ from moesmith.files.artefact import (
     write_sums,
 )
 from moesmith.files.outputs import check_folder, check_place, existing, inputs_of
+from moesmith.files.parse import as_written
 from moesmith.mixture.carving import Carving
 from moesmith.parent.compute import named
 from moesmith.parent.load import Parent, load_parent
@@ -188,7 +190,9 @@ def unpack(delta: Path, model: str | Path, out: Path) -> dict[str, Any]:
                 f"{model} is not the parent of {delta} (weights {parent.digest}, not {expected})",
                 f"Give the dense model that it was packed from, {facts['parent']['name']}.",
             )
-        for name in _rebuild(parent, delta, facts, work)[:1]:
+        with as_written(delta):
+            wrong = _rebuild(parent, delta, facts, work)
+        for name in wrong[:1]:
             made = ", ".join(f"{package} {facts['versions'][package]}" for package in MATTER)
             raise MoesmithError(
                 f"{name} came out with other bytes than were packed",
@@ -200,6 +204,7 @@ def unpack(delta: Path, model: str | Path, out: Path) -> dict[str, Any]:
 def _rebuild(parent: Parent, delta: Path, facts: Mapping[str, Any], out: Path) -> list[str]:
     """Write the finished folders of ``delta`` into ``out``; return the names of files that are not as they must be."""
     carving, wrong = Carving.load(delta), []
+    carving.check(parent)
     for name, kind in facts["folders"].items():
         target = out / name
         with meter(f"making {name}", facts["bytes"][name] / 1e6, "MB") as bar:
@@ -243,10 +248,19 @@ def _facts(delta: Path) -> dict[str, Any]:
             raise MoesmithError(f"{delta / name} is missing", "Give a whole folder made by 'moesmith pack'.")
     verify_files(delta, AGAIN)
     facts: dict[str, Any] = read_json(delta / MARK)
-    if facts["format"] > FORMAT:
-        raise MoesmithError(f"{delta} was written by a newer moesmith", "Upgrade moesmith to read it.")
-    if not set(facts["folders"]) <= set(FOLDERS):
-        raise MoesmithError(f"{delta / MARK} names folders that no run has", AGAIN)
+    with as_written(delta / MARK):
+        check_format(delta / MARK, facts["format"], FORMAT)
+        if not facts["folders"] or not facts["folders"].keys() <= set(FOLDERS):
+            raise MoesmithError(f"{delta / MARK} names folders that no run has", AGAIN)
+        named(facts["parent"]["dtype"])
+        texts = [facts["parent"][key] for key in ("name", "model_digest")]
+        texts += [facts["versions"][package] for package in MATTER]
+        sizes = [facts["bytes"][name] for name in facts["folders"]]
+        if not all(isinstance(text, str) for text in texts) or not all(size >= 0 for size in sizes):
+            raise TypeError("a text or a size is none")
+        for name in facts["folders"]:
+            if not (delta / name).is_dir():
+                raise MoesmithError(f"{delta / name} is missing", AGAIN)
     return facts
 
 

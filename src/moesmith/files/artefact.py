@@ -32,6 +32,7 @@ from torch import Tensor
 
 from moesmith.console import meter
 from moesmith.errors import MoesmithError
+from moesmith.files.parse import as_written, parse_json
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -126,17 +127,28 @@ def read_json(path: Path) -> Any:
     """
     check_file(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise MoesmithError(f"{path} is missing", "Is this a folder made by 'moesmith convert'?") from error
     except (OSError, ValueError) as error:
-        raise MoesmithError(f"{path} cannot be read as JSON: {error}") from error
-    if path.name in (RUN, MANIFEST) and isinstance(found, dict) and found.get("format", 1) > FORMAT:
+        raise MoesmithError(f"{path} cannot be read as JSON: {error}", "Fetch or make it again.") from error
+    if path.name in (RUN, MANIFEST):
+        with as_written(path):
+            check_format(path, found.get("format", 1))
+    return found
+
+
+def check_format(path: Path, written: int, known: int = FORMAT) -> None:
+    """Refuse what a newer moesmith wrote.
+
+    Raises:
+        MoesmithError: its format is above the one that this version knows.
+    """
+    if written > known:
         raise MoesmithError(
-            f"{path} was written by a newer moesmith (format {found['format']}, this one knows {FORMAT})",
+            f"{path} was written by a newer moesmith (format {written}, this one knows {known})",
             "Upgrade moesmith to work with it.",
         )
-    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -330,8 +342,14 @@ def own_list(path: Path) -> dict[str, str] | None:
     if first != SIGNED + hashlib.sha256(lines.encode()).hexdigest():
         return None
     found = {name: value for value, _, name in (line.partition("  ") for line in lines.splitlines())}
-    inside = all(not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts for name in found)
-    return found if inside else None
+    return found if _inside(found) else None
+
+
+def _inside(names: Collection[str]) -> bool:
+    """Whether names lead to files below the folder that lists them, and can be names of files."""
+    paths = [PurePosixPath(name) for name in names if isinstance(name, str) and "\0" not in name]
+    plain = [path for path in paths if not path.is_absolute() and not {"..", ""} & {*path.parts, path.name}]
+    return len(plain) == len(names) and all(len(os.fsencode(part)) < 256 for path in plain for part in path.parts)
 
 
 def listed(folder: Path) -> dict[str, str]:
@@ -342,13 +360,19 @@ def listed(folder: Path) -> dict[str, str]:
     """
     path = folder / SUMS
     if not path.is_file():
-        return dict(read_json(folder / MANIFEST).get("files", {})) if (folder / MANIFEST).is_file() else {}
+        if not (path := folder / MANIFEST).is_file():
+            return {}
+        with as_written(path):
+            found = dict(read_json(path).get("files", {}))
+        if not _inside(found):
+            raise MoesmithError(f"{path} is damaged: it names files that are not its folder's", f"Delete {folder}.")
+        return found
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     pairs = [line.split("  ", 1) for line in lines if line.count("  ")]
     found = {name: value for value, name in pairs}
     whole = len(found) == len(lines) and all(len(value) == 64 for value in found.values())
-    if not whole or (text.startswith(SIGNED) and own_list(path) is None):
+    if not whole or not _inside(found) or (text.startswith(SIGNED) and own_list(path) is None):
         raise MoesmithError(f"{path} is damaged", f"Delete {folder} and make it again.")
     return found
 

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from moesmith.arguments import path_of
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_json, read_tensors, write_json, write_tensors
+from moesmith.files.artefact import check_format, read_json, read_tensors, write_json, write_tensors
+from moesmith.files.parse import as_written
 from moesmith.mixture.attention import CarvedAttention
 from moesmith.mixture.gates import GateSpec
 from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.parent.digests import model_digest
 from moesmith.parent.load import Parent
 from moesmith.parent.proof.family import NATIVE
+from moesmith.parent.stored import DEEPEST, WIDEST
 
 FORMAT = 3  # 2 added attention; 3 layers that differ, shared experts, sums, experts' own matrices
 OWN = ("down_DF", "gate_FD", "up_FD")  # an expert's own matrices, each a tensor of its own in the file
@@ -61,13 +63,16 @@ class Header:
         Raises:
             MoesmithError: the folder holds no carving, or one of a newer format.
         """
-        found = read_json(folder / "carving.json")
-        if found["format"] > FORMAT:
-            raise MoesmithError(f"{folder} was written by a newer moesmith", "Upgrade moesmith to read it.")
-        # formats 1 and 2 have one gate for all layers
-        gates = found["gates"] if "gates" in found else [found["gate"]] * found["layers"]
-        gates = [GateSpec.read(values) for values in gates]
-        return cls(found["d_ff"], gates, found["compensation"], found["provenance"])
+        path = folder / "carving.json"
+        found = read_json(path)
+        with as_written(path):
+            check_format(path, found["format"], FORMAT)
+            # formats 1 and 2 have one gate for all layers
+            gates = found["gates"] if "gates" in found else [found["gate"]] * min(found["layers"], DEEPEST)
+            gates = [GateSpec.read(values) for values in gates]
+            if not 1 <= found["d_ff"] <= WIDEST:
+                raise ValueError(f"d_ff is {found['d_ff']}")
+            return cls(int(found["d_ff"]), gates, str(found["compensation"]), dict(found["provenance"]))
 
     @property
     def experts(self) -> int:
@@ -296,15 +301,16 @@ class Carving:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
 
-        gated = [part(f"{index}.attention.") for index in range(len(header.gates))]
-        return cls(
-            layers=[_layer(part(f"{index}."), gate) for index, gate in enumerate(header.gates)],
-            d_ff=header.d_ff,
-            lora=part("lora."),
-            norms=part("norm."),
-            provenance=header.provenance,
-            attention=[CarvedAttention(**tensors) for tensors in gated if tensors],
-        )
+        with as_written(folder / "carving.safetensors"):
+            gated = [part(f"{index}.attention.") for index in range(len(header.gates))]
+            return cls(
+                layers=[_layer(part(f"{index}."), gate) for index, gate in enumerate(header.gates)],
+                d_ff=header.d_ff,
+                lora=part("lora."),
+                norms=part("norm."),
+                provenance=header.provenance,
+                attention=[CarvedAttention(**tensors) for tensors in gated if tensors],
+            )
 
 
 def _tensors(layer: Layer) -> dict[str, Tensor]:

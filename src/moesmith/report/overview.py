@@ -7,6 +7,7 @@ from typing import Any
 
 from moesmith.arguments import takes_paths
 from moesmith.console import show_table
+from moesmith.files.parse import as_written
 from moesmith.mixture.carving import Carving
 from moesmith.run.folder import Run, open_run
 from moesmith.run.versions import MATTER, versions_of
@@ -19,13 +20,17 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
         MoesmithError: the folder is not a run, or not carved yet.
     """
-    run = open_run(folder)
+    with as_written(folder):
+        return _described(open_run(folder))
+
+
+def _described(run: Run) -> dict[str, Any]:
     carving, manifests = run.carving(), run.manifests
     metrics = {name: m["metrics"] | {"seconds": m["seconds"]} for name, m in manifests.items()}
     counted = next(found for found in reversed(metrics.values()) if "parent_parameters" in found)
     learned = next((name for name, found in metrics.items() if "threshold" in found), None)
     return {
-        "run": str(folder),
+        "run": str(run.folder),
         "recipe": run.settings["name"],
         "inputs": run.inputs,
         "gate": _gate(carving),

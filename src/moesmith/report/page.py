@@ -24,6 +24,7 @@ from moesmith.data.overlap import found_in, warnings
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import check_file, write_text
 from moesmith.files.outputs import check_result, new_file, real
+from moesmith.files.parse import as_written
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
 from moesmith.report.source import AbsentError, Source, present
@@ -53,7 +54,7 @@ def write_report(run: str | Path, output: str | Path | None = None, *, overwrite
     overwrite = overwrite or real(output) == real(own)
     check_result(output, Path(run), overwrite=overwrite)
     template = template_of("moesmith.report", "page.html")
-    with new_file(output, overwrite=overwrite) as work:
+    with new_file(output, overwrite=overwrite) as work, as_written(Path(run)):
         write_text(work, _page(Source(Run(Path(run)), work.parent / "figures"), template))
     return output
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moesmith.arguments import path_of
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, SUMS, file_digest, read_json, read_tensors, verify_files
+from moesmith.files.artefact import MANIFEST, RUN, SUMS, file_digest, read_json, read_tensors, verify_files
+from moesmith.files.parse import as_written
 from moesmith.mixture.carving import Carving, Header
 from moesmith.mixture.folder import REMAKE, layered_folder, load_folder
 from moesmith.parent.compute import AUTO, Device, DType, named
@@ -63,7 +64,13 @@ class Run:
         return self.folder / "model"
 
     def path(self, step: str) -> Path:
-        """Return a step's folder."""
+        """Return a step's folder.
+
+        Raises:
+            MoesmithError: a manifest names a step that is no name, and could lead elsewhere.
+        """
+        if not isinstance(step, str) or Path(step).name != step or "\0" in step:
+            raise MoesmithError(f"{self.folder}: {step!r:.80} is no name of a step", "Fetch or make the run again.")
         return self.folder / "stages" / step
 
     def has(self, step: str) -> bool:
@@ -228,4 +235,10 @@ def open_run(folder: str | Path) -> Run:
     header = run.header
     if not isinstance(header, dict) or not {"recipe", "inputs"} <= header.keys():
         raise MoesmithError(f"{folder} is not a moesmith run", "Give a folder made by 'moesmith convert'.")
+    with as_written(run.folder / RUN):
+        if not isinstance(header["recipe"], dict):
+            raise TypeError("recipe is no mapping")
+        for name in ("model", "model_digest", "data", "dtype"):
+            if not isinstance(header["inputs"][name], str) or "\0" in header["inputs"][name]:
+                raise TypeError(f"inputs.{name} is no text")
     return run

@@ -18,6 +18,7 @@ from pydantic import SerializeAsAny, ValidationError, create_model
 
 from moesmith.arguments import path_text, several
 from moesmith.errors import MoesmithError
+from moesmith.files.parse import parse_yaml
 from moesmith.run.settings import DomainsSection, EvaluateSection, LoopSection, Section, Tracker, TrainSection
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 BUDGETS = ("demo", "small", "paper")
 DEFAULT = "dive"  # the method of a recipe that names none
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # a date that does not exist, brackets a thousand deep
 DECIDING = ("carve.method=", "carve.start=")  # which sections a recipe has
 # settings that had other names or places in version 0.1, and what to write now
 RENAMED = {"masks.start": "carve.start.method (with carve.method tomoe)"}
@@ -171,7 +171,8 @@ def load_recipe(
     name, settings = path_text("recipe", name), several("settings", settings)
     own, inherited = _read(name)
     budgets = _overlay(*({"budgets": values.pop("budgets", {})} for values in (inherited, own)))["budgets"]
-    if not isinstance(budgets, dict) or budgets.keys() - set(BUDGETS):
+    overlays = budgets.values() if isinstance(budgets, dict) else ["no mapping"]
+    if not all(isinstance(each or {}, dict) for each in overlays) or budgets.keys() - set(BUDGETS):
         raise MoesmithError(f"{name}: budgets is no mapping of {', '.join(BUDGETS)}", "See docs/recipes.md.")
     if budget is not None:
         if budget not in BUDGETS:
@@ -185,10 +186,7 @@ def load_recipe(
         key, found, value = setting.partition("=")
         if not found:
             raise MoesmithError(f"--set {setting} has no '='", "Write --set section.key=value.")
-        try:
-            parsed = yaml.safe_load(value)
-        except NOT_YAML as error:
-            raise MoesmithError(f"--set {key}: '{value}' is not a YAML value", "Quote text, as in 'x: y'.") from error
+        parsed = parse_yaml(value, f"--set {setting}", "Quote text, as in 'x: y'.")
         nested: Any = parsed
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -238,9 +236,9 @@ def _read(name: str, above: tuple[str, ...] = ()) -> tuple[dict[str, Any], dict[
             return _of_method(name, known), {}
         text = (files("moesmith.run") / "presets" / f"{name}.yaml").read_bytes
     try:
-        values = yaml.safe_load(text().decode("utf-8"))
-    except (*NOT_YAML, OSError) as error:
-        raise MoesmithError(f"{name} is not valid YAML: {error}", "Fix the file.") from error
+        values = parse_yaml(text(), name)
+    except OSError as error:
+        raise MoesmithError(f"{name} cannot be read: {error.strerror or error}", "Give a YAML file.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise MoesmithError(f"{name} is not a recipe", "A recipe is a YAML mapping with a name and sections.")
     values = {"name": Path(name).stem, **values}

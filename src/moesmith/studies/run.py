@@ -9,13 +9,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from moesmith.arguments import several
-from moesmith.console import show_table, show_text
+from moesmith.console import plain, show_table, show_text
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import write_text
+from moesmith.files.parse import parse_yaml
 from moesmith.parent.compute import AUTO, Device, DType
 from moesmith.report import style
+from moesmith.report.card import inline
 from moesmith.run.recipe import check_known
 from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench
@@ -80,7 +82,6 @@ def _options(kind: type[Study], given: Sequence[str]) -> Section:
     Raises:
         MoesmithError: a setting that the study does not have, or a value that does not fit.
     """
-    import yaml
 
     values: dict[str, Any] = {}
     for setting in given:
@@ -88,12 +89,7 @@ def _options(kind: type[Study], given: Sequence[str]) -> Section:
         if key not in kind.Options.model_fields:
             known = ", ".join(OWN + field for field in kind.Options.model_fields) or "none"
             raise MoesmithError(f"study {kind.name} has no setting '{OWN}{key}'", f"It has {known}.")
-        try:
-            values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise MoesmithError(
-                f"{setting}: {str(error).splitlines()[0]}", "Write a number, a word or [a, b]."
-            ) from error
+        values[key] = parse_yaml(value, setting, "Write a number, a word or [a, b].")
     try:
         return kind.Options.model_validate(values)
     except ValidationError as error:
@@ -114,9 +110,9 @@ def _write(out: Path, asked: Study, result: Mapping[str, Any]) -> None:
 
 def page(asked: Study, result: Mapping[str, Any], figures: Sequence[str]) -> str:
     """Write a study's page in Markdown."""
-    given = "".join(f" --set '{setting}'" for setting in result["settings"])
+    given = "".join(f" --set '{plain(setting)}'" for setting in result["settings"])
     budget = "" if result["budget"] == asked.budget else f" --budget {result['budget']}"
-    source = f"--model {result['model']} --data {result['data']}"
+    source = plain(" ".join(f"--model {result['model']} --data {result['data']}".split()))
     parts = [
         f"# {asked.title}",
         f"**Question** ({asked.paper}). {asked.question}",
@@ -133,7 +129,7 @@ def markdown(table: Table) -> str:
     """Write a table in Markdown; the first column is text."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
+        return f"| {' | '.join(inline(str(cell)) for cell in cells)} |"
 
     return "\n".join([line(table.head), "|---|" + "---:|" * (len(table.head) - 1), *map(line, table.body)])
 

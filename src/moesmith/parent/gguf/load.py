@@ -36,6 +36,7 @@ from moesmith.parent.checkpoint import checked, first_line, quiet
 from moesmith.parent.gguf.file import dtype_of, handed_over, open_gguf
 from moesmith.parent.gguf.proof import LAYERS, beyond, prove_gguf
 from moesmith.parent.gguf.rope import CURE, FACTORS, rope_parameters
+from moesmith.parent.stored import DEEPEST
 
 KINDS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -148,6 +149,9 @@ def _known(path: Path, keys: dict[str, Any]) -> str:
     if architecture not in KINDS:
         known = ", ".join(KINDS)
         raise MoesmithError(f"{path.name} has llama.cpp's architecture {architecture!r}, not one of {known}", CURE)
+    layers = keys.get(f"{architecture}.block_count", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= DEEPEST:
+        raise MoesmithError(f"{path.name} has {architecture}.block_count = {layers!s:.40}", "Fetch the file again.")
     return architecture
 
 

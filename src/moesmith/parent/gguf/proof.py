@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import struct
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ def _same_numbers(
 
 
 @torch.no_grad()
-def difference(model: PreTrainedModel, ids: list[int], top: list[tuple[int, float]]) -> float:
+def difference(model: PreTrainedModel, ids: list[int], top: Sequence[tuple[int, float | None]]) -> float:
     """Measure how far a model is from llama.cpp's most likely tokens and their log-probabilities after a text.
 
     The root mean square difference, over the standard deviation of the model's logits.
@@ -121,7 +123,7 @@ def difference(model: PreTrainedModel, ids: list[int], top: list[tuple[int, floa
     text_1S = torch.tensor([ids], device=model.device)
     hidden_1SD: Tensor = model.base_model(input_ids=text_1S, use_cache=False).last_hidden_state
     logits_V: Tensor = model.get_output_embeddings()(hidden_1SD[0, -1]).float().cpu()
-    theirs = torch.tensor([value for _, value in top])
+    theirs = torch.tensor([math.nan if value is None else value for _, value in top])  # of numbers that are none
     ours = logits_V.log_softmax(-1)[torch.tensor([token for token, _ in top])]
     return float((ours - theirs).square().mean().sqrt() / logits_V.std())
 
