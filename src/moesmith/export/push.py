@@ -21,7 +21,8 @@ from moesmith.console import say
 from moesmith.data.hf_datasets import read_sets
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder
-from moesmith.files.artefact import SUMS, write_text
+from moesmith.files.artefact import SUMS, differing, own_list, write_text
+from moesmith.files.outputs import list_of
 from moesmith.run.folder import Run, finished_of, open_run
 
 CARD = "README.md"
@@ -69,6 +70,11 @@ def push(
     run.check_files()
     if absent := [file for file in more if not file.is_file()]:
         raise MoesmithError(f"there is no file {absent[0]}", "Give files that exist.")
+    for file in more:
+        if differing(file.parent, own_list(list_of(file)) or {}):
+            raise MoesmithError(
+                f"{file} has changed since moesmith wrote it", "Give it as it was written, or export it again."
+            )
     names = [file.name for file in more]
     if taken := [n for n in names if names.count(n) > 1 or (run.model / n).exists()]:
         raise MoesmithError(f"two files would be called {taken[0]}", "Rename one of them.")
@@ -95,9 +101,14 @@ def _placed(source: Path, target: Path) -> None:
 
 def _card(run: Run, to: str, base_model: str | None, licence: str | None, files: Sequence[str]) -> str:
     """Write the run's card anew with a header that the hub reads."""
-    text = (run.model / CARD).read_text(encoding="utf-8")
+    text = (run.model / CARD).read_text(encoding="utf-8", errors="replace")
     found = HEADER.match(text)
-    header: dict[str, Any] = (yaml.safe_load(found[1]) if found else None) or {}
+    try:
+        header: Any = (yaml.safe_load(found[1]) if found else None) or {}
+    except yaml.YAMLError as error:
+        raise MoesmithError(f"the header of {run.model / CARD} is not YAML: {error}", "Mend it.") from error
+    if not isinstance(header, dict):
+        raise MoesmithError(f"the header of {run.model / CARD} holds no fields", "Mend it.")
     body = text[found.end() :] if found else text
     base_model = base_model or header.get("base_model")
     licence = licence or header.get("license") or _licence(run)

@@ -7,8 +7,11 @@ as an undisturbed run. The model stays in its own dtype; the trained parameters 
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_metadata, read_tensors, write_tensors, write_text
+from moesmith.files.artefact import read_metadata, read_tensors, write_atomic, write_tensors
+from moesmith.files.seal import beside
 from moesmith.parent.accelerator import full, out_of_memory, release
 from moesmith.run.settings import LoopSection
 from moesmith.world import crew
@@ -216,14 +220,15 @@ def train(
     student = accelerator.prepare_model(objective) if accelerator else objective
     if spec.checkpointing:
         model.gradient_checkpointing_enable()
-    first, last, done, before = math.nan, math.nan, 0, 0.0
+    first, last, done, before, lines = math.nan, math.nan, 0, 0.0, None
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.is_file():
+        masters.load(read_tensors(checkpoint))  # first: it compares the file with its hash
         state = json.loads(read_metadata(checkpoint)["state"])
-        masters.load(read_tensors(checkpoint))
         done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
+        lines = state.get("log")
         say(f"{label}: continuing at step {done} of {steps}")
-    log = _Log(folder / "log.jsonl", done) if rank == 0 else None
+    log = _Log(folder / "log.jsonl", done, lines) if rank == 0 else None
     share = spec.batch // world
     micro = min(spec.micro_batch, share)
     started = saved = time.monotonic()
@@ -240,7 +245,9 @@ def train(
         return sum(float(loss) for loss in losses)  # read once the device has all of the step's work
 
     def save(step: int) -> None:
-        state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
+        assert log is not None
+        state: dict[str, Any] = {"step": step, "first_loss": first, "last_loss": last, "log": log.settled()}
+        state["seconds"] = before + time.monotonic() - started
         write_tensors(checkpoint, masters.tensors(), {"state": json.dumps(state)})
 
     begin = getattr(objective, "begin", None)
@@ -314,20 +321,36 @@ def _processes(device: torch.device) -> Accelerator | None:
 
 
 class _Log:
-    """Writes JSON lines; lines past the resumed step are dropped, so that each step is logged once."""
+    """Writes JSON lines, one for each step.
 
-    def __init__(self, path: Path, done: int) -> None:
-        kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= done:
-                        kept.append(line)
-                except ValueError:  # the last line of a killed process
-                    break
-        write_text(path, "".join(line + "\n" for line in kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    Args:
+        path: of the file.
+        done: steps that the checkpoint has; lines past them are dropped, so that each step is logged once.
+        known: the hash of their lines that the checkpoint holds; ``None`` if it holds none.
+
+    Raises:
+        MoesmithError: the lines have changed.
+    """
+
+    def __init__(self, path: Path, done: int, known: str | None) -> None:
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        kept = b"".join(line for line in lines[:done] if line.endswith(b"\n"))
+        self.hash = hashlib.sha256(kept)
+        if known not in (None, self.hash.hexdigest()):
+            cure = f"Delete {path.parent} and run the same 'moesmith convert' again."
+            raise MoesmithError(f"{path} is missing or damaged", cure)
+        write_atomic(path, lambda temporary: temporary.write_bytes(kept))
+        beside(path).unlink(missing_ok=True)  # it grows
+        # without a buffer: what finds no room is an error now, and not once more when the file is closed
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        line = json.dumps(record).encode() + b"\n"
+        if self.file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.hash.update(line)
+
+    def settled(self) -> str:
+        """Wait until the disk holds all lines; return their hash."""
+        os.fsync(self.file.fileno())
+        return self.hash.hexdigest()
