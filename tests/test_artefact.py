@@ -142,6 +142,7 @@ def test_commit_makes_an_artefact_that_verifies(tmp_path: Path) -> None:
         name: hashlib.sha256((final / name).read_bytes()).hexdigest() for name in ("a.txt", "deep/b.json")
     }
     assert not (final / "checkpoint").exists()
+    assert manifest.pop("seal")
     assert finished(final, "k1") == manifest
     assert finished(final, "k2") is None
     verify_files(final)

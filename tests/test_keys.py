@@ -22,7 +22,7 @@ import moesmith
 from moesmith.conversion import convert as conversion
 from moesmith.conversion.order import steps_of
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import FORMAT, MANIFEST, digest, read_json, write_json
+from moesmith.files.artefact import FORMAT, MANIFEST, digest, read_json, write_json, write_text
 from moesmith.methods.registry import methods
 from moesmith.methods.tomoe.method import DECIDED
 from moesmith.parent.digests import tokenizer_digest
@@ -537,7 +537,7 @@ def test_a_half_trained_stage_of_the_first_version_goes_on(
     with pytest.raises(KeyboardInterrupt):
         convert("dive-plus", home / "m", home / "d", tmp_path / "run", FEW)
     monkeypatch.undo()
-    (tmp_path / "run" / "stages" / ".experts.partial" / ".key").write_text(oldest["experts"])
+    write_text(tmp_path / "run" / "stages" / ".experts.partial" / ".key", oldest["experts"])
     without_format(tmp_path / "run" / "run.json")
     capfd.readouterr()
     run = convert("dive-plus", home / "m", home / "d", tmp_path / "run", FEW)
@@ -635,7 +635,7 @@ def test_a_stage_begun_by_other_versions_says_so(tmp_path: Path, capfd: pytest.C
         made(tmp_path / "run", recipe, Made(recipe, "rows", make=killed))
     path = tmp_path / "run" / "stages" / ".rows.partial" / ".key"
     key, _, begun = path.read_text().partition("\n")
-    path.write_text(f"{key}\n{json.dumps(json.loads(begun) | {'torch': '2.0'})}")
+    write_text(path, f"{key}\n{json.dumps(json.loads(begun) | {'torch': '2.0'})}")
     run = made(tmp_path / "run", recipe, Made(recipe, "rows"))
     assert (
         f"[rows] was begun by other versions and goes on (torch 2.0, now {versions()['torch']})"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conversions import LEARNED, SHARED, STAGES, convert, weights
+from killable import server
 from transformers import AutoModelForCausalLM
 
 from moesmith.errors import MoesmithError
@@ -25,23 +23,9 @@ Job = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def job(home: Path) -> Iterator[Job]:
-    """Runs a conversion in a forked process of its own (``killable.py``); out of the way of this one's threads."""
-    program = [sys.executable, str(Path(__file__).parent / "killable.py"), str(home)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with subprocess.Popen(
-        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-
-        def run(out: Path, **options: Any) -> Outcome:
-            print(json.dumps({"out": str(out), **options}), file=process.stdin, flush=True)
-            answer: Outcome = json.loads(process.stdout.readline())
-            assert "crash" not in answer, answer["crash"]
-            return answer
-
+    """Runs a conversion in a forked process of its own."""
+    with server(home) as run:
         yield run
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")

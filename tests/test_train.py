@@ -494,10 +494,12 @@ def test_spread_training_goes_on_with_any_number_of_processes(tmp_path: Path) ->
 def test_a_damaged_part_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     in_processes(tmp_path, "cut:2:spread:")
     (found,) = (tmp_path / "cut" / "checkpoint").glob("*/shard-00002*")
-    found.write_bytes(found.read_bytes()[:-8])
-    model, parameters = model_for(STAGE2, tiny_parent("llama"))
-    with pytest.raises(MoesmithError, match=r"shard-00002\S+ is missing or damaged\. Delete"):
-        train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path / "cut")
+    whole = found.read_bytes()
+    for damaged in (whole[:-8], whole[:-8] + bytes(255 - byte for byte in whole[-8:])):
+        found.write_bytes(damaged)
+        model, parameters = model_for(STAGE2, tiny_parent("llama"))
+        with pytest.raises(MoesmithError, match=r"shard-00002\S+ is missing or damaged\. Delete"):
+            train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path / "cut")
 
 
 def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from moesmith.conversion.convert import convert
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, digest, hidden_beside, read_json, write_json
+from moesmith.files.artefact import MANIFEST, digest, hidden_beside, read_json, write_record
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
 from moesmith.report.page import template_of
@@ -134,8 +134,8 @@ class Comparison:
                 found["facts"] = value
             else:
                 found["measured"][part] = value
-            write_json(path, found)
-        write_json(path, found | {"done": True})
+            write_record(path, found)
+        write_record(path, found | {"done": True})
         return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from moesmith.arguments import path_of, path_text, refuse_many_processes
 from moesmith.console import log_to
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_json, sweep, write_json
+from moesmith.files.artefact import read_json, sweep, write_record
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
 from moesmith.files.outputs import check_place, existing, real
 from moesmith.parent.compute import Device, DType, keep_dtype, long_name, named
@@ -88,7 +88,7 @@ class Series:
     def write(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """Write and return the result: the head and what was found."""
         result = {**self.head, **found}
-        write_json(self.out / self.result, result)
+        write_record(self.out / self.result, result)
         return result
 
     def folder(self, name: str) -> Path:

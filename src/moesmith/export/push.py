@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from moesmith.arguments import path_of, several
@@ -27,7 +26,9 @@ from moesmith.console import code, say
 from moesmith.data.hf_datasets import read_sets
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder
-from moesmith.files.artefact import SUMS, write_text
+from moesmith.files.artefact import SUMS, differing, own_list, write_text
+from moesmith.files.outputs import list_of
+from moesmith.files.parse import parse_yaml
 from moesmith.run.folder import Run, finished_of, open_run
 
 CARD = "README.md"
@@ -80,6 +81,11 @@ def push(
     run.check_files()
     if absent := [file for file in more if not file.is_file()]:
         raise MoesmithError(f"there is no file {absent[0]}", "Give files that exist.")
+    for file in more:
+        if differing(file.parent, own_list(list_of(file)) or {}):
+            raise MoesmithError(
+                f"{file} has changed since moesmith wrote it", "Give it as it was written, or export it again."
+            )
     if quantized_of is not None and not more:
         raise MoesmithError("no quantised files are named", "Give --file, such as a GGUF file of 'moesmith export'.")
     names, own = [file.name for file in more], [] if quantized_of is not None else list(run.model.iterdir())
@@ -110,17 +116,14 @@ def _card(
     run: Run, to: str, base_model: str | None, licence: str | None, files: Sequence[str], quantized_of: str | None
 ) -> str:
     """Write the run's card anew with a header that the hub reads."""
-    text = (run.model / CARD).read_text(encoding="utf-8")
-    found = HEADER.match(text)
-    header: dict[str, Any] = (yaml.safe_load(found[1]) if found else None) or {}
-    body = text[found.end() :] if found else text
+    header, body = _front(run.model / CARD)
     base_model = base_model or header.get("base_model")
     licence = licence or header.get("license") or _licence(run)
     if licence is None:
         say("the card says no licence: give --license, such as that of the parent")
     gguf = [name for name in files if name.endswith(".gguf")]
     common: dict[str, Any] = {"license": licence, "pipeline_tag": "text-generation", "datasets": _datasets(run) or None}
-    common["tags"] = [*header.get("tags", []), *(["gguf"] if gguf else [])]
+    common["tags"] = [*(header.get("tags") or []), *(["gguf"] if gguf else [])]
     if quantized_of is not None:  # what was measured was measured on the model itself
         data = ModelCardData(base_model=quantized_of, base_model_relation="quantized", **common)
     else:
@@ -138,15 +141,25 @@ def _card(
 def _licence(run: Run) -> str | None:
     """Read the licence that the parent folder's own card names."""
     card = Path(run.inputs["model"]) / CARD
-    if not card.is_file():
-        return None
-    found = HEADER.match(card.read_text(encoding="utf-8", errors="replace"))
     try:
-        header = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        name = _front(card)[0].get("license") if card.is_file() else None
+    except MoesmithError:  # the parent's card is not ours to correct
         return None
-    name = header.get("license") if isinstance(header, dict) else None
     return name if isinstance(name, str) else None
+
+
+def _front(card: Path) -> tuple[dict[str, Any], str]:
+    """Return the fields of a card's header, and the text below it.
+
+    Raises:
+        MoesmithError: the header is not YAML, or no mapping.
+    """
+    text = card.read_text(encoding="utf-8", errors="replace")
+    found = HEADER.match(text)
+    fields = (parse_yaml(found[1], str(card)) if found else None) or {}
+    if not isinstance(fields, dict) or not isinstance(fields.get("tags") or [], list):
+        raise MoesmithError(f"the header of {card} has no fields, or tags that are no list", "Fix the file.")
+    return fields, text[found.end() :] if found else text
 
 
 def _datasets(run: Run) -> list[str]:

@@ -33,6 +33,9 @@ from torch import Tensor
 from moesmith.console import meter
 from moesmith.errors import MoesmithError
 from moesmith.files.parse import as_written, parse_json
+from moesmith.files.seal import BESIDE, as_sealed, beside, making, sealed, unsealed
+from moesmith.files.seal import digest as digest
+from moesmith.files.seal import file_digest as file_digest
 
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
@@ -75,18 +78,6 @@ def write_cure(error: OSError) -> str:
     return CURES.get(code or 0, "Fix that and run the same command again.")
 
 
-def digest(value: Any) -> str:
-    """Return a short sha256 of any JSON-able value, independent of key order."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file's bytes (hex)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file next to ``path``, flush it to disk, then rename it into place.
 
@@ -99,6 +90,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that only their owner can read
+        if making(path) is not None and not path.name.endswith(BESIDE):
+            hashes = [file_digest(each) for each in (temporary, path) if each.is_file()]
+            write_text(beside(path), "\n".join(hashes))
         os.replace(temporary, path)
     except OSError as error:
         raise MoesmithError(f"cannot write {path}: {error.strerror or error}", write_cure(error)) from error
@@ -118,20 +112,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write indented JSON that no list names, with its own hash, which :func:`read_json` compares and leaves out."""
+    write_json(path, sealed(record))
+
+
+def read_text(path: Path) -> str:
+    """Read a text file that its folder lists.
+
+    Raises:
+        MoesmithError: it is missing, or not the one that its folder lists.
+    """
+    check_file(path)
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; the error names a broken file.
 
     Raises:
-        MoesmithError: the file is missing, not JSON, or not the one that its folder lists; or it is a run's, in a
-            format that a newer moesmith writes.
+        MoesmithError: the file is missing, not JSON, a record that has changed since, or not the one that its folder
+            lists; or it is a run's, in a format that a newer moesmith writes.
     """
     check_file(path)
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        found = unsealed(parse_json(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise MoesmithError(f"{path} is missing", "Is this a folder made by 'moesmith convert'?") from error
     except (OSError, ValueError) as error:
-        raise MoesmithError(f"{path} cannot be read as JSON: {error}", "Fetch or make it again.") from error
+        raise MoesmithError(f"{path} cannot be read: {error}", _cure(path)) from error
     if path.name in (RUN, MANIFEST):
         with as_written(path):
             check_format(path, found.get("format", 1))
@@ -231,12 +240,19 @@ def commit(work: Path, final: Path, manifest: Mapping[str, Any], drop: Sequence[
     Files and folders named in ``drop`` are working state: they are deleted once the rename has made the artefact final.
 
     Raises:
-        MoesmithError: ``final`` holds what moesmith did not leave there (:func:`check_left`).
+        MoesmithError: ``final`` holds what moesmith did not leave there (:func:`check_left`), or a file of ``work`` has
+            changed since it was written.
     """
     sweep(work)
     names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
-    names = [name for name in names if name.partition("/")[0] not in drop and name != MANIFEST]
-    write_json(work / MANIFEST, {**manifest, "files": {name: file_digest(work / name) for name in names}})
+    names = [n for n in names if n.partition("/")[0] not in (*drop, MANIFEST) and not n.endswith(BESIDE)]
+    hashes = {name: file_digest(work / name) for name in names}
+    for name, value in hashes.items():  # what an earlier try left may have been damaged since
+        if not as_sealed(work / name, value):
+            raise _damaged(work, name)
+    write_record(work / MANIFEST, {**manifest, "files": hashes})
+    for path in work.rglob(f".*{BESIDE}"):
+        path.unlink()
     check_left(final, drop)
     with aside(final):
         os.replace(work, final)
@@ -416,7 +432,7 @@ def verify_files(folder: Path, cure: str = "") -> None:
 
 
 def check_file(path: Path) -> None:
-    """Compare a file with its hash where its folder lists it; a folder that is still being filled lists nothing.
+    """Compare a file with its hash: in its folder's list, or beside it where a stage is still being made.
 
     Raises:
         MoesmithError: it is missing or changed.
@@ -424,10 +440,16 @@ def check_file(path: Path) -> None:
     if path.name in (MANIFEST, SUMS):
         return
     known = listed(path.parent).get(path.name)
-    if known is not None and (not path.is_file() or file_digest(path) != known):
+    if not as_sealed(path) if known is None else not path.is_file() or file_digest(path) != known:
         raise _damaged(path.parent, path.name)
 
 
 def _damaged(folder: Path, name: str, cure: str = "") -> MoesmithError:
-    cure = cure or f"Delete {folder} and run the same 'moesmith convert' again."
-    return MoesmithError(f"{folder / name} is missing or damaged", cure)
+    return MoesmithError(f"{folder / name} is missing or damaged", cure or _cure(folder / name))
+
+
+def _cure(path: Path) -> str:
+    """Say how to get a damaged file of a run again."""
+    if path.name == RUN:
+        return "Put a copy of it back, or convert again in another folder."
+    return f"Delete {making(path) or path.parent} and run the same 'moesmith convert' again."

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from moesmith.arguments import takes_paths
 from moesmith.data.overlap import found_in, warnings
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import check_file, write_text
+from moesmith.files.artefact import check_file, read_text, write_text
 from moesmith.files.outputs import check_result, new_file, real
 from moesmith.files.parse import as_written
 from moesmith.report import figures, masks, style
@@ -306,9 +306,8 @@ def _training(source: Source) -> dict[str, Any]:
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     """Read the steps of a log; a last line cut off by a kill is left out."""
-    check_file(path)
     steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
             record = json.loads(line)
         except ValueError:

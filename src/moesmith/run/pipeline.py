@@ -23,6 +23,7 @@ from moesmith.files.artefact import (
     FORMAT,
     MANIFEST,
     aside,
+    check_file,
     check_left,
     commit,
     digest,
@@ -33,10 +34,11 @@ from moesmith.files.artefact import (
     sweep,
     verify_files,
     write_cure,
-    write_json,
+    write_record,
     write_text,
 )
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
+from moesmith.files.seal import BESIDE, PARTIAL
 from moesmith.run.folder import Run
 from moesmith.run.legacy import Legacy, upgraded
 from moesmith.run.memory import peak_memory
@@ -100,7 +102,7 @@ class Pipeline(Run):
             before = read_json(known) if known.is_file() else {}
             if before | header != before:
                 kept = {} if (old := self.old[self.folder]) is None else {"before": old.header}
-                write_json(known, {"versions": versions()} | before | header | kept)
+                write_record(known, {"versions": versions()} | before | header | kept)
             self.__dict__.pop("header", None)
             self._say_versions()
             yield
@@ -189,7 +191,7 @@ class Pipeline(Run):
 
     def _work(self, name: str) -> Path:
         """Return the folder in which a step is made."""
-        return self.path(name).with_name(f".{name}.partial")
+        return self.path(name).with_name(f".{name}{PARTIAL}")
 
     def _make(self, step: Step, job: Job, settings: dict[str, Any]) -> None:
         name = step.name
@@ -220,7 +222,12 @@ class Pipeline(Run):
 
 
 def _begun(work: Path) -> tuple[str, dict[str, str]] | None:
-    """Read the key and versions that a working folder was begun with; 0.1 did not write the versions."""
+    """Read the key and versions that a working folder was begun with; 0.1 did not write the versions.
+
+    Raises:
+        MoesmithError: they have changed.
+    """
+    check_file(work / ".key")
     try:
         key, _, text = (work / ".key").read_text(encoding="utf-8").partition("\n")
         return key, json.loads(text) if text else {}
@@ -235,7 +242,7 @@ def _drop_partial(work: Path) -> None:
     if (
         work.is_symlink()
         or not work.is_dir()
-        or (_begun(work) is None and any(p.name != ".key" for p in work.iterdir()))
+        or (_begun(work) is None and any(p.name not in (".key", f"..key{BESIDE}") for p in work.iterdir()))
     ):
         raise MoesmithError(f"{work} is not a stage that moesmith began", "Delete it or move it away.")
     shutil.rmtree(work)
@@ -243,7 +250,7 @@ def _drop_partial(work: Path) -> None:
 
 def _take_over(source: Path, final: Path) -> None:
     """Hard-link (or copy) a finished stage of another run."""
-    _drop_partial(final.with_name(f".{final.name}.partial"))
+    _drop_partial(final.with_name(f".{final.name}{PARTIAL}"))
     hidden = hidden_beside(final)
     work = hidden / final.name
     try:

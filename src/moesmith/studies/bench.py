@@ -16,7 +16,7 @@ from moesmith.conversion.series import Series
 from moesmith.data.text import evaluation_blocks, load_domains
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
-from moesmith.files.artefact import digest, read_json, write_json
+from moesmith.files.artefact import digest, read_json, write_record
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent, load_parent
@@ -89,7 +89,7 @@ class Bench:
         if path.is_file() and (kept := read_json(path))["key"] == key:
             return kept["value"]
         value = make()
-        write_json(path, {"key": key, "value": value})
+        write_record(path, {"key": key, "value": value})
         return read_json(path)["value"]  # what the next call will return
 
     def blocks(self, names: Sequence[str], tokens: int, window: int = WINDOW) -> dict[str, Tensor]:

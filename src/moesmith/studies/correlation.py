@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import rankdata, spearmanr
 
+from moesmith.files.artefact import read_text
 from moesmith.methods.affinity import cluster, normalise, perplexity_similarity, predicted_losses, score_similarity
 from moesmith.methods.scores import channel_scores, choose
 from moesmith.methods.steps import moments_of
@@ -132,7 +133,7 @@ class Correlation(Study):
 
 def matrix_of(run: Run) -> tuple[list[str], np.ndarray]:
     """Read the perplexities of a run's step *affinity*: names, and (n, n), masks by texts."""
-    rows = list(csv.reader((run.path("affinity") / "matrix.csv").read_text(encoding="utf-8").splitlines()))
+    rows = list(csv.reader(read_text(run.path("affinity") / "matrix.csv").splitlines()))
     return rows[0][1:], np.array([[float(x) for x in row[1:]] for row in rows[1:]])
 
 

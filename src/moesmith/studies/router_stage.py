@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesmith.files.artefact import read_text
 from moesmith.report.figures import running_mean
 from moesmith.run.folder import Run
 from moesmith.studies.bench import Bench, stages_of
@@ -90,4 +91,4 @@ def losses_of(run: Run, step: str) -> list[float]:
     path = run.path(step) / "log.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["loss"] for line in read_text(path).splitlines()]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moesmith.files.artefact import read_text
 from moesmith.report.figures import running_mean
 from moesmith.studies.active_50 import EIGHT
 from moesmith.studies.bench import Bench, stages_of
@@ -46,7 +47,7 @@ class Union(Study):
         found = {}
         for name, (title, settings) in ROWS.items():
             run = bench.convert(name, "tomoe-50", settings, title)
-            text = (run.path("masks") / "log.jsonl").read_text(encoding="utf-8")
+            text = read_text(run.path("masks") / "log.jsonl")
             steps = [json.loads(line) for line in text.splitlines()]
             found[name] = {"title": title, "stages": stages_of(run), "layers": run.carving("masks").union().tolist()}
             found[name] |= {key: [step[key] for step in steps] for key in ("step", "union", "kl")}

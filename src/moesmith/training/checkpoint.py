@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_json, read_metadata, read_tensors, write_json, write_tensors
+from moesmith.files.artefact import (
+    check_file,
+    file_digest,
+    read_json,
+    read_metadata,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from moesmith.training.sharding import cut, is_spread, part, part_of
 from moesmith.world import crew
 
@@ -45,12 +53,14 @@ class Checkpoint:
         """
         if (step := self._step()) is not None:
             found: dict[str, Any] = read_json(step / STATE)
-            for name, size in found.pop("files").items():
-                if not (step / name).is_file() or (step / name).stat().st_size != size:
+            hashes: dict[str, str] = found.pop("files")
+            for name, value in self._hashes(step, sorted(hashes)).items():
+                if value != hashes[name]:
                     raise MoesmithError(f"{step / name} is missing or damaged", f"Delete {step} and run again.")
             return found
         if not self.file.is_file():
             return None
+        check_file(self.file)
         said: dict[str, Any] = json.loads(read_metadata(self.file)["state"])
         return said
 
@@ -98,8 +108,8 @@ class Checkpoint:
                     dcp.save(described, storage_writer=writer)
             except OSError as error:
                 raise MoesmithError(f"cannot write {step}: {error}", "Free space and run the same again.") from error
+        files = self._hashes(step, team.share(sorted(path.name for path in step.iterdir())))
         if team.first:
-            files = {path.name: path.stat().st_size for path in sorted(step.iterdir())}
             write_json(step / STATE, {**state, "files": files})  # from now on it counts
             for other in self.folder.iterdir():
                 if other != step:
@@ -109,6 +119,12 @@ class Checkpoint:
     def _step(self) -> Path | None:
         """Return the folder of the newest checkpoint that was written whole."""
         return max((path.parent for path in self.folder.glob(f"*/{STATE}")), default=None)
+
+    def _hashes(self, step: Path, names: Sequence[str]) -> dict[str, str]:
+        """Return the hashes of files, "" for a missing one; the processes share the reading, all must call it."""
+        team = crew()
+        own = {name: file_digest(step / name) if (step / name).is_file() else "" for name in team.mine(names)}
+        return team.merged(own)
 
     def _model(self, name: str) -> Tensor:
         return self.like[name.partition(".")[2]]

@@ -7,7 +7,6 @@ as an undisturbed run. The model stays in its own dtype; the trained parameters 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,11 @@ from torch import Tensor, nn
 
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_tensors, write_text
+from moesmith.files.artefact import write_tensors
 from moesmith.parent.accelerator import full, out_of_memory, release
 from moesmith.run.settings import LoopSection
 from moesmith.training.checkpoint import Checkpoint
+from moesmith.training.log import Log
 from moesmith.training.sharding import is_spread, part
 from moesmith.training.tracking import Loads, Report, Tracking
 from moesmith.world import crew
@@ -232,14 +232,14 @@ def train(
     student = accelerator.prepare_model(objective) if accelerator and not masters.spread else objective
     if spec.checkpointing:
         model.gradient_checkpointing_enable()
-    first, last, done, before, mark = math.nan, math.nan, 0, 0.0, ""
+    first, last, done, before, mark, lines = math.nan, math.nan, 0, 0.0, "", None
     checkpoint = Checkpoint(folder, {name: p.data for name, p in parameters.items()})
     if (state := checkpoint.state()) is not None:
         masters.load(checkpoint.load(masters.wanted()))
         done, first, last, before = state["step"], state["first_loss"], state["last_loss"], state["seconds"]
-        mark = state.get("report", "")
+        mark, lines = state.get("report", ""), state.get("log")
         say(f"{label}: continuing at step {done} of {steps}")
-    log = _Log(folder / "log.jsonl", done) if rank == 0 else None
+    log = Log(folder / "log.jsonl", done, lines) if rank == 0 else None
     share = spec.batch // world
     micro = min(spec.micro_batch, share)
     started = saved = time.monotonic()
@@ -256,8 +256,9 @@ def train(
         return sum(float(loss) for loss in losses)  # read once the device has all of the step's work
 
     def save(step: int) -> None:
-        state = {"step": step, "first_loss": first, "last_loss": last, "seconds": before + time.monotonic() - started}
-        checkpoint.save(masters.tensors(), state | {"report": tracking.mark})
+        state: dict[str, Any] = {"step": step, "first_loss": first, "last_loss": last, "report": tracking.mark}
+        state |= {"seconds": before + time.monotonic() - started, "log": log.settled() if log is not None else None}
+        checkpoint.save(masters.tensors(), state)
 
     tracking = Tracking(report if report and rank == 0 else Report(), spec.model_dump(mode="json"), mark, done)
     loads = Loads(objective)
@@ -337,23 +338,3 @@ def _processes(device: torch.device) -> Accelerator | None:
         return None
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(cpu=device.type == "cpu", kwargs_handlers=[unused])
-
-
-class _Log:
-    """Writes JSON lines; lines past the resumed step are dropped, so that each step is logged once."""
-
-    def __init__(self, path: Path, done: int) -> None:
-        kept = []
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= done:
-                        kept.append(line)
-                except ValueError:  # the last line of a killed process
-                    break
-        write_text(path, "".join(line + "\n" for line in kept))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()

@@ -18,7 +18,17 @@ from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
-from moesmith.files.artefact import MANIFEST, SUMS, file_digest, own_list, read_json, write_json, write_list, write_text
+from moesmith.files.artefact import (
+    MANIFEST,
+    SUMS,
+    file_digest,
+    own_list,
+    read_json,
+    write_json,
+    write_list,
+    write_record,
+    write_text,
+)
 from moesmith.files.outputs import new_folder
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
@@ -85,7 +95,7 @@ class Export(Step):
         names = ("model", "stock") if has_stock(job.parent, carving) else ("model",)
         folders = [job.run.folder / name for name in names]
         if manifest.is_file() and not all((folder / "config.json").is_file() for folder in folders):
-            write_json(manifest, read_json(manifest) | {"key": None})  # made again; what it says of the other holds
+            write_record(manifest, read_json(manifest) | {"key": None})  # made again; what it says of the other holds
         elif manifest.is_file():
             for name in names:
                 job.run.check_files(name)
@@ -247,7 +257,7 @@ def write_card(run: Pipeline) -> None:
     card = run.model / CARD
     text, list_path, name = model_card(run), run.folder / "card.sha256", card.relative_to(run.folder).as_posix()
     known = own_list(list_path) or {}
-    if os.path.lexists(card) and card.read_text(encoding="utf-8") != text:
+    if os.path.lexists(card) and card.read_bytes() != text.encode():
         if card.is_symlink() or file_digest(card) != known.get(name):
             say(f"  {card} was edited and stays as it is")
             return
