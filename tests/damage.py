@@ -33,8 +33,9 @@ from moesmith.export.delta import pack, unpack
 from moesmith.export.push import push
 from moesmith.export.target import Options as Export
 from moesmith.export.targets import export_run
-from moesmith.files.artefact import TEMPORARY, read_tensors, sums_of
+from moesmith.files.artefact import read_tensors, sums_of
 from moesmith.files.outputs import list_of
+from moesmith.files.write import TEMPORARY
 from moesmith.methods import steps
 from moesmith.parent.load import Parent, load_parent
 from moesmith.report.overview import describe

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from moesmith.conversion.steps.training import prepare
-from moesmith.files.artefact import write_json, write_tensors
+from moesmith.files.write import write_json, write_tensors
 from moesmith.mixture.moe import build
 from moesmith.parent.structure import decoder_layers
 from moesmith.run.settings import TrainSection

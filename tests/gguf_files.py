@@ -11,7 +11,8 @@ import pytest
 
 from moesmith.export.gguf import converter
 from moesmith.export.gguf.quantise import _quantiser
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json
 from moesmith.testing.parents import save_tiny
 
 BASE = {"rope_theta": 10000.0}

@@ -84,14 +84,14 @@ def install(events: Events) -> None:
     import torch
     from transformers import PreTrainedModel
 
-    from moesmith.files import artefact
+    from moesmith.files import write
     from moesmith.methods import steps
     from moesmith.run.pipeline import Pipeline
     from moesmith.training import loop as train
 
     os.replace = events.around(os.replace)
     shutil.rmtree = events.around(shutil.rmtree)  # type: ignore[assignment]
-    artefact.save_file = events.halfway(artefact.save_file, 1)
+    write.save_file = events.halfway(write.save_file, 1)
     Path.write_text = events.halfway(Path.write_text, 0)  # type: ignore[method-assign]
     train.Masters.step = events.around(train.Masters.step)  # type: ignore[method-assign]
     train.SAVE_SECONDS = steps.SAVE_SECONDS = -1.0  # unfinished work is kept after every step and layer

@@ -32,7 +32,8 @@ from moesmith.data.text import load_domains
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import pack, unpack
 from moesmith.export.gguf import converter
-from moesmith.files.artefact import MANIFEST, file_digest, read_metadata, read_tensors, verify_files, write_sums
+from moesmith.files.artefact import MANIFEST, read_metadata, read_tensors, verify_files, write_sums
+from moesmith.files.seal import file_digest
 from moesmith.mixture.carving import Carving
 from moesmith.parent.checkpoint import stored_dtype
 from moesmith.parent.gguf.load import load_gguf

@@ -14,7 +14,7 @@ from conversions import arguments, snapshot
 
 from moesmith.console import plain
 from moesmith.conversion import convert as conversion
-from moesmith.files.artefact import TEMPORARY
+from moesmith.files.write import TEMPORARY
 from moesmith.run import folder
 
 

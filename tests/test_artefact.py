@@ -15,23 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from moesmith.errors import MoesmithError
-from moesmith.files import artefact
-from moesmith.files.artefact import (
-    MANIFEST,
-    TEMPORARY,
-    commit,
-    digest,
-    file_digest,
-    finished,
-    read_json,
-    read_metadata,
-    read_tensors,
-    verify_files,
-    write_atomic,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from moesmith.files import artefact, write
+from moesmith.files.artefact import MANIFEST, commit, finished, read_json, read_metadata, read_tensors, verify_files
+from moesmith.files.seal import digest, file_digest
+from moesmith.files.write import TEMPORARY, write_atomic, write_json, write_tensors, write_text
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -99,7 +86,7 @@ def test_the_full_disk_of_safetensors_is_one_line(tmp_path: Path, monkeypatch: p
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(artefact, "save_file", full)
+    monkeypatch.setattr(write, "save_file", full)
     with pytest.raises(MoesmithError, match=r"cannot write .*x\.safetensors: I/O error: No space left.*Free disk"):
         write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)})
     assert not list(tmp_path.iterdir())
@@ -182,11 +169,11 @@ def test_an_error_is_one_line() -> None:
 def test_mapped_tensors_are_a_safetensors_file(tmp_path: Path) -> None:
     path, shapes = tmp_path / "x.safetensors", {"first": (3, 5), "third": (7,)}
     wanted = {name: torch.randint(0, 99, shape, dtype=torch.int32) for name, shape in shapes.items()}
-    for name, tensor in artefact.mapped_tensors(path, shapes).items():
+    for name, tensor in write.mapped_tensors(path, shapes).items():
         tensor.copy_(wanted[name])
-    artefact.settle(path)
+    write.settle(path)
     found = artefact.read_tensors(path)
     assert found.keys() == {"first", "third"}
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
-    assert artefact.mapped_tensors(tmp_path / "empty.safetensors", {}) == {}
+    assert write.mapped_tensors(tmp_path / "empty.safetensors", {}) == {}
     assert artefact.read_tensors(tmp_path / "empty.safetensors") == {}

@@ -20,7 +20,7 @@ from moesmith.conversion.steps.training import prepare
 from moesmith.errors import MoesmithError
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import write_stock
-from moesmith.files.artefact import write_json, write_tensors
+from moesmith.files.write import write_json, write_tensors
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
 from moesmith.mixture.layer import Expert, Layer, Linear

@@ -28,7 +28,8 @@ from moesmith.data.text import evaluation_blocks, load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_items, run_tasks
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json
 from moesmith.parent.load import load_parent
 from moesmith.run.folder import open_run
 

@@ -20,7 +20,8 @@ import moesmith as package
 from moesmith.calibration.view import LayerView
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import _parts, pack, unpack
-from moesmith.files.artefact import read_json, read_tensors, sums_of, write_json, write_sums, write_tensors
+from moesmith.files.artefact import read_json, read_tensors, sums_of, write_sums
+from moesmith.files.write import write_json, write_tensors
 from moesmith.methods import registry
 from moesmith.methods.base import Carver, Routed
 from moesmith.methods.registry import methods, register

@@ -16,7 +16,7 @@ from moesmith.evaluation.compare import compare
 from moesmith.export.delta import unpack
 from moesmith.export.target import Options
 from moesmith.export.targets import export_run
-from moesmith.files.artefact import file_digest
+from moesmith.files.seal import file_digest
 from moesmith.report.overview import describe
 from moesmith.report.page import write_report
 

@@ -34,7 +34,8 @@ from moesmith.data import formats
 from moesmith.data.formats import read_records
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import pack
-from moesmith.files.artefact import SUMS, read_json, sums_of, verify_files, write_json, write_list, write_sums
+from moesmith.files.artefact import SUMS, read_json, sums_of, verify_files, write_list, write_sums
+from moesmith.files.write import write_json
 from moesmith.parent.load import load_parent
 from moesmith.report.page import write_report
 from moesmith.studies.run import markdown

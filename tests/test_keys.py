@@ -22,7 +22,9 @@ import moesmith
 from moesmith.conversion import convert as conversion
 from moesmith.conversion.order import steps_of
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import FORMAT, MANIFEST, digest, read_json, write_json, write_text
+from moesmith.files.artefact import FORMAT, MANIFEST, read_json
+from moesmith.files.seal import digest
+from moesmith.files.write import write_json, write_text
 from moesmith.methods.registry import methods
 from moesmith.methods.tomoe.method import DECIDED
 from moesmith.parent.digests import tokenizer_digest

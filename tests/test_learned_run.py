@@ -18,7 +18,8 @@ from conversions import convert
 from safetensors.torch import load_file
 from test_report import SECTIONS, Reader, text_of
 
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import active_share, parameters
 from moesmith.mixture.folder import load_folder

@@ -20,8 +20,9 @@ from moesmith.conversion import convert as conversion
 from moesmith.errors import MoesmithError
 from moesmith.export import delta as delta_module
 from moesmith.export.delta import pack
-from moesmith.files.artefact import MANIFEST, SUMS, read_json, sums_of, write_json, write_list, write_sums
+from moesmith.files.artefact import MANIFEST, SUMS, read_json, sums_of, write_list, write_sums
 from moesmith.files.outputs import check_file, check_folder, check_place, foreign, list_of, new_file, new_folder
+from moesmith.files.write import write_json
 from moesmith.run import folder
 
 Tree = dict[str, tuple[object, ...]]

@@ -70,7 +70,7 @@ COPIES = {
     "methods/token.py:as_expert": "trained matrices belong to the carving",
     "methods/upcycling.py:redraw": "an expert's own matrices belong to the carving",
     "parent/digests.py:_bytes": "the parent's digest is taken over every weight, once",
-    "files/artefact.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
+    "files/write.py:write_tensors.<locals>.<dictcomp>": "checkpoints and carvings are files",
     "export/stock/write.py:stock_tensors.<locals>.out": "the export writes every weight",
     "export/verify.py:run": "logits of two models, compared once",
     "methods/channels.py:refit_experts": "a refitted matrix belongs to the carving",

@@ -16,7 +16,7 @@ from scipy.cluster import hierarchy
 
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.routing import Routing, Sample
-from moesmith.files.artefact import write_json, write_text
+from moesmith.files.write import write_json, write_text
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer
 from moesmith.report import figures

@@ -17,8 +17,9 @@ from ordeals import Options, clock, company, kills, moved, read_only, readers, r
 from tally import Tally, table
 
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, commit, read_json, write_json, write_record, write_text
+from moesmith.files.artefact import MANIFEST, commit, read_json
 from moesmith.files.seal import beside
+from moesmith.files.write import write_json, write_record, write_text
 from moesmith.training import loop
 
 Ordeal = Callable[[Options], Iterator[Tally]]

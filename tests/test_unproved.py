@@ -18,16 +18,9 @@ from test_outputs import tree
 from moesmith.errors import MoesmithError
 from moesmith.export import targets, verify
 from moesmith.export.target import Options
-from moesmith.files.artefact import (
-    MANIFEST,
-    TEMPORARY,
-    file_digest,
-    read_json,
-    sums_of,
-    write_atomic,
-    write_json,
-    write_list,
-)
+from moesmith.files.artefact import MANIFEST, read_json, sums_of, write_list
+from moesmith.files.seal import file_digest
+from moesmith.files.write import TEMPORARY, write_atomic, write_json
 from moesmith.parent.load import Parent, load_parent
 
 KERNELS = [

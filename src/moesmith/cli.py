@@ -182,7 +182,7 @@ def evaluate(
     rows = [(row["task"], row["metric"], row["parent"], row["moe"]) for row in table["results"]]
     show_table(f"{run}", ["task", "metric", "dense parent", "MoE"], rows)
     if json_file is not None:
-        from moesmith.files.artefact import write_json
+        from moesmith.files.write import write_json
 
         with new_file(json_file, overwrite=overwrite) as work:
             write_json(work, table)

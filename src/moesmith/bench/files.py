@@ -16,8 +16,10 @@ from moesmith.export.folder import whole_folder, write_companions
 from moesmith.export.gguf.converter import convert
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.target import Options, Source
-from moesmith.files.artefact import digest, read_json, write_json
+from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_file, new_file
+from moesmith.files.seal import digest
+from moesmith.files.write import write_json
 from moesmith.parent.checkpoint import quiet
 from moesmith.parent.compute import long_name
 from moesmith.run.folder import STOCK, Run

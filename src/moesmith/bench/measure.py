@@ -30,8 +30,9 @@ from moesmith.export.gguf.converter import OUTTYPES
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.target import Source
 from moesmith.export.targets import source_of
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_result, new_file
+from moesmith.files.write import write_json
 from moesmith.parent.compute import AUTO, Choice, Device, DType, long_name
 from moesmith.parent.load import choose_compute
 from moesmith.run.folder import Run, open_run

@@ -26,7 +26,9 @@ from moesmith.conversion.convert import convert
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, digest, hidden_beside, read_json, write_record
+from moesmith.files.artefact import MANIFEST, hidden_beside, read_json
+from moesmith.files.seal import digest
+from moesmith.files.write import write_record
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
 from moesmith.report.page import template_of

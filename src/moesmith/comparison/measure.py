@@ -17,7 +17,7 @@ from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import Found, find_tasks, run_items
 from moesmith.evaluation.likelihoods import lambada_pairs, log_likelihoods
 from moesmith.evaluation.perplexity import WINDOW, context_length, token_nlls, wikitext2_blocks
-from moesmith.files.artefact import digest
+from moesmith.files.seal import digest
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.parent.load import Parent
 

@@ -10,7 +10,7 @@ import yaml
 
 from moesmith.comparison.figures import curves, frontier_figure, ratios_figure, tokens_figure
 from moesmith.comparison.table import cells, refused
-from moesmith.files.artefact import write_text
+from moesmith.files.write import write_text
 from moesmith.report import style
 from moesmith.report.page import template_of
 

@@ -21,7 +21,7 @@ from moesmith.comparison.measure import ACCURACY
 from moesmith.comparison.spec import WIKITEXT, Conversion, Spec
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.console import duration, show_table, show_text
-from moesmith.files.artefact import write_text
+from moesmith.files.write import write_text
 from moesmith.report.card import inline
 
 PARENT_TITLE = "dense parent"

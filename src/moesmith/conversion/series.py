@@ -13,9 +13,10 @@ from typing import Any
 from moesmith.arguments import path_of, path_text, refuse_many_processes
 from moesmith.console import log_to
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_json, sweep, write_record
+from moesmith.files.artefact import read_json, sweep
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
 from moesmith.files.outputs import check_place, existing, real
+from moesmith.files.write import write_record
 from moesmith.parent.compute import Device, DType, keep_dtype, long_name, named
 from moesmith.parent.load import load_parent
 from moesmith.run.pipeline import check_reuse

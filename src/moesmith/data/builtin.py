@@ -23,7 +23,7 @@ from typing import Any
 
 from moesmith.data.records import Domain, Record, as_text, choose
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import digest, file_digest
+from moesmith.files.seal import digest, file_digest
 
 EVALUATION = 0.25  # share of the passages that go to evaluation
 PARAGRAPH = 200  # characters; a line this long or longer counts as a paragraph of its own, not as a phrase

@@ -19,7 +19,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from moesmith.data.records import Chat, Domain, Record, as_text, chat
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import digest
+from moesmith.files.seal import digest
 
 BATCH = 64  # texts per tokenizer call
 MARK = "\ue000{}\ue001"  # replaces a spelled control token while the template is filled in; private-use characters

@@ -19,8 +19,8 @@ from moesmith.data.overlap import Overlap, check_splits, overlaps
 from moesmith.data.records import Domain, Record, as_text, check_names, choose, fields, kind
 from moesmith.data.sampling import evaluation_blocks, pack, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import digest, file_digest
 from moesmith.files.parse import parse_json
+from moesmith.files.seal import digest, file_digest
 
 __all__ = [
     "Domain",

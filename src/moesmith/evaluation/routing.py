@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import check_file, write_atomic
+from moesmith.files.artefact import check_file
+from moesmith.files.write import write_atomic
 from moesmith.parent.hooks import hooked
 
 SAMPLE_TOKENS = 120

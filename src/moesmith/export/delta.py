@@ -24,7 +24,6 @@ from moesmith.export.stock.write import ARCHITECTURES, stock_tensors
 from moesmith.export.target import Options, Source
 from moesmith.files.artefact import (
     SUMS,
-    TEMPORARY,
     check_format,
     differing,
     listed,
@@ -32,11 +31,11 @@ from moesmith.files.artefact import (
     read_tensors,
     sums_of,
     verify_files,
-    write_json,
     write_sums,
 )
 from moesmith.files.outputs import check_folder, check_place, existing, inputs_of
 from moesmith.files.parse import as_written
+from moesmith.files.write import TEMPORARY, write_json
 from moesmith.mixture.carving import Carving
 from moesmith.parent.compute import named
 from moesmith.parent.load import Parent, load_parent

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moesmith.files.artefact import write_json, write_sums, write_tensors
+from moesmith.files.artefact import write_sums
 from moesmith.files.outputs import new_folder
+from moesmith.files.write import write_json, write_tensors
 from moesmith.parent.checkpoint import first_line
 from moesmith.parent.load import Parent
 

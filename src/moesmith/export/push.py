@@ -26,9 +26,10 @@ from moesmith.console import code, say
 from moesmith.data.hf_datasets import read_sets
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder
-from moesmith.files.artefact import SUMS, differing, own_list, write_text
+from moesmith.files.artefact import SUMS, differing, own_list
 from moesmith.files.outputs import list_of
 from moesmith.files.parse import parse_yaml
+from moesmith.files.write import write_text
 from moesmith.run.folder import Run, finished_of, open_run
 
 CARD = "README.md"

@@ -24,15 +24,15 @@ from moesmith.files.artefact import (
     SUMS,
     aside,
     differing,
-    file_digest,
     hidden_beside,
     own_list,
     read_json,
     strangers,
     sums_of,
-    write_cure,
     write_list,
 )
+from moesmith.files.seal import file_digest
+from moesmith.files.write import write_cure
 
 OTHER = "Give another --out"
 ASK = "Give --overwrite (in Python overwrite=True) to replace what moesmith wrote there, or another --out."

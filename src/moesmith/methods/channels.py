@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moesmith.calibration.moments import Moments, Second, merge, pool
 from moesmith.calibration.view import LayerView, Stats
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json
 from moesmith.methods.base import Carver, Needs, RouterSection
 from moesmith.methods.refit import compensation_bias, refit_down
 from moesmith.methods.router import constant_direction, lda_router, random_router

@@ -24,7 +24,8 @@ from moesmith.console import meter, say
 from moesmith.data.sampling import evaluation_blocks
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import perplexities
-from moesmith.files.artefact import read_json, write_json, write_text
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json, write_text
 from moesmith.methods import affinity as mining
 from moesmith.methods.affinity import Linkage, Profile
 from moesmith.methods.base import ROUTING, Kept, Method, Routed

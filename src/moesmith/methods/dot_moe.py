@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_tensors
+from moesmith.files.write import write_tensors
 from moesmith.methods.balanced import balanced_kmeans
 from moesmith.methods.parts import Divided, DividedMethod, rows_normalised, similarity_router
 from moesmith.methods.registry import register

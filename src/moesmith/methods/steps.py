@@ -18,7 +18,8 @@ from moesmith.console import say
 from moesmith.data.encoding import reading
 from moesmith.data.sampling import packed_windows, sample_windows
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import read_json, read_tensors, write_json, write_tensors
+from moesmith.files.artefact import read_json, read_tensors
+from moesmith.files.write import write_json, write_tensors
 from moesmith.methods import taylor
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from moesmith.arguments import path_of
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import check_format, read_json, read_tensors, write_json, write_tensors
+from moesmith.files.artefact import check_format, read_json, read_tensors
 from moesmith.files.parse import as_written
+from moesmith.files.write import write_json, write_tensors
 from moesmith.mixture.attention import CarvedAttention
 from moesmith.mixture.gates import GateSpec
 from moesmith.mixture.layer import Analytic, Expert, Layer, Linear

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from moesmith.arguments import takes_paths
 from moesmith.data.overlap import found_in, warnings
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import check_file, read_text, write_text
+from moesmith.files.artefact import check_file, read_text
 from moesmith.files.outputs import check_result, new_file, real
 from moesmith.files.parse import as_written
+from moesmith.files.write import write_text
 from moesmith.report import figures, masks, style
 from moesmith.report.numbers import big, duration, number, percent
 from moesmith.report.source import AbsentError, Source, present

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_atomic
+from moesmith.files.write import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

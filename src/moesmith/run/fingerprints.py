@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from moesmith.data.records import Record, chat
-from moesmith.files.artefact import digest
+from moesmith.files.seal import digest
 from moesmith.parent.checkpoint import quiet
 from moesmith.parent.digests import PROBE
 from moesmith.parent.load import Parent

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moesmith.arguments import path_of
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import MANIFEST, RUN, SUMS, file_digest, read_json, read_tensors, verify_files
+from moesmith.files.artefact import MANIFEST, RUN, SUMS, read_json, read_tensors, verify_files
 from moesmith.files.parse import as_written
+from moesmith.files.seal import file_digest
 from moesmith.mixture.carving import Carving, Header
 from moesmith.mixture.folder import REMAKE, layered_folder, load_folder
 from moesmith.parent.compute import AUTO, Device, DType, named

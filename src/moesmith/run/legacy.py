@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import digest, finished, read_json
+from moesmith.files.artefact import finished, read_json
+from moesmith.files.seal import digest
 from moesmith.parent.sizes import Sizes
 from moesmith.run.fingerprints import folder_companions
 from moesmith.run.recipe import Recipe, keys, kind_of, parse

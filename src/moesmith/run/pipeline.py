@@ -26,19 +26,16 @@ from moesmith.files.artefact import (
     check_file,
     check_left,
     commit,
-    digest,
     finished,
     hidden_beside,
     read_json,
     remove,
     sweep,
     verify_files,
-    write_cure,
-    write_record,
-    write_text,
 )
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
-from moesmith.files.seal import BESIDE, PARTIAL
+from moesmith.files.seal import BESIDE, PARTIAL, digest
+from moesmith.files.write import write_cure, write_record, write_text
 from moesmith.run.folder import Run
 from moesmith.run.legacy import Legacy, upgraded
 from moesmith.run.memory import peak_memory

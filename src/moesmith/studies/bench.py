@@ -16,7 +16,9 @@ from moesmith.conversion.series import Series
 from moesmith.data.text import evaluation_blocks, load_domains
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
-from moesmith.files.artefact import digest, read_json, write_record
+from moesmith.files.artefact import read_json
+from moesmith.files.seal import digest
+from moesmith.files.write import write_record
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent, load_parent

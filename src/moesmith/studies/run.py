@@ -13,8 +13,8 @@ from moesmith.console import plain, show_table, show_text
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_text
 from moesmith.files.parse import parse_yaml
+from moesmith.files.write import write_text
 from moesmith.parent.compute import AUTO, Device, DType
 from moesmith.report import style
 from moesmith.report.card import inline

@@ -18,15 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import (
-    check_file,
-    file_digest,
-    read_json,
-    read_metadata,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from moesmith.files.artefact import check_file, read_json, read_metadata, read_tensors
+from moesmith.files.seal import file_digest
+from moesmith.files.write import write_json, write_tensors
 from moesmith.training.sharding import cut, is_spread, part, part_of
 from moesmith.world import crew
 

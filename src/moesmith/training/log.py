@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_atomic
 from moesmith.files.seal import beside
+from moesmith.files.write import write_atomic
 
 
 class Log:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moesmith.console import meter, say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_tensors
+from moesmith.files.write import write_tensors
 from moesmith.parent.accelerator import full, out_of_memory, release
 from moesmith.run.settings import LoopSection
 from moesmith.training.checkpoint import Checkpoint

@@ -18,18 +18,10 @@ from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import stock_reference, write_stock
 from moesmith.export.verify import verify_folder
-from moesmith.files.artefact import (
-    MANIFEST,
-    SUMS,
-    file_digest,
-    own_list,
-    read_json,
-    write_json,
-    write_list,
-    write_record,
-    write_text,
-)
+from moesmith.files.artefact import MANIFEST, SUMS, own_list, read_json, write_list
 from moesmith.files.outputs import new_folder
+from moesmith.files.seal import file_digest
+from moesmith.files.write import write_json, write_record, write_text
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
 from moesmith.mixture.moe import decoder

@@ -13,7 +13,7 @@ from moesmith.data.encoding import check_chats, reading, spelled
 from moesmith.data.overlap import found_in, warnings
 from moesmith.data.sampling import evaluation_blocks, must_hold, training_blocks
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import mapped_tensors, settle, write_tensors
+from moesmith.files.write import mapped_tensors, settle, write_tensors
 from moesmith.parent.vocabulary import readable
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import LoopSection

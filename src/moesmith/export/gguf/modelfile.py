@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moesmith.export.target import Source
-from moesmith.files.artefact import write_text
+from moesmith.files.write import write_text
 
 CONTEXT = 4096  # tokens that are served, where the model reads as many: a longer context needs more memory
 PLAIN = "{{ .Prompt }}"

@@ -33,7 +33,8 @@ from moesmith.export.gguf.tokens import ODD, differing_tokens, marked_texts
 from moesmith.export.stock.write import Layout, stock_config, stock_reference, stock_refusal, write_stock
 from moesmith.export.target import Options, Source, reach_loss, stock_losses
 from moesmith.export.verify import judging, run
-from moesmith.files.artefact import hidden_beside, write_cure
+from moesmith.files.artefact import hidden_beside
+from moesmith.files.write import write_cure
 from moesmith.mixture.home import aligned
 from moesmith.parent.structure import head_dim
 

@@ -23,7 +23,8 @@ from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.stock.constant import constant_channel
 from moesmith.export.stock.experts import Level, StockLayer, linear_router, scale_of
 from moesmith.export.verify import verify_folder
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json
 from moesmith.mixture.attention import zeroed
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.home import Home, home_of, padding

@@ -14,7 +14,7 @@ from torch import Tensor
 from moesmith.calibration.stream import BATCH, Stream
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import write_tensors
+from moesmith.files.write import write_tensors
 from moesmith.methods.base import ROUTING, Method, refit_alone
 from moesmith.methods.channels import Channels, refit_experts
 from moesmith.methods.registry import find, register
