@@ -15,7 +15,8 @@ from typing import Any
 
 from moesmith.conversion.convert import convert
 from moesmith.evaluation.perplexity import geometric_mean, perplexities, perplexity
-from moesmith.files.artefact import read_json, write_json, write_text
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json, write_text
 from moesmith.mixture.moe import build, forced
 from moesmith.parent.load import load_parent
 from moesmith.run.folder import Run

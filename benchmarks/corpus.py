@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from moesmith.files.artefact import mapped_tensors, read_json, settle, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import mapped_tensors, settle, write_json
 
 WORDS = 400  # of a record
 WINDOW = 1024

@@ -32,7 +32,8 @@ from transformers import PreTrainedTokenizerFast
 from moesmith.conversion.convert import convert
 from moesmith.conversion.plan import make_plan
 from moesmith.export.folder import write_shards
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json
 from moesmith.parent.load import load_skeleton
 from moesmith.run.recipe import applicable, load_recipe
 from moesmith.run.versions import versions

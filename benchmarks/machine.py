@@ -25,7 +25,8 @@ from speed import Step, blocks, grouped_lora, peft_lora, void
 from moesmith.bench.measure import machine
 from moesmith.calibration.moments import channel_moments
 from moesmith.evaluation.perplexity import perplexity
-from moesmith.files.artefact import read_json, write_json
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json
 from moesmith.parent.compute import short
 from moesmith.parent.load import Parent, load_parent
 from moesmith.run.versions import versions

@@ -26,7 +26,8 @@ from moesmith.errors import MoesmithError
 from moesmith.export.stock.write import stock_reference
 from moesmith.export.target import Options, Source
 from moesmith.export.targets import TARGETS
-from moesmith.files.artefact import read_json, write_json, write_text
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json, write_text
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from moesmith.calibration.moments import channel_moments, fast_products
 from moesmith.conversion.steps.training import prepare
 from moesmith.evaluation.perplexity import perplexity
-from moesmith.files.artefact import write_json
+from moesmith.files.write import write_json
 from moesmith.mixture.lora import dropout
 from moesmith.mixture.moe import build, share
 from moesmith.parent.load import Parent, load_parent

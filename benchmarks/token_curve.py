@@ -26,7 +26,7 @@ from moesmith.calibration.view import Tokens
 from moesmith.console import show_table
 from moesmith.data.sampling import evaluation_blocks, packed_windows
 from moesmith.data.text import load_domains
-from moesmith.files.artefact import write_json
+from moesmith.files.write import write_json
 from moesmith.mixture.layer import Layer
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.structure import Network

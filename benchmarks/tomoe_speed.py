@@ -21,7 +21,7 @@ from speed import Step, blocks, peak_memory, ratio
 from torch import Tensor
 
 from moesmith.export.native import write_native
-from moesmith.files.artefact import write_json
+from moesmith.files.write import write_json
 from moesmith.methods.tomoe import hypernetwork
 from moesmith.methods.tomoe.estimators import exponential, masked_reference
 from moesmith.methods.tomoe.harvest import harvest

@@ -18,7 +18,7 @@ SPEC = "rows: [{name: a, recipe: flap-static}]\nmeasure: {domains: {all: [sum]},
 # what other tests do not refuse on the command line; SPEC, RUN and TEXT are there
 CASES: dict[str, tuple[list[str], str]] = {
     "a study without a parent": (["study", "stability"], r"a study needs --model, --data and --out\. Give all three"),
-    "an unknown study": (["study", "stabilty", *"--model m --data d --out o".split()], "Did you mean 'stability'?"),
+    "an unknown study": (["study", "stabiliti", *"--model m --data d --out o".split()], "Did you mean 'stability'?"),
     "an unknown setting of a study": (
         ["study", "stability", *"--model m --data TEXT --out o --set study.seed=1".split()],
         r"has no setting 'study\.seed'\. It has study\.seeds",
