@@ -48,6 +48,8 @@ def settings_of(preset: str) -> list[str]:
         return ["assign.tokens=512", "assign.window=32", "assign.batch=4", "assign.micro_batch=2", "stage2.tokens=0"]
     if preset == "token":
         return ["carve.passes=1", "carve.batch=16"]
+    if preset == "tomoe-50":
+        return []
     return ["stage2.lora_dropout=0", "router.noise=0"]
 
 
@@ -93,21 +95,26 @@ def test_several_processes_make_what_one_makes(preset: str, processes: int, tmp_
 
 
 @slow
-def test_a_parent_that_fits_no_process_is_trained_in_parts(tmp_path: Path) -> None:
-    """By one process that has room for it, and by two that have not."""
+@pytest.mark.parametrize(
+    ("preset", "steps"), [("dive-plus", ["router", "experts"]), ("tomoe-50", ["masks"]), ("dot-moe", ["assign"])]
+)
+def test_a_parent_that_fits_no_process_is_trained_in_parts(preset: str, steps: list[str], tmp_path: Path) -> None:
+    """By two processes that have room for it, and by two that have not; each draws the same noise in both."""
     tiny_model("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=256).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
-    settings = [*settings_of("dive-plus"), "stage2.lr=0.001"]  # rounding grows with the rate
-    preset, one, more = "dive-plus", tmp_path / "one", tmp_path / "more"
+    settings = settings_of(preset)
+    if preset == "dive-plus":
+        settings += ["stage2.lr=0.001"]  # rounding grows with the rate
+    one, more = tmp_path / "one", tmp_path / "more"
     plan = predict(preset, tmp_path / "m", DATA, settings=[*tiny_settings(preset), *settings], dtype="fp32", ranks=2)
     assert plan["memory_layerwise"] < plan["memory"]
     room = str((plan["memory_layerwise"] + plan["memory"]) // 2)
-    convert(preset, tmp_path / "m", DATA, one, settings, device="cpu")
-    words = [*arguments(preset, tmp_path / "m", DATA, more, settings), "--dtype", "fp32", "--device", "cpu"]
-    done = answer(torchrun(2, [*words, "--memory", room]))
-    assert done.returncode == 0, done.stderr
-    assert "layer by layer: whole, it needs about" in done.stderr
-    for step in ("router", "experts"):
+    for out, memory in ((one, []), (more, ["--memory", room])):
+        words = [*arguments(preset, tmp_path / "m", DATA, out, settings), "--dtype", "fp32", "--device", "cpu"]
+        done = answer(torchrun(2, [*words, *memory]))
+        assert done.returncode == 0, done.stderr
+        assert ("layer by layer: whole, it needs about" in done.stderr) is bool(memory)
+    for step in steps:
         assert story(open_run(more), step) == pytest.approx(story(open_run(one), step), abs=1e-4)
     alone = answer([sys.executable, "-m", "moesmith", *words, "--memory", room])
     assert alone.returncode == 2

@@ -35,6 +35,8 @@ from moesmith.methods.parts import Divided, DividedMethod, rows_normalised, simi
 from moesmith.methods.registry import register
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
+from moesmith.mixture.moe import GateUp
+from moesmith.parent.layerwise import Beside
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN, put
 from moesmith.run.folder import Run
@@ -42,6 +44,7 @@ from moesmith.run.settings import LoopSection, Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
+from moesmith.training.sharding import spread_beside
 from moesmith.training.student import frozen, token_loss
 from moesmith.training.tracking import Report
 from moesmith.world import crew
@@ -120,7 +123,8 @@ class Assign(Step):
         model = assigned_model(parent, learned)
         names = {f"assign.{name}": p for name, p in learned.named_parameters()}
         say(f"  {sum(p.numel() for p in names.values()):,} trainable parameters, none of them the parent's")
-        objective = AssignObjective(model, parent.model, learned, spec)
+        models = spread_beside(parent, model, learned) if parent.layerwise else (model, parent.model)
+        objective = AssignObjective(*models, learned, spec)
         blocks, report = job.run.training("assign"), Report(self.recipe.report_to, job.run.folder, self.name)
         outcome = train(objective, names, blocks, spec, work, seed=self.recipe.seed, label="assign", report=report)
         if not crew().first:
@@ -150,15 +154,13 @@ class Assign(Step):
         spec, sizes = self.loop, shapes.sizes
         plan = sizes.L * sizes.F * shapes.E
         seconds = spec.tokens * (3.0 / pace.blocks + 3 * LOSS / pace.head) if pace else 0.0
-        memory = (
-            2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 8 * sizes.F)
-            + 16 * plan // sizes.L * spec.rounds
-        )
         trained = plan + sizes.L * sizes.D * shapes.E
-        return Cost("training", spec.tokens, seconds, memory, None, 12 * trained)
+        memory = 20 * trained + 16 * plan // sizes.L * spec.rounds
+        memory += 2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 8 * sizes.F)
+        return Cost("training", spec.tokens, seconds, memory, None, 12 * trained, shapes.parted(memory))
 
 
-class Assignment(nn.Module):
+class Assignment(Beside):
     """Affinities and routers of all layers, everything that is trained.
 
     Attributes:
@@ -207,20 +209,19 @@ class Assignment(nn.Module):
         return v_TF * (chosen_TE @ self.member_LFE[index].T).to(v_TF.dtype)
 
 
-class AssignedFFN(nn.Module):
+class AssignedFFN(GateUp):
     """A network of which a token uses the channels of its experts."""
 
     def __init__(self, ffn: FFN, learned: Assignment, index: int) -> None:
-        super().__init__()
-        self.dense, self.index = ffn.module, index  # dense: its weights stay among the model's
-        self._ffn, self._learned = [ffn], [learned]  # in lists they are not submodules
+        super().__init__(ffn)
+        self.down, self.index = ffn.down, index
+        self._learned = [learned]  # in a list it is not a submodule
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (…, D) to (…, D)."""
-        (ffn,), (learned,) = self._ffn, self._learned
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
-        y_TD: Tensor = ffn.down(learned(self.index, x_TD, ffn.hidden(x_TD)))
-        return y_TD.view_as(hidden)
+        x_TD = x.reshape(-1, x.shape[-1])
+        y_TD: Tensor = self.down(self._learned[0](self.index, x_TD, self.hidden(x_TD)))
+        return y_TD.view_as(x)
 
 
 def assigned_model(parent: Parent, learned: Assignment) -> PreTrainedModel:

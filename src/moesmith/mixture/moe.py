@@ -35,7 +35,26 @@ from moesmith.parent.structure import FFN, decoder_layers, hidden, put
 Form = Literal["masked", "sliced"]
 
 
-class MaskedExperts(nn.Module):
+class GateUp(nn.Module):
+    """The gate and up matrices of a parent's network, shared with it, and a module's own to be moved or spread."""
+
+    gate_FD: Tensor
+    up_FD: Tensor | None
+    gate_bias_F: Tensor | None
+
+    def __init__(self, ffn: FFN) -> None:
+        super().__init__()
+        parts = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "gate_bias_F": ffn.gate_bias_F}
+        for name, part in parts.items():
+            setattr(self, name, None if part is None else nn.Parameter(part.detach(), requires_grad=False))
+        self.activation = ffn.activation
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Compute the input of the parent's ``down``, (…, D) to (…, F)."""
+        return hidden(x, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F)
+
+
+class MaskedExperts(GateUp):
     """Experts as masks over the parent's FFN; linear in the gate's weights, for any mix of experts.
 
     Shared ``down``: y = down(a ⊙ (w M)) + w B with a (T, F) the input of the parent's ``down``, w (T, E) the gate's
@@ -47,17 +66,10 @@ class MaskedExperts(nn.Module):
     bias_ED: Tensor | None
     expert_R: Tensor
     channel_R: Tensor
-    gate_FD: Tensor
-    up_FD: Tensor | None
-    gate_bias_F: Tensor | None
 
     def __init__(self, ffn: FFN, mask_EF: Tensor, bias_ED: Tensor | None, down: list[Tensor] | None) -> None:
-        super().__init__()
+        super().__init__(ffn)
         dtype, device = ffn.gate_FD.dtype, ffn.gate_FD.device
-        parts = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "gate_bias_F": ffn.gate_bias_F}
-        for name, part in parts.items():  # shared with the parent, and still the module's own to be moved or spread
-            setattr(self, name, None if part is None else nn.Parameter(part.detach(), requires_grad=False))
-        self.activation = ffn.activation
         self.experts = len(mask_EF)
         self.register_buffer("mask_EF", mask_EF.to(device, dtype), persistent=False)
         self.register_buffer("bias_ED", None if bias_ED is None else bias_ED.to(device, dtype), persistent=False)
@@ -73,7 +85,7 @@ class MaskedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Return the weighted sum of the experts' outputs, (T, D)."""
-        a_TF = hidden(x_TD, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F)
+        a_TF = self.hidden(x_TD)
         w_TE = x_TD.new_zeros(len(x_TD), self.experts).scatter(1, ids_TK, weights_TK.to(x_TD.dtype))
         if self.refitted:
             # transposed, so that picking channels copies whole rows; picking columns is several times slower

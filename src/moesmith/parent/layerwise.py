@@ -67,6 +67,13 @@ class Layered:
 Decoder = PreTrainedModel | Layered
 
 
+class Beside(nn.Module):
+    """A module that is trained beside a frozen model, whose modules ask it: copies of the model ask the same one."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Beside:
+        return self
+
+
 def share(module: Module, change: Callable[[Tensor], Tensor] | None = None) -> Module:
     """Copy a module tree that shares the original's parameters and buffers; ``change`` replaces each parameter."""
     known: dict[int, Any] = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}

@@ -77,3 +77,12 @@ class Shapes:
     def gram(self, groups: int, *, channels: bool) -> int:
         """Count the bytes of one layer's second moments in ``groups`` groups."""
         return gram_bytes(self.sizes.D, self.sizes.F, groups, gram=channels)
+
+    def parted(self, own: int) -> tuple[int, int]:
+        """Count the bytes of a frozen parent and its teacher, the parent again, held in parts (``Cost.spread``).
+
+        Args:
+            own: what each process needs besides two layers and the ends of both.
+        """
+        layers, ends = 2 * self.sizes.total // self.sizes.L, 2 * self.shell
+        return 2 * self.sizes.total * self.itemsize, (layers + ends) * self.itemsize + own

@@ -30,7 +30,7 @@ from moesmith.training.checkpoint import Checkpoint
 from moesmith.training.log import Log
 from moesmith.training.sharding import is_spread, part
 from moesmith.training.tracking import Loads, Report, Tracking
-from moesmith.world import crew
+from moesmith.world import ALONE, World, crew
 
 SAVE_SECONDS = 60.0
 
@@ -52,10 +52,17 @@ def steps_of(spec: LoopSection) -> int:
 
 
 class Masters:
-    """AdamW on fp32 copies of the trained parameters; the model's own copies follow after each step."""
+    """AdamW on fp32 copies of the trained parameters; the model's own copies follow after each step.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], spec: LoopSection) -> None:
-        self.parameters = parameters
+    Args:
+        parameters: what is trained, by name.
+        spec: the stage's settings.
+        team: the processes whose gradients of whole parameters are averaged here; this one alone where DDP does it.
+            Gradients of parameters that are spread come averaged.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], spec: LoopSection, team: World = ALONE) -> None:
+        self.parameters, self.team = parameters, team
         self.fp32 = {name: part(p.detach()).float().clone() for name, p in parameters.items()}
         self.spread = any(is_spread(p.data) for p in parameters.values())
         for master in self.fp32.values():
@@ -70,16 +77,26 @@ class Masters:
             grad = parameter.grad
             self.fp32[name].grad = torch.zeros_like(self.fp32[name]) if grad is None else part(grad).float()
             parameter.grad = None
-        length = nn.utils.get_total_norm([master.grad for master in self.fp32.values() if master.grad is not None])
-        if self.spread:
-            crew().add(square := length.square())
-            length = square.sqrt()
+        whole, parts = self._gradients(spread=False), self._gradients(spread=True)
+        if self.team.size > 1:
+            self.team.add(*whole)
+            for grad in whole:
+                grad /= self.team.size
+        length = nn.utils.get_total_norm(whole)
+        if parts:
+            crew().add(square := nn.utils.get_total_norm(parts).square())
+            length = (length.square() + square).sqrt()
         nn.utils.clip_grads_with_norm_(self.fp32.values(), clip or math.inf, length)
         if math.isfinite(norm := float(length)):
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
             self.write_back()
         return norm
+
+    def _gradients(self, *, spread: bool) -> list[Tensor]:
+        """Return the masters' gradients of parameters that are spread, or of the others."""
+        named = ((self.parameters[name].data, master.grad) for name, master in self.fp32.items())
+        return [grad for weight, grad in named if grad is not None and is_spread(weight) is spread]
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -228,8 +245,9 @@ def train(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     trainable = sum(p.numel() for p in parameters.values())
-    masters = Masters(parameters, spec)
-    student = accelerator.prepare_model(objective) if accelerator and not masters.spread else objective
+    parted = any(is_spread(weight) for weight in model.parameters())
+    masters = Masters(parameters, spec, crew() if parted else ALONE)
+    student = accelerator.prepare_model(objective) if accelerator and not parted else objective
     if spec.checkpointing:
         model.gradient_checkpointing_enable()
     first, last, done, before, mark, lines = math.nan, math.nan, 0, 0.0, "", None

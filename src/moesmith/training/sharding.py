@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from moesmith.mixture.moe import moe_blocks
 from moesmith.parent.layerwise import cast, share
+from moesmith.parent.load import Parent
 from moesmith.parent.structure import put
 from moesmith.world import crew
 
@@ -24,7 +25,11 @@ Parameters = dict[str, nn.Parameter]
 
 
 def spread(
-    model: PreTrainedModel, parameters: Parameters, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    parameters: Parameters,
+    dtype: torch.dtype,
+    device: torch.device,
+    beside: nn.Module | None = None,
 ) -> tuple[PreTrainedModel, Parameters]:
     """Return the model with its layers' weights spread over all processes; the original stays as it is.
 
@@ -35,6 +40,7 @@ def spread(
         parameters: those of its parameters that are wanted, by any name.
         dtype: what it computes in.
         device: where.
+        beside: what is trained beside the model and stays whole, though the model's modules hold it.
 
     Returns:
         The model, and what ``parameters`` have become in it.
@@ -51,20 +57,27 @@ def spread(
     # parts are added up in fp32
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "shard_placement_fn": placed}
+    whole = set() if beside is None else set(beside.parameters())
     names = {id(weight): name for name, weight in model.named_parameters()}
     inner = cast(model, dtype, device)
     layers = nn.ModuleList()
     for index in range(inner.depth):
         layer = share(inner.layer(index))
-        fully_shard(layer, reshard_after_forward=True, **options)
+        fully_shard(layer, reshard_after_forward=True, ignored_params=whole, **options)
         layers.append(layer)
     found = inner.shell
     put(found, inner.place, layers)
     ends = (found.get_input_embeddings(), found.get_output_embeddings())
-    whole = {weight for end in ends for weight in end.parameters()}
+    whole |= {weight for end in ends for weight in end.parameters()}
     fully_shard(found.base_model, ignored_params=whole, **options)
     known = dict(found.named_parameters())
     return found, {name: known[names[id(weight)]] for name, weight in parameters.items()}
+
+
+def spread_beside(parent: Parent, model: PreTrainedModel, beside: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Spread a frozen model beside which something is trained, and its teacher, the parent."""
+    place = parent.dtype, parent.device
+    return spread(model, {}, *place, beside)[0], spread(parent.model, {}, *place)[0]
 
 
 def gather(model: PreTrainedModel, parameters: Parameters) -> Parameters:

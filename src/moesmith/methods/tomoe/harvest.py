@@ -21,12 +21,13 @@ from moesmith.mixture.attention import CarvedAttention
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import active_share
 from moesmith.mixture.layer import Layer
-from moesmith.mixture.moe import build
+from moesmith.mixture.moe import decoder
 from moesmith.native.heads import expand_pairs
 from moesmith.parent.hooks import hidden_input, hooked
+from moesmith.parent.layerwise import Decoder, last_hidden
 from moesmith.parent.load import Parent
 from moesmith.parent.sizes import Sizes
-from moesmith.parent.structure import attention_of, decoder_layers
+from moesmith.parent.structure import attention_of
 
 
 def ranks(logits_XW: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def harvest(masks: Masks, parent: Parent, ids_NS: Tensor, provenance: dict[str, 
     token_ranks = []
     if len(masks.attention):
         rough = _carving(masks, parent, start, [None] * sizes.L, provenance)
-        token_ranks = _token_ranks(masks, build(parent, rough), ids_NS)
+        token_ranks = _token_ranks(masks, decoder(parent, rough), ids_NS)
     curve = _Curve()
     budget = spec.budget * sizes.total
     for index, (ffn, attention) in enumerate(masks.layers()):
@@ -184,30 +185,30 @@ def _attention(masks: AttentionMasks, threshold: float, token: tuple[Tensor, ...
     )
 
 
-def _token_ranks(masks: Masks, model: nn.Module, ids_NS: Tensor) -> list[tuple[Tensor, ...]]:
+def _token_ranks(masks: Masks, model: Decoder, ids_NS: Tensor) -> list[tuple[Tensor, ...]]:
     """Return per layer over a text, seen through the deterministic masks: the rank curves of V/O and of Q/K by token,
     and the best logit of each V/O dimension."""
     sizes = masks.sizes
     found: list[Tensor | None] = [None] * sizes.L
-    with _attention_inputs(model, masks, found):
-        for ids_1S in ids_NS.split(1):
-            base: Any = model
-            base.base_model(input_ids=ids_1S.to(base.device), use_cache=False)
+
+    def see(index: int, layer: nn.Module) -> AbstractContextManager[None]:
+        return _attention_input(layer, index, masks, found)
+
+    for _ in last_hidden(model, ids_NS.split(1), visit=see):
+        pass
     return [curve.cpu().split([sizes.h, sizes.static, sizes.h]) for curve in found if curve is not None]
 
 
-def _attention_inputs(model: Any, masks: Masks, found: list[Tensor | None]) -> AbstractContextManager[None]:
+def _attention_input(
+    layer: nn.Module, index: int, masks: Masks, found: list[Tensor | None]
+) -> AbstractContextManager[None]:
     h = masks.sizes.h
 
-    def hook(index: int) -> Any:
-        def see(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            x_BSD = hidden_input(args, kwargs)
-            logits_TW = masks.attention[index].token_logits(x_BSD).flatten(0, 1)  # type: ignore[operator]
-            vo_Th = logits_TW[:, :h]
-            curve = torch.cat([ranks(vo_Th), ranks(logits_TW[:, h:]), vo_Th.amax(0)])
-            found[index] = curve if found[index] is None else torch.maximum(found[index], curve)  # type: ignore[arg-type]
+    def see(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        x_BSD = hidden_input(args, kwargs)
+        logits_TW = masks.attention[index].token_logits(x_BSD).flatten(0, 1)  # type: ignore[operator]
+        vo_Th = logits_TW[:, :h]
+        curve, before = torch.cat([ranks(vo_Th), ranks(logits_TW[:, h:]), vo_Th.amax(0)]), found[index]
+        found[index] = curve if before is None else torch.maximum(before, curve)
 
-        return see
-
-    layers = decoder_layers(model)[1]
-    return hooked(((attention_of(x), hook(i)) for i, x in enumerate(layers)), before=True, kwargs=True)
+    return hooked([(attention_of(layer), see)], before=True, kwargs=True)

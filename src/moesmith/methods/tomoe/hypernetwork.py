@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moesmith.methods.tomoe.estimators import exponential, gumbel_sigmoid, gumbel_softmax, masked
 from moesmith.methods.tomoe.settings import MasksSection
 from moesmith.native.heads import expand_pairs
+from moesmith.parent.layerwise import Beside
 from moesmith.parent.sizes import EMBEDDING, HIDDEN, LATENT, Sizes
 
 
@@ -44,7 +45,7 @@ def _sampled(logits: Tensor, spec: MasksSection) -> Tensor:
     return gumbel_sigmoid(logits, exponential(*logits.shape, like=logits), spec.temperature, spec.bias)
 
 
-class ExpertMasks(nn.Module):
+class ExpertMasks(Beside):
     """Router and channel masks of one feed-forward network (ToMoE, arXiv:2501.15316).
 
     Attributes:
@@ -106,7 +107,7 @@ class ExpertMasks(nn.Module):
         )
 
 
-class AttentionMasks(nn.Module):
+class AttentionMasks(Beside):
     """Masks over the head dimension of one attention (ToMoE, arXiv:2501.15316): Q/K for all tokens, V/O by token.
 
     With ``spec.attention`` = ``dynamic`` the Q/K mask depends on the token as well: a score then sums over the
@@ -159,7 +160,7 @@ class AttentionMasks(nn.Module):
         self.vo, self.qk = vo.to(x_BSD.dtype), qk.to(x_BSD.dtype)
 
 
-class Masks(nn.Module):
+class Masks(Beside):
     """Everything trainable, Θ; the base weights are not part of it.
 
     Attributes:

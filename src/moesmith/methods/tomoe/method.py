@@ -38,6 +38,7 @@ from moesmith.run.settings import Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
+from moesmith.training.sharding import spread_beside
 from moesmith.training.tracking import Report
 from moesmith.world import crew
 
@@ -203,7 +204,8 @@ class LearnMasks(Step):
         learned = {f"masks.{name}": p for name, p in masks.named_parameters()}
         say(f"  {sum(p.numel() for p in learned.values()):,} trainable parameters, none of them the parent's")
         blocks = job.run.training("masks")
-        objective = MaskObjective(model, parent.model, masks, spec)
+        models = spread_beside(parent, model, masks) if parent.layerwise else (model, parent.model)
+        objective = MaskObjective(*models, masks, spec)
         report = Report(self.recipe.report_to, job.run.folder, self.name)
         outcome = train(objective, learned, blocks, spec, work, seed=seed, label="masks", report=report)
         if not crew().first:
@@ -222,10 +224,11 @@ class LearnMasks(Step):
         """Count the whole parent, the same again for sampling and the masks' gradient, and the teacher."""
         spec, sizes = self.method.spec, shapes.sizes
         seconds = spec.tokens * (3.0 / pace.blocks + 3 * LOSS / pace.head) if pace else 0.0
-        memory = 2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 6 * sizes.F)
-        carving = 4 * sizes.L * shapes.E * (shapes.kept + sizes.D)
         trained = sizes.trained(shapes.E)
-        return Cost("training", spec.tokens, seconds, memory, None, 12 * trained + carving)
+        memory = 20 * trained + 2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 6 * sizes.F)
+        carving = 4 * sizes.L * shapes.E * (shapes.kept + sizes.D)
+        disk = 12 * trained + carving
+        return Cost("training", spec.tokens, seconds, memory, None, disk, shapes.parted(memory))
 
 
 class Refit(Step):

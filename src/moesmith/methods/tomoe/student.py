@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesmith.methods.tomoe.hypernetwork import ExpertMasks, Masks
 from moesmith.mixture.attention import install
+from moesmith.mixture.moe import GateUp
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN, decoder_layers, put
 from moesmith.training.student import frozen
 
 
-class MaskedFFN(nn.Module):
+class MaskedFFN(GateUp):
     """A feed-forward network whose channels are masked by each token's expert."""
 
     def __init__(self, ffn: FFN, masks: ExpertMasks) -> None:
-        super().__init__()
-        self.dense, self.masks = ffn.module, masks  # dense: its weights stay among the model's
-        self._ffn = [ffn]
+        super().__init__(ffn)
+        self.down, self.masks = ffn.down, masks
         self.twice = masks.spec.masking == "double" and ffn.up_FD is not None
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (…, D) to (…, D)."""
-        (ffn,) = self._ffn
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
-        y_TD: Tensor = ffn.down(self.masks(x_TD, ffn.hidden(x_TD), self.twice))
-        return y_TD.view_as(hidden)
+        x_TD = x.reshape(-1, x.shape[-1])
+        y_TD: Tensor = self.down(self.masks(x_TD, self.hidden(x_TD), self.twice))
+        return y_TD.view_as(x)
 
 
 def masked_model(parent: Parent, masks: Masks) -> PreTrainedModel:
