@@ -269,6 +269,13 @@ def lm_eval(model: Path, question: Question, python: Path) -> dict[str, Any]:
     }
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def command_of(server: str, model: Path, python: Path, port: int, dtype: str) -> list[str]:
     """What a user types to serve ``model``; docs/serving.md says the same."""
     if server == "llama.cpp-http":
@@ -322,9 +329,7 @@ def _healthy(address: str) -> bool:
 
 def http(server: str, model: Path, question: Question, python: Path) -> dict[str, Any]:
     """A chat completion over ``/v1/chat/completions`` against the reference's greedy answer to the same template."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     body = {"model": "moe", "messages": CHAT, "temperature": 0, "max_tokens": question.new_tokens}
     with serving(command_of(server, model, python, port, question.dtype), port) as base:
         request = urllib.request.Request(

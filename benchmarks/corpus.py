@@ -4,18 +4,24 @@
 
 Makes a file of JSON lines with about so many tokens of made words, reads and checks it as a conversion does, and packs
 all of it into sequences, in a process of its own. Prints tokens per second, and the most memory that the process held:
-what the corpus adds to it must not grow with the corpus. A billion tokens take ten gigabytes of disk and about half an
-hour. Writes ``corpus.json`` into ``--out``.
+what the corpus adds to its own must not grow with the corpus. Pages of the mapped file come on top; the system takes
+them back when it needs them. A billion tokens take ten gigabytes of disk and about half an hour. Writes ``corpus.json``
+into ``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
+import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moesmith.files.artefact import read_json
@@ -35,17 +41,41 @@ def write_text(path: Path, tokens: int) -> None:
             file.write(json.dumps({"text": " ".join(generator.choices(words, k=WORDS))}) + "\n")
 
 
+def own_memory() -> int:
+    """Return the bytes of this process that no file holds (Linux)."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@contextmanager
+def sampled() -> Iterator[list[int]]:
+    """Look at :func:`own_memory` ten times a second inside the ``with``."""
+    done, found = threading.Event(), [own_memory()]
+
+    def look() -> None:
+        while not done.wait(0.1):
+            found[0] = max(found[0], own_memory())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+
+
 def measure(out: Path, model: str, tokens: int) -> None:
     """Pack the text, and write what it took."""
-    import psutil
-
     from moesmith.data.text import check_splits, load_domains, training_blocks
     from moesmith.parent.load import load_parent
     from moesmith.run.memory import peak_memory
 
     tokenizer = load_parent(model).tokenizer  # the weights are let go
-    begun, before = time.monotonic(), psutil.Process().memory_info().rss
-    with peak_memory() as peak:
+    gc.collect()
+    begun, before = time.monotonic(), own_memory()
+    with peak_memory() as peak, sampled() as most:
         domains = load_domains(out / "text")
         check_splits(domains)
         read = time.monotonic() - begun
@@ -56,7 +86,8 @@ def measure(out: Path, model: str, tokens: int) -> None:
     seconds = time.monotonic() - begun
     found = {"tokens": count * WINDOW, "epochs": packed.epochs, "seconds_reading": round(read, 1)}
     found |= {"seconds": round(seconds, 1), "tokens_per_second": round(count * WINDOW / (seconds - read))}
-    found |= {"memory_before": before, "memory": peak.host, "file": (out / "training.safetensors").stat().st_size}
+    found |= {"own_memory_before": before, "own_memory": max(most), "memory_with_mapped_pages": peak.host}
+    found |= {"file": (out / "training.safetensors").stat().st_size}
     write_json(out / "corpus.json", found)
 
 
@@ -79,7 +110,8 @@ def main() -> None:
     found = read_json(given.out / "corpus.json")
     for name, value in found.items():
         print(f"{name}: {value}")
-    print(f"memory that the corpus added: {(found['memory'] - found['memory_before']) / 2**20:,.0f} MiB")
+    added = found["own_memory"] - found["own_memory_before"]
+    print(f"memory that the corpus added, without mapped pages: {added / 2**20:,.0f} MiB")
 
 
 if __name__ == "__main__":
