@@ -32,8 +32,9 @@ from moesmith.data.text import load_domains
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import pack, unpack
 from moesmith.export.gguf import converter
-from moesmith.files.artefact import MANIFEST, read_metadata, read_tensors, verify_files, write_sums
+from moesmith.files.artefact import MANIFEST, read_json, read_metadata, read_tensors, verify_files, write_sums
 from moesmith.files.seal import file_digest
+from moesmith.files.write import write_record
 from moesmith.mixture.carving import Carving
 from moesmith.parent.checkpoint import stored_dtype
 from moesmith.parent.gguf.load import load_gguf
@@ -299,9 +300,9 @@ def resealed(folder: Path, file: str) -> Path:
     parent = (folder / file).parent
     manifest = parent / MANIFEST
     if manifest.is_file() and manifest.name != Path(file).name:
-        found = json.loads(manifest.read_text())
+        found = read_json(manifest)
         found["files"][Path(file).name] = file_digest(folder / file)
-        manifest.write_text(json.dumps(found))
+        write_record(manifest, found)
     for sums in (parent, folder):
         if (sums / "SHA256SUMS").is_file() and Path(file).name != "SHA256SUMS":
             write_sums(sums)

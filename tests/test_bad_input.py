@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ from conversions import arguments
 from refusals import World, convert_is_refused, midway, not_loaded, refused
 
 from moesmith.data import builtin
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_record
 from moesmith.testing.parents import save_tiny
 
 # Recipes and settings -----------------------------------------------------------------------------------------------
@@ -343,9 +344,9 @@ def test_evaluating_with_text_of_a_set_in_the_package(finished: Path) -> None:
 
 def test_a_parent_that_was_changed_since(world: World, finished: Path) -> None:
     shutil.copytree(finished, world.out)
-    header = json.loads((world.out / "run.json").read_text())
+    header = read_json(world.out / "run.json")
     header["inputs"]["model"] = str(save_tiny("llama", world.out.parent / "other", seed=5))
-    (world.out / "run.json").write_text(json.dumps(header))
+    write_record(world.out / "run.json", header)
     refused(moesmith("eval", world.out), "is not the parent .* was made from .* Put the original weights back")
 
 

@@ -239,6 +239,7 @@ def test_a_gguf_file_answers_as_its_folder(tmp_path: Path, monkeypatch: pytest.M
     assert "[4 tokens" in said.out
 
 
+@pytest.mark.slow
 def test_llama_cpp_ends_with_the_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     file = tiny_gguf("llama", tmp_path / "m.gguf", monkeypatch)
@@ -259,7 +260,7 @@ def test_llama_cpp_ends_with_the_chat(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_refusals(finished: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(piped(monkeypatch, "a\n", home / "m", "--parent"), "is no run, so its parent is not known")
     refused(piped(monkeypatch, "a\n", finished, "--parent", "--beside", home / "m"), "--parent and --beside name the")
-    refused(piped(monkeypatch, "a\n", home / "m", "--temperature", -1), "a temperature of -1 is none")
+    refused(piped(monkeypatch, "a\n", home / "m", "--temperature", -1), "the temperature is -1")
     refused(piped(monkeypatch, "a\n", tmp_path / "none"), "is neither a folder")
     refused(piped(monkeypatch, "a\n", tmp_path / "none.gguf"), r"There is no file .*none\.gguf")
     pytest.importorskip("xllamacpp")

@@ -33,7 +33,7 @@ from moesmith.run.folder import Run, open_run
 from moesmith.run.legacy import Legacy
 from moesmith.run.pipeline import Pipeline, check_folder
 from moesmith.run.recipe import Recipe, keys, kind_of, load_recipe, parse
-from moesmith.run.settings import Section, TrainSection
+from moesmith.run.settings import LoopSection, Section, TrainSection
 from moesmith.run.step import Job, Step
 from moesmith.run.versions import versions
 from moesmith.testing.parents import save_tiny, tiny_parent
@@ -247,6 +247,15 @@ SETTINGS |= {
     "stage1.lora_alpha": [*SPARSE, "stage1.lora_rank=2", "stage1.lora_alpha=99"],
     "stage1.lora_dropout": [*SPARSE, "stage1.lora_rank=2", "stage1.lora_dropout=0.8"],
     "stage2.gate": ["stage2.gate=dense", "stage2.lora_rank=0", "stage2.norms=false"],
+    **{f"assign.{name}": [f"assign.{name}={LOOP[name]}"] for name in LoopSection.model_fields if name != "schedule"},
+    "assign.schedule": ["assign.schedule=cosine"],
+    "assign.rounds": ["assign.rounds=2"],
+    "assign.temperature": ["assign.temperature=3"],
+    "assign.last_temperature": ["assign.last_temperature=0.9"],
+    "assign.kl_weight": ["assign.kl_weight=9"],
+    "assign.language_weight": ["assign.language_weight=9"],
+    "assign.z_weight": ["assign.z_weight=9"],
+    "assign.balance_weight": ["assign.balance_weight=9"],
     "affinity.published": ["affinity.method=random"],  # its names are not these domains': the third kind of clusters
 }
 
@@ -268,7 +277,7 @@ def test_every_setting_is_tried() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["dive-plus", "tomoe-plus", "token", "llama-moe-partition"])
+@pytest.mark.parametrize("preset", ["dive-plus", "tomoe-plus", "token", "llama-moe-partition", "dot-moe"])
 def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
     """Nearly a hundred conversions: a setting that a stage's key forgets would leave its result as it was."""
     token = ["carve.sample=32", "carve.batch=16", "carve.passes=1", "domains.reading=random"]
@@ -277,11 +286,14 @@ def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
         "tomoe-plus": ["masks.budget=0.55"],
         "token": token,
         "llama-moe-partition": ["carve.selector=norm"],
+        "dot-moe": ["carve.experts=4", "assign.tokens=512", "assign.window=32", "assign.batch=8", "stage2.tokens=0"],
     }[preset]
+    learned = {"tomoe-plus": "masks.", "dot-moe": "assign."}
     before = convert(preset, home / "m", home / "d", tmp_path / "base", few)
     kept, refused = {}, {}
     for name, settings in (SETTINGS | (STARTS if preset == "tomoe-plus" else {})).items():
-        if name.startswith("masks.") == (preset == "tomoe-plus") or name.startswith(("seed", "carve.", "domains.")):
+        own = name.startswith(learned[preset]) if preset in learned else not name.startswith((*learned.values(),))
+        if own or name.startswith(("seed", "carve.", "domains.")):
             try:
                 run = convert(preset, home / "m", home / "d", tmp_path / name, [*few, *settings])
             except MoesmithError as error:  # it does not go with this preset, or masks cannot be so narrow
@@ -289,9 +301,10 @@ def test_every_setting_alone(home: Path, tmp_path: Path, preset: str) -> None:
                 continue
             kept[name] = keys_of(run).keys() - check(before, run)
             shutil.rmtree(tmp_path / name)
-    assert len(kept) > {"dive-plus": 60, "tomoe-plus": 30, "token": 15, "llama-moe-partition": 15}[preset], refused
+    least = {"dive-plus": 60, "tomoe-plus": 30}
+    assert len(kept) > least.get(preset, 15), refused
     assert not refused.keys() & STARTS.keys()
-    assert all("held-out" in kept[name] for name in kept if name.startswith(("carve.", "stage", "masks.")))
+    assert all("held-out" in kept[name] for name in kept if name.startswith(("carve.", "stage", *learned.values())))
 
 
 def first_keys(run: Path, home: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:

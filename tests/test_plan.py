@@ -14,6 +14,7 @@ import pytest
 import torch
 from commands import moesmith
 from conversions import convert, tiny_settings
+from golden import ASSETS
 from refusals import refused
 
 import moesmith.conversion.convert as conversion
@@ -151,8 +152,9 @@ def test_names_that_are_no_hub_ids_are_never_looked_up(monkeypatch: pytest.Monke
 def test_other_machines_and_several_processes() -> None:
     """Two FLOPs for every parameter and token; what is shared out takes its share of the time, exports do not."""
     config = str(Path(__file__).parents[1] / "examples" / "configs" / "llama-2-7b.json")
-    one = conversion.predict("dive-1of8", config, rate="100")
-    eight = conversion.predict("dive-1of8", config, rate="100", ranks=8)
+    few = ["carve.experts=4"]  # as many as there are domains in the text
+    one = conversion.predict("dive-1of8", config, str(ASSETS / "text"), settings=few, rate="100")
+    eight = conversion.predict("dive-1of8", config, str(ASSETS / "text"), settings=few, rate="100", ranks=8)
     assert one["forward_tokens_per_second"] == pytest.approx(
         100e12 / (2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)), rel=1e-3
     )
@@ -161,10 +163,10 @@ def test_other_machines_and_several_processes() -> None:
     assert eight["seconds"]["export"] == one["seconds"]["export"]
     assert eight["memory"] == one["memory"]
     assert (eight["ranks"], eight["computes"]) == (8, "bf16 at 100")
-    fast = conversion.predict("dive-1of8", config, rate="h100")
+    fast = conversion.predict("dive-1of8", config, str(ASSETS / "text"), settings=few, rate="h100")
     assert fast["seconds"]["training"] == pytest.approx(one["seconds"]["training"] / (0.4 * 9.89), rel=1e-3)
     for wrong in ("h101", "0", "nan", "-3"):
         with pytest.raises(MoesmithError, match="is no rate"):
-            conversion.predict("dive-1of8", config, rate=wrong)
+            conversion.predict("dive-1of8", config, str(ASSETS / "text"), settings=few, rate=wrong)
     with pytest.raises(MoesmithError, match="ranks is 0"):
-        conversion.predict("dive-1of8", config, ranks=0)
+        conversion.predict("dive-1of8", config, str(ASSETS / "text"), settings=few, ranks=0)

@@ -201,7 +201,10 @@ def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "processes", "says"),
-    [("carve.experts=64", 2, "64 experts"), ("stage2.batch=4", 3, "stage2.batch is 4, which 3 processes cannot share")],
+    [
+        ("carve.experts=64", 2, "64 experts"),
+        pytest.param("stage2.batch=4", 3, "stage2.batch is 4, which 3 processes cannot share", marks=slow),
+    ],
 )
 def test_a_refusal_is_one_line_of_one_process(setting: str, processes: int, says: str, tmp_path: Path) -> None:
     words = [*arguments("dive-plus", MODEL, DATA, tmp_path / "run"), "--set", "stage1.tokens=0", "--set", setting]

@@ -77,7 +77,11 @@ def events_of(stage: str, counts: dict[str, int], stages: tuple[str, ...] = STAG
     return range(start + 1, start + counts[stage] + 1)
 
 
-@pytest.mark.parametrize("stage", ["before", *STAGES])
+SOME = ("before", "moments", "carve", "experts", "export")  # of each kind one
+RARE = [stage for stage in STAGES if stage not in SOME]
+
+
+@pytest.mark.parametrize("stage", [*SOME, *(pytest.param(stage, marks=pytest.mark.slow) for stage in RARE)])
 def test_killed_anywhere_in_a_stage(job: Job, undisturbed: Outcome, tmp_path: Path, stage: str) -> None:
     points = random.Random(stage).sample(events_of(stage, undisturbed["counts"]), 2)
     for point in points:
@@ -116,6 +120,7 @@ def test_killed_while_stages_are_taken_over(job: Job, undisturbed: Outcome, tmp_
     assert weights(undisturbed["folder"]) == undisturbed["weights"]
 
 
+@pytest.mark.slow
 def test_files_that_find_no_room(job: Job, undisturbed: Outcome, tmp_path: Path) -> None:
     sizes = sorted({p.stat().st_size for p in undisturbed["folder"].rglob("*") if p.is_file()} - {0})
     for limit in [sizes[i * (len(sizes) - 1) // 5] - 1 for i in range(6)]:

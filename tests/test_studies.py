@@ -53,7 +53,11 @@ def settings_of(name: str) -> list[str]:
     return [*given, *wide, *OWN.get(name, [])]
 
 
-@pytest.mark.parametrize("name", sorted(studies()))
+SOME = ("correlation", "router-stage", "union", "expert-tokens")
+RARE = sorted(set(studies()) - {*SOME})
+
+
+@pytest.mark.parametrize("name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in RARE)])
 def test_a_study_runs_and_writes_its_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     result = study(name, MODEL, DATA, out, settings=settings_of(name), dtype="fp32")

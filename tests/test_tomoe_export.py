@@ -287,7 +287,9 @@ def alone(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment, timeout=300)
 
 
-@pytest.mark.parametrize(("family", "attention"), [("qwen3", "hybrid"), ("phi", "dynamic")])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("qwen3", "hybrid"), pytest.param("phi", "dynamic", marks=pytest.mark.slow)]
+)
 def test_the_folder_needs_no_moesmith(family: str, attention: str, tmp_path: Path) -> None:
     parent = tiny_parent(family)
     carving, model = written(parent, tmp_path / "moe", attention=attention)

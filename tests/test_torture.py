@@ -33,6 +33,7 @@ def survived(ordeal: Ordeal, work: Path, **options: Any) -> list[Tally]:
     return tallies
 
 
+@pytest.mark.slow
 def test_damaged_files_are_noticed_or_without_effect(tmp_path: Path) -> None:
     tallies = survived(damage, tmp_path, trials=40)
     assert sum(tally.tried for tally in tallies) == 40
@@ -127,6 +128,7 @@ def test_a_working_file_that_nobody_sealed_is_read(tmp_path: Path) -> None:
     assert read_json(work / "row.json") == [1]
 
 
+@pytest.mark.slow
 def test_a_folder_that_moved_between_two_tries(tmp_path: Path) -> None:
     survived(moved, tmp_path, times=1)
 

@@ -86,7 +86,7 @@ def chat(
     if parent and beside is not None:
         raise MoesmithError("--parent and --beside name the same", "Give one of them.")
     if temperature < 0:
-        raise MoesmithError(f"a temperature of {temperature:g} is none", "Give 0 or more.")
+        raise MoesmithError(f"the temperature is {temperature:g}", "Give 0 or more.")
     with ExitStack() as held:
         talks = []
         for speaker in _speakers(source, beside, parent, dtype, device, held):

@@ -28,7 +28,7 @@ def written(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> str:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template raises what it likes
         roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
-        what = f"the chat template does not take turns of {roles}: {first_line(error)}"
+        what = f"the chat template fails on turns of {roles}: {first_line(error)}"
         raise MoesmithError(what, "Leave the system message or the template out.") from error
 
 

@@ -128,7 +128,7 @@ def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines[:2] = [f"{lines[0]} {lines[1]}"]
-    return lines[0].removesuffix(":")[:300]
+    return lines[0].rstrip(":,")[:300]
 
 
 def refuse_remote_code(source: str) -> None:
