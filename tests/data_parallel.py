@@ -3,7 +3,8 @@
 A job is ``NAME:PROCESSES:spread|whole:FROM``: so many forked processes that talk over gloo, as ``torchrun`` would start
 them, each with all weights or with a part of them; they go on from the working folder of job ``FROM`` if that is not
 empty. Each process writes what it has trained to ``FOLDER/NAME-RANK.safetensors``, and how many of the layers' numbers
-it held to ``FOLDER/NAME-RANK.json``. A job whose name begins with ``cut`` stops after three steps.
+it held to ``FOLDER/NAME-RANK.json``. A job whose name begins with ``cut`` stops after three steps. A job whose name
+begins with ``export`` writes a native and a stock folder instead, and notes which shards each process wrote.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ import socket
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from moesmith.conversion.steps.training import prepare
+from moesmith.export import folder as folders
+from moesmith.export.native import write_native
+from moesmith.export.stock.write import write_stock
 from moesmith.files.write import write_json, write_tensors
 from moesmith.mixture.moe import build
 from moesmith.parent.structure import decoder_layers
@@ -75,6 +80,23 @@ def work(folder: Path, name: str, rank: int, divided: bool, before: str) -> None
     write_tensors(folder / f"{name}-{rank}.safetensors", {name: p.detach() for name, p in parameters.items()})
 
 
+def export(folder: Path, name: str, rank: int) -> None:
+    """Write two folders in many shards as process ``rank``."""
+    torch.set_num_threads(1)
+    parent, written, write = tiny_parent("llama"), [], folders.write_tensors
+
+    def noted(path: Path, *args: Any) -> None:
+        written.append(path.name)
+        write(path, *args)
+
+    folders.SHARD_BYTES, folders.write_tensors = 30_000, noted  # type: ignore[assignment]
+    carving = random_carving(parent)
+    with together():
+        write_native(parent, carving, folder / name / "native")
+        write_stock(parent, carving, folder / name / "stock")
+    write_json(folder / f"{name}-{rank}.json", written)
+
+
 def forked(folder: Path, job: str) -> int:
     """Fork a job's processes and wait for them; returns the worst exit status."""
     name, processes, how, before = job.split(":")
@@ -93,7 +115,10 @@ def forked(folder: Path, job: str) -> int:
             status = 1
             try:
                 loop.SAVE_SECONDS = 0.0  # a checkpoint after every step
-                work(folder, name, rank, how == "spread", before)
+                if name.startswith("export"):
+                    export(folder, name, rank)
+                else:
+                    work(folder, name, rank, how == "spread", before)
                 status = 0
             except CutError:
                 status = 0

@@ -478,6 +478,17 @@ def test_two_processes_train_the_same_weights(tmp_path: Path) -> None:
     assert max(each["held"] for each in held) < 0.52 * held[0]["all"]
 
 
+def test_two_processes_write_the_shards_that_one_writes(tmp_path: Path) -> None:
+    in_processes(tmp_path, "export-one:1:whole:", "export-two:2:whole:")
+    names = ("export-one-0", "export-two-0", "export-two-1")
+    one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in names)
+    assert min(map(len, two)) >= 3
+    assert sorted(two[0] + two[1]) == sorted(one)  # each shard once
+    alone, together = tmp_path / "export-one", tmp_path / "export-two"
+    files = [path.relative_to(alone) for path in alone.rglob("*") if path.is_file()]
+    assert all((alone / name).read_bytes() == (together / name).read_bytes() for name in files)
+
+
 @pytest.mark.slow
 def test_spread_training_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     """With whole experts, drift of hidden states and recomputed activations; killed after the third step."""

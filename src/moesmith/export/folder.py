@@ -13,6 +13,7 @@ from moesmith.files.outputs import new_folder
 from moesmith.files.write import write_json, write_tensors
 from moesmith.parent.checkpoint import first_line
 from moesmith.parent.load import Parent
+from moesmith.world import crew
 
 SHARD_BYTES = 2**30  # a shard is in memory while it is written
 
@@ -21,7 +22,8 @@ SHARD_BYTES = 2**30  # a shard is in memory while it is written
 def whole_folder(folder: Path, *, overwrite: bool = False, sums: bool = True) -> Iterator[Path]:
     """Yield a hidden folder to fill; at the end, list its files in ``SHA256SUMS`` and rename it to ``folder``.
 
-    An error leaves ``folder`` as it was.
+    An error leaves ``folder`` as it was. Of several processes that make it together the first one creates, lists and
+    renames it, and the others get its path.
 
     Args:
         folder: a new or empty folder, or with ``overwrite`` one that moesmith wrote and that is unchanged.
@@ -31,8 +33,13 @@ def whole_folder(folder: Path, *, overwrite: bool = False, sums: bool = True) ->
     Raises:
         MoesmithError: ``folder`` is a file, holds something else, or cannot be written.
     """
+    team = crew()
+    if not team.first:
+        yield Path(team.share(""))
+        return
     with new_folder(folder, overwrite=overwrite) as work:
         work.mkdir()
+        team.share(str(work))
         yield work
         if sums:
             write_sums(work)
@@ -41,27 +48,34 @@ def whole_folder(folder: Path, *, overwrite: bool = False, sums: bool = True) ->
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int | None = None) -> int:
     """Write safetensors of at most ``shard_bytes`` each, with an index if there are several; return total tensor bytes.
 
-    The default is :data:`SHARD_BYTES`; a tensor that is larger has a file of its own.
+    The default is :data:`SHARD_BYTES`; a tensor that is larger has a file of its own. Of several processes each writes
+    every size-th shard, which takes much longer than to cut its tensors, so all cut all of them; the files are the same
+    for any number of processes.
     """
+    team = crew()
     shard_bytes = SHARD_BYTES if shard_bytes is None else shard_bytes
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     total = 0
 
     def flush() -> None:
-        write_tensors(folder / f"part-{len(shards)}", shard, {"format": "pt"})
+        if len(shards) % team.size == team.rank:
+            write_tensors(folder / f"part-{len(shards)}", shard, {"format": "pt"})
         shards.append(list(shard))
         shard.clear()
 
     filled = 0
-    for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > shard_bytes:
-            flush()
-            filled = 0
-        shard[name] = tensor
-        filled += tensor.nbytes
-        total += tensor.nbytes
-    flush()
+    with team.agreed():
+        for name, tensor in tensors:
+            if shard and filled + tensor.nbytes > shard_bytes:
+                flush()
+                filled = 0
+            shard[name] = tensor
+            filled += tensor.nbytes
+            total += tensor.nbytes
+        flush()
+    if not team.first:
+        return total
     if len(shards) == 1:
         (folder / "part-0").rename(folder / "model.safetensors")
         return total

@@ -23,6 +23,7 @@ from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
 from moesmith.parent.sizes import Sizes
 from moesmith.parent.structure import attention_of, attention_weights, decoder_layers
+from moesmith.world import crew
 
 CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that are shipped with the weights
 
@@ -79,10 +80,11 @@ def write_native(
     config.auto_map = {name: f"modeling.{known.__name__}" for name, known in classes.items()}
     with whole_folder(folder, overwrite=overwrite) as work:
         size = write_shards(work, named_tensors(parent, carving), shard_bytes)
-        config.save_pretrained(work)
-        for name in CODE:
-            shutil.copyfile(str(files("moesmith") / "native" / f"{name}.py"), work / f"{name}.py")
-        write_companions(parent, work)
+        if crew().first:
+            config.save_pretrained(work)
+            for name in CODE:
+                shutil.copyfile(str(files("moesmith") / "native" / f"{name}.py"), work / f"{name}.py")
+            write_companions(parent, work)
     kept = sum(sum(layer.widths) for layer in carving.layers)
     stored = sum(max(layer.widths) * len(layer.routed) for layer in carving.layers)
     return {

@@ -73,7 +73,7 @@ class Export(Step):
     manifest lists is replaced.
     """
 
-    name, shared = "export", False  # the model itself is stored elsewhere
+    name, shared, parallel = "export", False, True  # shared: the model itself is stored elsewhere
     reads = ("companions_digest",)
 
     def __init__(self, recipe: Recipe, before: str) -> None:
@@ -97,8 +97,11 @@ class Export(Step):
         del self._ready
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """Write the model; the step's folder holds only the manifest."""
+        """Write the model; the step's folder holds only the manifest. All processes write, the first one compares."""
         target, parent = job.run.model, job.parent.as_stored()
+        if not crew().first:
+            self._help(parent, job.run.carving(self.before))
+            return {}
         carving, folders, places = self._ready
         hidden = {folder: places.enter_context(_place(folder)) for folder in folders}
         ids = text_to_compare(parent.config, next(iter(job.run.held_out.values())))
@@ -126,6 +129,14 @@ class Export(Step):
                 say("  RUN/stock has no masks over attention by token: all of V and O that any token keeps is used")
         sums = {folder.name: file_digest(place / SUMS) for folder, place in hidden.items()}
         return metrics | {"sums": sums} | parameters(parent, carving)
+
+    @staticmethod
+    def _help(parent: Parent, carving: Carving) -> None:
+        """Write this process's shards of the folders that the first one makes, in the same order."""
+        if carving.is_native(parent):
+            write_native(parent, carving, Path())
+        if not carving.is_native(parent) or has_stock(parent, carving):
+            write_stock(parent, carving, Path(), parent.model.dtype)
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """Say into what it was exported, and how exactly."""

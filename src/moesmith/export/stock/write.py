@@ -43,6 +43,7 @@ from moesmith.parent.structure import (
     decoder_layers,
     head_dim,
 )
+from moesmith.world import crew
 
 __all__ = ["Layout", "stock_config", "stock_reference", "stock_refusal", "verify_folder", "write_stock"]
 
@@ -254,9 +255,10 @@ def write_stock(
     config.dtype = dtype
     with whole_folder(folder, overwrite=overwrite) as work:
         size = write_shards(work, stock_tensors(parent, carving, dtype, layout), layout.shard_bytes)
-        config.save_pretrained(work)
-        _add_fields(work / "config.json")
-        write_companions(parent, work)
+        if crew().first:
+            config.save_pretrained(work)
+            _add_fields(work / "config.json")
+            write_companions(parent, work)
     home = layout.home(parent, carving)
     return {
         "architecture": ARCHITECTURES[home.dialect],
