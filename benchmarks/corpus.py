@@ -27,7 +27,7 @@ from pathlib import Path
 from moesmith.files.artefact import read_json
 from moesmith.files.write import mapped_tensors, settle, write_json
 
-WORDS = 400  # of a record
+WORDS, PARAGRAPHS = 50, 8  # of a paragraph, of a record
 WINDOW = 1024
 
 
@@ -36,9 +36,10 @@ def write_text(path: Path, tokens: int) -> None:
     generator = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 4))) for _ in range(20_000)]
+    paragraphs = [" ".join(generator.choices(words, k=WORDS)) for _ in range(50_000)]
     with open(path, "w", encoding="utf-8") as file:
-        for _ in range(max(1, tokens // WORDS // 3)):  # about three tokens a word
-            file.write(json.dumps({"text": " ".join(generator.choices(words, k=WORDS))}) + "\n")
+        for _ in range(max(1, tokens // (WORDS * PARAGRAPHS) // 2)):  # a word has more than two tokens
+            file.write(json.dumps({"text": "\n".join(generator.choices(paragraphs, k=PARAGRAPHS))}) + "\n")
 
 
 def own_memory() -> int:
