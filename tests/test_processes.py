@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conversions import arguments, convert, tiny_settings
 from golden import ASSETS
 
@@ -68,6 +67,17 @@ def story(run: Run, step: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (run.path(step) / "log.jsonl").read_text().splitlines()]
 
 
+def check_losses(what: str, one: Run, more: Run, most: float = 1e-4) -> None:
+    """Compare what every step's training lost at each step, and print by how much it differs (``pytest -s``)."""
+    for step in ("router", "experts", "masks", "assign"):
+        if one.has(step):
+            ours, theirs = story(one, step), story(more, step)
+            assert len(ours) == len(theirs) > 1
+            differs = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+            print(f"{what}, {step}: losses of {len(ours)} steps differ by at most {differs:.1e} nats")
+            assert differs <= most
+
+
 slow = pytest.mark.slow
 MORE = [("dive-1of8", 2), ("dive-plus", 4), ("dot-moe", 2)]
 
@@ -77,15 +87,17 @@ def test_several_processes_make_what_one_makes(preset: str, processes: int, tmp_
     one, more = converted(preset, tmp_path / "one", 1), converted(preset, tmp_path / "more", processes)
     first = "assign" if preset == "dot-moe" else "carve"
     trained = preset == "dot-moe"  # its channels are learned from what several processes add up
+    routers_differ = 0.0
     for ours, theirs in zip(one.carving(first).layers, more.carving(first).layers, strict=True):
         for a, b in zip(ours.experts, theirs.experts, strict=True):
             same = np.isin(a.channels.numpy(), b.channels.numpy()).mean()
             assert same == 1 or (trained and same > 0.8)
         routers = [layer.router.weight_ED for layer in (ours, theirs)]  # type: ignore[union-attr]
-        torch.testing.assert_close(*routers, atol=1e-2 if trained else 1e-5, rtol=0)
-    for step in ("router", "experts", "assign"):
-        if one.has(step):
-            assert story(more, step) == pytest.approx(story(one, step), abs=5e-3 if trained else 1e-4)
+        routers_differ = max(routers_differ, float((routers[0] - routers[1]).abs().max()))
+    assert routers_differ <= (1e-2 if trained else 1e-5)
+    what = f"{preset}, {processes} processes beside one"
+    print(f"\n{what}: routers differ by at most {routers_differ:.1e}")
+    check_losses(what, one, more, 5e-3 if trained else 1e-4)
     for stage, found in more.evaluation["stages"].items():
         assert found["geomean"] == pytest.approx(
             one.evaluation["stages"][stage]["geomean"], rel=1e-2 if trained else 1e-3
@@ -95,10 +107,8 @@ def test_several_processes_make_what_one_makes(preset: str, processes: int, tmp_
 
 
 @slow
-@pytest.mark.parametrize(
-    ("preset", "steps"), [("dive-plus", ["router", "experts"]), ("tomoe-50", ["masks"]), ("dot-moe", ["assign"])]
-)
-def test_a_parent_that_fits_no_process_is_trained_in_parts(preset: str, steps: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["dive-plus", "tomoe-50", "dot-moe"])
+def test_a_parent_that_fits_no_process_is_trained_in_parts(preset: str, tmp_path: Path) -> None:
     """By two processes that have room for it, and by two that have not; each draws the same noise in both."""
     tiny_model("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=256).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
@@ -114,8 +124,8 @@ def test_a_parent_that_fits_no_process_is_trained_in_parts(preset: str, steps: l
         done = answer(torchrun(2, [*words, *memory]))
         assert done.returncode == 0, done.stderr
         assert ("layer by layer: whole, it needs about" in done.stderr) is bool(memory)
-    for step in steps:
-        assert story(open_run(more), step) == pytest.approx(story(open_run(one), step), abs=1e-4)
+    print()
+    check_losses(f"{preset}, 2 processes with parts beside 2 with the whole parent", open_run(one), open_run(more))
     alone = answer([sys.executable, "-m", "moesmith", *words, "--memory", room])
     assert alone.returncode == 2
     assert "the plan needs about" in alone.stderr
@@ -181,8 +191,8 @@ def test_two_hosts_make_what_one_process_makes(tmp_path: Path) -> None:
     assert [process.returncode for process in started] == [0, 0], said
     assert sum(errors.count("finished: ") for _, errors in said) == 1  # one process speaks
     more = open_run(out)
-    for step in ("router", "experts"):
-        assert story(more, step) == pytest.approx(story(one, step), abs=1e-4)
+    print()
+    check_losses("dive-plus, two hosts beside one process", one, more)
     assert more.evaluation["stages"]["experts"]["geomean"] == pytest.approx(
         one.evaluation["stages"]["experts"]["geomean"], rel=1e-3
     )
