@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,8 @@ def main() -> int:
         reader = READERS[asked.readers[0]]
         print(reader.give(asked.once.read_bytes(), reader.place(Path(tempfile.mkdtemp()))) or "read")
         return 0
+    if find_spec("atheris") is None:
+        parser.error("atheris is not installed: pip install atheris")
     broke, total = [], 0
     for name in asked.readers or READERS:
         words = [sys.executable, __file__, "--alone", "--seconds", str(asked.seconds), name]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conversions import tiny_settings
+from conversions import arguments, tiny_settings
 
 import moesmith
+from moesmith.conversion.convert import predict
 from moesmith.files.artefact import read_json
 from moesmith.mixture.moe import build
 from moesmith.parent.accelerator import free_memory, has_double, release
@@ -110,3 +114,25 @@ def test_what_the_device_says_of_itself() -> None:
     assert free_memory(device) > 2**20
     assert has_double(device) == (DEVICE != "mps") or DEVICE == "xpu"
     release(device)
+
+
+@pytest.mark.parametrize("memory", ["whole", "parts"])
+def test_two_processes_with_a_device_each(memory: str, data: Path, tmp_path: Path) -> None:
+    """Over nccl: DDP, and FSDP2 where the parent does not fit; the losses are one device's."""
+    if DEVICE != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("nccl needs two GPUs")
+    model, preset = tmp_path / "m", "dive-plus"
+    tiny_model("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=256).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    settings = ["stage2.lora_dropout=0", "router.noise=0", "stage2.lr=0.001"]
+    plan = predict(preset, model, data, settings=[*tiny_settings(preset), *settings], dtype="fp32", ranks=2)
+    room = ["--memory", str((plan["memory_layerwise"] + plan["memory"]) // 2)] if memory == "parts" else []
+    stories = []
+    for name, launch in (("one", []), ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"])):
+        words = [*arguments(preset, model, data, tmp_path / name, settings), "--dtype", "fp32", "--device", "cuda"]
+        words = [sys.executable, "-m", *launch, "moesmith", *words, *(room if launch else [])]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "stages" / "experts" / "log.jsonl").read_text().splitlines()
+        stories.append([json.loads(line)["loss"] for line in lines])
+    assert stories[1] == pytest.approx(stories[0], abs=1e-3)

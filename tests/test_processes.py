@@ -107,6 +107,18 @@ def test_several_processes_make_what_one_makes(preset: str, processes: int, tmp_
 
 
 @slow
+def test_accelerate_starts_several_processes_too(tmp_path: Path) -> None:
+    one, out = converted("dive-plus", tmp_path / "one", 1), tmp_path / "more"
+    words = [*arguments("dive-plus", MODEL, DATA, out, settings_of("dive-plus")), "--dtype", "fp32", "--device", "cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
+    done = answer([*launch, "--mixed_precision=no", "--dynamo_backend=no", "-m", "moesmith", *words])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("finished: ") == 1
+    print()
+    check_losses("dive-plus, 2 processes of accelerate beside one", one, open_run(out))
+
+
+@slow
 @pytest.mark.parametrize("preset", ["dive-plus", "tomoe-50", "dot-moe"])
 def test_a_parent_that_fits_no_process_is_trained_in_parts(preset: str, tmp_path: Path) -> None:
     """By two processes that have room for it, and by two that have not; each draws the same noise in both."""

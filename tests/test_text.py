@@ -308,7 +308,10 @@ def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "two": {**common, "fields": ["a", "b"], "mode": "concat", "group": "g"},
         "laid": {**common, "template": "Q: {a}\nA: {c}"},
         "few": {**common, "fields": ["a"], "rows": 5},
+        "arriving": {**common, "fields": ["a"], "rows": 5, "streaming": True},
+        "all arriving": {**common, "fields": ["a", "b"], "streaming": True},
         "wrong": {**common, "fields": ["z"]},
+        "wrong and arriving": {**common, "fields": ["z"], "streaming": True},
         "unsplit": {**common, "fields": ["a"], "eval_split": "validation"},
         "object": {**common, "fields": ["d"]},
         "talk": {**common, "fields": ["m"]},
@@ -334,6 +337,26 @@ def test_data_sets_load_as_described(described: Path) -> None:
     assert few.calibration == load_domains(str(described), ["few"])[0].calibration
 
 
+def test_rows_are_read_as_they_arrive(described: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, few, every = load_domains(str(described), ["two", "arriving", "all arriving"])
+    assert sorted(map(as_text, every.calibration)) == sorted(map(as_text, whole.calibration))
+    assert len(few.calibration) == 5
+    assert {as_text(r) for r in few.calibration} <= {
+        "trainlone",
+        *(as_text(r).split("\n")[0] for r in every.calibration),
+    }
+    assert few.calibration == load_domains(str(described), ["arriving"])[0].calibration
+    datasets = pytest.importorskip("datasets")
+
+    def broken(_self: Any) -> Any:
+        yield {"a": "a"}
+        raise ConnectionError("the connection is gone")
+
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    with pytest.raises(MoesmithError, match=r"cannot be read on: the connection is gone\. Check the connection"):
+        load_domains(str(described), ["arriving"])
+
+
 def test_a_column_of_messages_is_read_as_chats(described: Path) -> None:
     talk, shared = load_domains(str(described), ["talk", "shared"])
     assert fields(talk.calibration[0]) == [[{"role": "user", "content": "Hi"}]]
@@ -349,6 +372,7 @@ def test_a_cell_that_is_missing_is_no_text(value: Any, text: str) -> None:
     ("name", "message"),
     [
         ("wrong", "has no column 'z'. Its columns are a, b, c"),
+        ("wrong and arriving", "has no column 'z'. Its columns are a, b, c"),
         ("unsplit", "split validation, cannot be loaded"),
         ("object", "column 'd' must hold text, not {'x': 1}. Name columns of text."),
     ],

@@ -24,6 +24,8 @@ from moesmith.data.records import Domain, Mode, Record, as_text, check_names, ch
 from moesmith.errors import MoesmithError
 from moesmith.files.parse import parse_yaml
 
+BUFFER = 10_000  # rows of a stream among which the next one is drawn, after its files have been shuffled
+
 
 class HubSet(BaseModel):
     """Where the records of one domain come from."""
@@ -41,6 +43,7 @@ class HubSet(BaseModel):
     mode: Mode = ""
     group: str = ""
     rows: int = 20000  # at most this many rows of a split, drawn at random with a fixed seed
+    streaming: bool = False  # read rows as they arrive, and no more of the set than they take
 
 
 def hub_domains(path: Path, names: Sequence[str] | None = None) -> list[Domain]:
@@ -96,8 +99,14 @@ def _records(name: str, entry: HubSet, split: str, path: Path) -> tuple[Record, 
         raise MoesmithError("Hugging Face data sets need an extra", "Run: pip install 'moesmith[data]'") from error
     try:
         data = datasets.load_dataset(
-            entry.hub, entry.config, data_files=entry.data_files, split=split, revision=entry.revision
+            entry.hub,
+            entry.config,
+            data_files=entry.data_files,
+            split=split,
+            revision=entry.revision,
+            streaming=entry.streaming,
         )
+        known = data.column_names or list(next(iter(data), {}))  # a stream may know them from its rows only
     except Exception as error:  # the library raises its own errors, the hub's and the network's
         reason = str(error).partition("\n")[0]
         raise MoesmithError(
@@ -106,16 +115,21 @@ def _records(name: str, entry: HubSet, split: str, path: Path) -> tuple[Record, 
         ) from error
     columns = list(dict.fromkeys([*entry.fields, *re.findall(r"\{(\w+)\}", entry.template)]))
     for column in columns:
-        if column not in data.column_names:
+        if column not in known:
             raise MoesmithError(
                 f"{path}: {name}: data set {entry.hub} has no column '{column}'",
-                f"Its columns are {', '.join(data.column_names)}.",
+                f"Its columns are {', '.join(known)}.",
             )
     data = data.select_columns(columns)
-    if len(data) > entry.rows:
+    if entry.streaming:
+        data = data.shuffle(seed=0, buffer_size=BUFFER).take(entry.rows)
+    elif len(data) > entry.rows:
         data = data.shuffle(seed=0).select(range(entry.rows))
     try:
         records = tuple(record for row in data if (record := _record(row, entry)))
+    except OSError as error:  # the connection of a stream
+        what = f"{path}: {name}: split {split} of {entry.hub} cannot be read on: {str(error).partition(chr(10))[0]}"
+        raise MoesmithError(what, "Check the connection, or leave streaming out.") from error
     except ValueError as error:
         raise MoesmithError(
             f"{path}: {name}: split {split} of {entry.hub}: {error}", "Name columns of text."
