@@ -24,12 +24,13 @@ def main() -> None:
     options.add_argument("--host", default="127.0.0.1")
     options.add_argument("--port", type=int, default=8080)
     options.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer together")
+    options.add_argument("--cache", type=int, default=256, help="MiB for prompts of earlier chats (llama.cpp: 8192)")
     options.add_argument("--threads", type=int, help="of the CPU; all of them if left out")
     given = options.parse_args()
     params = xllamacpp.CommonParams()
     params.model.path = str(given.model)
     params.hostnames = [given.host]
-    params.port, params.n_ctx = given.port, given.context
+    params.port, params.n_ctx, params.cache_ram_mib = given.port, given.context, given.cache
     if given.threads:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = given.threads
     stop = threading.Event()
