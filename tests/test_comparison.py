@@ -137,7 +137,7 @@ def test_what_is_finished_stays(made: tuple[Path, dict[str, Any]], monkeypatch: 
 
     monkeypatch.setattr("moesmith.comparison.compare.convert", fail)
     assert compare(spec(), out, model=MODEL, data=DATA)["rows"] == result["rows"]  # in the dtype that it began in
-    few = compare(spec(), out, model=MODEL, data=DATA, only="dive")
+    few = compare(spec(), out, model=MODEL, data=DATA, only="dive, static")
     assert few["rows"] == result["rows"]
     with pytest.raises(MoesmithError, match="computes in fp32, not bf16"):
         compare(spec(), out, model=MODEL, data=DATA, dtype="bf16")

@@ -194,7 +194,7 @@ def compare(
     out_folder: Annotated[Path, typer.Option("--out", help="the comparison's folder; repeat the command to continue")],
     model: Annotated[str | None, typer.Option(help="the parent, in place of the file's")] = None,
     data: Annotated[str | None, typer.Option(help="data source, in place of the file's")] = None,
-    only: Annotated[list[str], typer.Option(help="a row to convert now; repeatable")] = [],  # noqa: B006
+    only: Annotated[list[str], typer.Option(help="rows to convert now, with commas between them; repeatable")] = [],  # noqa: B006
     reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "auto",

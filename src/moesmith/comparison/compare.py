@@ -162,7 +162,8 @@ def compare(
         out: the comparison's folder.
         model: the parent, in place of the specification's.
         data: the data source, in place of the specification's.
-        only: rows to convert now, as the specification names them; the table shows all that are finished.
+        only: rows to convert now, as the specification names them, also several in one text with commas between
+            them; the table shows all that are finished.
         reuse: other runs whose finished stages rows may take over.
         dtype: what all rows compute in; a comparison that is continued keeps its own.
         device: where.
@@ -176,7 +177,7 @@ def compare(
     """
     read = [] if isinstance(spec, Spec) else [path_text("spec", spec)]
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
-    chosen = several("only", only)
+    chosen = [name.strip() for each in several("only", only) for name in each.split(",")]
     if unknown := sorted(set(chosen) - {row.name for row in spec.rows}):
         known = ", ".join(row.name for row in spec.rows)
         raise MoesmithError(f"there is no row {unknown[0]!r}", f"Choose from {known}.")
