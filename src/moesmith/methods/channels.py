@@ -36,6 +36,7 @@ from moesmith.parent.load import Parent
 from moesmith.run.folder import Run
 from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job, Step
+from moesmith.world import crew
 
 Part = tuple[Tensor, Tensor]  # mean and variance of every channel of one layer, (F,) each
 
@@ -242,7 +243,8 @@ def refit_experts(
 ) -> None:
     """Give every expert a ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of the pool's mixed in.
 
-    It is in the parent's stored dtype on the CPU, wherever it was computed: carvings are the same everywhere.
+    It is in the parent's stored dtype on the CPU, wherever it was computed: carvings are the same everywhere. Several
+    processes share the experts.
 
     Args:
         parent: the dense model.
@@ -256,6 +258,10 @@ def refit_experts(
     place = closed_form_device(parent.device)
     grams = [Second(gram.count, gram.mean_N.to(place), gram.gram_NN.to(place)) for gram in grams]
     pooled_FF = merge(grams, weights).gram_NN
-    for expert, gram in zip(experts, grams, strict=True):
-        mixed_FF = torch.lerp(gram.gram_NN, pooled_FF, spec.pool)
-        expert.down_DF = refit_down(down_DF, mixed_FF, expert.channels, spec.ridge).to("cpu", parent.stored)
+    made = {}
+    for number in crew().mine(range(len(experts))):
+        mixed_FF = torch.lerp(grams[number].gram_NN, pooled_FF, spec.pool)
+        refitted_DF = refit_down(down_DF, mixed_FF, experts[number].channels, spec.ridge)
+        made[number] = refitted_DF.to("cpu", parent.stored)
+    for number, refitted_DF in crew().merged(made).items():
+        experts[number].down_DF = refitted_DF
