@@ -315,6 +315,7 @@ def test_a_run_that_was_only_begun(world: World, finished: Path, command: str) -
         refused(answer, "(has no finished model|is not carved yet). Run the same 'moesmith convert' again")
 
 
+@pytest.mark.slow
 def test_evaluating_an_unknown_task(world: World, finished: Path) -> None:
     not_loaded(world)
     answer = moesmith("eval", finished, "--tasks", "domains,arc_eazy")

@@ -278,6 +278,7 @@ def test_a_window_longer_than_the_model_reads(world: World, key: str) -> None:
     convert_is_refused(world, says, settings, "dive-plus")
 
 
+@pytest.mark.slow
 def test_a_bad_parent_as_a_program(world: World) -> None:
     gpt2(world)
     words = arguments("dive-plus", world.model, world.data, world.out)

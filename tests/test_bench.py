@@ -188,6 +188,7 @@ def test_verdict_needs_all_rounds() -> None:
     assert [verdict(*x) for x in ((1.01, 1.2), (0.9, 0.99), (0.9, 1.1))] == ["MoE wins", "MoE loses", "no clear winner"]
 
 
+@pytest.mark.slow
 def test_bench_in_transformers_and_llama_cpp(finished: Path, tmp_path: Path) -> None:
     """Real processes, from the command line: results of both runtimes, a figure, and files made once."""
     pytest.importorskip("xllamacpp")

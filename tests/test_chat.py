@@ -214,6 +214,7 @@ def test_the_context_is_the_limit(home: Path) -> None:
         model.answer([{"role": "user", "content": "a " * longest}], 4, 0.0, Answer(lambda _: None))
 
 
+@pytest.mark.slow
 def test_a_gguf_file_answers_as_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     file = tiny_gguf("llama", tmp_path / "m.gguf", monkeypatch)

@@ -205,6 +205,7 @@ print(model.dtype, model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.float().
 """
 
 
+@pytest.mark.slow
 def test_the_model_loads_without_moesmith(learned: Run, tmp_path: Path) -> None:
     """As the card says: the code beside the weights is enough, in the dtype of the file."""
     folder = learned.folder / "model"

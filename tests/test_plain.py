@@ -196,6 +196,7 @@ def test_the_commands_read_the_run(run: Run) -> None:
     assert "MoesmithForCausalLM" in moesmith("inspect", run.folder).out
 
 
+@pytest.mark.slow
 def test_the_folder_loads_elsewhere_and_its_card_says_how(run: Run) -> None:
     card = (run.folder / "model" / "README.md").read_text()
     assert "import moesmith.native.modeling" in card

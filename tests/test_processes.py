@@ -224,7 +224,7 @@ def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "processes", "says"),
     [
-        ("carve.experts=64", 2, "64 experts"),
+        pytest.param("carve.experts=64", 2, "64 experts", marks=slow),
         pytest.param("stage2.batch=4", 3, "stage2.batch is 4, which 3 processes cannot share", marks=slow),
     ],
 )

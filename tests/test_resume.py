@@ -105,6 +105,7 @@ def test_killed_again_and_again(job: Job, undisturbed: Outcome, tmp_path: Path) 
     check(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_while_stages_are_taken_over(job: Job, undisturbed: Outcome, tmp_path: Path) -> None:
     changed = {"settings": ["stage2.lr=0.02"], "reuse": [str(undisturbed["folder"])]}
     alone = job(tmp_path / "alone", settings=changed["settings"])

@@ -155,6 +155,7 @@ for words in (arguments("dive-plus", home / "m", home / "d", home / "run", off),
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_one_system_is_needed(tmp_path: Path) -> None:
     """Every module is imported, and a tiny conversion made, without what only Unix or only Linux has."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
