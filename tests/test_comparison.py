@@ -23,6 +23,7 @@ from moesmith.comparison.measure import Ruler
 from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import Spec, load_spec
 from moesmith.comparison.statistics import interval, mean, p_value
+from moesmith.comparison.table import number
 from moesmith.conversion.series import Series
 from moesmith.data.text import evaluation_blocks, load_domains, source_digest
 from moesmith.errors import MoesmithError
@@ -479,3 +480,10 @@ def test_a_newer_comparison_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "comparison.json", {"format": 99, "compute": "float32", "parent": "x"})
     with pytest.raises(MoesmithError, match="newer moesmith"):
         compare(spec(), tmp_path, model=MODEL, data=DATA)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.2345, "1.234"), (0.0, "0.000"), (99.5, "99.500"), (2583.05, "2,583"), (1.84e6, "1.8e+06")]
+)
+def test_numbers_have_as_many_digits_as_matter(value: float, text: str) -> None:
+    assert number(value, 3) == text

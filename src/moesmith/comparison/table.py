@@ -177,9 +177,9 @@ def quality(result: Mapping[str, Any]) -> list[Column]:
         if any("p" in row["groups"][group] for row in rows):
             found.append(("p", _p_of(group)))
     if any(WIKITEXT in row for row in rows):
-        found.append(("WikiText-2", lambda row: f"{row[WIKITEXT]['perplexity']:,.2f}"))
+        found.append(("WikiText-2", lambda row: number(row[WIKITEXT]["perplexity"], 2)))
     if any("lambada" in row for row in rows):
-        found.append(("LAMBADA", lambda row: f"{row['lambada']['perplexity']:,.2f}"))
+        found.append(("LAMBADA", lambda row: number(row["lambada"]["perplexity"], 2)))
         found.append(("LAMBADA acc", lambda row: f"{100 * row['lambada']['value']:.1f} %"))
     if any("accuracy" in row for row in rows):
         found.append((f"{len(result['tasks'])} tasks, acc", _accuracy))
@@ -204,17 +204,22 @@ DEVICE: Column = (
 )
 
 
+def number(value: float, decimals: int) -> str:
+    """Write a positive number: without decimals from a thousand on, with a power of ten from a million on."""
+    return f"{value:.1e}" if value >= 1e6 else f"{value:,.{0 if value >= 1000 else decimals}f}"
+
+
 def _text(group: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: f"{row['groups'][group]['perplexity']:,.2f}"
+    return lambda row: number(row["groups"][group]["perplexity"], 2)
 
 
 def _ratio(group: str) -> Callable[[Mapping[str, Any]], str]:
     def cell(row: Mapping[str, Any]) -> str:
         found = row["groups"][group]
         if found["low"] == found["high"]:  # the parent beside itself, or one window of each domain
-            return f"{found['value']:.3f}"
-        spread = f" ± {found['spread']:.3f}" if "spread" in found else ""
-        return f"{found['value']:.3f}{spread} ({found['low']:.3f}–{found['high']:.3f})"
+            return number(found["value"], 3)
+        spread = f" ± {number(found['spread'], 3)}" if "spread" in found else ""
+        return f"{number(found['value'], 3)}{spread} ({number(found['low'], 3)}–{number(found['high'], 3)})"
 
     return cell
 
