@@ -21,7 +21,7 @@ from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_shards
 from moesmith.export.native import named_tensors
 from moesmith.export.stock.write import ARCHITECTURES, stock_tensors
-from moesmith.export.target import Options, Source
+from moesmith.export.target import Options, Source, Target
 from moesmith.files.artefact import (
     SUMS,
     check_format,
@@ -64,7 +64,7 @@ MATTER = ("moesmith", "torch", "safetensors")  # packages that a file's bytes co
 AGAIN = "Fetch the delta again, or pack it again."
 
 
-class Delta:
+class Delta(Target):
     """``--to delta``: the same as ``moesmith pack``."""
 
     name, takes, suffix = "delta", frozenset[str](), ""

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from moesmith.export.stock.write import Layout, stock_reference, stock_refusal, write_stock
-from moesmith.export.target import Options, Source, stock_losses
+from moesmith.export.target import Options, Source, Target, stock_losses
 from moesmith.export.verify import verify_folder
 
 
-class HuggingFace:
+class HuggingFace(Target):
     """Mixtral, Qwen2-MoE or Qwen3-MoE, whichever holds the parent's attention."""
 
     name, takes, suffix = "hf", frozenset({"untie", "shard_bytes"}), ""

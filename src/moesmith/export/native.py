@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from moesmith.export.folder import whole_folder, write_companions, write_shards
-from moesmith.export.target import Options, Source
+from moesmith.export.target import Options, Source, Target
 from moesmith.export.verify import verify_folder
 from moesmith.mixture.attention import narrowed
 from moesmith.mixture.carving import Carving
@@ -28,7 +28,7 @@ from moesmith.world import crew
 CODE = ("modeling", "experts", "gate", "heads")  # files of moesmith.native that are shipped with the weights
 
 
-class Native:
+class Native(Target):
     """``--to native``: moesmith's own format holds every carving as it is."""
 
     name, takes, suffix = "native", frozenset({"shard_bytes"}), ""

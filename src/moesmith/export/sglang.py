@@ -17,14 +17,14 @@ from torch import Tensor
 
 from moesmith.errors import MoesmithError
 from moesmith.export.stock.write import ARCHITECTURES, Layout, stock_reference, stock_refusal, write_stock
-from moesmith.export.target import Options, Source, reach_loss, stock_losses
+from moesmith.export.target import Options, Source, Target, reach_loss, stock_losses
 from moesmith.export.verify import verify_folder
 from moesmith.files.artefact import read_json
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import head_dim
 
 
-class SGLang:
+class SGLang(Target):
     """Mixtral, Qwen2-MoE or Qwen3-MoE with the head untied."""
 
     name, takes, suffix = "sglang", frozenset({"untie", "shard_bytes"}), ""

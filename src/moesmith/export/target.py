@@ -132,6 +132,14 @@ class Target(Protocol):
             MoesmithError: they answer differently, or one fails to answer. ``out`` is only read.
         """
 
+    def beside(self, out: Path) -> list[str]:
+        """Return the names of files that :meth:`accompany` writes next to ``out``."""
+        return []
+
+    def accompany(self, source: Source, made: Path, out: Path) -> dict[str, Any]:
+        """Write what belongs next to ``made``, a proved export that becomes ``out``; return the lines that serve it."""
+        return {}
+
 
 def stock_losses(source: Source, home: Home | None = None) -> list[str]:
     """List what a stock architecture drops of a carving, its cost in the run's own evaluation, and wasted space.

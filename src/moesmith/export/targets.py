@@ -9,7 +9,6 @@ from moesmith.arguments import path_of, takes_paths
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.export.delta import Delta
-from moesmith.export.gguf.modelfile import commands, modelfile_of, write_modelfile
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.hf import HuggingFace
 from moesmith.export.native import Native
@@ -115,9 +114,7 @@ def export_run(
     with place(out, overwrite=overwrite) as work:
         facts = target.write(source, work, options)
         facts |= target.verify(source, work, source.ids)
-        if to == "gguf":
-            write_modelfile(source, work)
-            facts |= commands(source, out)
+        facts |= target.accompany(source, work, out)
     return {"target": to, "out": str(out), "lost": lost} | facts
 
 
@@ -133,6 +130,6 @@ def check_out(out: Path, target: Target, run: Path, *, overwrite: bool = False) 
         )
     check_place(out, inputs_of(run))
     if target.suffix:
-        check_file(out, overwrite=overwrite, beside=[modelfile_of(out).name])
+        check_file(out, overwrite=overwrite, beside=target.beside(out))
     else:
         check_folder(out, overwrite=overwrite)

@@ -28,10 +28,11 @@ from moesmith.errors import MoesmithError
 from moesmith.export.folder import write_companions
 from moesmith.export.gguf.converter import NAME, convert, converter_refusal, name_for
 from moesmith.export.gguf.llamacpp import Answers, Questions, ask
+from moesmith.export.gguf.modelfile import commands, modelfile_of, write_modelfile
 from moesmith.export.gguf.quantise import quantise, tensor_type
 from moesmith.export.gguf.tokens import ODD, differing_tokens, marked_texts
 from moesmith.export.stock.write import Layout, stock_config, stock_reference, stock_refusal, write_stock
-from moesmith.export.target import Options, Source, reach_loss, stock_losses
+from moesmith.export.target import Options, Source, Target, reach_loss, stock_losses
 from moesmith.export.verify import judging, run
 from moesmith.files.artefact import hidden_beside
 from moesmith.files.write import write_cure
@@ -52,7 +53,7 @@ ROPE = {
 }
 
 
-class Gguf:
+class Gguf(Target):
     """One GGUF file."""
 
     name, takes, suffix = "gguf", frozenset({"quant", "untie"}), ".gguf"
@@ -126,6 +127,15 @@ class Gguf:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return facts | {"architecture": graph_of(source), "quant": quant, "bytes": out.stat().st_size}
+
+    def beside(self, out: Path) -> list[str]:
+        """Name the Modelfile."""
+        return [modelfile_of(out).name]
+
+    def accompany(self, source: Source, made: Path, out: Path) -> dict[str, Any]:
+        """Write the Modelfile; return the lines for Ollama and ``llama-server``."""
+        write_modelfile(source, made)
+        return commands(source, out)
 
     def verify(self, source: Source, out: Path, ids: Tensor) -> dict[str, Any]:
         """Compare log-probabilities and greedy tokens in llama.cpp, tokens of the text, and the chat template."""
