@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from commands import environment, torchrun
 from conversions import arguments, fitting, weights
 from golden import ASSETS
 
@@ -36,12 +37,6 @@ LONGER = {  # enough text that a run works for seconds
 }
 PATIENCE = 120.0  # seconds in which a command ends whose process was killed
 AT_START = 1 / 8  # share of kills before the first stage, while libraries are imported and the parent is read
-
-
-def environment() -> dict[str, str]:
-    """Return what a command is started with."""
-    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return found | ({"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {})
 
 
 @dataclass(frozen=True)
@@ -63,10 +58,7 @@ class Command:
         """Return the whole command for a run's folder."""
         given = arguments(self.preset, MODEL, DATA, out, fitting(LONGER[self.preset], self.preset))
         given += ["--dtype", "fp32", "--device", "cpu", "--method-file", str(Path(__file__).parent / "impatient.py")]
-        if self.processes == 1:
-            return [sys.executable, "-m", "moesmith", *given]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*launch, f"--nproc-per-node={self.processes}", "-m", "moesmith", *given]
+        return [sys.executable, "-m", "moesmith", *given] if self.processes == 1 else torchrun(self.processes, given)
 
     def started(self, out: Path, more: dict[str, str] | None = None) -> Started:
         """Start it."""

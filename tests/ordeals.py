@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disturbed import METHODS, Command, Known, moment, until_finished, whole
+from disturbed import METHODS, Command, Known, Undisturbed, moment, until_finished, whole
 from tally import Tally
 
 from moesmith.errors import MoesmithError
@@ -108,16 +108,22 @@ def kills(options: Options) -> Iterator[Tally]:
         yield tally
 
 
+def stopped(options: Options, rng: random.Random, number: int) -> tuple[Undisturbed, Path, str]:
+    """Kill a conversion at a random moment: what it would have made, its folder, and the stage that it was at."""
+    known = options.known[Command(options.methods[number % len(options.methods)])]
+    out = options.fresh("stopped")
+    running = known.command.started(out)
+    if moment(rng, running, known):
+        running.kill("all")
+    return known, out, running.stage()
+
+
 def moved(options: Options) -> Iterator[Tally]:
     """Kill, move the run's folder, go on at the new place."""
     rng, tally = options.rng("moved"), Tally("run folder moved between two tries")
     for number in range(options.times):
-        known = options.known[Command(options.methods[number % len(options.methods)])]
-        out = options.fresh("here")
-        running = known.command.started(out)
-        if moment(rng, running, known):
-            running.kill("all")
-        stage, there = running.stage(), options.fresh("there") / "run"
+        known, out, stage = stopped(options, rng, number)
+        there = options.fresh("there") / "run"
         there.parent.mkdir()
         if out.exists():
             shutil.move(out, there)
@@ -134,12 +140,8 @@ def clock(options: Options) -> Iterator[Tally]:
     if library is None:
         tally.notes.append("no libfaketime here: files were dated a year ahead instead")
     for number in range(options.times):
-        known = options.known[Command(options.methods[number % len(options.methods)])]
-        out = options.fresh("clock")
-        running = known.command.started(out)
-        if moment(rng, running, known):
-            running.kill("all")
-        stage, more = running.stage(), {}
+        known, out, stage = stopped(options, rng, number)
+        more = {}
         if library is not None:
             more = {"LD_PRELOAD": str(library), "FAKETIME": "-365d"}
         else:

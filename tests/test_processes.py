@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import environment, torchrun
 from conversions import arguments, convert, tiny_settings
 from golden import ASSETS
 
@@ -25,16 +26,6 @@ from moesmith.testing.parents import tiny_model
 from moesmith.testing.tokenizer import tiny_tokenizer
 
 MODEL, DATA = ASSETS / "parents" / "llama", ASSETS / "text"
-
-
-def environment() -> dict[str, str]:
-    found = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return found | ({"GLOO_SOCKET_IFNAME": "lo"} if Path("/sys/class/net/lo").exists() else {})
-
-
-def torchrun(processes: int, words: list[str]) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launch, "-m", "moesmith", *words]
 
 
 def answer(words: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:

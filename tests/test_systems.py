@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 import pytest
-from commands import moesmith
+from commands import environment, moesmith
 
 from moesmith.arguments import LAUNCHERS
 from moesmith.errors import MoesmithError
@@ -158,19 +158,18 @@ for words in (arguments("dive-plus", home / "m", home / "d", home / "run", off),
 @pytest.mark.slow
 def test_nothing_of_one_system_is_needed(tmp_path: Path) -> None:
     """Every module is imported, and a tiny conversion made, without what only Unix or only Linux has."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", WITHOUT, str(Path(__file__).parent), str(tmp_path)]
-    answer = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    answer = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
     assert answer.returncode == 0, answer.stderr
 
 
 @pytest.mark.parametrize("module", ["moesmith", "moesmith.cli"])
 @pytest.mark.parametrize("world", [None, "1", "2"])
 def test_started_as_a_module(module: str, world: str | None) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {} if world is None else {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0"}
+    given = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    given |= {} if world is None else {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0"}
     words = [sys.executable, "-m", module, "presets", "--json"]
-    answer = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    answer = subprocess.run(words, capture_output=True, text=True, env=given, check=False)
     if world == "2":
         assert answer.returncode == 2
         assert answer.stdout == ""

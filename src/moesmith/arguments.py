@@ -84,6 +84,11 @@ def several(what: str, value: Any) -> list[str]:
     return [path_text(f"{what}[{index}]", each) for index, each in enumerate(value)]
 
 
+def words(text: str) -> list[str]:
+    """Split a comma-separated list into its words."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def takes_paths(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function take text as well as paths for the arguments of these names; ``None`` stays ``None``.
 

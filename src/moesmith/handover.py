@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moesmith.arguments import words
 from moesmith.console import show_json, show_table, show_text
 from moesmith.options import Device, Dtype, Json, Overwrite, RunFolder, app
 
@@ -97,7 +98,7 @@ def bench(
 ) -> None:
     """Measure speed, memory and size of the finished model and its dense parent, in turn."""
     from moesmith.bench.measure import bench as measure
-    from moesmith.bench.measure import numbers, words
+    from moesmith.bench.measure import numbers
     from moesmith.bench.table import show
 
     runtimes = None if runtime is None else words(runtime)

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import torch
 
-from moesmith.arguments import takes_paths
+from moesmith.arguments import takes_paths, words
 from moesmith.bench.bounds import Weights, bounds, of_folder, of_gguf
 from moesmith.bench.files import Files, size
 from moesmith.bench.process import RUNTIMES, Worker, cores, interpreter, threads
@@ -143,11 +143,6 @@ def bench(
     if drawn:
         say(f"figure: {out.parent / figure}")
     return found
-
-
-def words(text: str) -> list[str]:
-    """Split a comma-separated list into its words."""
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -20,9 +20,8 @@ from typing import Any
 from moesmith.chat.speaker import TOO_LONG, Answer
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.prompt import Turns
+from moesmith.export.gguf.modelfile import CONTEXT
 from moesmith.parent.gguf.file import open_gguf
-
-CONTEXT = 4096  # tokens, prompt and answer together, where the file allows as many
 
 
 class LlamaCpp:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from moesmith.arguments import path_text, several
+from moesmith.arguments import path_text, several, words
 from moesmith.comparison.facts import facts, parent_facts
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
@@ -177,7 +177,7 @@ def compare(
     """
     read = [] if isinstance(spec, Spec) else [path_text("spec", spec)]
     spec = spec if isinstance(spec, Spec) else load_spec(spec)
-    chosen = [name.strip() for each in several("only", only) for name in each.split(",")]
+    chosen = [name for each in several("only", only) for name in words(each)]
     if unknown := sorted(set(chosen) - {row.name for row in spec.rows}):
         known = ", ".join(row.name for row in spec.rows)
         raise MoesmithError(f"there is no row {unknown[0]!r}", f"Choose from {known}.")

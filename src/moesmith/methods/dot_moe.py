@@ -44,7 +44,7 @@ from moesmith.run.settings import LoopSection, Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
-from moesmith.training.sharding import spread_beside
+from moesmith.training.sharding import student_and_teacher
 from moesmith.training.student import frozen, token_loss
 from moesmith.training.tracking import Report
 from moesmith.world import crew
@@ -123,8 +123,7 @@ class Assign(Step):
         model = assigned_model(parent, learned)
         names = {f"assign.{name}": p for name, p in learned.named_parameters()}
         say(f"  {sum(p.numel() for p in names.values()):,} trainable parameters, none of them the parent's")
-        models = spread_beside(parent, model, learned) if parent.layerwise else (model, parent.model)
-        objective = AssignObjective(*models, learned, spec)
+        objective = AssignObjective(*student_and_teacher(parent, model, learned), learned, spec)
         blocks, report = job.run.training("assign"), Report(self.recipe.report_to, job.run.folder, self.name)
         outcome = train(objective, names, blocks, spec, work, seed=self.recipe.seed, label="assign", report=report)
         if not crew().first:

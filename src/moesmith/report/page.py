@@ -7,7 +7,6 @@ model no loss) becomes one sentence.
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from moesmith.arguments import takes_paths
 from moesmith.data.overlap import found_in, warnings
 from moesmith.errors import MoesmithError
-from moesmith.files.artefact import check_file, read_text
+from moesmith.files.artefact import check_file
 from moesmith.files.outputs import check_result, new_file, real
 from moesmith.files.parse import as_written
 from moesmith.files.write import write_text
@@ -31,6 +30,7 @@ from moesmith.report.numbers import big, duration, number, percent
 from moesmith.report.source import AbsentError, Source, present
 from moesmith.run.folder import STOCK, Run, finished_of
 from moesmith.run.versions import versions_of
+from moesmith.training.log import read_log
 
 DEAD = 0.05  # an expert is dead below this fraction of the uniform share
 
@@ -270,7 +270,7 @@ def _training(source: Source) -> dict[str, Any]:
     curves, facts, picture = {}, [], {}
     for name, manifest in source.run.manifests.items():
         path = source.run.path(name) / "log.jsonl"
-        steps = _read_log(path) if path.is_file() else []
+        steps = read_log(path) if path.is_file() else []
         if not steps:
             continue
         learned, title, settings = name == source.learned, manifest["title"], manifest.get("settings", {})
@@ -303,19 +303,6 @@ def _training(source: Source) -> dict[str, Any]:
     if not facts and not layers:
         raise AbsentError
     return picture | {"facts": facts, "layers": layers}
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the steps of a log; a last line cut off by a kill is left out."""
-    steps = []
-    for line in read_text(path).splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in record and "tokens" in record:
-            steps.append(record)
-    return steps
 
 
 def _routing(source: Source) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from moesmith.files.artefact import (
     verify_files,
 )
 from moesmith.files.lock import HIDDEN, LOCK, folder_lock
-from moesmith.files.seal import BESIDE, PARTIAL, digest
+from moesmith.files.seal import PARTIAL, beside, digest
 from moesmith.files.write import write_cure, write_record, write_text
 from moesmith.run.folder import Run
 from moesmith.run.legacy import Legacy, upgraded
@@ -239,7 +239,7 @@ def _drop_partial(work: Path) -> None:
     if (
         work.is_symlink()
         or not work.is_dir()
-        or (_begun(work) is None and any(p.name not in (".key", f"..key{BESIDE}") for p in work.iterdir()))
+        or (_begun(work) is None and any(p.name not in (".key", beside(work / ".key").name) for p in work.iterdir()))
     ):
         raise MoesmithError(f"{work} is not a stage that moesmith began", "Delete it or move it away.")
     shutil.rmtree(work)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesmith.files.artefact import read_text
 from moesmith.report.figures import running_mean
 from moesmith.run.folder import Run
 from moesmith.studies.bench import Bench, stages_of
 from moesmith.studies.figures import lines, marks
 from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.training.log import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,4 +90,4 @@ def losses_of(run: Run, step: str) -> list[float]:
     path = run.path(step) / "log.jsonl"
     if not path.is_file():
         return []
-    return [json.loads(line)["loss"] for line in read_text(path).splitlines()]
+    return [step["loss"] for step in read_log(path)]

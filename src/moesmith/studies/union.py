@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moesmith.files.artefact import read_text
 from moesmith.report.figures import running_mean
 from moesmith.studies.active_50 import EIGHT
 from moesmith.studies.bench import Bench, stages_of
 from moesmith.studies.figures import by_layer, lines
 from moesmith.studies.study import Found, Study, Table, register
+from moesmith.training.log import read_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,8 +46,7 @@ class Union(Study):
         found = {}
         for name, (title, settings) in ROWS.items():
             run = bench.convert(name, "tomoe-50", settings, title)
-            text = read_text(run.path("masks") / "log.jsonl")
-            steps = [json.loads(line) for line in text.splitlines()]
+            steps = read_log(run.path("masks") / "log.jsonl")
             found[name] = {"title": title, "stages": stages_of(run), "layers": run.carving("masks").union().tolist()}
             found[name] |= {key: [step[key] for step in steps] for key in ("step", "union", "kl")}
             metrics = run.metrics("masks")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moesmith.errors import MoesmithError
+from moesmith.files.artefact import read_text
 from moesmith.files.seal import beside
 from moesmith.files.write import write_atomic
 
@@ -48,3 +49,20 @@ class Log:
         """Wait until the disk holds all lines; return their hash."""
         os.fsync(self.file.fileno())
         return self.hash.hexdigest()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the steps of a finished stage's log; a last line cut off by a kill is left out.
+
+    Raises:
+        MoesmithError: it is missing, or not the one that its stage lists.
+    """
+    steps = []
+    for line in read_text(path).splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in record and "tokens" in record:
+            steps.append(record)
+    return steps

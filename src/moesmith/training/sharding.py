@@ -74,8 +74,12 @@ def spread(
     return found, {name: known[names[id(weight)]] for name, weight in parameters.items()}
 
 
-def spread_beside(parent: Parent, model: PreTrainedModel, beside: nn.Module) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Spread a frozen model beside which something is trained, and its teacher, the parent."""
+def student_and_teacher(
+    parent: Parent, model: PreTrainedModel, beside: nn.Module
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Return a frozen model beside which something is trained, and its teacher, spread if the parent does not fit."""
+    if not parent.layerwise:
+        return model, parent.model
     place = parent.dtype, parent.device
     return spread(model, {}, *place, beside)[0], spread(parent.model, {}, *place)[0]
 

@@ -38,7 +38,7 @@ from moesmith.run.settings import Section
 from moesmith.run.shapes import LOSS, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
-from moesmith.training.sharding import spread_beside
+from moesmith.training.sharding import student_and_teacher
 from moesmith.training.tracking import Report
 from moesmith.world import crew
 
@@ -204,8 +204,7 @@ class LearnMasks(Step):
         learned = {f"masks.{name}": p for name, p in masks.named_parameters()}
         say(f"  {sum(p.numel() for p in learned.values()):,} trainable parameters, none of them the parent's")
         blocks = job.run.training("masks")
-        models = spread_beside(parent, model, masks) if parent.layerwise else (model, parent.model)
-        objective = MaskObjective(*models, masks, spec)
+        objective = MaskObjective(*student_and_teacher(parent, model, masks), masks, spec)
         report = Report(self.recipe.report_to, job.run.folder, self.name)
         outcome = train(objective, learned, blocks, spec, work, seed=seed, label="masks", report=report)
         if not crew().first:
