@@ -81,6 +81,15 @@ class World:
         for tensor in tensors if self.size > 1 else ():
             dist.all_reduce(tensor)
 
+    def owner(self, number: int) -> int:
+        """Return the rank of the process that has item ``number`` of what :meth:`mine` divides."""
+        return number % self.size
+
+    def gather(self, owner: int, *tensors: Tensor) -> None:
+        """Add up every process's tensors in the owner's, in place; the others' are lost. All must call it."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.reduce(tensor, owner)
+
     def rows(self, part: Tensor) -> list[Tensor]:
         """Return every process's tensor, of any first dimension, on the CPU; all must call it."""
         if self.size == 1:

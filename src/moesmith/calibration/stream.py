@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesmith.calibration.moments import Channel, Sums, fast_products, rows_of, watch
+from moesmith.calibration.moments import Channel, Second, Sums, fast_products, rows_of, watch
 from moesmith.calibration.view import Activations, Assign, LayerView, Stats, Tokens, spread
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
@@ -330,15 +330,23 @@ class Stream:
         keep = self.activations == "dense" and not self.passed
         with fast_products(self.parent.dtype), watch(*zip(*looked, strict=True)):
             self._pass(self.model.layer(index), keep=keep)
-        team = crew()
-        for sums in (*inputs, *channels):
-            sums.count = sum(team.exchange(sums.count))
+        team, found = crew(), []
+        counts = team.exchange([sums.count for sums in inputs])
+        for expert, sums in enumerate(inputs):
+            sums.count = sum(each[expert] for each in counts)
             team.add(sums.sum_N, sums.gram_NN)
-        found = []
-        for expert in range(experts):
+        for expert, sums in enumerate(inputs):
             own = [_everyones(channel) for channel in texts[expert]] if parts else []
-            found.append(Stats(inputs[expert].result(), channels[expert].result() if gram else None, own))
+            found.append(Stats(sums.result(), self._owned(expert, channels, sums.count) if gram else None, own))
         return found
+
+    def _owned(self, expert: int, channels: list[Sums], count: int) -> Second | None:
+        """Add up all processes' moments of an expert's channels in its owner; the others let theirs go."""
+        team, sums = crew(), channels[expert]
+        sums.count, owner = count, team.owner(expert)
+        team.gather(owner, sums.sum_N, sums.gram_NN)
+        channels[expert] = Sums()
+        return sums.result() if owner == team.rank else None
 
 
 def _everyones(channel: Channel) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ class Stats:
 
     Attributes:
         inputs: count, first and second moments of the router's input x (D).
-        channels: the same for the input of ``down_proj`` (F); ``None`` unless asked for.
+        channels: the same for the input of ``down_proj`` (F); ``None`` unless asked for, and of several processes in
+            all but the expert's owner (``World.owner``).
         parts: channel moments (mean and variance, (F,) fp32) of each text of the group; empty unless asked for.
     """
 
@@ -105,7 +106,7 @@ class LayerView:
         Args:
             assign: which expert a token belongs to; if left out, the group of its text.
             experts: how many experts ``assign`` chooses among.
-            gram: also collect the Gram matrix of the ``down_proj`` input: F² numbers per expert.
+            gram: also collect the Gram matrix of the ``down_proj`` input: F² numbers per expert, in its owner.
             parts: also collect channel moments of each text; by group only.
         """
         return self._stream.statistics(self.index, assign, experts or self.groups, gram=gram, parts=parts)

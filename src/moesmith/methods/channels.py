@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moesmith.calibration.moments import Moments, Second, merge, pool
+from moesmith.calibration.moments import Moments, merge, pool
 from moesmith.calibration.view import LayerView, Stats
 from moesmith.files.artefact import read_json
 from moesmith.files.write import write_json
@@ -192,8 +192,7 @@ class Channels(Carver):
             layer.constant_D, error = constant_direction(merge([one.inputs for one in stats], self.weights))
             self.note(constant_direction_error=error)
         if self.refit:
-            grams = [one.channels for one in stats if one.channels is not None]
-            refit_experts(parent, index, routed, grams, self.weights, self.settings)
+            refit_experts(parent, index, routed, stats, self.weights, self.settings)
         self._route(view, layer, stats)
         return layer
 
@@ -239,28 +238,31 @@ def thin(windows: Tensor, tokens: int) -> Tensor:
 
 
 def refit_experts(
-    parent: Parent, index: int, experts: Sequence[Expert], grams: Sequence[Second], weights: Sequence[float], spec: Any
+    parent: Parent, index: int, experts: Sequence[Expert], stats: Sequence[Stats], weights: Sequence[float], spec: Any
 ) -> None:
     """Give every expert a ``down_proj`` (D, F_e) refitted on its Gram matrix, with a share of the pool's mixed in.
 
     It is in the parent's stored dtype on the CPU, wherever it was computed: carvings are the same everywhere. Several
-    processes share the experts.
+    processes share the experts: each refits those whose Gram matrices it has.
 
     Args:
         parent: the dense model.
         index: the layer's index.
         experts: their ``down_DF`` is set.
-        grams: second moments of the ``down_proj`` input of each expert's tokens.
+        stats: of each expert's tokens, with Gram matrices.
         weights: of each Gram matrix in the pool's.
         spec: ``ridge`` and ``pool`` (``base.Kept``).
     """
     down_DF = parent.ffns[index].down_DF
     place = closed_form_device(parent.device)
-    grams = [Second(gram.count, gram.mean_N.to(place), gram.gram_NN.to(place)) for gram in grams]
-    pooled_FF = merge(grams, weights).gram_NN
+    mine = {number: one.channels.gram_NN.to(place) for number, one in enumerate(stats) if one.channels is not None}
+    pooled_FF = torch.zeros(parent.F, parent.F, device=place)
+    for number, gram_FF in mine.items():
+        pooled_FF += weights[number] / sum(weights) * gram_FF
+    crew().add(pooled_FF)
     made = {}
-    for number in crew().mine(range(len(experts))):
-        mixed_FF = torch.lerp(grams[number].gram_NN, pooled_FF, spec.pool)
+    for number, gram_FF in mine.items():
+        mixed_FF = torch.lerp(gram_FF, pooled_FF, spec.pool)
         refitted_DF = refit_down(down_DF, mixed_FF, experts[number].channels, spec.ridge)
         made[number] = refitted_DF.to("cpu", parent.stored)
     for number, refitted_DF in crew().merged(made).items():

@@ -20,7 +20,14 @@ def versions() -> dict[str, str]:
 @cache
 def _versions() -> dict[str, str]:
     """Read them once per process: every stage asks, and each package's metadata is a file of some hundred lines."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from its source, without an installation
+        return "not installed"
 
 
 def version_changes(then: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -206,9 +206,10 @@ def train(
 ) -> Outcome:
     """Train ``parameters`` of ``objective`` on ``blocks`` as ``spec`` says; a checkpoint in ``folder`` is continued.
 
-    When the device is out of memory the step is repeated with half of the micro-batch, which stays. Without random
-    numbers its gradients are the same up to rounding. Dropout and noise are drawn per step, one micro-batch after
-    another, so another micro-batch size draws other numbers from the same distribution.
+    Dropout and noise of a micro-batch follow from the seed, the step and its place in the batch, so several processes
+    draw what one does with the same micro-batch. When the device is out of memory the step is repeated with half of
+    the micro-batch, which stays: without random numbers its gradients are the same up to rounding, with them it draws
+    other numbers from the same distribution.
 
     Args:
         objective: a module such as :class:`~moesmith.training.student.Student` that maps token ids (B, S) to the scalar
@@ -265,9 +266,10 @@ def train(
 
     def gradients(rows: Tensor, step: int, micro: int) -> float:
         """Leave the gradients of a step's rows on the parameters; return the mean loss."""
-        torch.manual_seed(seed * 1_000_003 + step * world + rank)
         losses = []
-        for chosen in rows.split(micro):
+        for place, chosen in zip(range(rank * share, (rank + 1) * share, micro), rows.split(micro), strict=True):
+            # a micro-batch draws by its place in the batch: the same numbers in whatever process it runs
+            torch.manual_seed(seed * 1_000_003 + step * spec.batch + place)
             loss = student(blocks[chosen].to(device, torch.int64)) * (len(chosen) / len(rows))
             loss.backward()
             losses.append(loss.detach())
@@ -289,7 +291,7 @@ def train(
         bar = held.enter_context(meter(label, (steps - done) * spec.batch * spec.window))
         for step in range(done, steps):
             everyones = batch_rows(len(blocks), step, spec.batch, seed)
-            rows = everyones[rank::world]
+            rows = everyones[rank * share : (rank + 1) * share]
             begun = time.monotonic()
             if begin is not None:
                 begin(step, steps)

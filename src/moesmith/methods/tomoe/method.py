@@ -263,9 +263,8 @@ class Refit(Step):
                     stats = view.statistics(
                         _sends(layer.router.weight_ED.to(parent.device)), self.method.experts, gram=True
                     )
-                    grams = [one.channels for one in stats if one.channels is not None]
-                    counts = [float(gram.count) for gram in grams]
-                    refit_experts(parent, view.index, layer.routed, grams, counts, self.method.settings)
+                    counts = [float(one.count) for one in stats]
+                    refit_experts(parent, view.index, layer.routed, stats, counts, self.method.settings)
                     tokens += torch.tensor(counts)
             return carving, tokens
 
