@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from scipy import stats
 from moesmith.comparison.compare import Comparison, compare, turns
 from moesmith.comparison.controls import Control
 from moesmith.comparison.figures import curves, tokens_of
+from moesmith.comparison.jobs import at_once
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import Spec, load_spec
@@ -172,6 +174,33 @@ def test_a_row_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path) -> N
     assert result["rows"][2]["groups"]["all"]["value"] > 0
     text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert f"- not made: wide: {result['rows'][1]['refused']}" in text
+
+
+def test_several_rows_at_once_are_those_of_one_after_the_other(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = {"name": "wide", "recipe": "dive-1of8", "settings": ["carve.experts=64"]}
+    result = compare(spec(rows=[*ROWS, wide], keep=False), tmp_path, model=MODEL, data=DATA, dtype="fp32", jobs=2)
+    assert [each["title"] for each in result["rows"]] == [*(each["title"] for each in made[1]["rows"]), "wide"]
+    for ours, theirs in zip(result["rows"], made[1]["rows"], strict=False):
+        assert ours["groups"] == theirs["groups"]
+    assert "64" in result["rows"][-1]["refused"]
+    assert not list(tmp_path.glob("runs/*/model"))
+    said = capsys.readouterr().err
+    assert all(f"== {name}: after" in said for name in ("static", "dive-seed-1", "token-ratio-0.25", "wide"))
+    assert "[carve]" not in said
+
+
+def dies(_device: Any) -> Any:
+    """What gets a process ready that ends at its first row; at the module's level, since it is pickled."""
+    return lambda _name: os._exit(1)
+
+
+def test_a_process_that_ends_is_one_line() -> None:
+    with pytest.raises(MoesmithError, match="A process that made rows has ended"):
+        list(at_once(dies, ["row"], 2, "cpu"))
+    with pytest.raises(MoesmithError, match="jobs is 0"):
+        compare(spec(), "unused", model=MODEL, data=DATA, jobs=0)
 
 
 def test_models_can_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,7 @@ def compare(
     data: Annotated[str | None, typer.Option(help="data source, in place of the file's")] = None,
     only: Annotated[list[str], typer.Option(help="rows to convert now, with commas between them; repeatable")] = [],  # noqa: B006
     reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option(min=1, help="rows made at the same time, each by a process of its own")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -204,7 +205,7 @@ def compare(
     from moesmith.comparison.compare import compare as run_comparison
     from moesmith.comparison.table import show
 
-    options: dict[str, Any] = {"only": only, "reuse": reuse, "dtype": dtype, "device": device}
+    options: dict[str, Any] = {"only": only, "reuse": reuse, "jobs": jobs, "dtype": dtype, "device": device}
     result = run_comparison(spec, out_folder, model=model, data=data, **options)
     if as_json:
         show_json(result)

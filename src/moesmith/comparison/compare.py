@@ -1,4 +1,4 @@
-"""Convert and measure every row of a comparison, one after the other, and write its table and page.
+"""Convert and measure every row of a comparison, one after the other or several at once; write its table and page.
 
 OUT/runs/<row>: the conversions; OUT/rows/<row>.json: what was measured of each; OUT/comparison.json, .csv, .md, .html.
 """
@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from moesmith.arguments import path_text, several, words
 from moesmith.comparison.facts import facts, parent_facts
+from moesmith.comparison.jobs import at_once
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
 from moesmith.comparison.spec import PARENT, Conversion, Spec, load_spec
@@ -54,6 +56,10 @@ class Comparison:
     series: Series
     ruler: Ruler
 
+    def __post_init__(self) -> None:
+        self.conversions = {conversion.name: conversion for conversion in self.spec.conversions()}
+        self.recipes = _recipes(self.spec)
+
     @property
     def parent(self) -> Parent:
         """Return the parent of every row."""
@@ -64,18 +70,32 @@ class Comparison:
         found = {"work": work, "text": self.ruler.digest, "parent": self.parent.digest}
         return digest(found | {"compute": long_name(self.parent.dtype)})
 
-    def row(self, conversion: Conversion, recipe: Recipe | None, *, make: bool) -> Row | None:
+    def made(self, name: str) -> Row:
+        """Return what was measured of a row, after converting if need be, or why it was ``refused``."""
+        try:
+            return self.row(self.conversions[name], make=True) or {}
+        except MoesmithError as error:
+            return {"refused": str(error)}
+
+    def known(self, conversion: Conversion) -> Row | None:
+        """Return what was measured of a row if it is finished."""
+        try:
+            return self.row(conversion, make=False)
+        except MoesmithError:  # it says so when it is to be made
+            return None
+
+    def row(self, conversion: Conversion, *, make: bool) -> Row | None:
         """Return what was measured of a row, after converting if need be; ``None`` if it is not to be made.
 
         Args:
             conversion: the row's.
-            recipe: its recipe; ``None`` for a finished run or a control.
             make: whether to convert and measure what is not known.
 
         Raises:
             MoesmithError: the row cannot be made.
         """
         name, title, control = conversion.name, conversion.title, conversion.source.control
+        recipe = self.recipes.get(name)
         if control is not None:
 
             def controlled(have: Mapping[str, Any]) -> Parts:
@@ -149,6 +169,7 @@ def compare(
     data: str | Path | None = None,
     only: str | Sequence[str] | None = (),
     reuse: str | Path | Sequence[str | Path] | None = (),
+    jobs: int = 1,
     dtype: DType = AUTO,
     device: Device = AUTO,
 ) -> dict[str, Any]:
@@ -165,6 +186,7 @@ def compare(
         only: rows to convert now, as the specification names them, also several in one text with commas between
             them; the table shows all that are finished.
         reuse: other runs whose finished stages rows may take over.
+        jobs: how many rows are made at the same time, each in a process with its own copy of the parent.
         dtype: what all rows compute in; a comparison that is continued keeps its own.
         device: where.
 
@@ -181,46 +203,70 @@ def compare(
     if unknown := sorted(set(chosen) - {row.name for row in spec.rows}):
         known = ", ".join(row.name for row in spec.rows)
         raise MoesmithError(f"there is no row {unknown[0]!r}", f"Choose from {known}.")
+    if jobs < 1:
+        raise MoesmithError(f"jobs is {jobs}", "Give 1 or more.")
     for name, given in {"model": model or spec.model, "data": data or spec.data}.items():
         if not given:
             raise MoesmithError(f"the comparison names no {name}", f"Give --{name}, or name it in the file.")
     template_of("moesmith.comparison", "page.html")  # what the page needs is missed now
     check_known(spec.settings)
-    recipes = {
-        c.name: load_recipe(c.source.recipe, spec.budget, spec.settings_of(c)) if c.source.recipe else None
-        for c in spec.conversions()
-    }
-    runs = [row.run for row in spec.rows if row.run]
-    where: dict[str, Any] = {"read": read, "runs": runs, "reuse": several("reuse", reuse)}
-    series = Series("comparison", out, model or spec.model, data or spec.data, **where, dtype=dtype, device=device)
-    comparison = Comparison(spec, series, Ruler(series.parent, series.data, spec.measure))
+    _recipes(spec)
+    begin = partial(_begun, spec, out, model or spec.model, data or spec.data, read, several("reuse", reuse), dtype)
+    comparison = begin(device)
+    series, spec = comparison.series, comparison.spec
     more: dict[str, Any] = {"title": spec.title, "data_digest": source_digest(series.data, spec.measure.names)}
     more |= {"spec": spec.model_dump(mode="json", exclude_defaults=True)}
     with series.opened(more):
         dense = comparison.dense()
-        shown, found = list(spec.conversions()), dict[str, Row]()
+        shown = list(spec.conversions())
+        found = {one.name: row for one in shown if (row := comparison.known(one)) is not None}
 
         def table() -> dict[str, Any]:
-            rows = [(conversion, found[conversion.name]) for conversion in shown if conversion.name in found]
-            return table_of(spec, dense, rows)
+            return table_of(spec, dense, [(one, found[one.name]) for one in shown if one.name in found])
 
-        for conversion in turns(shown):
-            now = not chosen or conversion.source.name in chosen
-            try:
-                row = comparison.row(conversion, recipes[conversion.name], make=now)
-            except MoesmithError as error:
-                if not now:
-                    continue
-                say(f"{conversion.title}: {error}")
-                row = {"refused": str(error)}
-            if row is not None:
-                found[conversion.name] = row
-            if now:
-                write_tables(series.out, series.write(table()))
+        now = [one.name for one in turns(shown) if not chosen or one.source.name in chosen]
+        now = [name for name in now if name not in found]
+        make = partial(_made, begin)
+        rows = ((name, comparison.made(name)) for name in now) if jobs == 1 else at_once(make, now, jobs, device)
+        for name, row in rows:
+            if "refused" in row:
+                say(f"{name}: {row['refused']}")
+            found[name] = row
+            write_tables(series.out, series.write(table()))
         result = series.write(table())
         write_tables(series.out, result)
         write_page(series.out, result)
     return result
+
+
+def _recipes(spec: Spec) -> dict[str, Recipe]:
+    """Load the recipe of every conversion that has one, by its name."""
+    return {
+        c.name: load_recipe(c.source.recipe, spec.budget, spec.settings_of(c))
+        for c in spec.conversions()
+        if c.source.recipe
+    }
+
+
+def _begun(
+    spec: Spec,
+    out: str | Path,
+    model: str | Path,
+    data: str | Path,
+    read: Sequence[str],
+    reuse: Sequence[str],
+    dtype: DType,
+    device: Device,
+) -> Comparison:
+    """Load the parent and read the text of a comparison."""
+    runs = [row.run for row in spec.rows if row.run]
+    series = Series("comparison", out, model, data, read=read, runs=runs, reuse=reuse, dtype=dtype, device=device)
+    return Comparison(spec, series, Ruler(series.parent, series.data, spec.measure))
+
+
+def _made(begin: Callable[[Device], Comparison], device: Device) -> Callable[[str], Row]:
+    """Return what makes rows in a process of its own."""
+    return begin(device).made
 
 
 def turns(conversions: Sequence[Conversion]) -> list[Conversion]:

@@ -146,9 +146,7 @@ class Pipeline(Run):
             final.parent.mkdir(parents=True, exist_ok=True)
             check_left(final, WORKING)
             for other in self.reuse if step.shared else ():
-                if self._fits(step, other):
-                    verify_files(other / "stages" / name)
-                    _take_over(other / "stages" / name, final)
+                if self._fits(step, other) and _taken_over(other / "stages" / name, final):
                     say(f"[{name}] taken over from {other}")
                     world().share(False)
                     return final
@@ -245,19 +243,27 @@ def _drop_partial(work: Path) -> None:
     shutil.rmtree(work)
 
 
-def _take_over(source: Path, final: Path) -> None:
-    """Hard-link (or copy) a finished stage of another run."""
-    _drop_partial(final.with_name(f".{final.name}{PARTIAL}"))
+def _taken_over(source: Path, final: Path) -> bool:
+    """Hard-link (or copy) a finished stage of another run; return whether it was still there."""
     hidden = hidden_beside(final)
     work = hidden / final.name
     try:
-        shutil.copytree(source, work, copy_function=os.link)
-    except OSError:  # another file system
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(source, work)
+        verify_files(source)
+        _drop_partial(final.with_name(f".{final.name}{PARTIAL}"))
+        try:
+            shutil.copytree(source, work, copy_function=os.link)
+        except OSError:  # another file system
+            shutil.rmtree(work, ignore_errors=True)
+            shutil.copytree(source, work)
+    except (OSError, MoesmithError):
+        shutil.rmtree(hidden, ignore_errors=True)
+        if source.is_dir():
+            raise
+        return False  # its owner has deleted it meanwhile, as a comparison that keeps no models does
     with aside(final):
         os.replace(work, final)
     hidden.rmdir()
+    return True
 
 
 def check_reuse(names: Sequence[str]) -> list[Path]:

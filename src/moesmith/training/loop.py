@@ -269,7 +269,7 @@ def train(
         losses = []
         for place, chosen in zip(range(rank * share, (rank + 1) * share, micro), rows.split(micro), strict=True):
             # a micro-batch draws by its place in the batch: the same numbers in whatever process it runs
-            torch.manual_seed(seed * 1_000_003 + step * spec.batch + place)
+            torch.manual_seed(seed * 1_000_003 + step + (place << 40))
             loss = student(blocks[chosen].to(device, torch.int64)) * (len(chosen) / len(rows))
             loss.backward()
             losses.append(loss.detach())
