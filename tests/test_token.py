@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from moesmith.methods.base import Carver
 from moesmith.methods.clusters import centre_router, kmeans, nearest
 from moesmith.methods.refit import eliminate, fit_down, refit_down
 from moesmith.methods.router import constant_direction
-from moesmith.methods.token import Token
+from moesmith.methods.token import Token, sinks
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer
 from moesmith.mixture.moe import build, carved_layer
@@ -51,7 +52,7 @@ def tokens_of(parent: Any, layer: int = 1, **options: Any) -> Tokens:
         for view in stream.views(torch.Generator()):
             if view.index == layer:
                 found = view.tokens()
-                return Tokens(found.x_TD.clone(), found.y_TD.clone(), found.weight_T, found.sequence_T)
+                return replace(found, x_TD=found.x_TD.clone(), y_TD=found.y_TD.clone())
     raise AssertionError
 
 
@@ -70,6 +71,8 @@ def test_all_tokens_of_a_layer(family: str, tmp_path: Path) -> None:
     wanted_T = 1 / hidden.square().sum(-1).flatten()
     wanted_T = wanted_T.clamp_max(HEAVIEST * wanted_T.mean())
     torch.testing.assert_close(found.weight_T, wanted_T / wanted_T.mean())
+    shares_T = found.y_TD.square().sum(-1) / hidden.square().sum(-1).flatten()
+    torch.testing.assert_close(found.share_T, shares_T)
     assert found.sequence_T.tolist() == [n for n in range(96) for _ in range(32)]
     on_disk = tokens_of(parent, 0, folder=tmp_path, room=0)
     assert torch.equal(on_disk.x_TD, found.x_TD)
@@ -332,7 +335,8 @@ def test_tokens_that_hardly_count_make_no_group(monkeypatch: pytest.MonkeyPatch)
     weight_T = torch.ones(2000)
     x_TD[::100] *= 300
     weight_T[::100] = 1e-4
-    tokens = Tokens(x_TD, torch.zeros_like(x_TD), weight_T / weight_T.mean(), torch.zeros(2000, dtype=torch.int32))
+    nothing = torch.zeros(2000, dtype=torch.int32)
+    tokens = Tokens(x_TD, torch.zeros_like(x_TD), weight_T / weight_T.mean(), nothing, nothing.float())
     seen: list[Tensor] = []
 
     def clustered(sample_ND: Tensor, *rest: Any) -> Any:
@@ -345,3 +349,36 @@ def test_tokens_that_hardly_count_make_no_group(monkeypatch: pytest.MonkeyPatch)
     router_ED, ids_T = method.route(view, tokens)
     assert (len(seen[0]), len(ids_T), router_ED.shape) == (1980, 2000, (2, parent.D))
     assert float(seen[0].abs().max()) < 10
+
+
+def test_sinks_are_few_tokens_that_a_network_makes() -> None:
+    """A text's first token, whose hidden state one network makes; not a first layer, which makes every token's."""
+    share_T = torch.full((1000,), 0.05)
+    share_T[::100] = 1.0
+    assert sinks(share_T).nonzero().flatten().tolist() == list(range(0, 1000, 100))
+    assert not sinks(torch.full((1000,), 0.99)).any()
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_every_expert_learns_the_sinks(learned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, seen = tiny_parent("llama"), list[list[int]]()
+
+    def first_of_windows(share_T: Tensor) -> Tensor:
+        return torch.arange(len(share_T)) % 32 == 0
+
+    def spied(start: Any, tokens: Tokens, rows_N: Tensor, *rest: Any) -> Any:
+        seen.append(rows_N.tolist())
+        return reconstruct(start, tokens, rows_N, *rest)
+
+    monkeypatch.setattr("moesmith.methods.token.sinks", first_of_windows)
+    monkeypatch.setattr("moesmith.methods.token.reconstruct", spied)
+    convert(
+        "token", parent, str(ASSETS / "text"), tmp_path / "run", settings=[*SMALL, f"carve.sinks={learned}".lower()]
+    )
+    layers = [seen[n : n + 3] for n in range(0, len(seen), 3)]
+    assert len(layers) == parent.L
+    for experts in layers:
+        everyones = set.intersection(*map(set, experts))
+        tokens = len(set.union(*map(set, experts)))
+        assert everyones == (set(range(0, tokens, 32)) if learned else set())
+        assert sum(map(len, experts)) == tokens + 2 * len(everyones)

@@ -245,6 +245,7 @@ class Stream:
         seen, rest, network = Seen(), share(layer), layer.get_submodule(self._inside(index))
         put(rest, self._inside(index), seen)
         energies: list[Tensor] = []
+        shares: list[Tensor] = []
         for position, state_BSD in enumerate(self.waiting):
             rest_BSD = self._run(rest, state_BSD)
             if self.intact:
@@ -254,19 +255,20 @@ class Stream:
             else:
                 y_BSD = network(seen.x)
                 behind_BSD = rest_BSD + y_BSD
-            energies.append(behind_BSD.float().square().sum(-1).flatten().cpu())
+            energies.append(behind_BSD.float().square().sum(-1).flatten().cpu().clamp_min(1e-20))
+            shares.append(y_BSD.float().square().sum(-1).flatten().cpu() / energies[-1])
             self.inputs[position].copy_(seen.x)
             self.outputs[position].copy_(y_BSD)
             state_BSD.copy_(rest_BSD)
             self.advance(HELD * self._share(state_BSD))
         del layer, rest, network
         give_back()
-        weight_T = 1 / self._everyones(torch.cat(energies)).clamp_min(1e-20)
+        weight_T, share_T = (1 / self._everyones(torch.cat(energies)), self._everyones(torch.cat(shares)))
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
         lengths = torch.tensor([ids.shape[1] for ids in self.every for _ in ids])
         sequence_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
         parts = self._everyones(self._whole(self.inputs)), self._everyones(self._whole(self.outputs))
-        self.tokens_now = Tokens(*parts, weight_T / weight_T.mean(), sequence_T)
+        self.tokens_now = Tokens(*parts, weight_T / weight_T.mean(), sequence_T, share_T)
         return self.tokens_now
 
     def _everyones(self, mine_TN: Tensor) -> Tensor:

@@ -62,12 +62,15 @@ class Tokens:
         weight_T: how much an error counts, fp32, mean 1: 1 / ‖h‖² with h the hidden state after the layer, so that
             tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean.
         sequence_T: the window that each token belongs to, int32.
+        share_T: what the network makes of the hidden state, fp32: ‖y‖² / ‖h‖². A few percent as a rule; about 1 where
+            it makes the huge activations of an attention sink, more where it takes them back.
     """
 
     x_TD: Tensor
     y_TD: Tensor
     weight_T: Tensor
     sequence_T: Tensor
+    share_T: Tensor
 
 
 class LayerView:

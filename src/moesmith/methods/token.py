@@ -39,6 +39,7 @@ from moesmith.training.local import LocalSection, Outcome, order_of, reconstruct
 from moesmith.world import crew
 
 CHUNK = 4096  # tokens whose channels exist at once
+LOUD, FEW = 0.5, 0.05  # share of the hidden state that a network makes of a sink; the most tokens that can be sinks
 LIGHT = 0.2  # weight of a token's error, where the mean is 1, below which it is not clustered
 
 
@@ -56,6 +57,7 @@ class Token(Carver):
         experts: int = Field(8, ge=1, le=1024)
         ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels pruned from each expert")
         select: Literal["elimination", "energy"] = "elimination"
+        sinks: bool = Field(True, description="every expert learns the tokens whose hidden state is a layer's own work")
         repair: bool = Field(True, description="experts make up for what earlier carved layers lost")
         ridge: float = Field(0.03, gt=0, description="refit: pull towards the parent's columns")
         pool: float = Field(0.05, ge=0, le=1, description="least share of all tokens in an expert's Gram matrix")
@@ -65,7 +67,9 @@ class Token(Carver):
 
         def without_effect(self) -> dict[str, str]:
             """Of clusters, where there is one; of training, where there is none."""
-            found = dict.fromkeys(("sample", "pool", "prior"), "carve.experts is 1") if self.experts == 1 else {}
+            found = (
+                dict.fromkeys(("sample", "pool", "prior", "sinks"), "carve.experts is 1") if self.experts == 1 else {}
+            )
             return found | (dict.fromkeys(("batch", "lr"), "carve.passes is 0") if not self.passes else {})
 
     def needs(self) -> Needs:
@@ -95,11 +99,12 @@ class Token(Carver):
         """Group the tokens, choose channels, refit, train."""
         spec, ffn, tokens = self.settings, view.network, view.tokens()
         router_ED, ids_T = self.route(view, tokens)
+        loud_T = sinks(tokens.share_T) if spec.sinks else torch.zeros(len(ids_T), dtype=torch.bool)
         pooled = self.moments(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
         made: dict[int, tuple[Expert, Outcome]] = {}
         mine = crew().mine(range(spec.experts))
         for expert in range(spec.experts):
-            rows_N = (ids_T == expert).nonzero().flatten()
+            rows_N = ((ids_T == expert) | loud_T).nonzero().flatten()
             if expert not in mine:
                 order_of(tokens, rows_N, spec, view.generator)  # draws what the process that has it draws
                 continue
@@ -189,6 +194,18 @@ class Token(Carver):
             f"{spec.experts} experts for groups of tokens, 1 active per token, {1 - spec.ratio:.0%} of the FFN each",
             f"channels by {spec.select}, down_proj refitted, then {spec.passes:g} passes of local training",
         ]
+
+
+def sinks(share_T: Tensor) -> Tensor:
+    """Which tokens' hidden state is mostly what the network adds, (T,) bool; none where that is nothing special.
+
+    Attention rests on a few tokens of huge activations, a text's first above all (arXiv:2309.17453, arXiv:2402.17762).
+    One or two networks make them, and a later one takes them back. Such a token counts no more than any other in an
+    error relative to the hidden state, and its kind is spread over all experts: one that never met it loses the sink,
+    and with it the attention of all later tokens.
+    """
+    loud_T = share_T > LOUD
+    return loud_T if float(loud_T.float().mean()) <= FEW else torch.zeros_like(loud_T)
 
 
 def as_expert(parent: Parent, kept: Tensor, found: Network, *, trained: bool) -> Expert:
