@@ -19,6 +19,7 @@ from moesmith.evaluation.health import health
 from moesmith.evaluation.likelihoods import lambada
 from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, wikitext2
 from moesmith.evaluation.prompt import token_ids, written
+from moesmith.evaluation.sinks import sinks
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
 from moesmith.parent.vocabulary import rows_of
@@ -53,7 +54,7 @@ def compare(
     Args:
         folder: a finished run, as text or a path.
         data: data source; the run's own when ``None``.
-        tasks: ``domains``, ``wikitext2``, ``lambada``, ``health``, or tasks of ``harness.find_tasks``.
+        tasks: ``domains``, ``wikitext2``, ``lambada``, ``health``, ``sinks``, or tasks of ``harness.find_tasks``.
         limit: items per task.
         tokens: evaluation tokens per domain, and of WikiText-2.
         dtype: what both compute in; the fastest here for ``auto``.
@@ -81,15 +82,15 @@ def compare(
             raise MoesmithError(f"{task} needs a file of that name", "Give --data a folder that holds it.")
         read_records(records_file(local, f"{task}.test"))  # an unusable file is refused now
     names = header["recipe"]["domains"]["names"] if data is None else None
-    domains = load_domains(source, names) if "domains" in tasks else []
+    domains = load_domains(source, names) if {"domains", "sinks"} & set(tasks) else []
     overlap = _overlap(domains, header, data is None) if domains else {}
-    rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada", "health")]
+    rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada", "health", "sinks")]
     benchmarks = find_tasks(rest, local) if rest else {}
     parent, moe = models_of(folder, dtype, device)
 
     def measure(model: PreTrainedModel) -> dict[tuple[str, str], float]:
         found: dict[tuple[str, str], float] = {}
-        if domains:
+        if "domains" in tasks:
             window = header["recipe"]["evaluate"]["window"]
             values = domain_perplexities(model, parent.tokenizer, domains, tokens, window)
             found |= {(f"domain {name}", "perplexity"): value for name, value in values.items()}
@@ -102,6 +103,8 @@ def compare(
             found |= {("lambada", key): scores[key] for key in ("perplexity", "acc")}
         if "health" in tasks:
             found |= {("answers", key): value for key, value in health(model, parent.tokenizer).items()}
+        if "sinks" in tasks:
+            found |= {("first tokens", key): value for key, value in sinks(model, parent.tokenizer, domains).items()}
         if benchmarks:
             for task, metrics in run_tasks(model, parent.tokenizer, benchmarks, limit).items():
                 found |= {(task, metric): value for metric, value in metrics.items()}
