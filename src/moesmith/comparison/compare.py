@@ -210,7 +210,7 @@ def compare(
             raise MoesmithError(f"the comparison names no {name}", f"Give --{name}, or name it in the file.")
     template_of("moesmith.comparison", "page.html")  # what the page needs is missed now
     check_known(spec.settings)
-    _recipes(spec)
+    _recipes(spec)  # a setting that is wrong is refused before the parent is loaded
     begin = partial(_begun, spec, out, model or spec.model, data or spec.data, read, several("reuse", reuse), dtype)
     comparison = begin(device)
     series, spec = comparison.series, comparison.spec
