@@ -46,6 +46,12 @@ def settings_of(method: str) -> list[str]:
     return found + (MINED if method.startswith("dive") else [])
 
 
+def settings_of_old(method: str) -> list[str]:
+    """The settings of what version 0.1 left (``assets/old``)."""
+    stages = ("masks",) if method.startswith("tomoe") else ("stage1", "stage2")
+    return [*settings_of(method), *(f"{stage}.micro_batch={1 if stage == 'masks' else 4}" for stage in stages)]
+
+
 def machine() -> str:
     """The instruction set that decides the bits."""
     return torch.backends.cpu.get_cpu_capability()

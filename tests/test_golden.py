@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import ASSETS, FAMILIES, METHODS, convert, numbers, settings_of
+from golden import ASSETS, FAMILIES, METHODS, convert, numbers, settings_of_old
 from safetensors.torch import load_file
 
 import moesmith
@@ -44,15 +44,9 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "assets" / "old"
 
 
-def of_old(method: str) -> list[str]:
-    """The settings of what version 0.1 left."""
-    stages = ("masks",) if method.startswith("tomoe") else ("stage1", "stage2")
-    return [*settings_of(method), *(f"{stage}.micro_batch={1 if stage == 'masks' else 4}" for stage in stages)]
-
-
 def go_on(method: str, out: Path) -> None:
     """The command that began a run of version 0.1, in this version."""
-    settings = of_old(method)
+    settings = settings_of_old(method)
     moesmith.convert(method, "parents/llama", "text", out, settings=settings, dtype="fp32", device="cpu")
 
 
@@ -105,7 +99,7 @@ def test_its_delta_gives_the_same_files(old: Path, tmp_path: Path) -> None:
 
 
 def test_its_stages_are_taken_over(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = [*of_old("dive-plus"), "stage2.lr=0.02"]
+    settings = [*settings_of_old("dive-plus"), "stage2.lr=0.02"]
     given = {"settings": settings, "dtype": "fp32", "device": "cpu", "reuse": old / "run"}
     moesmith.convert("dive-plus", "parents/llama", "text", tmp_path / "new", **given)
     assert capsys.readouterr().err.count("taken over from") == 8

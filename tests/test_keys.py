@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conversions import convert, snapshot, weights
-from golden import ASSETS, settings_of
+from golden import ASSETS, settings_of_old
 from pydantic import Field
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -415,7 +415,7 @@ def test_keys_of_version_0_1_are_known_for_every_stage(tmp_path: Path, monkeypat
     for preset, name in (("dive-plus", "run"), ("tomoe-plus", "learned")):
         folder = Path("old") / name
         written = {path.parent.name: read_json(path)["key"] for path in folder.glob(f"stages/*/{MANIFEST}")}
-        given: dict[str, Any] = {"settings": settings_of(preset), "dtype": "fp32", "device": "cpu"}
+        given: dict[str, Any] = {"settings": settings_of_old(preset), "dtype": "fp32", "device": "cpu"}
         moesmith.convert(preset, "parents/llama", "text", folder, **given)
         legacy = pipelines[-1].old[folder]
         assert legacy is not None

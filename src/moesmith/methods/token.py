@@ -57,7 +57,11 @@ class Token(Carver):
         experts: int = Field(8, ge=1, le=1024)
         ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels pruned from each expert")
         select: Literal["elimination", "energy"] = "elimination"
-        sinks: bool = Field(True, description="every expert learns the tokens whose hidden state is a layer's own work")
+        sinks: bool = Field(
+            True,
+            description="every expert learns the few tokens whose hidden state one network makes",
+            json_schema_extra={"neutral": False},
+        )
         repair: bool = Field(True, description="experts make up for what earlier carved layers lost")
         ridge: float = Field(0.03, gt=0, description="refit: pull towards the parent's columns")
         pool: float = Field(0.05, ge=0, le=1, description="least share of all tokens in an expert's Gram matrix")
