@@ -187,6 +187,8 @@ def test_several_rows_at_once_are_those_of_one_after_the_other(
     assert "64" in result["rows"][-1]["refused"]
     assert not list(tmp_path.glob("runs/*/model"))
     said = capsys.readouterr().err
+    again = compare(spec(rows=[*ROWS, wide], keep=False), tmp_path, model=MODEL, data=DATA, only="dive", jobs=2)
+    assert again["rows"] == result["rows"][:-1]  # nothing is left to make; what was refused is not asked for
     assert all(f"== {name}: after" in said for name in ("static", "dive-seed-1", "token-ratio-0.25", "wide"))
     assert "[carve]" not in said
 

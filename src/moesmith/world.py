@@ -85,7 +85,7 @@ class World:
         """Return the rank of the process that has item ``number`` of what :meth:`mine` divides."""
         return number % self.size
 
-    def gather(self, owner: int, *tensors: Tensor) -> None:
+    def reduce(self, owner: int, *tensors: Tensor) -> None:
         """Add up every process's tensors in the owner's, in place; the others' are lost. All must call it."""
         for tensor in tensors if self.size > 1 else ():
             dist.reduce(tensor, owner)

@@ -263,7 +263,7 @@ class Stream:
             self.advance(HELD * self._share(state_BSD))
         del layer, rest, network
         give_back()
-        weight_T, share_T = (1 / self._everyones(torch.cat(energies)), self._everyones(torch.cat(shares)))
+        weight_T, share_T = 1 / self._everyones(torch.cat(energies)), self._everyones(torch.cat(shares))
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
         lengths = torch.tensor([ids.shape[1] for ids in self.every for _ in ids])
         sequence_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
@@ -337,7 +337,6 @@ class Stream:
         for expert, sums in enumerate(inputs):
             sums.count = sum(each[expert] for each in counts)
             team.add(sums.sum_N, sums.gram_NN)
-        for expert, sums in enumerate(inputs):
             own = [_everyones(channel) for channel in texts[expert]] if parts else []
             found.append(Stats(sums.result(), self._owned(expert, channels, sums.count) if gram else None, own))
         return found
@@ -346,7 +345,7 @@ class Stream:
         """Add up all processes' moments of an expert's channels in its owner; the others let theirs go."""
         team, sums = crew(), channels[expert]
         sums.count, owner = count, team.owner(expert)
-        team.gather(owner, sums.sum_N, sums.gram_NN)
+        team.reduce(owner, sums.sum_N, sums.gram_NN)
         channels[expert] = Sums()
         return sums.result() if owner == team.rank else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,12 +213,12 @@ def compare(
     _recipes(spec)  # a setting that is wrong is refused before the parent is loaded
     begin = partial(_begun, spec, out, model or spec.model, data or spec.data, read, several("reuse", reuse), dtype)
     comparison = begin(device)
-    series, spec = comparison.series, comparison.spec
+    series = comparison.series
     more: dict[str, Any] = {"title": spec.title, "data_digest": source_digest(series.data, spec.measure.names)}
     more |= {"spec": spec.model_dump(mode="json", exclude_defaults=True)}
     with series.opened(more):
         dense = comparison.dense()
-        shown = list(spec.conversions())
+        shown = list(comparison.conversions.values())
         found = {one.name: row for one in shown if (row := comparison.known(one)) is not None}
 
         def table() -> dict[str, Any]:
@@ -226,8 +226,10 @@ def compare(
 
         now = [one.name for one in turns(shown) if not chosen or one.source.name in chosen]
         now = [name for name in now if name not in found]
-        make = partial(_made, begin)
-        rows = ((name, comparison.made(name)) for name in now) if jobs == 1 else at_once(make, now, jobs, device)
+        if min(jobs, len(now)) < 2:
+            rows: Iterable[tuple[str, Row]] = ((name, comparison.made(name)) for name in now)
+        else:
+            rows = at_once(partial(_made, begin), now, jobs, device)
         for name, row in rows:
             if "refused" in row:
                 say(f"{name}: {row['refused']}")

@@ -71,9 +71,8 @@ class Token(Carver):
 
         def without_effect(self) -> dict[str, str]:
             """Of clusters, where there is one; of training, where there is none."""
-            found = (
-                dict.fromkeys(("sample", "pool", "prior", "sinks"), "carve.experts is 1") if self.experts == 1 else {}
-            )
+            grouped = ("sample", "pool", "prior", "sinks") if self.experts == 1 else ()
+            found = dict.fromkeys(grouped, "carve.experts is 1")
             return found | (dict.fromkeys(("batch", "lr"), "carve.passes is 0") if not self.passes else {})
 
     def needs(self) -> Needs:
