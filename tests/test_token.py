@@ -38,7 +38,7 @@ from moesmith.run.folder import open_run
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
-from moesmith.training.local import LocalSection, held_out, reconstruct, squared_error
+from moesmith.training.local import LocalSection, at_once, held_out, order_of, reconstruct, squared_error
 
 WINDOWS = torch.randint(0, 100, (96, 32), generator=torch.Generator().manual_seed(1))
 SMALL = [
@@ -185,17 +185,24 @@ def start_of(parent: Any, layer: int = 1, keep: int = 24) -> tuple[Any, Network,
     return ffn, ffn.narrowed(kept, refit_down(ffn.down_DF, gram_FF, kept)), tokens, rows_N
 
 
+def trained(start: Network, tokens: Tokens, rows_N: Tensor, spec: Any) -> tuple[Network, Any]:
+    """One expert's own training, its order drawn from one seed."""
+    order = order_of(tokens, rows_N, spec, torch.Generator().manual_seed(0))
+    [found] = reconstruct([start], tokens, [rows_N], [order], spec)
+    return found
+
+
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_reconstruction_lowers_the_error_where_it_did_not_train(family: str) -> None:
     parent = tiny_parent(family)
     ffn, start, tokens, rows_N = start_of(parent)
     spec = LocalSection(passes=6, batch=32, lr=0.02)
-    found, outcome = reconstruct(start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
+    found, outcome = trained(start, tokens, rows_N, spec)
     mine_N, others_N = held_out(tokens, rows_N)
     assert not set(tokens.sequence_T[mine_N].tolist()) & set(tokens.sequence_T[others_N].tolist())
     assert outcome.after < 0.97 * outcome.before
     assert outcome.after == pytest.approx(squared_error(found, tokens, others_N))
-    again, same = reconstruct(start, tokens, rows_N, spec, torch.Generator().manual_seed(0))
+    again, same = trained(start, tokens, rows_N, spec)
     assert same == outcome
     assert torch.equal(again.gate_FD, found.gate_FD)
     assert not torch.equal(found.gate_FD, start.gate_FD)
@@ -208,12 +215,39 @@ def test_reconstruction_lowers_the_error_where_it_did_not_train(family: str) -> 
 def test_what_does_not_help_is_dropped() -> None:
     _, start, tokens, rows_N = start_of(tiny_parent("llama"))
     for spec in (LocalSection(passes=1, batch=32, lr=1e3), LocalSection(passes=0), LocalSection(passes=1, batch=4096)):
-        found, outcome = reconstruct(start, tokens, rows_N, spec, torch.Generator())
+        found, outcome = trained(start, tokens, rows_N, spec)
         assert found is start
         assert outcome.after == outcome.before
-    nothing, outcome = reconstruct(start, tokens, rows_N[:0], LocalSection(), torch.Generator())
+    nothing, outcome = trained(start, tokens, rows_N[:0], LocalSection())
     assert nothing is start
     assert (outcome.before, outcome.energy) == (0, 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_side_by_side_is_each_alone(family: str) -> None:
+    """Experts of 20, 9 and 1 steps and one of none, each with biases of its own."""
+    _, start, tokens, rows_N = start_of(tiny_parent(family))
+    shifted = [start.replaced([part * scale for part in start.weights]) for scale in (0.9, 1.0, 1.1, 1.2)]
+    for number, expert in enumerate(shifted):
+        if expert.gate_bias_F is not None:
+            expert.gate_bias_F = expert.gate_bias_F + 0.1 * number
+    spec, generator = LocalSection(passes=3, batch=32, lr=0.02), torch.Generator().manual_seed(5)
+    rows = [rows_N[: 9 * 32], rows_N[::2], rows_N[:35], rows_N[:8]]
+    orders = [order_of(tokens, mine, spec, generator) for mine in rows]
+    steps = [len(order) // 32 for order in orders]
+    assert len(set(steps)) == 4
+    assert min(steps) == 0
+    together = reconstruct(shifted, tokens, rows, orders, spec)
+    for expert, mine, order, (found, outcome) in zip(shifted, rows, orders, together, strict=True):
+        [(one, expected)] = reconstruct([expert], tokens, [mine], [order], spec)
+        assert (found is expert) == (one is expert)
+        assert outcome.after == pytest.approx(expected.after, rel=1e-4)
+        for part, other in zip(found.weights, one.weights, strict=True):
+            torch.testing.assert_close(part, other, rtol=1e-3, atol=1e-5)
+
+
+def test_experts_are_trained_one_after_the_other_on_a_cpu() -> None:
+    assert at_once(tiny_parent("llama").ffns[0], 8) == 1
 
 
 def test_text_that_is_read_once() -> None:
@@ -366,9 +400,9 @@ def test_every_expert_learns_the_sinks(learned: bool, tmp_path: Path, monkeypatc
     def first_of_windows(share_T: Tensor) -> Tensor:
         return torch.arange(len(share_T)) % 32 == 0
 
-    def spied(start: Any, tokens: Tokens, rows_N: Tensor, *rest: Any) -> Any:
-        seen.append(rows_N.tolist())
-        return reconstruct(start, tokens, rows_N, *rest)
+    def spied(starts: Any, tokens: Tokens, rows: list[Tensor], *rest: Any) -> Any:
+        seen.extend(rows_N.tolist() for rows_N in rows)
+        return reconstruct(starts, tokens, rows, *rest)
 
     monkeypatch.setattr("moesmith.methods.token.sinks", first_of_windows)
     monkeypatch.setattr("moesmith.methods.token.reconstruct", spied)

@@ -6,13 +6,14 @@ Shapes: T tokens, D model width, F channels, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from moesmith.calibration.moments import Second
+from moesmith.parent.accelerator import free_memory
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import FFN, Network
 
@@ -55,6 +56,8 @@ class Stats:
 class Tokens:
     """All tokens of one layer, as its network meets them. On the CPU; ``x_TD`` and ``y_TD`` may be mapped from disk.
 
+    :meth:`near` gives them where an accelerator can take rows itself.
+
     Attributes:
         x_TD: what the network and a router get, in the dtype that the parent computes in.
         y_TD: what the experts should make of it, in the same dtype: the output of the parent's network, or, with
@@ -71,6 +74,21 @@ class Tokens:
     weight_T: Tensor
     sequence_T: Tensor
     share_T: Tensor
+
+    def near(self, device: torch.device) -> Tokens:
+        """The same with ``x_TD``, ``y_TD`` and ``weight_T`` on a device, if a quarter of its free memory holds them."""
+        size = sum(part.nbytes for part in (self.x_TD, self.y_TD, self.weight_T))
+        if device.type == "cpu" or size > free_memory(device) // 4:
+            return self
+        return replace(
+            self, x_TD=self.x_TD.to(device), y_TD=self.y_TD.to(device), weight_T=self.weight_T.to(device)
+        )  # fmt: skip
+
+    def take(self, rows_N: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Some tokens on a device: x (…, D), y (…, D), weight (…, 1) for rows of any shape."""
+        rows_N = rows_N.to(self.x_TD.device)
+        x_ND, y_ND, weight_N = self.x_TD[rows_N], self.y_TD[rows_N], self.weight_T[rows_N]
+        return x_ND.to(device), y_ND.to(device), weight_N[..., None].to(device)
 
 
 class LayerView:

@@ -35,7 +35,7 @@ from moesmith.parent.load import Parent
 from moesmith.parent.structure import Network
 from moesmith.run.folder import Run
 from moesmith.run.step import Job
-from moesmith.training.local import LocalSection, Outcome, order_of, reconstruct
+from moesmith.training.local import LocalSection, Outcome, at_once, order_of, reconstruct
 from moesmith.world import crew
 
 CHUNK = 4096  # tokens whose channels exist at once
@@ -100,31 +100,40 @@ class Token(Carver):
 
     def carve(self, view: LayerView) -> Layer:
         """Group the tokens, choose channels, refit, train."""
-        spec, ffn, tokens = self.settings, view.network, view.tokens()
+        spec, ffn = self.settings, view.network
+        tokens = view.tokens().near(view.parent.device)
         router_ED, ids_T = self.route(view, tokens)
         loud_T = sinks(tokens.share_T) if spec.sinks else torch.zeros(len(ids_T), dtype=torch.bool)
         pooled = self.moments(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
+        rows = [((ids_T == expert) | loud_T).nonzero().flatten() for expert in range(spec.experts)]
+        orders = [order_of(tokens, rows_N, spec, view.generator) for rows_N in rows]  # those of all processes
         made: dict[int, tuple[Expert, Outcome]] = {}
         mine = crew().mine(range(spec.experts))
-        for expert in range(spec.experts):
-            rows_N = ((ids_T == expert) | loud_T).nonzero().flatten()
-            if expert not in mine:
-                order_of(tokens, rows_N, spec, view.generator)  # draws what the process that has it draws
-                continue
-            gram_FF, cross_DF = pooled
-            if spec.experts > 1:
-                share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
-                own = self.moments(ffn, tokens, spread(rows_N, spec.gram))
-                gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
-            down_DF = fit_down(ffn.down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else ffn.down_DF
-            kept = self.choose(down_DF, gram_FF)
-            start = ffn.narrowed(kept, refit_down(down_DF, gram_FF, kept, spec.ridge)).to(torch.float32)
-            found, outcome = reconstruct(start, tokens, rows_N, spec, view.generator)
-            made[expert] = as_expert(view.parent, kept, found, trained=found is not start), outcome
-            view.advance(1 / len(mine))
+        some = at_once(ffn, len(mine))
+        for first in range(0, len(mine), some):
+            now = mine[first : first + some]
+            parts = [self.start(ffn, tokens, rows[expert], pooled) for expert in now]
+            starts = [start for _, start in parts]
+            trained = reconstruct(starts, tokens, [rows[e] for e in now], [orders[e] for e in now], spec)
+            for expert, (kept, start), (found, outcome) in zip(now, parts, trained, strict=True):
+                made[expert] = as_expert(view.parent, kept, found, trained=found is not start), outcome
+            view.advance(len(now) / len(mine))
         made = crew().merged(made)
         self.report(ids_T, [made[expert][1] for expert in range(spec.experts)])
         return Layer([made[expert][0] for expert in range(spec.experts)], Linear(router_ED))
+
+    def start(
+        self, ffn: Network, tokens: Tokens, rows_N: Tensor, pooled: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Network]:
+        """An expert's channels, and itself refitted on its tokens, fp32."""
+        spec, (gram_FF, cross_DF) = self.settings, pooled
+        if spec.experts > 1:
+            share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
+            own = self.moments(ffn, tokens, spread(rows_N, spec.gram))
+            gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
+        down_DF = fit_down(ffn.down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else ffn.down_DF
+        kept = self.choose(down_DF, gram_FF)
+        return kept, ffn.narrowed(kept, refit_down(down_DF, gram_FF, kept, spec.ridge)).to(torch.float32)
 
     def route(self, view: LayerView, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """A router (E, D), and the expert to which it sends every token (T,)."""
@@ -154,12 +163,12 @@ class Token(Carver):
         cross_DF = torch.zeros(ffn.down_DF.shape if self.settings.repair else (0, 0), device=device)
         with fast_products(tokens.x_TD.dtype):
             for rows in rows_N.split(CHUNK):
-                a_NF = ffn.hidden(tokens.x_TD[rows].to(device))
-                root_N1 = tokens.weight_T[rows, None].sqrt().to(device, a_NF.dtype)
+                x_ND, y_ND, weight_N1 = tokens.take(rows, device)
+                a_NF = ffn.hidden(x_ND)
+                root_N1 = weight_N1.sqrt().to(a_NF.dtype)
                 a_NF = a_NF * root_N1
                 sums.add(a_NF)
                 if self.settings.repair:
-                    y_ND = tokens.y_TD[rows].to(device)
                     y_ND = (y_ND if ffn.down_bias_D is None else y_ND - ffn.down_bias_D) * root_N1
                     cross_DF.addmm_(y_ND.float().T, a_NF.float())
         return sums.result().gram_NN, cross_DF / max(1, len(rows_N))

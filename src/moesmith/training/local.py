@@ -1,30 +1,39 @@
-"""Train one expert of one layer to give what the hidden state lacks, on the tokens that it gets.
+"""Train experts of one layer to give what the hidden state lacks, each on the tokens that it gets.
 
 No logits and no other layer are needed: the loss is the error of the expert's output, relative to the hidden state
 after the layer, so experts are independent. Gate, up and down train together, from a refitted start; a
 reconstruction that holds the non-linearity is known to need far less text than training of the whole model
 (arXiv:2510.14444).
 
-Shapes: T tokens, N tokens of the expert, D model width, F_e an expert's width.
+A step of one small expert does not keep an accelerator busy, so there several are trained side by side, in batched
+products; each ends where it would have ended alone.
+
+Shapes: T tokens, N tokens of the expert, S steps, B tokens per step, E experts side by side, A of them with steps left,
+D model width, F_e an expert's width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moesmith.calibration.view import Tokens
+from moesmith.parent.accelerator import free_memory
 from moesmith.parent.structure import Network
 from moesmith.run.settings import Section
 from moesmith.training.loop import ordinary_mode
 
 HELD_OUT = 16  # of so many windows one is not trained on
 WARM = 10  # steps in which the learning rate rises
+BETAS = (0.9, 0.95)  # of Adam
+COPIES = 8  # of an expert's matrices while it trains: itself, gradient, two moments, what a step makes of them
 
 
 class LocalSection(Section):
@@ -62,9 +71,11 @@ def squared_error(expert: Network, tokens: Tokens, rows_N: Tensor, chunk: int = 
 
 def energy(tokens: Tokens, rows_N: Tensor) -> float:
     """Sum weight · ‖y‖² over some tokens."""
-    return sum(
-        float((tokens.weight_T[rows, None] * tokens.y_TD[rows].float().square()).sum()) for rows in rows_N.split(4096)
-    )
+    total = 0.0
+    for rows in rows_N.split(4096):
+        _, y_ND, weight_N1 = tokens.take(rows, tokens.y_TD.device)
+        total += float((weight_N1 * y_ND.float().square()).sum())
+    return total
 
 
 def held_out(tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,55 +97,149 @@ def order_of(tokens: Tokens, rows_N: Tensor, spec: Any, generator: torch.Generat
     return order[: steps * spec.batch]
 
 
+def at_once(network: Network, experts: int) -> int:
+    """How many of so many experts to train side by side: on a CPU, which one keeps busy, one after the other.
+
+    On an accelerator as many as a quarter of its free memory holds, with gradients and Adam's moments.
+    """
+    device = network.gate_FD.device
+    if device.type == "cpu":
+        return 1
+    each = COPIES * sum(4 * part.numel() for part in network.weights)
+    return max(1, min(experts, free_memory(device) // 4 // each))
+
+
 @ordinary_mode()
 def reconstruct(
-    start: Network, tokens: Tokens, rows_N: Tensor, spec: Any, generator: torch.Generator
-) -> tuple[Network, Outcome]:
-    """Train an expert on its tokens by Adam: Σ weight · ‖y − expert(x)‖² over a step's tokens.
+    starts: Sequence[Network], tokens: Tokens, rows: Sequence[Tensor], orders: Sequence[Tensor], spec: Any
+) -> list[tuple[Network, Outcome]]:
+    """Train experts on their tokens by Adam: Σ weight · ‖y − expert(x)‖² over a step's tokens.
 
     The learning rate of a matrix is relative to its rms, rises for :data:`WARM` steps and falls linearly to 0. What is
     no better than the start on held-out windows is dropped.
 
     Args:
-        start: the expert, fp32 where the parent computes. Its biases are added as the parent adds them and not trained.
+        starts: the experts, fp32 where the parent computes. Biases are added as the parent adds them and not trained.
         tokens: of the layer.
-        rows_N: the expert's own among them.
+        rows: each expert's own among them.
+        orders: of each, from :func:`order_of`.
         spec: a :class:`LocalSection`.
-        generator: draws the order of tokens.
     """
-    mine_N, others_N = held_out(tokens, rows_N)
-    size = energy(tokens, others_N)
-    before = squared_error(start, tokens, others_N)
-    order = order_of(tokens, rows_N, spec, generator)
-    steps = len(order) // spec.batch
-    if not steps:
-        return start, Outcome(before, before, size)
+    parted = [held_out(tokens, rows_N) for rows_N in rows]
+    found = list(starts)
+    busy = [number for number, order in enumerate(orders) if len(order)]
+    if busy:
+        texts_SB = [parted[n][0][orders[n]].view(-1, spec.batch) for n in busy]
+        scales = [energy(tokens, parted[n][0]) / len(parted[n][0]) for n in busy]
+        given = [starts[n] for n in busy]
+        if len(busy) == 1:
+            trained = [alone(given[0], tokens, texts_SB[0], scales[0], spec)]
+        else:
+            trained = side_by_side(given, tokens, texts_SB, scales, spec)
+        for number, network in zip(busy, trained, strict=True):
+            found[number] = network
+    results = []
+    for start, network, (_, others_N) in zip(starts, found, parted, strict=True):
+        before = squared_error(start, tokens, others_N)
+        after = before if network is start else squared_error(network, tokens, others_N)
+        if len(others_N) and not after < before:  # a NaN is not better either
+            network, after = start, before
+        results.append((network, Outcome(before, after, energy(tokens, others_N))))
+    return results
+
+
+def alone(start: Network, tokens: Tokens, text_SB: Tensor, scale: float, spec: Any) -> Network:
+    """Train one expert.
+
+    Args:
+        start: the expert.
+        tokens: of the layer.
+        text_SB: the tokens of every step.
+        scale: what a token's error is relative to.
+        spec: a :class:`LocalSection`.
+    """
     masters = [part.clone().requires_grad_(True) for part in start.weights]
-    rates = [spec.lr * float(part.square().mean().sqrt()) for part in start.weights]
+    rates = [spec.lr * float(rms(part)) for part in start.weights]
     groups: list[dict[str, Any]] = [{"params": [m], "lr": lr} for m, lr in zip(masters, rates, strict=True)]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    scale = energy(tokens, mine_N) / len(mine_N)
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
     expert = start.replaced(masters)
-    for step in range(steps):
-        rows = mine_N[order[step * spec.batch : (step + 1) * spec.batch]]
+    for step, rows in enumerate(text_SB):
         x_ND, y_ND, weight_N1 = _taken(start, tokens, rows)
         error_ND = y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float()
         optimizer.zero_grad()
         ((weight_N1 * error_ND.square()).sum() / (len(rows) * scale)).backward()  # type: ignore[no-untyped-call]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1.0, (step + 1) / WARM) * (1 - step / steps)
+            group["lr"] = rate * pace(step, len(text_SB))
         optimizer.step()
-    found = start.replaced([master.detach() for master in masters])
-    after = squared_error(found, tokens, others_N)
-    if len(others_N) and not after < before:  # a NaN is not better either
-        return start, Outcome(before, before, size)
-    return found, Outcome(before, after, size)
+    return start.replaced([master.detach() for master in masters])
+
+
+def side_by_side(
+    starts: Sequence[Network], tokens: Tokens, texts_SB: Sequence[Tensor], scales: Sequence[float], spec: Any
+) -> list[Network]:
+    """Train several experts at once: what :func:`alone` makes of each, up to rounding.
+
+    Those with most steps come first, so that those that have steps left are always the first A.
+    """
+    device = starts[0].gate_FD.device
+    order = sorted(range(len(starts)), key=lambda n: -len(texts_SB[n]))
+    steps = [len(texts_SB[n]) for n in order]
+    text_SEB = pad_sequence([texts_SB[n] for n in order]).to(tokens.x_TD.device)
+    scale_E11 = torch.tensor([scales[n] * spec.batch for n in order], device=device)[:, None, None]
+    masters = [torch.stack(parts) for parts in zip(*(starts[n].weights for n in order), strict=True)]
+    rates = [spec.lr * torch.stack([rms(part) for part in master])[:, None, None] for master in masters]
+    moments = [(torch.zeros_like(master), torch.zeros_like(master)) for master in masters]
+    biases = [
+        None if parts[0] is None else torch.stack(parts)[:, None]
+        for parts in zip(*((starts[n].gate_bias_F, starts[n].down_bias_D) for n in order), strict=True)
+    ]
+    pace_SE11 = torch.tensor([[pace(step, count) for count in steps] for step in range(steps[0])])[..., None, None]
+    pace_SE11 = pace_SE11.to(device)
+    first, second = BETAS
+    for step in range(steps[0]):
+        A = sum(count > step for count in steps)
+        x_ABD, y_ABD, weight_AB1 = _taken(starts[0], tokens, text_SEB[step, :A])
+        leaves = [master[:A].detach().requires_grad_(True) for master in masters]
+        weights = [leaf.to(x_ABD.dtype) for leaf in leaves]
+        some = [None if bias is None else bias[:A].to(x_ABD.dtype) for bias in biases]
+        error_ABD = y_ABD.float() - _outputs(starts[0], weights, some, x_ABD).float()
+        loss = (weight_AB1 * error_ABD.square() / scale_E11[:A]).sum()  # experts share nothing: each gets its own
+        for master, rate_E11, (mean, square), gradient in zip(
+            masters, rates, moments, torch.autograd.grad(loss, leaves), strict=True
+        ):
+            mean[:A].lerp_(gradient, 1 - first)
+            square[:A].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            root = (square[:A] / (1 - second ** (step + 1))).sqrt_().add_(1e-8)
+            master[:A].sub_(rate_E11[:A] * pace_SE11[step, :A] / (1 - first ** (step + 1)) * mean[:A] / root)
+    found = dict(zip(order, zip(*masters, strict=True), strict=True))
+    return [start.replaced(found[number]) for number, start in enumerate(starts)]
+
+
+def _outputs(kind: Network, weights: Sequence[Tensor], biases: Sequence[Tensor | None], x_ABD: Tensor) -> Tensor:
+    """:meth:`Network.output` of experts side by side, (A, B, D) to (A, B, D)."""
+
+    def product(x_ABN: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x_ABN @ weight.mT if bias is None else torch.baddbmm(bias, x_ABN, weight.mT)
+
+    a_ABF = kind.activation(product(x_ABD, weights[0], biases[0]))
+    if kind.up_FD is not None:
+        a_ABF = a_ABF * product(x_ABD, weights[1], None)
+    return product(a_ABF, weights[-1], biases[1])
+
+
+def rms(weight: Tensor) -> Tensor:
+    """Root mean square of a matrix."""
+    return weight.square().mean().sqrt()
+
+
+def pace(step: int, steps: int) -> float:
+    """The share of the learning rate in a step."""
+    return min(1.0, (step + 1) / WARM) * (1 - step / steps)
 
 
 def _taken(expert: Network, tokens: Tokens, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Some tokens where an expert is: x (N, D), y (N, D), weight (N, 1)."""
-    device = expert.gate_FD.device
-    x_ND, y_ND = tokens.x_TD[rows].to(device), tokens.y_TD[rows].to(device)
+    """Some tokens where an expert is: x (…, D), y (…, D), weight (…, 1)."""
+    x_ND, y_ND, weight_N1 = tokens.take(rows, expert.gate_FD.device)
     if x_ND.dtype == torch.float16:  # gradients are too small for it
         x_ND = x_ND.float()
-    return x_ND, y_ND, tokens.weight_T[rows, None].to(device)
+    return x_ND, y_ND, weight_N1
