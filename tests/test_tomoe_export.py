@@ -228,6 +228,25 @@ def test_whole_attention_is_the_parents(tmp_path: Path) -> None:
         torch.testing.assert_close(logits_of(model), logits_of(build(parent, carving)), rtol=1e-4, atol=1e-4)
 
 
+def test_one_near_tie_of_a_head_gate_is_not_a_disagreement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = tiny_parent("llama")
+    carving = harvested(parent, budget=0.5)
+    write_native(parent, carving, tmp_path / "moe")
+    reference = build(parent, carving)
+    gate: Any = reference.model.layers[1].self_attn.head_gate
+    read, where = gate.read, int(gate.vo_h.nonzero()[0])
+
+    def tipped(x_BSD: torch.Tensor) -> None:
+        read(x_BSD)
+        gate.vo = gate.vo.clone()
+        gate.vo[1, 20, where] = 1 - gate.vo[1, 20, where]
+
+    monkeypatch.setattr(gate, "read", tipped)
+    metrics = verify_folder(parent, tmp_path / "moe", reference, IDS)
+    assert metrics["compared_tokens"] == IDS.numel() - (IDS.shape[1] - 20)
+    assert metrics["logits_difference"] < 1e-4
+
+
 SPOILT = ("self_attn.q_proj.weight", "self_attn.head_gate.proj_out_hR", "mlp.experts.down_DU")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moesmith.errors import MoesmithError
 from moesmith.mixture.folder import layered_folder, load_folder
 from moesmith.mixture.moe import moe_blocks
 from moesmith.native.gate import Router
+from moesmith.native.heads import HeadGate
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.checkpoint import first_line
 from moesmith.parent.hooks import hooked
@@ -31,10 +32,11 @@ def verify_folder(
 ) -> dict[str, Any]:
     """Load ``folder`` as any user would and compare it with ``reference`` in fp32.
 
-    Two correct models part when rounding flips a router between two nearly equal experts: that token and those after
-    it then differ. So tokens are compared up to the first such flip in their row, and there all must agree; if flips
-    leave less than half of the tokens, the routers differ. If the parent is run layer by layer, or an fp32 copy does
-    not fit in memory, both models are run layer by layer, and transformers loads one layer at a time.
+    Two correct models part when rounding flips a router between two nearly equal experts, or the gate of an attention
+    dimension: that token and those after it then differ. So tokens are compared up to the first such flip in their row,
+    and there all must agree; if flips leave less than half of the tokens, routers or gates differ. If the parent is run
+    layer by layer, or an fp32 copy does not fit in memory, both models are run layer by layer, and transformers loads
+    one layer at a time.
 
     Args:
         parent: its device runs the comparison.
@@ -89,6 +91,8 @@ def _judge(folder: Path, expected: Result, found: Result, judged: bool) -> dict[
     if not approximate:
         for one_TK, other_TK in zip(expected.routed, found.routed, strict=True):
             flipped_NS |= (one_TK.sort(-1).values != other_TK.sort(-1).values).any(-1).view_as(flipped_NS)
+        for one_NSh, other_NSh in zip(expected.kept, found.kept, strict=True):
+            flipped_NS |= (one_NSh != other_NSh).any(-1)
     compared_NS = flipped_NS.long().cumsum(-1) == 0
     agreement, compared = float(same_NS.double().mean()), float(compared_NS.double().mean())
     largest = float(difference_NS[compared_NS].max()) if compared else float("inf")
@@ -116,17 +120,29 @@ def fits(model: PreTrainedModel) -> bool:
 
 @dataclass
 class Result:
-    """fp32 logits (N, S, V) on the CPU, every layer's expert ids (N·S, K), and whether experts have biases."""
+    """What a model computes of token ids (N, S).
+
+    Attributes:
+        logits: (N, S, V) fp32, on the CPU.
+        routed: every layer's expert ids, (N·S, K).
+        kept: dimensions of attention heads that each token keeps, where that depends on it, (N, S, h).
+        biased: whether experts have biases.
+    """
 
     logits: Tensor
     routed: list[Tensor]
+    kept: list[Tensor] = field(default_factory=list)
     biased: bool = False
 
-    def visit(self, _index: int, layer: nn.Module) -> AbstractContextManager[None]:
-        """Collect the expert ids of our router or of a stock architecture's while a layer works."""
+    @contextmanager
+    def visit(self, _index: int, layer: nn.Module) -> Iterator[None]:
+        """Collect while a layer works what our router or a stock architecture's chooses, and what heads keep."""
         self.biased |= any(getattr(block.experts, "bias_ED", None) is not None for block in moe_blocks(layer))
         routers = [m for m in layer.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
-        return hooked((m, lambda _m, _i, out: self.routed.append(out[2].cpu())) for m in routers)
+        with hooked((m, lambda _m, _i, out: self.routed.append(out[2].cpu())) for m in routers):
+            yield
+        for gate in (m for m in layer.modules() if isinstance(m, HeadGate)):
+            self.kept += [mask.bool().cpu() for mask in (gate.qk, gate.vo) if mask.dim() > 1]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from moesmith.comparison.facts import facts, parent_facts
 from moesmith.comparison.measure import ACCURACY, Ruler
 from moesmith.comparison.spec import Measure
 from moesmith.comparison.statistics import interval, mean
+from moesmith.evaluation.harness import find_tasks
 from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench, key_of
@@ -45,12 +47,15 @@ class Clusters(Study):
         experts: list[int] = Field([4, 8, 16], min_length=1, description="numbers of experts, multiples of 4")
         recipe: str = Field("dive-plus", description="what converts")
         lambada: int = Field(500, ge=0, description="passages of LAMBADA")
-        tasks: list[str] = Field(["arc_easy", "piqa", "sciq", "boolq", "race"], description="multiple-choice tasks")
+        tasks: list[str] = Field(
+            ["arc_easy", "piqa", "sciq", "boolq", "hellaswag"], description="multiple-choice tasks"
+        )
         limit: int = Field(200, ge=1, description="items of each")
 
     def measure(self, bench: Bench) -> dict[str, Any]:
         """A conversion for every number, and the parent."""
         spec, rows, ruler = self.options, {}, None
+        find_tasks(spec.tasks, Path(bench.series.data))  # one that is missing is missed now
 
         def measured(name: str, key: Any, model: Any) -> dict[str, Any]:
             assert ruler is not None
