@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moesmith.conversion.steps.training import harvest, prepare
+from moesmith.conversion.steps.training import constants, harvest, prepare
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_metadata, read_tensors
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import build, moe_blocks
+from moesmith.parent.hooks import hooked
 from moesmith.parent.load import Parent
 from moesmith.run.recipe import load_recipe
 from moesmith.run.settings import TrainSection
@@ -522,3 +523,25 @@ def test_processes_that_cannot_share_a_batch_are_refused(tmp_path: Path, monkeyp
     model, parameters = model_for(STAGE2, tiny_parent("llama"))
     with pytest.raises(MoesmithError, match=r"a batch of 8 sequences cannot be shared by 3 processes\. Give"):
         train(Student(model, None, section(STAGE2)), parameters, some_blocks(), section(STAGE2), tmp_path)
+
+
+def test_the_constant_direction_is_the_trained_models_own() -> None:
+    """Norms that training changed move what routers get: v·x of before is far from 1, and v found again is not."""
+    model, parameters = model_for(STAGE2, tiny_parent("llama"))
+    blocks, others = some_blocks(80), some_blocks(20).flip(0)
+    before = constants(model, blocks, rows=8)
+    with torch.no_grad():
+        for name, weight in parameters.items():
+            if "post_attention_layernorm" in name:
+                weight *= torch.linspace(0.3, 3, len(weight))
+    after = constants(model, blocks, rows=8)
+    for (v_D, _), (again_D, _) in zip(after, constants(model, blocks, rows=8, most=1), strict=True):
+        torch.testing.assert_close(again_D, v_D)
+    inputs: list[Tensor] = []
+    hooks = [(block, lambda _m, args: inputs.append(args[0].flatten(0, -2))) for block in moe_blocks(model)]
+    with hooked(hooks, before=True), torch.no_grad():
+        model.base_model(input_ids=others)
+    for x_TD, (old_D, _), (v_D, error) in zip(inputs, before, after, strict=True):
+        mine, theirs = (float((x_TD @ one - 1).square().mean()) for one in (v_D, old_D))
+        assert mine == pytest.approx(error, rel=0.5)
+        assert mine < 0.8 * theirs

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesmith.calibration.moments import Sums
 from moesmith.console import say
 from moesmith.errors import MoesmithError
+from moesmith.methods.router import constant_direction
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.mixture.lora import add_lora, lora_tensors
@@ -20,6 +23,8 @@ from moesmith.mixture.moe import build, moe_blocks
 from moesmith.native.experts import MoEBlock, SlicedExperts
 from moesmith.native.gate import Router, added
 from moesmith.parent.compute import Choice
+from moesmith.parent.hooks import hooked
+from moesmith.parent.load import Parent
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import TrainSection
 from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
@@ -118,6 +123,35 @@ def _router(before: Linear | Analytic, trained: Router) -> Linear | Analytic:
     return Linear(trained.weight.detach().float().cpu(), noise)
 
 
+def constants(model: PreTrainedModel, blocks_NS: Tensor, rows: int, most: int = 2**30) -> list[tuple[Tensor, float]]:
+    """Find every layer's constant direction again, in a model that was trained: v (D,) with v·x ≈ 1, and its error.
+
+    Training moves what routers get, most of all through the norms. Where a bias has become a channel that v feeds, a
+    direction of before can leave a model that computes something else.
+
+    Args:
+        model: as it is trained; every process runs all of the text.
+        blocks_NS: training sequences; the first ones are read, 32 D tokens of them, as a carving takes.
+        rows: sequences in a forward pass.
+        most: bytes of Gram matrices that are held at once; more layers take another pass.
+    """
+    layers, D = moe_blocks(model), model.config.hidden_size
+    ids_NS = blocks_NS[: max(1, 32 * D // blocks_NS.shape[1])]
+    group, found = max(1, most // (4 * D * D)), list[tuple[Tensor, float]]()
+    model.eval()
+    for first in range(0, len(layers), group):
+        some = layers[first : first + group]
+        sums = [Sums(D, model.device) for _ in some]
+        hooks = [
+            (b, lambda _m, args, one=one: one.add(args[0].flatten(0, -2))) for b, one in zip(some, sums, strict=True)
+        ]
+        with hooked(hooks, before=True), torch.no_grad():
+            for ids_BS in ids_NS.split(rows):
+                model.base_model(input_ids=ids_BS.long().to(model.device), use_cache=False)
+        found += [constant_direction(one.result()) for one in sums]
+    return found
+
+
 class Train(Step):
     """A training step: routers through the dense gate in the masked form, or experts and norms in the sliced form."""
 
@@ -140,7 +174,8 @@ class Train(Step):
 
     def settings(self, job: Job) -> dict[str, Any]:
         """Return the whole section."""
-        return cast(dict[str, Any], self.spec.used())
+        found = cast(dict[str, Any], self.spec.used())
+        return found | ({"constant": "as trained"} if self._constant(job.parent) else {})
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write a carving with what training changed, and ``log.jsonl``."""
@@ -165,11 +200,21 @@ class Train(Step):
         report = Report(self.recipe.report_to, job.run.folder, self.name)
         student = Student(model, teacher, spec)
         outcome = train(student, parameters, blocks, spec, work, seed=seed, label=self.name, report=report)
+        metrics = outcome.metrics()
+        if self._constant(parent) and not carving.is_native(parent):
+            directions, errors = zip(*constants(model, blocks, spec.micro_batch), strict=True)
+            layers = [replace(layer, constant_D=v_D) for layer, v_D in zip(carving.layers, directions, strict=True)]
+            carving = replace(carving, layers=layers)
+            metrics |= {"constant_direction_error": round(statistics.mean(errors), 6)}
         if parent.layerwise:
             parameters = gather(model, parameters)
         if crew().first:
             harvest(model, carving, parameters).save(work)
-        return outcome.metrics()
+        return metrics
+
+    def _constant(self, parent: Parent) -> bool:
+        """Whether experts will have biases that a stock file holds as a channel, in a model that training changes."""
+        return self.spec.gate != "dense" and self.recipe.method.outline(parent).biased
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """Say how much was trained, and the loss."""
