@@ -25,7 +25,7 @@ from moesmith.comparison.measure import Ruler
 from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import Spec, load_spec
 from moesmith.comparison.statistics import interval, mean, p_value
-from moesmith.comparison.table import number
+from moesmith.comparison.table import number, table_of
 from moesmith.conversion.series import Series
 from moesmith.data.text import evaluation_blocks, load_domains, source_digest
 from moesmith.errors import MoesmithError
@@ -518,3 +518,20 @@ def test_a_newer_comparison_is_refused(tmp_path: Path) -> None:
 )
 def test_numbers_have_as_many_digits_as_matter(value: float, text: str) -> None:
     assert number(value, 3) == text
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+KEPT = sorted(path.parent.name for path in RESULTS.glob("*/comparison.json"))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_tables_that_came_with_the_repository_are_their_rows(name: str) -> None:
+    """Numbers of every window and item are committed; the specification in examples makes the same table of them."""
+    known = read_json(RESULTS / name / "comparison.json")
+    spec = load_spec(RESULTS.parents[1] / "examples" / "comparisons" / f"{name}.yaml")
+    rows = {path.stem: read_json(path) for path in (RESULTS / name / "rows").glob("*.json")}
+    assert all(row["done"] for row in rows.values())
+    made = [(one, rows[one.name]) for one in spec.conversions() if one.name in rows]
+    assert len(made) == len(rows) - 1, "the parent is no row of the specification"
+    table = table_of(spec, rows["parent"], made)
+    assert {key: known[key] for key in table} == json.loads(json.dumps(table))
