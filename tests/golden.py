@@ -5,7 +5,8 @@
 
 Channels must be the same on every machine, logits and perplexities to many digits; the bits of weights on the same kind
 of processor (``machine`` says which). Four numbers are younger: perplexities of DIVE's trained stock files, whose bias
-has been fed by the trained model's own constant direction since 0.2. Only the public Python API is used, so that any version can run this.
+has been fed by the trained model's own constant direction since 0.2. Only the public Python API is used, so that any
+version can run this.
 """
 
 from __future__ import annotations

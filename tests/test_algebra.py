@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,6 +194,32 @@ def test_near_ties_of_added_experts_are_ordered_as_in_the_folder(tmp_path: Path)
     measured = verify_folder(parent, tmp_path / "stock", exact, IDS, judged=False)
     assert measured["compared_tokens"] == IDS.numel()
     assert measured["logits_kl"] > found["logits_kl"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"experts": 7, "top_k": 3, "mix": "sum", "ragged": True}),
+        ("qwen2", {"experts": 7, "top_k": 3, "mix": "sum", "shared": 8}),
+    ],
+)
+def test_a_sum_whose_factor_bf16_cannot_hold(
+    family: str, options: dict[str, Any], trained: bool, tmp_path: Path
+) -> None:
+    """Three or seven times a number is rounded in the folder, and so it is in what the folder is compared with."""
+    parent = tiny_parent(family, dtype=torch.bfloat16)
+    carving = random_carving(parent, kept=8, **options)
+    if trained:
+        width = max(len(expert.channels) for expert in carving.layers[0].routed)
+        for index in range(parent.L):
+            A_ErF, B_EDr = torch.randn(7, 2, width) / 8, torch.randn(7, parent.D, 2) / 8
+            carving.lora |= {f"{index}.down.A": A_ErF, f"{index}.down.B": B_EDr}
+    write_stock(parent, carving, tmp_path / "stock", torch.bfloat16)
+    found = verify_folder(parent, tmp_path / "stock", stock_reference(parent, carving), IDS)
+    assert found["logits_difference"] < 1e-4
+    exact = verify_folder(parent, tmp_path / "stock", decoder(parent, carving), IDS, judged=False)
+    assert exact["logits_difference"] > 1e-3
 
 
 def test_what_has_no_home_says_why() -> None:

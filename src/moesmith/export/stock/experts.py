@@ -142,19 +142,21 @@ def scale_of(parent: Parent, index: int, weight_ED: Tensor) -> float:
 class Level(Router):
     """A router that chooses and weighs as a stock gate does, whose logits are scaled down so that all weigh the same.
 
+    Experts behind it are multiplied by what their weights are too small by.
+
     The softmax in fp32 does not tell apart logits that differ by 5e-4 of their spread. In a deep model most texts hold
     such a pair somewhere; so what a folder is compared with orders these experts as the folder does.
     """
 
-    def __init__(self, router: Router, scale: float) -> None:
+    def __init__(self, router: Router, scale: float, *, divided: bool) -> None:
         super().__init__(router.spec, router.weight.detach())
-        self.scale = scale
+        self.scale, self.divided = scale, divided
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Route tokens: logits (T, E) fp32, weights (T, K) fp32 of about 1, ids (T, K)."""
+        """Route tokens: logits (T, E) fp32, weights (T, K) fp32 of about 1/K, or 1/E where not divided, ids (T, K)."""
         logits_TE = self.logits(x_TD)
         top_TK, ids_TK = (logits_TE * self.scale).softmax(-1).topk(self.spec.top_k, dim=-1)
-        return logits_TE, self.spec.top_k * top_TK / top_TK.sum(-1, keepdim=True), ids_TK
+        return logits_TE, top_TK / top_TK.sum(-1, keepdim=True) if self.divided else top_TK, ids_TK
 
 
 def linear_router(parent: Parent, layer: Layer, index: int) -> Linear:

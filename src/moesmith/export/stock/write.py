@@ -308,9 +308,25 @@ def _rewritten(parent: Parent, carving: Carving, index: int, layer: nn.Module) -
     block.experts = _channelled(parent, carving, index, block.experts, carved.routed)
     if carved.shared is not None:
         block.shared = _channelled(parent, carving, index, block.shared, [carved.shared])
-    if carved.mix == "sum" and carved.top_k > 1:
-        block.router = Level(block.router, scale_of(parent, index, linear_router(parent, carved, index).weight_ED))
+    home = home_of(parent.family, carving)
+    if StockLayer(parent, carving, index, home).level:
+        scale = scale_of(parent, index, linear_router(parent, carved, index).weight_ED)
+        block.router = Level(block.router, scale, divided=home.divided)
+        block.experts.down_proj = _times(parent, carving, index, block.experts.down_proj, home)
     return layer
+
+
+def _times(parent: Parent, carving: Carving, index: int, down_EDF: Tensor, home: Home) -> nn.Parameter:
+    """Multiply experts' ``down_proj`` by what a stock gate divides their sum by, rounded once, as in a folder.
+
+    Three times a number is not exact in bf16, and a router further up chooses other experts for such a difference.
+    """
+    factor = carving.layers[index].top_k if home.divided else home.experts
+    scaled_EDF = down_EDF.detach().float() * factor
+    for expert, found_DF in enumerate(scaled_EDF):
+        own_DF = carving.expert_weights(parent, index, expert)[2]
+        found_DF[:, : own_DF.shape[1]] = own_DF * factor
+    return nn.Parameter(scaled_EDF.to(down_EDF.dtype), requires_grad=False)
 
 
 def _channelled(parent: Parent, carving: Carving, index: int, old: Any, experts: list[Expert]) -> SlicedExperts:
