@@ -1,6 +1,6 @@
 """Every stage of a conversion on an accelerator beside the CPU: seconds, tokens per second, memory, one table and JSON.
 
-python benchmarks/gpu.py                                   # dive-plus and tomoe-50 of smollm2-135m, accelerator and CPU
+python benchmarks/gpu.py                                   # dive-plus, token, tomoe-50 of smollm2-135m, both devices
 python benchmarks/gpu.py --device cpu --model FOLDER --data FOLDER --set domains.tokens=512 ...
 """
 
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument("--budget", default="demo")
     parser.add_argument("--dtype", default="auto", help="what models compute in")
     parser.add_argument("--device", help="the accelerator if left out")
-    parser.add_argument("--presets", nargs="+", default=["dive-plus", "tomoe-50"])
+    parser.add_argument("--presets", nargs="+", default=["dive-plus", "token", "tomoe-50"])
     parser.add_argument("--no-cpu", action="store_true", help="leave the CPU's side out")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/gpu.json"))

@@ -7,10 +7,15 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -203,6 +208,36 @@ def test_a_process_that_ends_is_one_line() -> None:
         list(at_once(dies, ["row"], 2, "cpu"))
     with pytest.raises(MoesmithError, match="jobs is 0"):
         compare(spec(), "unused", model=MODEL, data=DATA, jobs=0)
+
+
+def sleeps(_device: Any) -> Any:
+    """What makes a row that lasts, and says which process does; see :func:`dies`."""
+
+    def made(name: str) -> None:
+        Path(name).write_text(str(os.getpid()))
+        time.sleep(120)
+
+    return made
+
+
+def test_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
+    names = [str(tmp_path / f"row-{number}") for number in range(2)]
+    code = "import test_comparison as t; from moesmith.comparison.jobs import at_once;"
+    code += f"list(at_once(t.sleeps, {names}, 2, 'cpu'))"
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    first = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path)
+    wait_for(lambda: all(Path(name).is_file() and Path(name).read_text() for name in names), 120)
+    others = [psutil.Process(int(Path(name).read_text())) for name in names]
+    first.kill()
+    first.wait()
+    wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in others), 20)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_models_can_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ one after the other. Each process has its own copy of the parent and makes one r
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -64,6 +66,7 @@ def at_once(
 def _begin(begin: Callable[[Device], Make], counter: Any, jobs: int, device: Device) -> None:
     """Get a process of the pool ready."""
     global _make
+    threading.Thread(target=_follow, daemon=True).start()
     with counter.get_lock():
         place, counter.value = counter.value, counter.value + 1
     _quiet.enter_context(volume(quiet=True))
@@ -72,6 +75,14 @@ def _begin(begin: Callable[[Device], Make], counter: Any, jobs: int, device: Dev
     if str(device) == AUTO and known:
         device = known[place % len(known)]
     _make = begin(device)
+
+
+def _follow() -> None:
+    """End this process with the one that began it, which may be killed: a pool waits for its next row forever."""
+    first = multiprocessing.parent_process()
+    assert first is not None, "a process of a pool was begun by another"
+    first.join()
+    os._exit(1)
 
 
 def _row(name: str) -> Any:
