@@ -124,7 +124,7 @@ class Assign(Step):
         names = {f"assign.{name}": p for name, p in learned.named_parameters()}
         say(f"  {sum(p.numel() for p in names.values()):,} trainable parameters, none of them the parent's")
         objective = AssignObjective(*student_and_teacher(parent, model, learned), learned, spec)
-        blocks, report = job.run.training("assign"), Report(self.recipe.report_to, job.run.folder, self.name)
+        blocks, report = job.run.training("assign"), Report.of(self, job)
         outcome = train(objective, names, blocks, spec, work, seed=self.recipe.seed, label="assign", report=report)
         if not crew().first:
             return {}

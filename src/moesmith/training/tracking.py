@@ -27,6 +27,7 @@ from moesmith.native.gate import Router
 from moesmith.parent.checkpoint import first_line
 from moesmith.parent.hooks import hooked
 from moesmith.run.settings import Tracker
+from moesmith.run.step import Job, Step
 
 PROJECT = "moesmith"  # for trackio and wandb
 FLUSH = 30  # seconds until TensorBoard's file is written
@@ -45,6 +46,11 @@ class Report:
     to: Tracker = "none"
     home: Path = Path()
     stage: str = ""
+
+    @classmethod
+    def of(cls, step: Step, job: Job) -> Report:
+        """Where a step's numbers go."""
+        return cls(step.recipe.report_to, job.run.folder, step.name)
 
 
 def check_report(to: str) -> None:

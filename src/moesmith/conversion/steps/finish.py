@@ -236,7 +236,7 @@ class Evaluate(Step):
 
     def _report(self, job: Job, results: Mapping[str, Any], routing: Routing | None) -> None:
         """Send what was measured to the recipe's tracker."""
-        tracking = Tracking(Report(self.recipe.report_to, job.run.folder, self.name), self.recipe.evaluate.model_dump())
+        tracking = Tracking(Report.of(self, job), self.recipe.evaluate.model_dump())
         loads = [] if routing is None else routing.load_LE.max(-1) * routing.sizes_L
         numbers = {f"perplexity/{stage}": result["geomean"] for stage, result in results.items()}
         tracking.log(1, numbers, [float(load) for load in loads])

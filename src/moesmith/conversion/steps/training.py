@@ -197,7 +197,7 @@ class Train(Step):
         if parent.layerwise:
             model, parameters = spread(model, parameters, parent.dtype, parent.device)
             teacher = None if teacher is None else spread(teacher, {}, parent.dtype, parent.device)[0]
-        report = Report(self.recipe.report_to, job.run.folder, self.name)
+        report = Report.of(self, job)
         student = Student(model, teacher, spec)
         outcome = train(student, parameters, blocks, spec, work, seed=seed, label=self.name, report=report)
         metrics = outcome.metrics()

@@ -205,7 +205,7 @@ class LearnMasks(Step):
         say(f"  {sum(p.numel() for p in learned.values()):,} trainable parameters, none of them the parent's")
         blocks = job.run.training("masks")
         objective = MaskObjective(*student_and_teacher(parent, model, masks), masks, spec)
-        report = Report(self.recipe.report_to, job.run.folder, self.name)
+        report = Report.of(self, job)
         outcome = train(objective, learned, blocks, spec, work, seed=seed, label="masks", report=report)
         if not crew().first:
             return {}
