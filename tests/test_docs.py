@@ -64,6 +64,8 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         other = page if not name else (page.parent / name).resolve()
         assert other.exists(), f"{page.name} links to {name}, which is not there"
+        inside = other.is_relative_to(ROOT / "docs") or other.parent == ROOT
+        assert inside or page.parent == ROOT, f"{page.name} links to {name}, which the site does not have"
         assert not anchor or anchor in anchors(other), f"{page.name}: {target} names no heading"
 
 
