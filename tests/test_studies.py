@@ -53,6 +53,20 @@ def settings_of(name: str) -> list[str]:
     return [*given, *wide, *OWN.get(name, [])]
 
 
+def test_conversions_at_once_find_what_one_after_the_other_does(tmp_path: Path) -> None:
+    given = settings_of("stability")
+    one = study("stability", MODEL, DATA, tmp_path / "one", settings=given, dtype="fp32")
+    several = study("stability", MODEL, DATA, tmp_path / "several", settings=given, dtype="fp32", jobs=2)
+    assert several["found"] == one["found"]
+    assert several["conversions"] == one["conversions"]
+    with pytest.raises(MoesmithError, match="experts"):  # said once, by the process that met it
+        study(
+            "stability", MODEL, DATA, tmp_path / "wrong", settings=[*given, "carve.experts=4096"], dtype="fp32", jobs=2
+        )
+    with pytest.raises(MoesmithError, match="jobs is 0"):
+        study("stability", MODEL, DATA, tmp_path / "none", jobs=0)
+
+
 SOME = ("correlation", "router-stage", "union", "expert-tokens")
 RARE = sorted(set(studies()) - {*SOME})
 

@@ -224,6 +224,7 @@ def study(
     budget: Annotated[str | None, typer.Option(help="demo, small or paper, of every conversion")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="section.key=value or study.key=value; repeatable")] = [],  # noqa: B006
     reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
+    jobs: Annotated[int, typer.Option(min=1, help="conversions made at once, each by a process of its own")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
@@ -243,7 +244,8 @@ def study(
 
     if not (model and data and out_folder):
         raise MoesmithError("a study needs --model, --data and --out", "Give all three.")
-    options: dict[str, Any] = {"settings": set_, "budget": budget, "reuse": reuse, "dtype": dtype, "device": device}
+    options: dict[str, Any] = {"settings": set_, "budget": budget, "reuse": reuse, "jobs": jobs}
+    options |= {"dtype": dtype, "device": device}
     result = run_study(name, model, data, out_folder, **options)
     if as_json:
         show_json(result)

@@ -10,7 +10,7 @@ from moesmith.mixture.moe import shuffled
 from moesmith.parent.sizes import Sizes
 from moesmith.studies.bench import Bench, key_of, mean, randomised
 from moesmith.studies.figures import by_layer, marks
-from moesmith.studies.study import Found, Study, Table, register
+from moesmith.studies.study import Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +47,10 @@ class Active50(Study):
         *SHORT,
     )
 
+    def conversions(self) -> list[Planned]:
+        """Those that learn masks; the others are as wide as they leave."""
+        return [Planned(name, recipe, settings, title) for name, (title, recipe, settings) in LEARNED.items()]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Three runs that learn masks, three that do not, and controls on their carvings."""
         rows: dict[str, Any] = {}
@@ -58,8 +62,8 @@ class Active50(Study):
             rows[name] = {"title": title, "active": share}
             rows[name]["perplexity"] = bench.perplexity(name, blocks, carving, [name, key], **options)
 
-        for name, (title, recipe, settings) in LEARNED.items():
-            run = bench.convert(name, recipe, settings, title)
+        for one in self.conversions():
+            run, name, title = bench.make(one), one.name, one.title
             if blocks is None:
                 blocks = run.held_out
                 add("parent", "dense parent", None, None)

@@ -24,6 +24,7 @@ from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent, load_parent
 from moesmith.run.folder import Run
 from moesmith.run.recipe import applicable
+from moesmith.studies.study import Planned
 
 Value = TypeVar("Value")
 Around = Callable[[Any], AbstractContextManager[Any]]
@@ -78,6 +79,10 @@ class Bench:
         )  # fmt: skip
         self.runs.append({"name": name, "title": title or name, "recipe": recipe, "settings": list(settings)})
         return run
+
+    def make(self, planned: Planned) -> Run:
+        """Make a planned conversion, or continue it."""
+        return self.convert(*planned)
 
     def once(self, name: str, depends: Any, make: Callable[[], Value]) -> Value:
         """Return a value that was kept under a name, or make and keep it.

@@ -18,7 +18,7 @@ from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench, key_of
 from moesmith.studies.figures import marks
-from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.studies.study import SIXTEEN, Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +52,18 @@ class Clusters(Study):
         )
         limit: int = Field(200, ge=1, description="items of each")
 
+    def conversions(self) -> list[Planned]:
+        """One for each number of experts."""
+        return [
+            Planned(
+                f"experts-{experts}",
+                self.options.recipe,
+                [f"carve.experts={experts}", f"carve.top_k={experts // 4}", f"carve.ratio={1 - 2 / experts}"],
+                f"{experts // 4} of {experts} experts",
+            )
+            for experts in self.options.experts
+        ]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """A conversion for every number, and the parent."""
         spec, rows, ruler = self.options, {}, None
@@ -61,9 +73,8 @@ class Clusters(Study):
             assert ruler is not None
             return bench.once(name, [ruler.digest, key], lambda: dict(ruler.measure(model(), name)))
 
-        for experts in spec.experts:
-            cut = [f"carve.experts={experts}", f"carve.top_k={experts // 4}", f"carve.ratio={1 - 2 / experts}"]
-            run = bench.convert(f"experts-{experts}", spec.recipe, cut, f"{experts // 4} of {experts} experts")
+        for experts, one in zip(spec.experts, self.conversions(), strict=True):
+            run = bench.make(one)
             if ruler is None:
                 ruler = Ruler(bench.parent, bench.series.data, self.measures(run))
                 rows["parent"] = {"title": "dense parent", "facts": parent_facts(bench.parent)}

@@ -19,7 +19,7 @@ from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench
 from moesmith.studies.figures import lines, matrix
-from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.studies.study import SIXTEEN, Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,9 +51,13 @@ class Correlation(Study):
         served: str = Field("gsm8k", description="the domain whose text is read")
         by: list[str] = Field(["mathqa", "c4"], description="domains whose masks are compared on it")
 
+    def conversions(self) -> list[Planned]:
+        """The one that measures the matrix."""
+        return [Planned("dive", "dive-1of8")]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """One conversion by DIVE has the matrix; the shortcuts need its statistics alone."""
-        run = bench.convert("dive", "dive-1of8")
+        run = bench.make(self.conversions()[0])
         names, measured = matrix_of(run)
         scores = [channel_scores(bench.parent, moments_of(run, name), "wifv") for name in names]
         kept = [choose(score, run.settings["carve"]["ratio"]) for score in scores]

@@ -9,7 +9,7 @@ from pydantic import Field
 from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench, key_of, mean
 from moesmith.studies.figures import marks
-from moesmith.studies.study import Found, Study, Table, register
+from moesmith.studies.study import Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,17 +37,27 @@ class DomainTransfer(Study):
         recipe: str = Field("tomoe-plus", description="what learns masks")
         tokens: int = Field(4096, ge=512, description="held-out tokens of every domain")
 
+    def conversions(self) -> list[Planned]:
+        """One for each kind of text, and one for both."""
+        return [
+            Planned(name, self.options.recipe, [f"domains.names=[{','.join(names)}]"], f"learned on {name}")
+            for name, names in self.kinds().items()
+        ]
+
+    def kinds(self) -> dict[str, list[str]]:
+        """Return the domains of each kind of text."""
+        one, other = self.options.medicine, self.options.others
+        return {"medicine": one, "others": other, "both": [*one, *other]}
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Three conversions, measured on all domains."""
-        one, other = self.options.medicine, self.options.others
-        kinds = {"medicine": one, "others": other, "both": [*one, *other]}
-        blocks = bench.blocks(kinds["both"], self.options.tokens)
+        kinds = self.kinds()
+        blocks = bench.blocks(kinds.pop("both"), self.options.tokens)
         rows = {"parent": {"title": "dense parent", "perplexity": bench.perplexity("parent", blocks)}}
-        for name, names in kinds.items():
-            title = f"learned on {name}"
-            run = bench.convert(name, self.options.recipe, [f"domains.names=[{','.join(names)}]"], title)
+        for one in self.conversions():
+            run, name, title = bench.make(one), one.name, one.title
             rows[name] = {"title": title, "perplexity": bench.perplexity(name, blocks, run.carving(), key_of(run))}
-        return {"rows": rows, "kinds": {"medicine": one, "others": other}}
+        return {"rows": rows, "kinds": kinds}
 
     def tables(self, found: Found) -> list[Table]:
         """Perplexity over the parent's on both kinds."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moesmith.studies.active_50 import EIGHT, SHORT
 from moesmith.studies.bench import Bench, stages_of
 from moesmith.studies.figures import by_layer, marks
-from moesmith.studies.study import Found, Study, Table, register
+from moesmith.studies.study import Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,11 +30,15 @@ class DynamicAttention(Study):
     expected = "The paper chose hybrid because it is as good as dynamic and can be stored smaller."
     settings = (f"domains.names=[{EIGHT}]", "evaluate.tokens=2048", "masks.tokens=153600", *SHORT)
 
+    def conversions(self) -> list[Planned]:
+        """One for each choice of masks."""
+        return [Planned(name, "tomoe-50", [f"masks.attention={name}"], title) for name, title in ROWS.items()]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Three conversions."""
         found = {}
-        for name, title in ROWS.items():
-            run = bench.convert(name, "tomoe-50", [f"masks.attention={name}"], title)
+        for one in self.conversions():
+            run, name, title = bench.make(one), one.name, one.title
             metrics, carving = run.metrics("masks"), run.carving("masks")
             found[name] = {"title": title, "stages": stages_of(run), "active": metrics["active_share"]}
             found[name] |= {key: metrics.get(key) for key in ("width_ffn", "width_qk", "width_vo")}

@@ -20,7 +20,7 @@ from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench, digest_of, key_of
 from moesmith.studies.figures import by_layer
 from moesmith.studies.routing_domains import information
-from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.studies.study import SIXTEEN, Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,11 +64,15 @@ class ExpertTokens(Study):
 
         tokens: int = Field(2048, ge=512, description="held-out tokens of every domain")
 
+    def conversions(self) -> list[Planned]:
+        """The mixtures that are looked at."""
+        return [Planned(name, recipe, (), title) for name, (title, recipe) in ROWS.items()]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Four conversions; every token's experts on the same text."""
         found = {}
-        for name, (title, recipe) in ROWS.items():
-            run = bench.convert(name, recipe, [], title)
+        for one in self.conversions():
+            run, name, title = bench.make(one), one.name, one.title
             blocks = bench.blocks(list(run.held_out), self.options.tokens)
 
             def look(run: Any = run, blocks: Any = blocks) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from moesmith.evaluation.perplexity import token_nll
 from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench, digest_of, key_of
 from moesmith.studies.figures import marks
-from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.studies.study import SIXTEEN, Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,10 +58,14 @@ class Generation(Study):
         temperature: float = Field(0.8, gt=0, description="of sampled continuations")
         top_p: float = Field(0.95, gt=0, le=1, description="likewise")
 
+    def conversions(self) -> list[Planned]:
+        """The models that write."""
+        return [Planned(name, recipe, own, title) for name, (title, recipe, own) in ROWS.items()]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Three conversions, continuations of each and of the parent, beside the text's own continuation."""
         spec, found = self.options, {}
-        runs = {n: bench.convert(n, recipe, own, title) for n, (title, recipe, own) in ROWS.items()}
+        runs = {one.name: bench.make(one) for one in self.conversions()}
         names = list(next(iter(runs.values())).held_out)
         blocks = bench.blocks(names, spec.prompts * (spec.prompt + spec.new), spec.prompt + spec.new)
         ids_NS = torch.cat([part[: spec.prompts] for part in blocks.values()])

@@ -14,7 +14,7 @@ from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench, stages_of
 from moesmith.studies.figures import marks
 from moesmith.studies.routing_domains import routing_of
-from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.studies.study import SIXTEEN, Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,13 +45,22 @@ class RouterInit(Study):
 
         seeds: list[int] = Field([1, 2, 3], min_length=1, description="seeds of every start")
 
+    def conversions(self) -> list[Planned]:
+        """One for each start and seed."""
+        return [
+            Planned(f"{name}-{seed}", "dive-1of8", [*settings, f"seed={seed}"], f"{title}, seed {seed}")
+            for name, (title, settings) in STARTS.items()
+            for seed in self.options.seeds
+        ]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """A conversion for every start and seed, as routers begin and after stage 1."""
         found: dict[str, Any] = {}
-        for name, (title, settings) in STARTS.items():
+        planned = {one.name: one for one in self.conversions()}
+        for name, (title, _) in STARTS.items():
             rows, runs = [], []
             for seed in self.options.seeds:
-                run = bench.convert(f"{name}-{seed}", "dive-1of8", [*settings, f"seed={seed}"], f"{title}, seed {seed}")
+                run = bench.make(planned[f"{name}-{seed}"])
                 rows.append({"seed": seed, "stages": stages_of(run), "entropy": entropy_of(run)} | routing_of(run))
                 runs.append(run)
             found[name] = {"title": title, "rows": rows, "agreement": agreement(runs)}

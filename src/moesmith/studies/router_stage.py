@@ -10,7 +10,7 @@ from moesmith.report.figures import running_mean
 from moesmith.run.folder import Run
 from moesmith.studies.bench import Bench, stages_of
 from moesmith.studies.figures import lines, marks
-from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.studies.study import SIXTEEN, Found, Planned, Study, Table, register
 from moesmith.training.log import read_log
 
 if TYPE_CHECKING:
@@ -46,11 +46,15 @@ class RouterStage(Study):
         "stage2.tokens=204800",
     )  # fmt: skip
 
+    def conversions(self) -> list[Planned]:
+        """The mixtures; how long the mask is trained follows from them."""
+        return [Planned(name, "dive-1of8", settings, title) for name, (title, settings) in ROWS.items()]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Five conversions by DIVE, one static mask trained on as many tokens as the longest of them."""
         found: dict[str, Any] = {}
-        for name, (title, settings) in ROWS.items():
-            run = bench.convert(name, "dive-1of8", settings, title)
+        for one in self.conversions():
+            run, name, title = bench.make(one), one.name, one.title
             found[name] = {"title": title, "stages": stages_of(run), "losses": losses_of(run, "router")}
             found[name]["tokens"] = sum(run.metrics(step).get("tokens", 0) for step in ("router", "experts"))
         most = max(row["tokens"] for row in found.values())

@@ -10,7 +10,7 @@ from moesmith.evaluation.routing import Routing
 from moesmith.run.folder import Run
 from moesmith.studies.bench import Bench
 from moesmith.studies.figures import by_layer, matrix
-from moesmith.studies.study import SIXTEEN, Found, Study, Table, register
+from moesmith.studies.study import SIXTEEN, Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,12 +35,13 @@ class RoutingDomains(Study):
         "stage2.tokens=163840",
     )  # fmt: skip
 
+    def conversions(self) -> list[Planned]:
+        """One for each start of the routers."""
+        return [Planned(name, "dive-1of8", settings, title) for name, (title, settings) in ROWS.items()]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Two conversions; the evaluation has recorded their routing."""
-        return {
-            name: {"title": title} | routing_of(bench.convert(name, "dive-1of8", settings, title))
-            for name, (title, settings) in ROWS.items()
-        }
+        return {one.name: {"title": one.title} | routing_of(bench.make(one)) for one in self.conversions()}
 
     def tables(self, found: Found) -> list[Table]:
         """How often the own expert is chosen, and how much routing says of the domain."""

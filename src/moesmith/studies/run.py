@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from moesmith.arguments import several
+from moesmith.comparison.jobs import at_once
 from moesmith.console import plain, show_table, show_text
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
@@ -35,6 +37,7 @@ def study(
     settings: str | Sequence[str] | None = (),
     budget: str | None = None,
     reuse: str | Path | Sequence[str | Path] | None = (),
+    jobs: int = 1,
     dtype: DType = AUTO,
     device: Device = AUTO,
 ) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def study(
         settings: ``section.key=value`` of every conversion whose recipe has it, and ``study.key=value``.
         budget: of every conversion; the study's own if left out.
         reuse: runs whose finished stages conversions may take over.
+        jobs: how many conversions are made at the same time, each in a process with its own copy of the parent; what
+            follows from their results comes after them.
         dtype: what all compute in; a study that is continued keeps its own.
         device: where.
 
@@ -59,21 +64,59 @@ def study(
     Raises:
         MoesmithError: the study, a setting or a file is wrong, or the folder holds something else.
     """
+    if jobs < 1:
+        raise MoesmithError(f"jobs is {jobs}", "Give 1 or more.")
     kind, given = find(name), several("settings", settings)
     asked = kind(_options(kind, [s for s in given if s.startswith(OWN)]))
     mine = [s for s in given if not s.startswith(OWN)]
     check_known(mine)
     style.new_figure(1, 1)  # without matplotlib there is no page; said before any work
-    series = Series("study", out, model, data, reuse=several("reuse", reuse), dtype=dtype, device=device)
+    budget = budget or kind.budget
+    begin = partial(_begun, asked, [*kind.settings, *mine], budget, out, model, data, several("reuse", reuse), dtype)
+    bench = begin(device)
+    series = bench.series
     if series.before and series.before.get("study") != name:
         raise MoesmithError(f"{series.out} holds the study {series.before.get('study')}", "Give another --out.")
-    more = {"study": name, "settings": given, "budget": budget or kind.budget}
+    more = {"study": name, "settings": given, "budget": budget}
     with series.opened(more | {"data_digest": source_digest(series.data)}):
-        bench = Bench(series, [*kind.settings, *mine], budget or kind.budget)
+        planned = [one.name for one in asked.conversions()]
+        if min(jobs, len(planned)) > 1:
+            for _, refused in at_once(partial(_made, begin, asked), planned, jobs, device):
+                if refused:
+                    raise MoesmithError(refused)
         found = asked.measure(bench)
         result = series.write({"found": found, "conversions": bench.runs})
         _write(series.out, asked, result)
     return result
+
+
+def _begun(
+    asked: Study,
+    settings: Sequence[str],
+    budget: str,
+    out: str | Path,
+    model: str | Path,
+    data: str | Path,
+    reuse: Sequence[str],
+    dtype: DType,
+    device: Device,
+) -> Bench:
+    """Load the parent of a study."""
+    return Bench(Series("study", out, model, data, reuse=reuse, dtype=dtype, device=device), settings, budget)
+
+
+def _made(begin: Callable[[Device], Bench], asked: Study, device: Device) -> Callable[[str], str]:
+    """Return what makes planned conversions in a process of its own, and says why one cannot be made."""
+    bench, planned = begin(device), {one.name: one for one in asked.conversions()}
+
+    def made(name: str) -> str:
+        try:
+            bench.make(planned[name])
+        except MoesmithError as error:
+            return str(error)
+        return ""
+
+    return made
 
 
 def _options(kind: type[Study], given: Sequence[str]) -> Section:

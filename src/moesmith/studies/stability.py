@@ -14,7 +14,7 @@ from moesmith.run.settings import Section
 from moesmith.studies.active_50 import EIGHT
 from moesmith.studies.bench import Bench, randomised, stages_of
 from moesmith.studies.figures import by_layer
-from moesmith.studies.study import Found, Study, Table, register
+from moesmith.studies.study import Found, Planned, Study, Table, register
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,11 +40,14 @@ class Stability(Study):
         seeds: list[int] = Field([42, 43, 44], min_length=2, description="seeds to compare")
         recipe: str = Field("tomoe-50", description="what learns masks")
 
+    def conversions(self) -> list[Planned]:
+        """One for each seed."""
+        return [Planned(f"seed-{s}", self.options.recipe, [f"seed={s}"], f"seed {s}") for s in self.options.seeds]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """A conversion for every seed; every pair."""
         carvings, stages = [], []
-        for seed in self.options.seeds:
-            run = bench.convert(f"seed-{seed}", self.options.recipe, [f"seed={seed}"], f"seed {seed}")
+        for run in map(bench.make, self.conversions()):
             carvings.append(run.carving("masks"))
             stages.append(stages_of(run))
         pairs = list(itertools.combinations(range(len(carvings)), 2))

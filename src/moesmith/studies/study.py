@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from moesmith.errors import MoesmithError
 from moesmith.run.settings import Section
@@ -28,6 +28,15 @@ SIXTEEN = (
 )  # the sets of docs/lab.md
 
 Found = Mapping[str, Any]  # what a study measured: plain values, as JSON holds them
+
+
+class Planned(NamedTuple):
+    """A conversion of a study: the name of its folder, a preset or method, settings of its own, its title."""
+
+    name: str
+    recipe: str
+    settings: Sequence[str] = ()
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,10 @@ class Study(ABC):
 
     def __init__(self, options: Section) -> None:
         self.options: Any = options
+
+    def conversions(self) -> list[Planned]:
+        """List the conversions of its parent that need no result of another; ``--jobs`` makes several at once."""
+        return []
 
     @abstractmethod
     def measure(self, bench: Bench) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from moesmith.report.figures import running_mean
 from moesmith.studies.active_50 import EIGHT
 from moesmith.studies.bench import Bench, stages_of
 from moesmith.studies.figures import by_layer, lines
-from moesmith.studies.study import Found, Study, Table, register
+from moesmith.studies.study import Found, Planned, Study, Table, register
 from moesmith.training.log import read_log
 
 if TYPE_CHECKING:
@@ -41,11 +41,15 @@ class Union(Study):
         "masks.window=256", "masks.batch=1", "masks.micro_batch=1",
     )  # fmt: skip
 
+    def conversions(self) -> list[Planned]:
+        """One for each form of the term."""
+        return [Planned(name, "tomoe-50", settings, title) for name, (title, settings) in ROWS.items()]
+
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Three conversions."""
         found = {}
-        for name, (title, settings) in ROWS.items():
-            run = bench.convert(name, "tomoe-50", settings, title)
+        for one in self.conversions():
+            run, name, title = bench.make(one), one.name, one.title
             steps = read_log(run.path("masks") / "log.jsonl")
             found[name] = {"title": title, "stages": stages_of(run), "layers": run.carving("masks").union().tolist()}
             found[name] |= {key: [step[key] for step in steps] for key in ("step", "union", "kl")}
