@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from moesmith.arguments import path_text, several, words
 from moesmith.comparison.facts import facts, parent_facts
-from moesmith.comparison.jobs import at_once
+from moesmith.comparison.jobs import at_once, check_jobs
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
 from moesmith.comparison.spec import PARENT, Conversion, Spec, load_spec
@@ -203,8 +203,7 @@ def compare(
     if unknown := sorted(set(chosen) - {row.name for row in spec.rows}):
         known = ", ".join(row.name for row in spec.rows)
         raise MoesmithError(f"there is no row {unknown[0]!r}", f"Choose from {known}.")
-    if jobs < 1:
-        raise MoesmithError(f"jobs is {jobs}", "Give 1 or more.")
+    check_jobs(jobs)
     for name, given in {"model": model or spec.model, "data": data or spec.data}.items():
         if not given:
             raise MoesmithError(f"the comparison names no {name}", f"Give --{name}, or name it in the file.")

@@ -1,4 +1,4 @@
-"""Make several rows of a comparison at the same time, in processes of their own.
+"""Make several rows of a comparison, or conversions of a study, at the same time, in processes of their own.
 
 A small model does not fill an accelerator: its kernels take less time than to start them, and one process starts them
 one after the other. Each process has its own copy of the parent and makes one row after the other.
@@ -27,6 +27,16 @@ ENDED = "A process that made rows has ended, perhaps for lack of memory"
 
 _make: Make | None = None  # of a process of the pool
 _quiet = ExitStack()
+
+
+def check_jobs(jobs: int) -> None:
+    """Refuse a number of processes that makes nothing.
+
+    Raises:
+        MoesmithError: it is below 1.
+    """
+    if jobs < 1:
+        raise MoesmithError(f"jobs is {jobs}", "Give 1 or more.")
 
 
 def at_once(

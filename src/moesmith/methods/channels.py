@@ -20,7 +20,7 @@ from moesmith.files.artefact import read_json
 from moesmith.files.write import write_json
 from moesmith.methods.base import Carver, Needs, RouterSection
 from moesmith.methods.refit import compensation_bias, refit_down
-from moesmith.methods.router import constant_direction, lda_router, random_router
+from moesmith.methods.router import CONSTANT_TOKENS, constant_direction, lda_router, random_router
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.steps import (
     Carve,
@@ -137,7 +137,7 @@ class Channels(Carver):
         whole = super().tokens(shapes)
         if self.refit or self.lda:
             return whole
-        return min(whole, 32 * shapes.sizes.D) if self._needed else 0
+        return min(whole, CONSTANT_TOKENS * shapes.sizes.D) if self._needed else 0
 
     def key(self, parent: Parent) -> dict[str, Any]:
         """Add the ratio that was decided, and what the router's start reads from other sections."""
@@ -166,7 +166,7 @@ class Channels(Carver):
         check_gram(job.parent, len(texts), gram=self.refit)
         if self.refit or self.lda:
             return texts
-        return [[thin(torch.cat(text), 32 * job.parent.D // len(texts))] for text in texts]
+        return [[thin(torch.cat(text), CONSTANT_TOKENS * job.parent.D // len(texts))] for text in texts]
 
     def _known(self, job: Job, texts: Sequence[Sequence[Tensor]]) -> list[Moments]:
         """Load all layers' channel moments by group; empty if the pass takes them, or if they are not needed."""

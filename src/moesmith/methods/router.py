@@ -10,6 +10,8 @@ from torch import Tensor
 from moesmith.calibration.moments import Second, Sums, merge
 from moesmith.parent.accelerator import closed_form_device
 
+CONSTANT_TOKENS = 32  # times D: as many tokens give the constant direction
+
 
 def random_router(experts: int, d_model: int, generator: torch.Generator) -> Tensor:
     """Draw DIVE's start: a Linear's default, uniform in ±1/√D. Returns (E, D) fp32."""

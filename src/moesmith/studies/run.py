@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moesmith.arguments import several
-from moesmith.comparison.jobs import at_once
+from moesmith.comparison.jobs import at_once, check_jobs
 from moesmith.console import plain, show_table, show_text
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
@@ -64,15 +64,14 @@ def study(
     Raises:
         MoesmithError: the study, a setting or a file is wrong, or the folder holds something else.
     """
-    if jobs < 1:
-        raise MoesmithError(f"jobs is {jobs}", "Give 1 or more.")
+    check_jobs(jobs)
     kind, given = find(name), several("settings", settings)
     asked = kind(_options(kind, [s for s in given if s.startswith(OWN)]))
     mine = [s for s in given if not s.startswith(OWN)]
     check_known(mine)
     style.new_figure(1, 1)  # without matplotlib there is no page; said before any work
     budget = budget or kind.budget
-    begin = partial(_begun, asked, [*kind.settings, *mine], budget, out, model, data, several("reuse", reuse), dtype)
+    begin = partial(_begun, [*kind.settings, *mine], budget, out, model, data, several("reuse", reuse), dtype)
     bench = begin(device)
     series = bench.series
     if series.before and series.before.get("study") != name:
@@ -91,7 +90,6 @@ def study(
 
 
 def _begun(
-    asked: Study,
     settings: Sequence[str],
     budget: str,
     out: str | Path,

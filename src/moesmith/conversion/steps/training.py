@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moesmith.calibration.moments import Sums
 from moesmith.console import say
 from moesmith.errors import MoesmithError
-from moesmith.methods.router import constant_direction
+from moesmith.methods.router import CONSTANT_TOKENS, constant_direction
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.mixture.lora import add_lora, lora_tensors
@@ -131,12 +131,12 @@ def constants(model: PreTrainedModel, blocks_NS: Tensor, rows: int, most: int = 
 
     Args:
         model: as it is trained; every process runs all of the text.
-        blocks_NS: training sequences; the first ones are read, 32 D tokens of them, as a carving takes.
+        blocks_NS: training sequences; the first ones are read, as many tokens as a carving takes.
         rows: sequences in a forward pass.
         most: bytes of Gram matrices that are held at once; more layers take another pass.
     """
     layers, D = moe_blocks(model), model.config.hidden_size
-    ids_NS = blocks_NS[: max(1, 32 * D // blocks_NS.shape[1])]
+    ids_NS = blocks_NS[: max(1, CONSTANT_TOKENS * D // blocks_NS.shape[1])]
     group, found = max(1, most // (4 * D * D)), list[tuple[Tensor, float]]()
     model.eval()
     for first in range(0, len(layers), group):

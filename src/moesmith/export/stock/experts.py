@@ -78,6 +78,11 @@ class StockLayer:
         """Whether all chosen experts must weigh the same."""
         return (self.layer.mix == "sum" and self.layer.top_k > 1) or not self.home.divided
 
+    @property
+    def factor(self) -> int:
+        """What experts are multiplied by where all chosen ones weigh the same: a stock gate divides their sum by it."""
+        return self.layer.top_k if self.home.divided else self.home.experts
+
     def router(self) -> Tensor:
         """Return the router's matrix, (E, D) fp32."""
         router = linear_router(self.parent, self.layer, self.index)
@@ -101,7 +106,7 @@ class StockLayer:
         layer, home = self.layer, self.home
         parts = self._parts(layer.routed[expert], expert)
         if self.level:
-            parts = parts.times(layer.top_k if home.divided else home.experts)
+            parts = parts.times(self.factor)
         if home.folded and layer.shared is not None:
             parts = parts.beside(self._parts(layer.shared, layer.shared))
         return self._padded(parts, home.width)

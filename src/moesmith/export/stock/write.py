@@ -293,39 +293,38 @@ def stock_reference(parent: Parent, carving: Carving) -> Decoder:
     channels, sums as averages (:class:`experts.Level`), and without the masks over attention that depend on the
     token."""
     static = [attention.without_gate() for attention in carving.attention]
-    model = decoder(parent, replace(carving, attention=static))
+    model, home = decoder(parent, replace(carving, attention=static)), home_of(parent.family, carving)
     if isinstance(model, Layered):
         made = model.layer
-        return replace(model, layer=lambda index: _rewritten(parent, carving, index, made(index)))
+        return replace(model, layer=lambda index: _rewritten(StockLayer(parent, carving, index, home), made(index)))
     for index, layer in enumerate(decoder_layers(model)[1]):
-        _rewritten(parent, carving, index, layer)
+        _rewritten(StockLayer(parent, carving, index, home), layer)
     return model
 
 
-def _rewritten(parent: Parent, carving: Carving, index: int, layer: nn.Module) -> nn.Module:
+def _rewritten(stock: StockLayer, layer: nn.Module) -> nn.Module:
     """Rebuild a decoder layer with its experts' biases as constant channels, and its gate as that of a stock folder."""
-    carved, (block,) = carving.layers[index], moe_blocks(layer)
+    parent, carving, index = stock.parent, stock.carving, stock.index
+    carved, (block,) = stock.layer, moe_blocks(layer)
     block.experts = _channelled(parent, carving, index, block.experts, carved.routed)
     if carved.shared is not None:
         block.shared = _channelled(parent, carving, index, block.shared, [carved.shared])
-    home = home_of(parent.family, carving)
-    if StockLayer(parent, carving, index, home).level:
+    if stock.level:
         scale = scale_of(parent, index, linear_router(parent, carved, index).weight_ED)
-        block.router = Level(block.router, scale, divided=home.divided)
-        block.experts.down_proj = _times(parent, carving, index, block.experts.down_proj, home)
+        block.router = Level(block.router, scale, divided=stock.home.divided)
+        block.experts.down_proj = _times(stock, block.experts.down_proj)
     return layer
 
 
-def _times(parent: Parent, carving: Carving, index: int, down_EDF: Tensor, home: Home) -> nn.Parameter:
+def _times(stock: StockLayer, down_EDF: Tensor) -> nn.Parameter:
     """Multiply experts' ``down_proj`` by what a stock gate divides their sum by, rounded once, as in a folder.
 
     Three times a number is not exact in bf16, and a router further up chooses other experts for such a difference.
     """
-    factor = carving.layers[index].top_k if home.divided else home.experts
-    scaled_EDF = down_EDF.detach().float() * factor
+    scaled_EDF = down_EDF.detach().float() * stock.factor
     for expert, found_DF in enumerate(scaled_EDF):
-        own_DF = carving.expert_weights(parent, index, expert)[2]
-        found_DF[:, : own_DF.shape[1]] = own_DF * factor
+        own_DF = stock.carving.expert_weights(stock.parent, stock.index, expert)[2]
+        found_DF[:, : own_DF.shape[1]] = own_DF * stock.factor
     return nn.Parameter(scaled_EDF.to(down_EDF.dtype), requires_grad=False)
 
 
