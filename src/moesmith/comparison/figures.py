@@ -110,7 +110,7 @@ def ticks(axis: Any, values: Sequence[float]) -> None:
     """Write plain numbers on a logarithmic axis, close together where its range is small."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    wide = max(values) / max(min(values), 1e-9) > 20
+    wide = max(values) / max(min(values), 1e-9) > 10
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(7))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
