@@ -261,7 +261,11 @@ def test_prompts_are_those_of_the_registered_task(name: str) -> None:
 
 
 def test_every_template_is_compared() -> None:
-    assert set(templates.task_names()) == set(REGISTERED)
+    kinds = {
+        n: yaml.safe_load((templates.TEMPLATES / f"{n}.yaml").read_text())["output_type"]
+        for n in templates.task_names()
+    }
+    assert {n for n, kind in kinds.items() if kind != "generate_until"} == set(REGISTERED)  # test_written.py has those
 
 
 # ------------------------------------------------------------ the registry

@@ -167,6 +167,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="comma-separated: domains, wikitext2, lambada, arc_easy, ...")] = "domains",
     limit: Annotated[int | None, typer.Option(min=1, help="items per task")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="tokens per domain and for wikitext2")] = 16_384,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="allow tasks that run what the models write: humaneval, mbpp")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the results to this file")] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -178,7 +181,8 @@ def evaluate(
 
     if json_file is not None:
         check_result(json_file, run, data, overwrite=overwrite)
-    table = compare(run, data, [task for task in tasks.split(",") if task], limit, tokens, dtype, device)
+    names = [task for task in tasks.split(",") if task]
+    table = compare(run, data, names, limit, tokens, dtype, device, run_code)
     rows = [(row["task"], row["metric"], row["parent"], row["moe"]) for row in table["results"]]
     show_table(f"{run}", ["task", "metric", "dense parent", "MoE"], rows)
     if json_file is not None:

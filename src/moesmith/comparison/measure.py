@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,18 @@ from moesmith.files.seal import digest
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.parent.load import Parent
 
-ACCURACY = "acc"  # the metric of tasks
+ACCURACY = "acc"  # the metric of choices
+WRITTEN = ("pass@1", "exact_match")  # the metrics of answers that a model writes
+
+
+def is_written(scores: Collection[str]) -> bool:
+    """Whether a task, by the metrics it has, asks for answers to write."""
+    return ACCURACY not in scores and any(name in scores for name in WRITTEN)
+
+
+def right(scores: Mapping[str, list[float]]) -> list[float]:
+    """Return how right the answer to each item of a task is, from 0 to 1."""
+    return next(scores[name] for name in (ACCURACY, *WRITTEN) if name in scores)
 
 
 class Ruler:
@@ -37,7 +48,7 @@ class Ruler:
 
     Raises:
         MoesmithError: a domain, a file or a task is missing or malformed, windows are longer than the model's context,
-            or a task has no accuracy.
+            or a task has no score by item.
     """
 
     def __init__(self, parent: Parent, data: str, spec: Measure) -> None:
@@ -55,15 +66,16 @@ class Ruler:
         if spec.wikitext2:
             self.blocks[WIKITEXT] = wikitext2_blocks(parent.tokenizer, folder, spec.window, spec.wikitext2)
         self.pairs = lambada_pairs(folder, spec.lambada) if spec.lambada else []
-        self.tasks: Found = find_tasks(spec.tasks, local) if spec.tasks else {}
+        self.tasks: Found = find_tasks(spec.tasks, local, spec.run_code) if spec.tasks else {}
         records: dict[str, Any] = {}
         for name, task in self.tasks.items():
             if isinstance(task, list):
                 records[name], metrics = [(t.test, t.train) for t in task], [t.metrics for t in task]
             else:
                 records[name], metrics = name, [list(t.aggregation()) for t in task["tasks"].values()]
-            if not all(ACCURACY in known for known in metrics):
-                raise MoesmithError(f"task {name!r} has no metric {ACCURACY}", "Leave it out of measure.tasks.")
+            if not all(ACCURACY in known or is_written(known) for known in metrics):
+                known = ", ".join((ACCURACY, *WRITTEN))
+                raise MoesmithError(f"task {name!r} has none of the metrics {known}", "Leave it out of measure.tasks.")
         text = {name: ids.tolist() for name, ids in self.blocks.items()}
         self.digest = digest([text, self.pairs, records, spec.limit, tokenizer_digest(parent.tokenizer)])
 

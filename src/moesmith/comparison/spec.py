@@ -46,8 +46,9 @@ class Measure(Section):
     window: int = Field(512, ge=2, description="tokens per window, of domains and of WikiText-2")
     wikitext2: int = Field(0, ge=0, description="tokens of WikiText-2; 0 leaves it out")
     lambada: int = Field(0, ge=0, description="passages of LAMBADA; 0 leaves it out")
-    tasks: list[str] = Field([], description="multiple-choice tasks")
+    tasks: list[str] = Field([], description="tasks with one score per item, in [0, 1]: choices, written answers")
     limit: int | None = Field(None, ge=1, description="items per task; all if left out")
+    run_code: bool = Field(False, description="allow tasks that run what models write")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moesmith.comparison.measure import ACCURACY
+from moesmith.comparison.measure import is_written, right
 from moesmith.comparison.spec import WIKITEXT, Conversion, Spec
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.console import duration, show_table, show_text
@@ -40,8 +40,9 @@ def table_of(
         found: the same of every conversion, or why it was ``refused``.
 
     Returns:
-        ``groups``, ``tasks``, ``baseline`` (a row's title), and ``rows``: title, facts, and by quantity its number with
-        ``low`` and ``high``, and ``p`` against the baseline; ``source`` is the title that variants of a row share.
+        ``groups``, ``tasks``, those of them that are ``written`` (if any), ``baseline`` (a row's title), and ``rows``:
+        title, facts, and by quantity its number with ``low`` and ``high``, and ``p`` against the baseline; ``source``
+        is the title that variants of a row share.
     """
     families: dict[str, list[tuple[Conversion, Mapping[str, Any]]]] = {}
     for conversion, result in found:
@@ -67,9 +68,11 @@ def table_of(
         rows.append(
             {"name": name, "source": source} | _row(spec, title, facts, measured[name], dense["measured"], beside)
         )
+    written = [task for task in spec.measure.tasks if is_written(dense["measured"].get(f"task {task}", ()))]
     return {
         "groups": list(spec.measure.domains),
         "tasks": spec.measure.tasks,
+        **({"written": written} if written else {}),
         "baseline": base.title or base.name,
         "rows": rows,
     }
@@ -102,8 +105,11 @@ def _row(
         row["lambada"]["perplexity"] = _exp(mean([one["lambada"]["loss"] for one in measured]))
     names = [part for part in measured[0] if part.startswith("task ")]
     if names:
-        answers, others = ([_answers(one, names) for one in many or ()] for many in (measured, against))
-        row["accuracy"] = _compared(answers, None, others or None, float)
+        for title, written in (("accuracy", False), ("written", True)):
+            if some := [name for name in names if is_written(measured[0][name]) == written]:
+                mine, others = ([_answers(one, some) for one in many or ()] for many in (measured, against))
+                row[title] = _compared(mine, None, others or None, float)
+        answers = [_answers(one, names) for one in measured]
         means = [statistics.fmean(map(mean, ([part] for part in parts))) for parts in zip(*answers, strict=True)]
         row["by task"] = {name.removeprefix("task "): value for name, value in zip(names, means, strict=True)}
     return row
@@ -124,7 +130,7 @@ def _perplexity(
 
 
 def _answers(one: Measured, names: Sequence[str]) -> Strata:
-    return [one[name][ACCURACY] for name in names]
+    return [right(one[name]) for name in names]
 
 
 def _exp(x: float) -> float:
@@ -182,7 +188,9 @@ def quality(result: Mapping[str, Any]) -> list[Column]:
         found.append(("LAMBADA", lambda row: number(row["lambada"]["perplexity"], 2)))
         found.append(("LAMBADA acc", lambda row: f"{100 * row['lambada']['value']:.1f} %"))
     if any("accuracy" in row for row in rows):
-        found.append((f"{len(result['tasks'])} tasks, acc", _accuracy))
+        found.append((f"{len(result['tasks']) - len(result.get('written', ()))} tasks, acc", _share("accuracy")))
+    if any("written" in row for row in rows):
+        found.append((" and ".join(result["written"]), _share("written")))
     return found
 
 
@@ -224,9 +232,12 @@ def _ratio(group: str) -> Callable[[Mapping[str, Any]], str]:
     return cell
 
 
-def _accuracy(row: Mapping[str, Any]) -> str:
-    found = row["accuracy"]
-    return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f}–{100 * found['high']:.1f})"
+def _share(name: str) -> Callable[[Mapping[str, Any]], str]:
+    def cell(row: Mapping[str, Any]) -> str:
+        found = row[name]
+        return f"{100 * found['value']:.1f} % ({100 * found['low']:.1f}–{100 * found['high']:.1f})"
+
+    return cell
 
 
 def _p_of(group: str) -> Callable[[Mapping[str, Any]], str]:

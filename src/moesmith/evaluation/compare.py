@@ -48,6 +48,7 @@ def compare(
     tokens: int = 16_384,
     dtype: DType = AUTO,
     device: Device = AUTO,
+    run_code: bool = False,
 ) -> dict[str, Any]:
     """Evaluate parent and MoE on the same text and items.
 
@@ -59,6 +60,7 @@ def compare(
         tokens: evaluation tokens per domain, and of WikiText-2.
         dtype: what both compute in; the fastest here for ``auto``.
         device: where both compute.
+        run_code: allow tasks that run what the models write (:func:`moesmith.evaluation.sandbox.passes`).
 
     Returns:
         ``{"results": [{"task", "metric", "parent", "moe"}, ...], "dtype", "device", ...}``, JSON-able.
@@ -85,7 +87,7 @@ def compare(
     domains = load_domains(source, names) if {"domains", "sinks"} & set(tasks) else []
     overlap = _overlap(domains, header, data is None) if domains else {}
     rest = [task for task in tasks if task not in ("domains", "wikitext2", "lambada", "health", "sinks")]
-    benchmarks = find_tasks(rest, local) if rest else {}
+    benchmarks = find_tasks(rest, local, run_code) if rest else {}
     parent, moe = models_of(folder, dtype, device)
 
     def measure(model: PreTrainedModel) -> dict[tuple[str, str], float]:

@@ -11,6 +11,7 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW
-from moesmith.evaluation.templates import Task, load_task, share, task_names
+from moesmith.evaluation.sandbox import passes
+from moesmith.evaluation.templates import COMPLETION, Task, load_task, share, task_names
 from moesmith.parent.checkpoint import quiet
 
+WRITERS = 16  # answers that a model writes at the same time: each step reads all weights once for all of them
 FEWSHOT_SEED = 1234  # the harness's own default
 # a local task's parts, or a registered one as the harness loads it
 Found = Mapping[str, list[Task] | dict[str, Any]]
 
 
-def find_tasks(tasks: Sequence[str], data: Path | None = None) -> Found:
+def find_tasks(tasks: Sequence[str], data: Path | None = None, run_code: bool = False) -> Found:
     """Load tasks; needs no model.
 
     A task with a template and a local file ``<task>.test.jsonl`` in ``data`` runs from there (few-shot examples from
@@ -37,10 +40,11 @@ def find_tasks(tasks: Sequence[str], data: Path | None = None) -> Found:
     Args:
         tasks: their names.
         data: folder of local records.
+        run_code: allow tasks that run what a model writes.
 
     Raises:
         MoesmithError: the harness is not installed, a task is unknown (the nearest is named), its data cannot be
-            loaded, or a local file is malformed.
+            loaded, a local file is malformed, or a task runs code and that is not allowed.
     """
     try:
         import lm_eval.models.huggingface  # noqa: F401
@@ -49,7 +53,19 @@ def find_tasks(tasks: Sequence[str], data: Path | None = None) -> Found:
     local = {name: load_task(name, data) for name in tasks}
     with silenced():
         registered = _registered([name for name in tasks if not local[name]])
-    return {name: local[name] or registered[name] for name in tasks}
+    found = {name: local[name] or registered[name] for name in tasks}
+    if not run_code and (unsafe := [name for name, task in found.items() if _runs_code(task)]):
+        raise MoesmithError(
+            f"{unsafe[0]} runs what the models write",
+            "Add --run-code (measure.run_code in a comparison), best in a container, or leave the task out.",
+        )
+    return found
+
+
+def _runs_code(task: list[Task] | dict[str, Any]) -> bool:
+    if isinstance(task, list):
+        return any(part.runs_code for part in task)
+    return any(getattr(one, "UNSAFE_CODE", False) for one in task["tasks"].values())
 
 
 def run_tasks(
@@ -123,7 +139,7 @@ def run(lm: Any, tasks: dict[str, Any], limit: int | None) -> dict[str, Any]:
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(FEWSHOT_SEED)
-    return evaluate(lm, tasks, limit=limit, bootstrap_iters=0)
+    return evaluate(lm, tasks, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=True)  # find_tasks asked
 
 
 def local_tasks(parts: Sequence[Task]) -> dict[str, Any]:
@@ -139,8 +155,17 @@ def local_tasks(parts: Sequence[Task]) -> dict[str, Any]:
             splits["train"] = Dataset.from_list(list(part.train))
             config["fewshot_split"] = "train"
         config["custom_dataset"] = lambda splits=splits, **_: splits
+        if program := part.template["metadata"].get("program"):
+            config["process_results"] = partial(_pass_at_1, program)
         tasks[part.name] = ConfigurableTask(config=config)
     return tasks
+
+
+def _pass_at_1(program: str, record: dict[str, Any], completions: Sequence[str]) -> dict[str, float]:
+    """Score what a model wrote: does the program that a template makes of it pass its tests?"""
+    from lm_eval.utils import apply_template
+
+    return {"pass@1": float(passes(apply_template(program, {**record, COMPLETION: completions[0]})))}
 
 
 def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: int) -> Any:
@@ -169,6 +194,19 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             self.batch_size_per_gpu = max(1, batch * WINDOW // longest)
             with meter(self.label, len({tuple(ids[:-1]) for ids in whole}), "prompts") as self.bar:
                 return super()._loglikelihood_tokens(requests, disable_tqdm)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            self.batch_size_per_gpu, most = WRITERS, self.max_length // 2
+            for options in (request.args[1] for request in requests):  # a short context is half the prompt's
+                options["max_gen_toks"] = min(options.get("max_gen_toks", self.max_gen_toks), most)
+            with meter(self.label, len(requests), "prompts") as self.bar:
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            made = super()._model_generate(context, *args, **kwargs)
+            if self.bar is not None:
+                self.bar.advance(len(context))
+            return made
 
         def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.bar is not None:

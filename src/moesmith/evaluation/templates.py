@@ -1,19 +1,22 @@
-"""Load multiple-choice and cloze tasks that have a template of ours: ``tasks/*.yaml`` and local files of records."""
+"""Load tasks that have a template of ours, choices, clozes and answers to write: ``tasks/*.yaml`` and local records."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, meta
 
 from moesmith.arguments import ceil_div
 from moesmith.console import say
 from moesmith.data.text import Record, read_records, records_file
 from moesmith.errors import MoesmithError
 
+COMPLETION = "completion"  # what a model wrote, in a template's program
 TEMPLATES = resources.files("moesmith.evaluation") / "tasks"
 
 
@@ -42,6 +45,11 @@ class Task:
     def metrics(self) -> list[str]:
         """Names of the metrics the task is reported in."""
         return [entry["metric"] for entry in self.template["metric_list"]]
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether what a model writes is run to score it."""
+        return bool(self.template.get("unsafe_code"))
 
 
 def task_names() -> list[str]:
@@ -90,19 +98,31 @@ def _parts(task: Task) -> list[Task]:
 def _answered(path: Path, template: dict[str, Any]) -> tuple[Record, ...]:
     """Check each record of a file, and return those that have an answer."""
     records = read_records(path)
-    cloze = template["output_type"] == "loglikelihood"
+    choice = template["output_type"] == "multiple_choice"
+    fields = [] if choice else fields_of(template)
     for number, record in enumerate(records, 1):
-        if problem := _cloze_problem(record) if cloze else _choice_problem(record):
+        if problem := _choice_problem(record) if choice else _missing(record, fields):
             raise MoesmithError(f"{path}: record {number} has {problem}", "Fix or remove the record.")
-    answered = tuple(record for record in records if cloze or record["answer"] is not None)
+    answered = tuple(record for record in records if not choice or record["answer"] is not None)
     if not answered:
         raise MoesmithError(f"{path} has no record with an answer", "Give the labelled file.")
     return answered
 
 
-def _cloze_problem(record: Record) -> str:
-    right = all(isinstance(record.get(key), str) and record[key] for key in ("context", "target"))
-    return "" if right else "no 'context' and 'target' texts"
+def fields_of(template: dict[str, Any]) -> list[str]:
+    """List the fields of a record that a template's texts name, sorted."""
+    texts = [template["doc_to_text"], template["doc_to_target"], template["metadata"].get("program", "")]
+    return sorted(meta.find_undeclared_variables(Environment().parse(" ".join(texts))) - {COMPLETION})
+
+
+def _missing(record: Record, fields: Sequence[str]) -> str:
+    """Say which of the fields is no text, nor a list of texts; empty if none."""
+    for name in fields:
+        value = record.get(name)
+        texts = value if isinstance(value, list) else [value]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            return f"no {name!r} text"
+    return ""
 
 
 def _choice_problem(record: Record) -> str:

@@ -20,6 +20,12 @@ SHORT = ("masks.window=512", "masks.batch=1", "masks.micro_batch=1")  # steps of
 LEARNED: dict[str, tuple[str, str, list[str]]] = {
     "tomoe-50": ("tomoe-50", "tomoe-50", []),
     "one": ("one learned mask (N = 1)", "tomoe-50", ["carve.experts=1"]),
+    "argmax": ("tomoe-50, routed without noise", "tomoe-50", ["masks.routing=argmax"]),
+    "clusters": (
+        "tomoe-50, started from clusters",
+        "tomoe-50",
+        ["carve.start={method: dive}", "affinity.method=scores", "router.start=lda"],
+    ),
     "tomoe-plus": ("tomoe-plus", "tomoe-plus", []),
 }
 STATIC: dict[str, tuple[str, str]] = {
@@ -36,7 +42,10 @@ class Active50(Study):
     name = "active-50"
     title = "ToMoE at half of the parameters"
     paper = "ToMoE, arXiv:2501.15316, tables 1 and 2"
-    question = "What do learned experts, their router and their number each bring at 50 % active parameters?"
+    question = (
+        "What do learned experts, their router and their number each bring at 50 % active parameters, and what does it"
+        " take for experts to differ?"
+    )
     expected = "Learned experts below one learned mask below static masks below random ones; shuffled routing hurts."
     settings = (
         f"domains.names=[{EIGHT}]",
@@ -52,7 +61,7 @@ class Active50(Study):
         return [Planned(name, recipe, settings, title) for name, (title, recipe, settings) in LEARNED.items()]
 
     def measure(self, bench: Bench) -> dict[str, Any]:
-        """Three runs that learn masks, three that do not, and controls on their carvings."""
+        """Runs that learn masks, three that do not, and controls on their carvings."""
         rows: dict[str, Any] = {}
         layers: dict[str, Any] = {}
         blocks: Any = None

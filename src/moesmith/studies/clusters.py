@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from moesmith.comparison.facts import facts, parent_facts
-from moesmith.comparison.measure import ACCURACY, Ruler
+from moesmith.comparison.measure import Ruler, right
 from moesmith.comparison.spec import Measure
 from moesmith.comparison.statistics import interval, mean
 from moesmith.evaluation.harness import find_tasks
@@ -118,4 +118,4 @@ class Clusters(Study):
 
 def answers_of(row: Found) -> list[list[float]]:
     """Return every task's scores, item by item."""
-    return [value[ACCURACY] for name, value in row.items() if name.startswith("task ")]
+    return [right(value) for name, value in row.items() if name.startswith("task ")]
