@@ -18,7 +18,7 @@ from moesmith.export.gguf.converter import NAME
 from moesmith.parent.gguf.load import load_gguf
 from moesmith.parent.gguf.rope import _divisor, llama3
 from moesmith.parent.load import load_parent
-from moesmith.testing.parents import LLAMA3_ROPE
+from moesmith.testing.parents import LLAMA3_ROPE, tiny_model
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("conversion")
@@ -233,6 +233,21 @@ def test_right_files_of_every_type_are_well_inside(
     assert len(found) == len(proof_module.LENGTHS) + 1
     assert max(found[:-1]) < proof_module.TIGHT / 5
     assert found[-1] < proof_module.WIDE / 3
+
+
+def test_a_sum_in_fp32_over_the_vocabulary_is_no_difference() -> None:
+    model, ids = tiny_model("llama"), [1, 2, 3]
+    with torch.no_grad():
+        logits_V = model(input_ids=torch.tensor([ids])).logits[0, -1]
+    top = logits_V.log_softmax(-1).topk(32)
+    room = len(logits_V) * 2.0**-24
+
+    def apart(shift: float) -> float:
+        shifted = zip(top.indices.tolist(), (top.values + shift).tolist(), strict=True)
+        return proof_module.difference(model, ids, list(shifted)) * float(logits_V.std())
+
+    assert apart(0.9 * room) < 1e-6
+    assert apart(room + 1e-3) == pytest.approx(1e-3, rel=0.01)
 
 
 @pytest.mark.parametrize("name", FAULTS)

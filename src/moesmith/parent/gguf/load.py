@@ -285,16 +285,16 @@ def config_of(
         fields |= {field: keys[name]} if name in keys else {}
     if architecture != "phi3":
         del fields["sliding_window"]
-    elif width != D // heads:
-        raise own.unknown(f"{own.prefix}attention.key_length", width)
     else:
         original = fields["rope_parameters"].get("original_max_position_embeddings", context)
         fields["original_max_position_embeddings"] = original
+    config = KINDS[architecture][0]
+    if not hasattr(config(), "head_dim"):  # the architecture's heads share D
+        if width != D // heads:
+            raise own.unknown(f"{own.prefix}attention.key_length", width)
         del fields["head_dim"]
-    if architecture == "qwen2" and width != D // heads:
-        raise own.unknown(f"{own.prefix}attention.key_length", width)
     own.finish()
-    return KINDS[architecture][0](**fields)
+    return config(**fields)
 
 
 def tensor_names(file: str, architecture: str, config: Any, tensors: Collection[str]) -> dict[str, str]:
