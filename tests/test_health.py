@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesmith.evaluation.answers import Written
 from moesmith.evaluation.compare import compare
 from moesmith.evaluation.health import LEAST, PROMPTS, TIMES, answers, health, latin, loops
 from moesmith.testing.parents import tiny_model
@@ -81,7 +82,7 @@ def test_a_model_answers_as_it_does_one_by_one() -> None:
                     add_special_tokens=False, return_tensors="pt")["input_ids"]  # fmt: skip
     alone = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
     ended = tokenizer.eos_token_id in alone
-    assert found[0] == (alone[: alone.index(tokenizer.eos_token_id)] if ended else alone, ended)
+    assert found[0] == Written(alone[: alone.index(tokenizer.eos_token_id)] if ended else alone, ended)
 
 
 def test_the_command_shows_it(finished: Path) -> None:

@@ -47,6 +47,35 @@ def chat(
 
 
 @app.command()
+def answers(
+    model: Annotated[str, typer.Option(help="the parent: folder, hub id or .gguf file, with a chat template")],
+    data: Annotated[str, typer.Option(help="data source whose records ask something")],
+    out_folder: Annotated[Path, typer.Option("--out", help="the new data folder; repeat the command to continue")],
+    domains: Annotated[str | None, typer.Option(help="which ones, with commas between them; all if left out")] = None,
+    records: Annotated[int, typer.Option(min=1, help="questions of each domain; a quarter as many to evaluate")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="of an answer, at most")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="answers at the same time")] = 16,
+    temperature: Annotated[float, typer.Option(min=0, help="0 for the most likely token")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="keep answers that did not end")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let the parent answer a data set's questions: text to calibrate on and to distil from."""
+    from moesmith.chat.answers import answers as collect
+
+    options: dict[str, Any] = {"records": records, "tokens": tokens, "batch": batch, "temperature": temperature}
+    options |= {"seed": seed, "unfinished": unfinished, "dtype": dtype, "device": device}
+    found = collect(model, data, out_folder, words(domains) if domains else None, **options)
+    if as_json:
+        show_json(found)
+    else:
+        head = ["domain", "split", "asked", "ended", "kept", "tokens"]
+        show_table(f"{out_folder}", head, [[row[key] for key in head] for row in found])
+
+
+@app.command()
 def export(
     run: RunFolder,
     to: Annotated[str | None, typer.Option(help="hf, sglang, gguf, native or delta")] = None,

@@ -144,6 +144,34 @@ def chat(record: Record) -> Chat | None:
     return [_message(message, name) for message in messages]
 
 
+def asked(record: Record) -> Chat | None:
+    """Return the turns that a model may answer: a chat's up to its last answer, else one question of a user.
+
+    ``None`` for a record that asks nothing: running text, a cloze, a pair of sentences.
+
+    Raises:
+        ValueError: as ``as_text``.
+    """
+    match kind(record):
+        case "messages" | "conversations":
+            turns = chat(record) or []
+            last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+            return turns[: last + 1] or None
+        case "chat":
+            question = _strings(record, "turns")[0]
+        case "instruction":
+            question = _lines(record, "instruction", "input")
+        case "code" | "prompt":
+            question = _string(record, "prompt")
+        case "multiple_choice":
+            question = _lines(record, "context", "question", "choices")
+        case "question":
+            question = _lines(record, "context", "question")
+        case _:
+            return None
+    return [{"role": "user", "content": question}] if question.strip() else None
+
+
 def _message(message: dict[str, Any], name: str) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
     if "from" in message and "role" not in message:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import statistics
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.console import meter
-from moesmith.evaluation.perplexity import evaluating
+from moesmith.evaluation.answers import Written, ends_of, write_answers
+from moesmith.evaluation.prompt import written
 
 NEW = 256  # most tokens of an answer
 BATCH = 8
@@ -65,35 +64,17 @@ def latin(text: str) -> float:
     return sum("LATIN" in unicodedata.name(c, "") for c in letters) / len(letters) if letters else 1.0
 
 
-def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: int = NEW) -> list[tuple[list[int], bool]]:
-    """Answer every prompt greedily, in the parent's chat template if it has one.
-
-    Returns:
-        each answer's token ids without the end, and whether it ended by itself within ``new`` tokens.
-    """
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: int = NEW) -> list[Written]:
+    """Answer every prompt greedily, in the parent's chat template if it has one, with ``new`` tokens at most."""
     texts = [prompt for kind in PROMPTS.values() for prompt in kind]
     if tokenizer.chat_template:
-        turns = [[{"role": "user", "content": text}] for text in texts]
-        texts = [str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in turns]
+        texts = [written(tokenizer, [{"role": "user", "content": text}]) for text in texts]
     special = not tokenizer.chat_template
     prompts = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
-    ends = model.generation_config.eos_token_id if model.generation_config else None  # type: ignore[union-attr]
-    ends = tokenizer.eos_token_id if ends is None else ends
-    stops: set[int] = {ends} if isinstance(ends, int) else set(ends or ())
-    generate: Any = model.generate
-    found: list[tuple[list[int], bool]] = []
-    with evaluating(model), meter("answers", len(prompts), "prompts") as bar:
-        for start in range(0, len(prompts), BATCH):
-            part = prompts[start : start + BATCH]
-            longest = max(map(len, part))
-            pad = min(stops, default=0)
-            ids = torch.tensor([[pad] * (longest - len(row)) + row for row in part], device=model.device)
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part], device=model.device)
-            options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "pad_token_id": pad}
-            made = generate(ids, attention_mask=mask, eos_token_id=sorted(stops) or None, **options)
-            for row in made[:, longest:].tolist():
-                end = next((place for place, token in enumerate(row) if token in stops), None)
-                found.append((row if end is None else row[:end], end is not None))
+    found: list[Written] = []
+    with meter("answers", len(prompts), "prompts") as bar:
+        for part in write_answers(model, ends_of(model, tokenizer), prompts, new, BATCH):
+            found += part
             bar.advance(len(part))
     return found
 
@@ -112,8 +93,8 @@ def health(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: int 
     """
     found = answers(model, tokenizer, new)
     return {
-        "ended": statistics.fmean(ended for _, ended in found),
-        "loops": statistics.fmean(not ended and loops(ids) for ids, ended in found),
-        "tokens": statistics.fmean(len(ids) for ids, _ in found),
-        "latin": statistics.fmean(latin(str(tokenizer.decode(ids))) for ids, _ in found),
+        "ended": statistics.fmean(one.ended for one in found),
+        "loops": statistics.fmean(not one.ended and loops(one.ids) for one in found),
+        "tokens": statistics.fmean(len(one.ids) for one in found),
+        "latin": statistics.fmean(latin(str(tokenizer.decode(one.ids))) for one in found),
     }
