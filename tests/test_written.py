@@ -12,7 +12,7 @@ import yaml
 
 from moesmith.comparison.measure import is_written, right
 from moesmith.errors import MoesmithError
-from moesmith.evaluation import harness, templates
+from moesmith.evaluation import harness, sandbox, templates
 from moesmith.evaluation.sandbox import passes
 from moesmith.testing.parents import tiny_model
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -170,6 +170,13 @@ def test_code_runs_only_with_leave(tmp_path: Path) -> None:
     assert found == {"humaneval": {"pass@1": [0.0]}}  # a random model writes no program, and says so
     assert is_written(found["humaneval"])
     assert right(found["humaneval"]) == [0.0]
+
+
+def test_where_no_program_runs_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.check_sandbox()
+    monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
+    with pytest.raises(MoesmithError, match="no program runs to its end here within 10 s and 2 GiB"):
+        sandbox.check_sandbox()
 
 
 def test_a_record_without_a_field_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW
-from moesmith.evaluation.sandbox import passes
+from moesmith.evaluation.sandbox import check_sandbox, passes
 from moesmith.evaluation.templates import COMPLETION, Task, load_task, share, task_names
 from moesmith.parent.checkpoint import quiet
 
@@ -54,11 +54,13 @@ def find_tasks(tasks: Sequence[str], data: Path | None = None, run_code: bool = 
     with silenced():
         registered = _registered([name for name in tasks if not local[name]])
     found = {name: local[name] or registered[name] for name in tasks}
-    if not run_code and (unsafe := [name for name, task in found.items() if _runs_code(task)]):
-        raise MoesmithError(
-            f"{unsafe[0]} runs what the models write",
-            "Add --run-code (measure.run_code in a comparison), best in a container, or leave the task out.",
-        )
+    if unsafe := [name for name, task in found.items() if _runs_code(task)]:
+        if not run_code:
+            raise MoesmithError(
+                f"{unsafe[0]} runs what the models write",
+                "Add --run-code (measure.run_code in a comparison), best in a container, or leave the task out.",
+            )
+        check_sandbox()
     return found
 
 

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from contextlib import suppress
 
+from moesmith.errors import MoesmithError
+
 SECONDS = 10.0  # of a program, start included
 MEMORY = 2 * 1024**3  # bytes of address space
 GUARD = r"""
@@ -30,7 +32,10 @@ else:
     for name, most in job["limits"].items():
         hard = resource.getrlimit(getattr(resource, name))[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(getattr(resource, name), (most, most))
+        try:
+            resource.setrlimit(getattr(resource, name), (most, most))
+        except (OSError, ValueError):  # macOS has no limit of address space
+            pass
 place = os.path.realpath(os.getcwd()) + os.sep
 refused = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile",
            "os.kill", "os.killpg", "pty.", "signal.pthread_kill", "ftplib.", "smtplib.", "urllib.")
@@ -87,6 +92,17 @@ def passes(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> bool
             return False
         finally:
             _end(process)
+
+
+def check_sandbox() -> None:
+    """Refuse to measure where no program runs: all of them would seem wrong.
+
+    Raises:
+        MoesmithError: a program that does nothing does not run to its end.
+    """
+    if not passes("pass"):
+        cure = f"Try: {sys.executable} -I -c pass; or leave tasks that run code out."
+        raise MoesmithError(f"no program runs to its end here within {SECONDS:g} s and {MEMORY >> 30} GiB", cure)
 
 
 def _environment() -> dict[str, str]:
