@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import convert, weights
+from conversions import convert, tiny_settings, weights
 from recording import record_routing
 from safetensors.torch import load_file, save_file
 from test_tomoe_export import harvested
 
+from moesmith.conversion.convert import predict
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import perplexities
 from moesmith.export.native import write_native
@@ -149,3 +150,25 @@ def test_a_conversion_in_little_memory_has_the_same_bits(
     assert weights(turns.folder) == weights(whole.folder)
     said = [run.manifest("export")["metrics"] for run in (whole, turns)]
     assert [metrics["verified"] for metrics in said] == ["whole", "layerwise"]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_parent_in_memory_is_run_in_turn_where_the_rest_does_not_fit(
+    stored: torch.dtype, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Comparisons and studies hold their parent, and convert it again and again."""
+    save_tiny("llama", tmp_path / "m", dtype=stored)
+    parent = load_parent(tmp_path / "m", torch.bfloat16)
+    settings = [*tiny_settings("dive-plus", UNTRAINED), *UNTRAINED]
+    plan = predict("dive-plus", parent, home / "d", settings=settings)
+    options: Any = {"settings": UNTRAINED, "dtype": torch.bfloat16}
+    mapped = load_parent(tmp_path / "m", torch.bfloat16, memory=2**30)
+    files = convert("dive-plus", mapped, home / "d", tmp_path / "files", **options)
+    convert("dive-plus", parent, home / "d", tmp_path / "whole", **options)
+    assert "layer by layer" not in capsys.readouterr().err
+    room = (plan["memory"] + plan["memory_layerwise"]) // 2
+    turns = convert("dive-plus", parent, home / "d", tmp_path / "turns", **options, memory=room)
+    assert "layer by layer: whole, it needs about" in capsys.readouterr().err
+    assert weights(turns.folder) == weights(files.folder)
+    assert turns.manifest("export")["metrics"]["verified"] == "layerwise"
+    assert not parent.layerwise

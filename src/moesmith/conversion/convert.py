@@ -15,7 +15,7 @@ from moesmith.arguments import parent_or_source, parse_size, path_of, path_text,
 from moesmith.console import duration, log_to, say
 from moesmith.conversion.order import steps_of, trains
 from moesmith.conversion.pace import counted, measure, parse_rate, parse_time, tokens_of, with_tokens
-from moesmith.conversion.plan import check_room, fit_time, make_plan
+from moesmith.conversion.plan import Plan, check_room, fit_time, make_plan
 from moesmith.conversion.steps.finish import check_known, write_card
 from moesmith.conversion.steps.text import check_batches, check_text, check_windows
 from moesmith.data.text import Domain, check_splits, load_domains, source_digest
@@ -24,7 +24,7 @@ from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_place, existing
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.checkpoint import has_weights
-from moesmith.parent.compute import AUTO, Device, DType, keep_dtype, long_name, named, short
+from moesmith.parent.compute import AUTO, Choice, Device, DType, keep_dtype, long_name, named, short
 from moesmith.parent.digests import tokenizer_digest
 from moesmith.parent.load import Parent, choose_compute, load_parent, load_skeleton
 from moesmith.run.fingerprints import parent_digests
@@ -159,7 +159,7 @@ def _prepared(
     if computed == torch.float16 and trains(chosen):
         raise MoesmithError("fp16 is too narrow for the gradients of training", "Give --dtype bf16, fp32 or auto.")
     if isinstance(model, Parent):
-        parent = model
+        parent = _in_memory(model, chosen, len(domains), room)
     elif shapes.tokenizer is not None:  # it had to be read whole
         parent = shapes
     else:
@@ -267,7 +267,7 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     assert choice is not None
     plan = make_plan(recipe, shapes, domains, ranks=world().size)
     free = min(world().exchange(free_memory(choice.device) if room is None else room))
-    whole = plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory
+    whole = _whole(plan, free)
     if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
         say(f"{choice.device} has {free / 1e9:.1f} GB free, but about {plan.memory / 1e9:.1f} GB are needed")
         choice = choose_compute(shapes.model, AUTO, "cpu")
@@ -277,10 +277,33 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
         )
         raise MoesmithError(f"{what}; its layers differ, so they cannot be read one at a time", "Give it more memory.")
     if not whole:
-        need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
-        say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
+        _say_layers(plan, free)
     parent = load_parent(source, choice.dtype, None if whole else free, device=choice.device, stored=shapes.stored)
     return replace(parent, choice=choice)
+
+
+def _in_memory(parent: Parent, recipe: Recipe, domains: int, room: int | None) -> Parent:
+    """Return a parent that is loaded, to be run layer by layer where the plan needs more memory than there is."""
+    differ = len(set(getattr(parent.config, "layer_types", None) or [None])) > 1
+    if parent.layerwise or differ or parent.device.type != "cpu":
+        return parent
+    plan = make_plan(recipe, parent, domains, ranks=world().size)
+    free = min(world().exchange(free_memory(parent.device) if room is None else room))
+    loaded = 0 if room is not None else plan.parent_parameters * parent.dtype.itemsize
+    if _whole(plan, free + loaded):
+        return parent
+    _say_layers(plan, free + loaded)
+    return replace(parent.as_stored(), choice=Choice(parent.device, parent.dtype, {}), memory=free)
+
+
+def _whole(plan: Plan, free: int) -> bool:
+    """Whether models are held whole: they fit, or one layer at a time would not need less."""
+    return plan.memory <= free or plan.memory_layerwise is None or plan.memory_layerwise >= plan.memory
+
+
+def _say_layers(plan: Plan, free: int) -> None:
+    need = f"whole, it needs about {plan.memory / 1e9:.1f} GB of memory"
+    say(f"layer by layer: {need}, and {free / 1e9:.1f} GB may be used")
 
 
 def choose_domains(data: str, recipe: Recipe) -> list[Domain]:
