@@ -30,6 +30,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["compare", "SPEC", "--model", "m", "--data", "TEXT", "--out", "o", "--only", "b"],
         r"there is no row 'b'\. Choose from a",
     ),
+    "answers to what asks nothing": (
+        ["answers", "--model", "m", "--data", "TEXT", "--out", "o"],
+        r"no record of \w+ asks anything\. Name domains of questions",
+    ),
     "no repository": (["push", "RUN", "--to", "moe"], "'moe' is no repository"),
     "a dry run without a folder": (["push", "RUN", "--to", "a/b", "--dry-run"], "a dry run writes a folder"),
     "a file that is not there": (["push", "RUN", "--to", "a/b", "--file", "x.gguf"], r"there is no file x\.gguf"),
