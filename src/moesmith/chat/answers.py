@@ -19,13 +19,14 @@ from moesmith.data.text import load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.answers import Written, ends_of, write_answers
 from moesmith.evaluation.perplexity import context_length
-from moesmith.evaluation.prompt import written
+from moesmith.evaluation.prompt import token_ids, written
 from moesmith.files.artefact import read_json
 from moesmith.files.lock import folder_lock
 from moesmith.files.outputs import check_place, existing
 from moesmith.files.write import write_record, write_text
 from moesmith.parent.compute import AUTO, Device, DType
 from moesmith.parent.load import Parent, load_parent
+from moesmith.parent.vocabulary import rows_of
 
 FORMAT = 1
 HEAD = "answers.json"
@@ -136,7 +137,9 @@ def _file(
             bar.advance(1)
     kept = [record for record in done if record["text"].strip() and (record["ended"] or head["unfinished"])]
     if not kept:
-        raise MoesmithError(f"none of {len(done)} answers to {name} ended", "Give more --tokens, or --unfinished.")
+        raise MoesmithError(
+            f"none of {len(done)} answers to {name} ended", "Give more --tokens or --unfinished, and another --out."
+        )
     lines = (json.dumps({"messages": one["messages"]}, ensure_ascii=False) for one in kept)
     write_text(final, "".join(f"{line}\n" for line in lines))
     ended = sum(record["ended"] for record in done)
@@ -153,7 +156,8 @@ def _flat(made: Iterator[list[Written]], file: Any) -> Iterator[Written]:
 
 def _ids(parent: Parent, turns: Chat) -> list[int]:
     text = written(parent.tokenizer, turns)
-    return list(parent.tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids: list[int] = token_ids(parent.tokenizer, text, rows_of(parent.model), templated=True)[0].tolist()
+    return ids
 
 
 def _record(parent: Parent, turns: Chat, answer: Written) -> dict[str, Any]:

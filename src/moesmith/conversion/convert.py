@@ -271,7 +271,7 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
         say(f"{choice.device} has {free / 1e9:.1f} GB free, but about {plan.memory / 1e9:.1f} GB are needed")
         choice = choose_compute(shapes.model, AUTO, "cpu")
-    if not whole and len(set(getattr(shapes.config, "layer_types", None) or [None])) > 1:
+    if not whole and _differ(shapes):
         what = (
             f"whole, the parent needs about {plan.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB may be used"
         )
@@ -284,8 +284,7 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
 
 def _in_memory(parent: Parent, recipe: Recipe, domains: int, room: int | None) -> Parent:
     """Return a parent that is loaded, to be run layer by layer where the plan needs more memory than there is."""
-    differ = len(set(getattr(parent.config, "layer_types", None) or [None])) > 1
-    if parent.layerwise or differ or parent.device.type != "cpu":
+    if parent.layerwise or _differ(parent) or parent.device.type != "cpu":
         return parent
     plan = make_plan(recipe, parent, domains, ranks=world().size)
     free = min(world().exchange(free_memory(parent.device) if room is None else room))
@@ -294,6 +293,11 @@ def _in_memory(parent: Parent, recipe: Recipe, domains: int, room: int | None) -
         return parent
     _say_layers(plan, free + loaded)
     return replace(parent.as_stored(), choice=Choice(parent.device, parent.dtype, {}), memory=free)
+
+
+def _differ(parent: Parent) -> bool:
+    """Whether its layers are of several types, which cannot be read one at a time."""
+    return len(set(getattr(parent.config, "layer_types", None) or [None])) > 1
 
 
 def _whole(plan: Plan, free: int) -> bool:
