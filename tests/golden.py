@@ -4,8 +4,9 @@
     python tests/golden.py --compare tests/assets/golden.json    # what this version makes beside them
 
 Channels must be the same on every machine, logits and perplexities to many digits; the bits of weights on the same kind
-of processor (``machine`` says which). Four numbers are younger: perplexities of DIVE's trained stock files, whose bias
-has been fed by the trained model's own constant direction since 0.2. Only the public Python API is used, so that any
+of processor (``machine`` says which). Some numbers are younger: perplexities of DIVE's trained stock files, whose bias
+has been fed by the trained model's own constant direction since 0.2, and what the refit of tomoe-plus gives, which has
+read the carved model's activations since 0.2. Only the public Python API is used, so that any
 version can run this.
 """
 

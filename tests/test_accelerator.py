@@ -219,6 +219,10 @@ def test_a_carving_starts_again_with_smaller_batches(
     assert {4, 2} <= set(sizes)
     shares = [numbers.pop("share_by_expert", 0) for numbers in (small, whole)]
     assert shares[0] == pytest.approx(shares[1], rel=1e-4)
+    curves = [numbers.pop("layers", {}) for numbers in (small, whole)]
+    for name, lines in curves[1].items():
+        for line, values in lines.items():
+            assert curves[0][name][line] == pytest.approx(values, rel=1e-4)
     assert small == pytest.approx(whole, rel=1e-4)
     assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["carving.json", "carving.safetensors"]
     wanted, found = (Carving.load(tmp_path / folder) for folder in ("whole", "small"))

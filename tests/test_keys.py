@@ -419,7 +419,9 @@ def test_keys_of_version_0_1_are_known_for_every_stage(tmp_path: Path, monkeypat
         moesmith.convert(preset, "parents/llama", "text", folder, **given)
         legacy = pipelines[-1].old[folder]
         assert legacy is not None
-        assert legacy.keys == written
+        again = {"refit", "export", "evaluate"} if preset == "tomoe-plus" else set()  # another refit since
+        assert legacy.keys.keys() == written.keys()
+        assert {stage for stage, key in legacy.keys.items() if written[stage] != key} == again
 
 
 def test_a_new_setting_changes_no_key_while_it_changes_nothing(tmp_path: Path) -> None:

@@ -25,9 +25,10 @@ from moesmith.errors import MoesmithError
 from moesmith.methods import steps as method_steps
 from moesmith.methods.base import Carver
 from moesmith.methods.clusters import centre_router, kmeans, nearest
+from moesmith.methods.groups import Fitting, Groups, sinks_of
 from moesmith.methods.refit import eliminate, fit_down, refit_down
 from moesmith.methods.router import constant_direction
-from moesmith.methods.token import Token, sinks
+from moesmith.methods.token import Token
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer
 from moesmith.mixture.moe import build, carved_layer
@@ -146,11 +147,11 @@ def test_elimination_drops_what_a_refit_makes_up_for() -> None:
 def test_where_nothing_was_lost_the_fit_is_the_parents(family: str) -> None:
     """In the first layer experts should give what the network gives, its bias aside."""
     parent = tiny_parent(family)
-    method: Any = load_recipe("token").method
     ffn, tokens = parent.ffns[0], tokens_of(parent, 0, repair=True)
     with torch.no_grad():
         torch.testing.assert_close(tokens.y_TD, ffn.output(tokens.x_TD), rtol=1e-4, atol=1e-5)
-        gram_FF, cross_DF = method.moments(ffn, tokens, torch.arange(len(tokens.x_TD)))
+        one_T = torch.zeros(len(tokens.x_TD), dtype=torch.int64)
+        gram_FF, cross_DF = Groups(ffn, tokens, one_T, 1, Fitting()).pooled
     torch.testing.assert_close(fit_down(ffn.down_DF, gram_FF, cross_DF), ffn.down_DF, rtol=1e-3, atol=1e-4)
     if family == "phi":
         assert ffn.down_bias_D is not None
@@ -347,17 +348,17 @@ def test_a_kill_between_two_layers_loses_both(tmp_path: Path, monkeypatch: pytes
     method, generator = load_recipe("token").method, torch.Generator().manual_seed(0)
     assert isinstance(method, Carver)
     method.note(error=0.5)
-    begun = method_steps.Begun(tmp_path, method, generator, 64)
+    begun = method_steps.Begun(tmp_path, method, generator, 64, "carve")
     with pytest.raises(KeyboardInterrupt):
         begun.keep(layers)
     before = generator.get_state()
-    assert method_steps.Begun(tmp_path, method, generator, 64).restore() == []
+    assert method_steps.Begun(tmp_path, method, generator, 64, "carve").restore() == []
     assert method.measured == {}
     method.note(error=0.25)
-    method_steps.Begun(tmp_path, method, generator, 64).keep(layers[:1])
+    method_steps.Begun(tmp_path, method, generator, 64, "carve").keep(layers[:1])
     torch.rand(3, generator=generator)
     method.note(error=0.125)
-    assert len(method_steps.Begun(tmp_path, method, generator, 64).restore()) == 1
+    assert len(method_steps.Begun(tmp_path, method, generator, 64, "carve").restore()) == 1
     assert method.measured == {"error": [0.25]}
     assert torch.equal(generator.get_state(), before)
 
@@ -389,8 +390,8 @@ def test_sinks_are_few_tokens_that_a_network_makes() -> None:
     """A text's first token, whose hidden state one network makes; not a first layer, which makes every token's."""
     share_T = torch.full((1000,), 0.05)
     share_T[::100] = 1.0
-    assert sinks(share_T).nonzero().flatten().tolist() == list(range(0, 1000, 100))
-    assert not sinks(torch.full((1000,), 0.99)).any()
+    assert sinks_of(share_T).nonzero().flatten().tolist() == list(range(0, 1000, 100))
+    assert not sinks_of(torch.full((1000,), 0.99)).any()
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -404,7 +405,7 @@ def test_every_expert_learns_the_sinks(learned: bool, tmp_path: Path, monkeypatc
         seen.extend(rows_N.tolist() for rows_N in rows)
         return reconstruct(starts, tokens, rows, *rest)
 
-    monkeypatch.setattr("moesmith.methods.token.sinks", first_of_windows)
+    monkeypatch.setattr("moesmith.methods.groups.sinks_of", first_of_windows)
     monkeypatch.setattr("moesmith.methods.token.reconstruct", spied)
     convert(
         "token", parent, str(ASSETS / "text"), tmp_path / "run", settings=[*SMALL, f"carve.sinks={learned}".lower()]

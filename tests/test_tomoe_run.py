@@ -162,7 +162,7 @@ def test_tomoe_plus_refits_on_routed_tokens(home: Path, tmp_path: Path) -> None:
         expert.down_DF is None for layer in start.layers for expert in layer.routed
     )  # masks are learned over the parent's weights
     assert (carving.widths() == carving.widths()[:, :1]).all()
-    parent = load_parent(str(home / "m"), torch.float32)
+    parent, changed = load_parent(str(home / "m"), torch.float32), []
     for index, (one, other) in enumerate(zip(before.layers, carving.layers, strict=True)):
         assert torch.equal(before.mask(index), carving.mask(index))
         assert torch.equal(one.router.weight_ED, other.router.weight_ED)
@@ -170,8 +170,11 @@ def test_tomoe_plus_refits_on_routed_tokens(home: Path, tmp_path: Path) -> None:
         for expert in other.routed:
             assert expert.down_DF is not None
             kept_DF = parent.ffns[index].down_DF[:, expert.channels]
-            assert not torch.allclose(expert.down_DF, kept_DF, atol=1e-3)
-    assert sum(run.manifest("refit")["metrics"]["share_by_expert"]) == pytest.approx(1)
+            changed.append(not torch.allclose(expert.down_DF, kept_DF, atol=1e-3))
+    assert sum(changed) > len(changed) / 2
+    found = run.manifest("refit")["metrics"]
+    assert sum(found["share_by_expert"]) == pytest.approx(1, abs=1e-3)
+    assert found["error_refitted"] < found["error_learned"]
     stages = read_json(run.path("evaluate") / "evaluation.json")["stages"]
     assert list(stages) == ["parent", "carve", "masks", "refit"]
     assert stages["refit"]["geomean"] < stages["masks"]["geomean"]

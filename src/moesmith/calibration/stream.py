@@ -24,7 +24,7 @@ from moesmith.calibration.moments import Channel, Second, Sums, fast_products, r
 from moesmith.calibration.view import Activations, Assign, LayerView, Stats, Tokens, spread
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
-from moesmith.parent.layerwise import Call, layered, share, starts
+from moesmith.parent.layerwise import Call, Layered, layered, share, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
 from moesmith.parent.structure import put
@@ -63,6 +63,8 @@ class Stream:
         held: the method asks for all tokens of every layer, and changes nothing of a layer but its network; with
             carved activations only.
         repair: what these tokens should give makes up for what earlier carved layers lost; one more buffer and pass.
+        around: the layers that tokens pass, where they are not the parent's in all but their networks: attention that
+            is carved already. What tokens should give is the parent's in any case.
         folder: where tokens that do not fit into ``room`` wait on disk.
         room: bytes of memory for waiting tokens.
         batch: windows per forward pass.
@@ -77,6 +79,7 @@ class Stream:
         *,
         held: bool = False,
         repair: bool = False,
+        around: Layered | None = None,
         folder: Path | None = None,
         room: int = 2**30,
         batch: int = BATCH,
@@ -88,6 +91,7 @@ class Stream:
             raise MoesmithError(NOT_ADDED, "Choose another method.")
         self.parent, self.activations, self.label = parent, activations, label
         self.model = parent.turned(layered(parent.model))
+        self.around = around or self.model
         parts = [(g, t, windows) for g, group in enumerate(texts) for t, windows in enumerate(group)]
         self.every = [ids for _, _, windows in parts for ids in windows.split(batch)]  # batches of all processes
         self.mine = list(crew().mine(range(len(self.every))))
@@ -154,7 +158,7 @@ class Stream:
                 self.index, self.passed, self.left = index, False, 1.0
                 yield LayerView(self.parent, index, generator, len(self.texts), self)
                 if not self.passed and index + 1 < self.parent.L:
-                    self._on(lambda: self.model.layer(self.index))
+                    self._on(lambda: self.around.layer(self.index))
                 self.advance(1.0)  # what the last layer's text did not pass
                 self.tokens_now = None
                 if self.activations == "dense":
@@ -225,7 +229,7 @@ class Stream:
 
         which = [position for position, number in enumerate(self.mine) if number % few == 0]
         with watch([ffn.module], [Rows()]):
-            self._pass(self.model.layer(index), keep=False, which=which)
+            self._pass(self.around.layer(index), keep=False, which=which)
         if crew().size > 1:
             found = crew().merged({number: x_TD.cpu() for number, x_TD in found.items()})
         rows = torch.cat([found[number] for number in sorted(found)]).to(self.parent.device)
@@ -242,7 +246,8 @@ class Stream:
         if not self.inputs:
             raise MoesmithError("this stream holds no tokens", "Say so in the method's needs(): held=True.")
         layer = self.model.layer(index)
-        seen, rest, network = Seen(), share(layer), layer.get_submodule(self._inside(index))
+        around = layer if self.around is self.model else self.around.layer(index)
+        seen, rest, network = Seen(), share(around), layer.get_submodule(self._inside(index))
         put(rest, self._inside(index), seen)
         energies: list[Tensor] = []
         shares: list[Tensor] = []
@@ -261,7 +266,7 @@ class Stream:
             self.outputs[position].copy_(y_BSD)
             state_BSD.copy_(rest_BSD)
             self.advance(HELD * self._share(state_BSD))
-        del layer, rest, network
+        del layer, around, rest, network
         give_back()
         weight_T, share_T = 1 / self._everyones(torch.cat(energies)), self._everyones(torch.cat(shares))
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
@@ -331,7 +336,7 @@ class Stream:
         # the tokens may go on at once, through the parent's layer
         keep = self.activations == "dense" and not self.passed
         with fast_products(self.parent.dtype), watch(*zip(*looked, strict=True)):
-            self._pass(self.model.layer(index), keep=keep)
+            self._pass(self.around.layer(index), keep=keep)
         team, found = crew(), []
         counts = team.exchange([sums.count for sums in inputs])
         for expert, sums in enumerate(inputs):

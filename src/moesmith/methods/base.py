@@ -234,6 +234,10 @@ class Carver(Method):
         """Declare what :meth:`carve` will ask for, for the plan."""
         return Needs(passes=1.0 if self.activations == "dense" else 2.0)
 
+    def base(self, job: Job) -> Carving:
+        """Return what layers are put into, such as attention that is carved already; by default nothing."""
+        return Carving([], job.parent.F)
+
     def begin(self, job: Job) -> list[list[Tensor]]:
         """Return the text that layers see, by group: (N, window) token ids. By default every domain is a group."""
         windows = windows_of(job.run)

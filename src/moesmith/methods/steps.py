@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from moesmith.mixture.count import parameters
 from moesmith.mixture.layer import Layer
 from moesmith.mixture.moe import carved_layer
 from moesmith.parent.accelerator import free_memory, halving
-from moesmith.parent.layerwise import layered
+from moesmith.parent.layerwise import Layered, layered
 from moesmith.parent.load import Parent
 from moesmith.parent.vocabulary import readable
 from moesmith.run.folder import Run
@@ -163,10 +164,11 @@ class Begun:
         method: its ``measured`` numbers are kept as well.
         generator: the one of the carving; its state is kept as well.
         d_ff: channels of the parent.
+        name: of the step, for the line that says where it goes on.
     """
 
-    def __init__(self, folder: Path, method: Carver, generator: torch.Generator, d_ff: int) -> None:
-        self.folder, self.method, self.generator, self.d_ff = folder, method, generator, d_ff
+    def __init__(self, folder: Path, method: Carver, generator: torch.Generator, d_ff: int, name: str) -> None:
+        self.folder, self.method, self.generator, self.d_ff, self.name = folder, method, generator, d_ff, name
         self.kept, self.saved = 0, time.monotonic()
 
     def restore(self) -> list[Layer]:
@@ -176,7 +178,7 @@ class Begun:
         self.method.measured, self.kept = known["measured"], int(known["layers"])
         if self.kept:
             self.generator.set_state(torch.tensor(list(bytes.fromhex(known["random"])), dtype=torch.uint8))
-            say(f"carve: continuing at layer {self.kept}")
+            say(f"{self.name}: continuing at layer {self.kept}")
         return [Carving.load(self.folder / f"{index}").layers[0] for index in range(self.kept)]
 
     def keep(self, layers: Sequence[Layer]) -> None:
@@ -216,12 +218,14 @@ class Carve(Step):
 
         def run(batch: int) -> list[Layer]:
             generator = torch.Generator().manual_seed(self.recipe.seed)
-            begun = Begun(work / LAYERS, method, generator, parent.F)
+            begun = Begun(work / LAYERS, method, generator, parent.F, self.name)
             texts = method.begin(job)  # in every attempt: a method may count or draw as it goes on
             layers = begun.restore()
             crew().exchange(None)  # all have read what the first one will go on writing
+            base = method.base(job)
             options: dict[str, Any] = {"held": needs.held, "repair": needs.repair, "folder": work, "room": room}
-            with Stream(parent, texts, method.activations, batch=batch, **options) as stream:
+            options["around"] = around(parent, base) if base.attention else None
+            with Stream(parent, texts, method.activations, batch=batch, label=self.name, **options) as stream:
                 for view in stream.views(generator):
                     if view.index == len(layers):
                         layer = method.carve(view)
@@ -230,7 +234,7 @@ class Carve(Step):
                         if crew().first:
                             begun.keep(layers)
                     layer = layers[view.index]
-                    so_far = Carving([*layers, *[layer] * (parent.L - len(layers))], parent.F)
+                    so_far = replace(base, layers=[*layers, *[layer] * (parent.L - len(layers))])
                     stream.carved(lambda: parent.turned(layered(parent.model, made(so_far))).layer(view.index))  # noqa: B023
             return layers
 
@@ -238,13 +242,13 @@ class Carve(Step):
             return lambda index: carved_layer(parent, carving, index)
 
         # out of memory, one process alone cannot try again with less: the others wait for its share
-        layers = run(BATCH) if crew().size > 1 else halving("carve", parent.device, BATCH, run)
+        layers = run(BATCH) if crew().size > 1 else halving(self.name, parent.device, BATCH, run)
         crew().exchange(None)
         if not crew().first:
             return {}
         for left in work.glob(f"{WAITING}*"):  # of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
-        carving = Carving(layers, parent.F)
+        carving = replace(method.base(job), layers=layers)
         carving.provenance = {"method": method.name, "parent": job.run.inputs} | method.provenance()
         carving.save(work)
         shutil.rmtree(work / LAYERS, ignore_errors=True)
@@ -272,6 +276,11 @@ class Carve(Step):
         waiting = min(states, waiting_room(shapes.parent))
         disk = 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down + states - waiting
         return Cost(seconds=seconds, memory=gram + waiting, layerwise=gram + waiting, disk=disk)
+
+
+def around(parent: Parent, carving: Carving) -> Layered:
+    """The parent with a carving's attention and its own networks, layer by layer."""
+    return parent.turned(layered(parent.model, lambda index: carved_layer(parent, carving, index, inside=False)))
 
 
 def waiting_room(parent: Parent) -> int:

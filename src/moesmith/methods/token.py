@@ -20,11 +20,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from moesmith.calibration.moments import Sums, fast_products
+from moesmith.calibration.moments import Sums
 from moesmith.calibration.view import LayerView, Tokens, spread
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans
-from moesmith.methods.refit import eliminate, fit_down, refit_down
+from moesmith.methods.groups import Fitting, Groups, sent
+from moesmith.methods.refit import eliminate, refit_down
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
 from moesmith.methods.scores import kept_channels, top
@@ -38,8 +39,6 @@ from moesmith.run.step import Job
 from moesmith.training.local import LocalSection, Outcome, at_once, order_of, reconstruct
 from moesmith.world import crew
 
-CHUNK = 4096  # tokens whose channels exist at once
-LOUD, FEW = 0.5, 0.05  # share of the hidden state that a network makes of a sink; the most tokens that can be sinks
 LIGHT = 0.2  # weight of a token's error, where the mean is 1, below which it is not clustered
 
 
@@ -103,16 +102,16 @@ class Token(Carver):
         spec, ffn = self.settings, view.network
         tokens = view.tokens().near(view.parent.device)
         router_ED, ids_T = self.route(view, tokens)
-        loud_T = sinks(tokens.share_T) if spec.sinks else torch.zeros(len(ids_T), dtype=torch.bool)
-        pooled = self.moments(ffn, tokens, spread(torch.arange(len(ids_T)), spec.gram))
-        rows = [((ids_T == expert) | loud_T).nonzero().flatten() for expert in range(spec.experts)]
+        fitting = Fitting(spec.ridge, spec.pool, spec.prior, spec.gram, spec.repair)
+        groups = Groups(ffn, tokens, ids_T, spec.experts, fitting, sinks=spec.sinks)
+        rows = groups.rows
         orders = [order_of(tokens, rows_N, spec, view.generator) for rows_N in rows]  # those of all processes
         made: dict[int, tuple[Expert, Outcome]] = {}
         mine = crew().mine(range(spec.experts))
         some = at_once(ffn, len(mine))
         for first in range(0, len(mine), some):
             now = mine[first : first + some]
-            parts = [self.start(ffn, tokens, rows[expert], pooled) for expert in now]
+            parts = [self.start(groups, expert) for expert in now]
             starts = [start for _, start in parts]
             trained = reconstruct(starts, tokens, [rows[e] for e in now], [orders[e] for e in now], spec)
             for expert, (kept, start), (found, outcome) in zip(now, parts, trained, strict=True):
@@ -122,18 +121,12 @@ class Token(Carver):
         self.report(ids_T, [made[expert][1] for expert in range(spec.experts)])
         return Layer([made[expert][0] for expert in range(spec.experts)], Linear(router_ED))
 
-    def start(
-        self, ffn: Network, tokens: Tokens, rows_N: Tensor, pooled: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Network]:
+    def start(self, groups: Groups, expert: int) -> tuple[Tensor, Network]:
         """An expert's channels, and itself refitted on its tokens, fp32."""
-        spec, (gram_FF, cross_DF) = self.settings, pooled
-        if spec.experts > 1:
-            share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
-            own = self.moments(ffn, tokens, spread(rows_N, spec.gram))
-            gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
-        down_DF = fit_down(ffn.down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else ffn.down_DF
+        gram_FF, down_DF = groups.fit(expert)
         kept = self.choose(down_DF, gram_FF)
-        return kept, ffn.narrowed(kept, refit_down(down_DF, gram_FF, kept, spec.ridge)).to(torch.float32)
+        refitted_DF = refit_down(down_DF, gram_FF, kept, self.settings.ridge)
+        return kept, groups.network.narrowed(kept, refitted_DF).to(torch.float32)
 
     def route(self, view: LayerView, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """A router (E, D), and the expert to which it sends every token (T,)."""
@@ -148,30 +141,7 @@ class Token(Carver):
         sums.add(sample_ND)
         constant_D, _ = constant_direction(sums.result())
         router_ED = centre_router(kmeans(sample_ND, experts, view.generator), constant_D)
-        # in the dtype of the model's own router, so that an expert is made for the tokens that it will get
-        weight_ED = router_ED.to(device, x_TD.dtype)
-        parts = [(rows_TD.to(device) @ weight_ED.T).float().argmax(-1).cpu() for rows_TD in x_TD.split(CHUNK)]
-        return router_ED, torch.cat(parts)
-
-    def moments(self, ffn: Network, tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted moments of channels a over some tokens: E[a aᵀ] (F, F), and with ``repair`` E[(y − b) aᵀ] (D, F).
-
-        b is the bias that the network adds, or nothing.
-        """
-        device = ffn.gate_FD.device
-        sums = Sums(len(ffn.gate_FD), device)
-        cross_DF = torch.zeros(ffn.down_DF.shape if self.settings.repair else (0, 0), device=device)
-        with fast_products(tokens.x_TD.dtype):
-            for rows in rows_N.split(CHUNK):
-                x_ND, y_ND, weight_N1 = tokens.take(rows, device)
-                a_NF = ffn.hidden(x_ND)
-                root_N1 = weight_N1.sqrt().to(a_NF.dtype)
-                a_NF = a_NF * root_N1
-                sums.add(a_NF)
-                if self.settings.repair:
-                    y_ND = (y_ND if ffn.down_bias_D is None else y_ND - ffn.down_bias_D) * root_N1
-                    cross_DF.addmm_(y_ND.float().T, a_NF.float())
-        return sums.result().gram_NN, cross_DF / max(1, len(rows_N))
+        return router_ED, sent(router_ED, x_TD, device)
 
     def choose(self, down_DF: Tensor, gram_FF: Tensor) -> Tensor:
         """The kept channels, sorted."""
@@ -206,18 +176,6 @@ class Token(Carver):
             f"{spec.experts} experts for groups of tokens, 1 active per token, {1 - spec.ratio:.0%} of the FFN each",
             f"channels by {spec.select}, down_proj refitted, then {spec.passes:g} passes of local training",
         ]
-
-
-def sinks(share_T: Tensor) -> Tensor:
-    """Which tokens' hidden state is mostly what the network adds, (T,) bool; none where that is nothing special.
-
-    Attention rests on a few tokens of huge activations, a text's first above all (arXiv:2309.17453, arXiv:2402.17762).
-    One or two networks make them, and a later one takes them back. Such a token counts no more than any other in an
-    error relative to the hidden state, and its kind is spread over all experts: one that never met it loses the sink,
-    and with it the attention of all later tokens.
-    """
-    loud_T = share_T > LOUD
-    return loud_T if float(loud_T.float().mean()) <= FEW else torch.zeros_like(loud_T)
 
 
 def as_expert(parent: Parent, kept: Tensor, found: Network, *, trained: bool) -> Expert:

@@ -147,11 +147,17 @@ def decoder(parent: Parent, carving: Carving) -> Decoder:
     return parent.turned(model)
 
 
-def carved_layer(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -> nn.Module:
-    """Build one decoder layer of a carving's model, all frozen; what the carving leaves alone is the parent's."""
+def carved_layer(
+    parent: Parent, carving: Carving, index: int, form: Form = "sliced", *, inside: bool = True
+) -> nn.Module:
+    """Build one decoder layer of a carving's model, all frozen; what the carving leaves alone is the parent's.
+
+    With ``inside`` false its network is the parent's as well.
+    """
     place, layers = decoder_layers(parent.model)
     layer, prefix = share(layers[index]).requires_grad_(False), f"{place}.{index}."
-    put(layer, parent.ffns[index].path.removeprefix(prefix), block(parent, carving, index, form))
+    if inside:
+        put(layer, parent.ffns[index].path.removeprefix(prefix), block(parent, carving, index, form))
     if carving.attention:
         install(layer, parent.config, HeadGate(carving.attention[index].tensors()).to(parent.model.device))
     _set_norms(layer, carving, prefix)

@@ -7,29 +7,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, ValidationError, field_validator
-from torch import Tensor
 
-from moesmith.calibration.stream import BATCH, Stream
+from moesmith.calibration.stream import NOT_ADDED
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.files.write import write_tensors
 from moesmith.methods.base import ROUTING, Method, refit_alone
-from moesmith.methods.channels import Channels, refit_experts
+from moesmith.methods.channels import Channels
 from moesmith.methods.registry import find, register
 from moesmith.methods.scores import kept_channels
-from moesmith.methods.steps import check_gram, waiting_room
 from moesmith.methods.tomoe.harvest import check_budget, harvest
 from moesmith.methods.tomoe.hypernetwork import Masks
 from moesmith.methods.tomoe.objective import MaskObjective
+from moesmith.methods.tomoe.refit import Refit, Refitted
 from moesmith.methods.tomoe.settings import MasksSection
 from moesmith.methods.tomoe.student import masked_model
 from moesmith.methods.tomoe.warm import expert_ratio, start_from
-from moesmith.mixture.carving import Carving
 from moesmith.mixture.count import parameters
-from moesmith.mixture.layer import Linear
-from moesmith.parent.accelerator import halving
 from moesmith.parent.load import Parent
 from moesmith.parent.sizes import Sizes
 from moesmith.run.folder import Run
@@ -43,7 +38,6 @@ from moesmith.training.tracking import Report
 from moesmith.world import crew
 
 CALIBRATION = 8192  # training tokens on which the widths of V/O are measured
-REFIT = 131_072  # training tokens whose activations a refit sees
 DECIDED = ("experts", "top_k", "ratio", "compensation", "ridge", "pool")  # of a start: ToMoE's own settings decide them
 
 
@@ -63,7 +57,7 @@ class Tomoe(Method):
         start: dict[str, Any] | None = Field(None, description="method and settings of a carving to start from")
         compensation: Literal["none", "refit"] = "none"
         ridge: float = Field(0.01, gt=0, description="refit: pull towards the parent's columns")
-        pool: float = Field(0.2, ge=0, le=1, description="refit: share of the pool in the mixed Gram matrix")
+        pool: float = Field(0.2, ge=0, le=1, description="refit: least share of all tokens in its moments")
 
         def without_effect(self) -> dict[str, str]:
             """Settings of a refit, if there is none."""
@@ -101,6 +95,11 @@ class Tomoe(Method):
         method.ratio = lambda parent: expert_ratio(Sizes.of(parent), self.spec.budget)
         return method
 
+    @cached_property
+    def refit(self) -> Refitted | None:
+        """What refits the learned experts."""
+        return Refitted(self.recipe, self.settings) if self.settings.compensation == "refit" else None
+
     @property
     def prunes_attention(self) -> bool:
         """Whether attention is pruned: yes unless ``masks.attention`` says no."""
@@ -113,6 +112,8 @@ class Tomoe(Method):
         if self.prunes_attention and parent.why:
             raise MoesmithError(f"attention is pruned where it is proved, and {parent.why[0].lower()}{parent.why[1:]}",
                                 "Set masks.attention to none.")  # fmt: skip
+        if self.refit is not None and not parent.additive:
+            raise MoesmithError(NOT_ADDED, "Set carve.compensation to none.")
         sizes = Sizes.of(parent)
         check_budget(sizes, self.spec.budget, self.spec.attention)
         if self.start is not None:
@@ -128,7 +129,7 @@ class Tomoe(Method):
         """List the steps: the start, the masks, the refit."""
         start = [] if self.start is None else self.start.steps()
         found: list[Step] = [*start, LearnMasks(self, *(step.name for step in start[-1:]))]
-        return found + ([Refit(self)] if self.settings.compensation == "refit" else [])
+        return found + ([Refit(self.recipe, self.refit, "masks", "corpus")] if self.refit is not None else [])
 
     def width(self, parent: Parent) -> int:
         """Return what the budget leaves; from scratch, as if attention and networks were pruned equally."""
@@ -228,58 +229,3 @@ class LearnMasks(Step):
         carving = 4 * sizes.L * shapes.E * (shapes.kept + sizes.D)
         disk = 12 * trained + carving
         return Cost("training", spec.tokens, seconds, memory, None, disk, shapes.parted(memory))
-
-
-class Refit(Step):
-    """Step *refit*: every expert's ``down_proj`` refitted on the tokens that its router sends to it (ours).
-
-    Statistics are the dense parent's, as in every step, over training text.
-    """
-
-    name, title = "refit", "down_proj refitted"
-
-    def __init__(self, method: Tomoe) -> None:
-        super().__init__(method.recipe, "masks", "corpus")
-        self.method = method
-
-    def settings(self, job: Job) -> dict[str, Any]:
-        """Return the settings of the least squares."""
-        return {"ridge": self.method.settings.ridge, "pool": self.method.settings.pool}
-
-    def make(self, job: Job, work: Path) -> Mapping[str, Any]:
-        """Write the carving with refitted matrices."""
-        parent = job.parent
-        blocks = job.run.training("masks")
-        ids_NS = blocks[: max(1, REFIT // self.method.spec.window)].long()
-        check_gram(parent, self.method.experts, gram=True)
-
-        def run(batch: int) -> tuple[Carving, Tensor]:
-            carving, tokens = job.run.carving("masks"), torch.zeros(self.method.experts)
-            room = waiting_room(parent)
-            with Stream(parent, [[ids_NS]], folder=work, room=room, batch=batch, label="refit") as stream:
-                for view in stream.views(torch.Generator()):
-                    layer = carving.layers[view.index]
-                    assert isinstance(layer.router, Linear)
-                    stats = view.statistics(
-                        _sends(layer.router.weight_ED.to(parent.device)), self.method.experts, gram=True
-                    )
-                    counts = [float(one.count) for one in stats]
-                    refit_experts(parent, view.index, layer.routed, stats, counts, self.method.settings)
-                    tokens += torch.tensor(counts)
-            return carving, tokens
-
-        carving, tokens = halving("refit", parent.device, BATCH, run)
-        carving.save(work)
-        return {"tokens": ids_NS.numel(), "share_by_expert": (tokens / tokens.sum()).tolist()}
-
-    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Count a pass with Gram matrices over some training text."""
-        tokens, sizes = min(REFIT, self.method.spec.tokens), shapes.sizes
-        seconds = tokens * (1 + 0.6 * sizes.L * sizes.F**2 / sizes.total) / pace.blocks if pace else 0.0
-        gram = shapes.gram(shapes.E + 2, channels=True)
-        return Cost(seconds=seconds, memory=gram, layerwise=gram, disk=shapes.down)
-
-
-def _sends(router_ED: Tensor) -> Any:
-    """Return the assignment of tokens that a top-1 router makes."""
-    return lambda x_TD, _group: torch.nn.functional.linear(x_TD, router_ED.to(x_TD.dtype)).argmax(-1)

@@ -1,0 +1,128 @@
+"""Groups of a layer's tokens, one for each expert of a router, and the ``down_proj`` that fits an expert to its own.
+
+What an expert should give is what the hidden state lacks to be the parent's own behind the layer, and an error counts
+relative to the hidden state: a text's first token is a hundred times as loud as any other behind some layers, and
+would decide everything there.
+
+Shapes: T tokens, N tokens of a group, D model width, F channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesmith.calibration.moments import Sums, fast_products
+from moesmith.calibration.view import Tokens, spread
+from moesmith.methods.refit import fit_down
+from moesmith.parent.structure import Network
+
+CHUNK = 4096  # tokens whose channels exist at once
+LOUD, FEW = 0.5, 0.05  # share of the hidden state that a network makes of a sink; the most tokens that can be sinks
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How least squares are regularised.
+
+    Attributes:
+        ridge: pull towards the parent's columns, relative to the mean energy of a channel.
+        pool: least share of all tokens in a group's moments.
+        prior: tokens that all tokens count for in them.
+        most: tokens of a group at most, evenly spread.
+        repair: tokens' outputs make up for what earlier layers lost, so ``down_proj`` is fitted to them.
+    """
+
+    ridge: float = 0.03
+    pool: float = 0.05
+    prior: int = 3000
+    most: int = 25_000
+    repair: bool = True
+
+
+class Groups:
+    """The tokens of a layer, parted among its experts.
+
+    Args:
+        network: the parent's, where and in what it computes.
+        tokens: all of the layer's.
+        ids_T: the expert of every token.
+        experts: how many there are.
+        fitting: how least squares are regularised.
+        sinks: every expert's group has all sinks as well (:func:`sinks_of`).
+        read_T: which tokens belong to a group at all, bool; all of them if left out.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        tokens: Tokens,
+        ids_T: Tensor,
+        experts: int,
+        fitting: Fitting,
+        *,
+        sinks: bool = True,
+        read_T: Tensor | None = None,
+    ) -> None:
+        self.network, self.tokens, self.fitting = network, tokens, fitting
+        read_T = torch.ones(len(ids_T), dtype=torch.bool) if read_T is None else read_T
+        loud_T = sinks_of(tokens.share_T) if sinks else torch.zeros(len(ids_T), dtype=torch.bool)
+        self.rows = [(read_T & ((ids_T == expert) | loud_T)).nonzero().flatten() for expert in range(experts)]
+        self.pooled = self._moments(read_T.nonzero().flatten())
+
+    def fit(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return an expert's moments of channels a, E[a aᵀ] (F, F), and the ``down_proj`` (D, F) of all channels.
+
+        Both fp32; the second is the parent's matrix, or with ``repair`` the one that gives what the tokens lack.
+        """
+        spec, rows_N, (gram_FF, cross_DF) = self.fitting, self.rows[expert], self.pooled
+        if len(self.rows) > 1:
+            share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
+            own = self._moments(rows_N)
+            gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
+        down_DF = self.network.down_DF
+        return gram_FF, fit_down(down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else down_DF
+
+    def _moments(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted moments of channels a over some tokens: E[a aᵀ] (F, F), and with ``repair`` E[(y − b) aᵀ] (D, F).
+
+        b is the bias that the network adds, or nothing.
+        """
+        ffn, rows_N = self.network, spread(rows_N, self.fitting.most)
+        device = ffn.gate_FD.device
+        sums = Sums(len(ffn.gate_FD), device)
+        cross_DF = torch.zeros(ffn.down_DF.shape if self.fitting.repair else (0, 0), device=device)
+        with fast_products(self.tokens.x_TD.dtype):
+            for rows in rows_N.split(CHUNK):
+                x_ND, y_ND, weight_N1 = self.tokens.take(rows, device)
+                a_NF = ffn.hidden(x_ND)
+                root_N1 = weight_N1.sqrt().to(a_NF.dtype)
+                a_NF = a_NF * root_N1
+                sums.add(a_NF)
+                if self.fitting.repair:
+                    y_ND = (y_ND if ffn.down_bias_D is None else y_ND - ffn.down_bias_D) * root_N1
+                    cross_DF.addmm_(y_ND.float().T, a_NF.float())
+        return sums.result().gram_NN, cross_DF / max(1, len(rows_N))
+
+
+def sent(router_ED: Tensor, x_TD: Tensor, device: torch.device) -> Tensor:
+    """The expert to which a linear top-1 router sends every token, (T,) on the CPU.
+
+    In the dtype of the tokens, as the model's own router computes: an expert is made for the tokens that it will get.
+    """
+    weight_ED = router_ED.to(device, x_TD.dtype)
+    return torch.cat([(rows_TD.to(device) @ weight_ED.T).float().argmax(-1).cpu() for rows_TD in x_TD.split(CHUNK)])
+
+
+def sinks_of(share_T: Tensor) -> Tensor:
+    """Which tokens' hidden state is mostly what the network adds, (T,) bool; none where that is nothing special.
+
+    Attention rests on a few tokens of huge activations, a text's first above all (arXiv:2309.17453, arXiv:2402.17762).
+    One or two networks make them, and a later one takes them back. Such a token counts no more than any other in an
+    error relative to the hidden state, and its kind is spread over all experts: one that never met it loses the sink,
+    and with it the attention of all later tokens.
+    """
+    loud_T = share_T > LOUD
+    return loud_T if float(loud_T.float().mean()) <= FEW else torch.zeros_like(loud_T)
