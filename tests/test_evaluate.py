@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,9 @@ from moesmith.data.text import Domain
 from moesmith.errors import MoesmithError
 from moesmith.evaluation import likelihoods
 from moesmith.evaluation import perplexity as evaluate
-from moesmith.testing.parents import tiny_model
+from moesmith.mixture.moe import build
+from moesmith.testing.masks import harvested
+from moesmith.testing.parents import tiny_model, tiny_parent
 from moesmith.testing.tokenizer import tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -142,6 +147,43 @@ def test_log_likelihoods_of_awkward_pairs() -> None:
         assert likelihood.greedy == greedy
         assert likelihood.truncated == 0
     assert found[6] == found[7]
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    **{family: partial(tiny_model, family) for family in ("llama", "qwen3", "phi")},
+    "sliding window": partial(tiny_model, "mistral", sliding_window=32),
+    "attention masked by token": lambda: build(tiny_parent("llama"), harvested(tiny_parent("llama"))),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_share_a_context_read_it_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And say what they say alone; a context that begins as the one before is read from where it differs."""
+    model, read = MODELS[name](), 0
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(2, 300, (count,), generator=draw).tolist()
+
+    examples = ids(80)
+    contexts = [examples + ids(5), examples + ids(7), ids(90), ids(6)]
+    pairs = [(context, ids(count)) for context in contexts for count in (3, 1, 4, 2)]
+    pairs += [(contexts[0], [*pairs[0][1][:2], 7]), pairs[1]]  # the same input as another row, and twice the same
+
+    def counted(model: Any, ids_BS: torch.Tensor, *cache: Any) -> torch.Tensor:
+        nonlocal read
+        read += ids_BS.numel()
+        return hidden(model, ids_BS, *cache)
+
+    hidden = likelihoods._hidden
+    monkeypatch.setattr(likelihoods, "_hidden", counted)
+    found = likelihoods.token_likelihoods(model, pairs, 120)
+    for (before, after), likelihood in zip(pairs, found, strict=True):
+        total, greedy = by_hand(model, before, after)
+        assert likelihood.total == pytest.approx(total, abs=1e-4)
+        assert likelihood.greedy == greedy
+    shared = 84 + 6 + 89 + 3 * 4 * 4 + 4 * 9
+    assert read == shared if name != "sliding window" else read > 2 * shared  # a sliding window cannot be taken back
 
 
 def test_greedy_is_recognised() -> None:

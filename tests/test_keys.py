@@ -169,6 +169,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "carve.prior": ["carve.prior=9999"],
     "carve.repair": ["carve.repair=false"],
     "carve.sinks": ["carve.sinks=false"],
+    "carve.among": ["carve.among=0.75"],
     "carve.sample": ["carve.sample=64"],
     "carve.gram": ["carve.gram=64"],
     "carve.marked": ["carve.marked=3"],

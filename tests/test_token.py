@@ -160,6 +160,26 @@ def test_where_nothing_was_lost_the_fit_is_the_parents(family: str) -> None:
     torch.testing.assert_close(away_DF, 2 * ffn.down_DF, rtol=0.05, atol=0.01)
 
 
+def test_elimination_among_the_loudest_channels() -> None:
+    """It chooses among them alone, and what is left is the least squares of its choice."""
+    parent = tiny_parent("llama")
+    ffn, tokens = parent.ffns[1], tokens_of(parent, 1, repair=True)
+    ids_T = torch.arange(len(tokens.x_TD)) % 3
+    groups = Groups(ffn, tokens, ids_T, 3, Fitting(), sinks=False)
+    every_F, gram_FF, down_DF = groups.fit(1)
+    some_S, gram_SS, down_DS = groups.fit(1, 40)
+    energy_F = gram_FF.diagonal() * ffn.down_DF.square().sum(0)
+    assert every_F.tolist() == list(range(parent.F))
+    assert some_S.tolist() == energy_F.topk(40).indices.sort().values.tolist()
+    torch.testing.assert_close(gram_SS, gram_FF[some_S][:, some_S])
+    assert torch.equal(groups.fit(1, parent.F)[2], down_DF)
+    chosen = eliminate(down_DS, gram_SS, 20, 0.03)
+    kept = some_S[chosen]
+    straight_DS = refit_down(down_DF, gram_FF, kept, 1e-6)  # through the fit of all channels
+    narrow_DS = refit_down(down_DS, gram_SS, chosen, 1e-6)
+    torch.testing.assert_close(straight_DS, narrow_DS, rtol=0.1, atol=0.02)
+
+
 def test_a_router_without_bias_finds_the_nearest_centre() -> None:
     generator = torch.Generator().manual_seed(0)
     means_ED = 3 * torch.randn(5, 16, generator=generator)

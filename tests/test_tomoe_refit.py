@@ -70,11 +70,11 @@ def test_loud_tokens_do_not_decide() -> None:
     with Stream(parent, [[WINDOWS]], "carved", held=True) as stream:
         tokens = next(tokens_of(view) for view in stream.views(generator))
     ids_T = torch.arange(len(tokens.x_TD)) % 2
-    quiet = Groups(ffn, tokens, ids_T, 2, Fitting(repair=False), sinks=False).fit(0)[0]
+    quiet = Groups(ffn, tokens, ids_T, 2, Fitting(repair=False), sinks=False).fit(0)[1]
     tokens.x_TD[0] *= 100
-    loud = Groups(ffn, tokens, ids_T, 2, Fitting(repair=False), sinks=False).fit(0)[0]
+    loud = Groups(ffn, tokens, ids_T, 2, Fitting(repair=False), sinks=False).fit(0)[1]
     tokens.weight_T[0] /= 1e8  # its channels are products of two such inputs
-    weighed = Groups(ffn, tokens, ids_T, 2, Fitting(repair=False), sinks=False).fit(0)[0]
+    weighed = Groups(ffn, tokens, ids_T, 2, Fitting(repair=False), sinks=False).fit(0)[1]
     assert (loud - quiet).norm() > 10 * quiet.norm()
     assert (weighed - quiet).norm() < 0.2 * quiet.norm()
 

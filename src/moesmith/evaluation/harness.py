@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.perplexity import WINDOW
+from moesmith.evaluation.likelihoods import token_likelihoods
 from moesmith.evaluation.sandbox import check_sandbox, passes
 from moesmith.evaluation.templates import COMPLETION, Task, load_task, share, task_names
 from moesmith.parent.checkpoint import quiet
@@ -192,10 +192,9 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             whole = [context + continuation for _, context, continuation in requests]
             if cut := sum(len(ids) > self.max_length + 1 for ids in whole):
                 say(f"{self.label}: {cut} prompts were longer than the model's context and lost tokens on their left")
-            longest = min(max(map(len, whole)), self.max_length)
-            self.batch_size_per_gpu = max(1, batch * WINDOW // longest)
-            with meter(self.label, len({tuple(ids[:-1]) for ids in whole}), "prompts") as self.bar:
-                return super()._loglikelihood_tokens(requests, disable_tqdm)
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            found = token_likelihoods(self.model, pairs, self.max_length, batch, label=self.label)
+            return [(one.total, one.greedy) for one in found]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             self.batch_size_per_gpu, most = WRITERS, self.max_length // 2
@@ -209,11 +208,6 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             if self.bar is not None:
                 self.bar.advance(len(context))
             return made
-
-        def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if self.bar is not None:
-                self.bar.advance(len(inps))
-            return super()._model_call(inps, *args, **kwargs)
 
     return Model(
         pretrained=model,

@@ -6,13 +6,15 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from moesmith.console import meter
 from moesmith.data.text import read_records, records_file
@@ -20,6 +22,8 @@ from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW, context_length, evaluating, logits_of, text_field
 from moesmith.parent.accelerator import halving
 from moesmith.parent.vocabulary import refuse_ids, rows_of
+
+LONG = 64  # tokens of a context that is worth sharing
 
 
 class Likelihood(NamedTuple):
@@ -71,8 +75,6 @@ def log_likelihoods(
 ) -> list[Likelihood]:
     """Compute each continuation's log-likelihood after its context, token for token as lm-evaluation-harness does.
 
-    Pairs whose input is the same (all but the last token) share one row; rows go through the model longest first.
-
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
@@ -83,29 +85,50 @@ def log_likelihoods(
     Raises:
         MoesmithError: a continuation has no token of its own, or more tokens than the model's context.
     """
-
-    def run(rows: int) -> list[Likelihood]:
-        return _likelihoods(model, tokenizer, pairs, rows, label)
-
-    return halving(label or "log-likelihoods", model.device, batch, run)
+    encoded = _encode(tokenizer, pairs)
+    return token_likelihoods(model, encoded, context_length(model, tokenizer), batch, label=label)
 
 
-def _hidden(model: PreTrainedModel, ids_BS: Tensor) -> Tensor:
-    """Compute the final hidden states (B, S, D)."""
-    return model.base_model(input_ids=ids_BS.to(model.device), use_cache=False).last_hidden_state
+def token_likelihoods(
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    longest: int,
+    batch: int = 8,
+    *,
+    label: str | None = None,
+) -> list[Likelihood]:
+    """Compute the same for (context, continuation) in token ids, each of one token at least.
+
+    Pairs whose input is the same (all but the last token) share one row. Rows that share a long context, such as the
+    choices of a question behind its examples, go through the model behind it, and a next context keeps what it has in
+    common with the one before (the model's own key-value cache). Logits are computed where a token is asked for alone.
+
+    Args:
+        model: a causal language model.
+        pairs: token ids.
+        longest: the model's context; longer pairs lose tokens on their left.
+        batch: sequences of 512 tokens per forward pass; more if they are shorter.
+        label: show progress under this name.
+
+    Raises:
+        MoesmithError: a continuation has more tokens than the model's context.
+    """
+    return halving(
+        label or "log-likelihoods", model.device, batch, lambda n: _likelihoods(model, pairs, longest, n, label)
+    )
+
+
+Row = tuple[int, ...]
+Asked = dict[Row, list[tuple[int, list[int]]]]  # what a model reads → the pairs it serves, each with its continuation
 
 
 def _likelihoods(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
-    batch: int,
-    label: str | None,
+    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]], longest: int, batch: int, label: str | None
 ) -> list[Likelihood]:
-    longest, known = context_length(model, tokenizer), rows_of(model)
-    cut: list[int] = []
-    rows: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}  # input → the pairs it serves, each with its tokens
-    for index, (before, after) in enumerate(_encode(tokenizer, pairs)):
+    known, cut = rows_of(model), list[int]()
+    rows: Asked = {}
+    contexts: dict[Row, Row] = {}  # of a row, all but the last token of its context
+    for index, (before, after) in enumerate(pairs):
         if len(after) > longest:
             raise MoesmithError(
                 f"A continuation of {len(after)} tokens is longer than the model's context of {longest}",
@@ -114,31 +137,93 @@ def _likelihoods(
         refuse_ids(torch.tensor(before + after), known, "a record")
         whole = (before + after)[-(longest + 1) :]
         cut.append(len(before) + len(after) - len(whole))
-        rows.setdefault(tuple(whole[:-1]), []).append((index, after))
+        row = tuple(whole[:-1])
+        rows.setdefault(row, []).append((index, after))
+        here = row[: len(row) - len(after)]
+        contexts[row] = min(contexts.get(row, here), here, key=len)
 
     result: list[Likelihood] = [Likelihood(math.nan, False, 0)] * len(cut)
-    shown = meter(label, sum(map(len, rows))) if label else nullcontext()
+    shown = meter(label, len(rows), "prompts") if label else nullcontext()
+    alone, families = _families(contexts) if Shared.possible(model) else (list(contexts), {})
     with shown as bar, evaluating(model):
-        for inputs in _batches(sorted(rows, key=len, reverse=True), batch * WINDOW):
-            ids_BS = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.int64)
-            for row_S, ids in zip(ids_BS, inputs, strict=True):
-                row_S[: len(ids)] = torch.tensor(ids)  # padded on the right, which earlier tokens do not see
+
+        def answer(inputs: Sequence[Row], skipped: int, hidden_BSD: Tensor) -> None:
             asked = [(row, index, after) for row, ids in enumerate(inputs) for index, after in rows[ids]]
             wanted_T3 = torch.tensor(
                 [
-                    (row, len(inputs[row]) - len(after) + k, token)
+                    (row, len(inputs[row]) - skipped - len(after) + k, token)
                     for row, _, after in asked
                     for k, token in enumerate(after)
                 ]
             )
             row_T, position_T, target_T = wanted_T3.to(model.device).T
-            log_T, greedy_T = _score(model, _hidden(model, ids_BS)[row_T, position_T], target_T)
+            log_T, greedy_T = _score(model, hidden_BSD[row_T, position_T], target_T)
             sizes = [len(after) for _, _, after in asked]
             for (_, index, _), log, greedy in zip(asked, log_T.split(sizes), greedy_T.split(sizes), strict=True):
                 result[index] = Likelihood(float(log.double().sum()), bool(greedy.all()), cut[index])
             if bar is not None:
-                bar.advance(sum(map(len, inputs)))
+                bar.advance(len(inputs))
+
+        for inputs in _batches(sorted(alone, key=len, reverse=True), batch * WINDOW):
+            answer(inputs, 0, _hidden(model, _padded(inputs)))
+        context = Shared(model)
+        for shared in sorted(families):
+            context.become(shared)
+            behind = sorted((row[len(shared) :] for row in families[shared]), key=len, reverse=True)
+            for some in _batches(behind, max(1, batch * WINDOW - len(shared))):
+                answer([shared + row for row in some], len(shared), context.behind(_padded(some)))
     return result
+
+
+def _families(contexts: dict[Row, Row]) -> tuple[list[Row], dict[Row, list[Row]]]:
+    """Part rows that go alone from those that share a long context, by it."""
+    found: dict[Row, list[Row]] = {}
+    for row, context in contexts.items():
+        found.setdefault(context, []).append(row)
+    families = {context: rows for context, rows in found.items() if len(rows) > 1 and len(context) >= LONG}
+    return [row for row, context in contexts.items() if context not in families], families
+
+
+def _padded(inputs: Sequence[Row]) -> Tensor:
+    """Stack rows, the longest first: padded on the right, which earlier tokens do not see."""
+    ids_BS = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.int64)
+    for row_S, ids in zip(ids_BS, inputs, strict=True):
+        row_S[: len(ids)] = torch.tensor(ids)
+    return ids_BS
+
+
+def _hidden(model: PreTrainedModel, ids_BS: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    """Compute the final hidden states (B, S, D), behind what a cache holds."""
+    options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+    found: Tensor = model.base_model(input_ids=ids_BS.to(model.device), **options).last_hidden_state
+    return found
+
+
+class Shared:
+    """A context that several rows share, as the model's keys and values of it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache()
+        self.ids: Row = ()
+
+    @staticmethod
+    def possible(model: PreTrainedModel) -> bool:
+        """Whether the model's layers all keep every position: a sliding window forgets what a crop brings back."""
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+    def become(self, ids: Row) -> None:
+        """Read another context, from where it differs from the one before."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
+        self.cache.crop(same - len(self.ids))
+        if same < len(ids):
+            _hidden(self.model, torch.tensor([ids[same:]]), self.cache)
+        self.ids = ids
+
+    def behind(self, ids_BS: Tensor) -> Tensor:
+        """Compute the final hidden states of rows behind the context, (B, S, D); the context stays as it is."""
+        layers: list[Any] = self.cache.layers
+        wide = [tuple(part.expand(len(ids_BS), -1, -1, -1) for part in (one.keys, one.values)) for one in layers]
+        return _hidden(self.model, ids_BS, DynamicCache(wide))
 
 
 def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +236,7 @@ def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple
     return torch.cat(log).cpu(), torch.cat(greedy).cpu()
 
 
-def _batches(inputs: Sequence[tuple[int, ...]], tokens: int) -> Iterator[Sequence[tuple[int, ...]]]:
+def _batches(inputs: Sequence[Row], tokens: int) -> Iterator[Sequence[Row]]:
     """Split ``inputs``, longest first, into batches that fill at most ``tokens`` when padded to their first."""
     start = 0
     while start < len(inputs):

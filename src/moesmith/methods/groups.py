@@ -17,6 +17,7 @@ from torch import Tensor
 from moesmith.calibration.moments import Sums, fast_products
 from moesmith.calibration.view import Tokens, spread
 from moesmith.methods.refit import fit_down
+from moesmith.methods.scores import most
 from moesmith.parent.structure import Network
 
 CHUNK = 4096  # tokens whose channels exist at once
@@ -72,18 +73,31 @@ class Groups:
         self.rows = [(read_T & ((ids_T == expert) | loud_T)).nonzero().flatten() for expert in range(experts)]
         self.pooled = self._moments(read_T.nonzero().flatten())
 
-    def fit(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Return an expert's moments of channels a, E[a aᵀ] (F, F), and the ``down_proj`` (D, F) of all channels.
+    def fit(self, expert: int, among: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Fit a ``down_proj`` to an expert's tokens.
 
-        Both fp32; the second is the parent's matrix, or with ``repair`` the one that gives what the tokens lack.
+        Args:
+            expert: which one.
+            among: the number of channels that it may have: those of the most energy; all of them if left out.
+
+        Returns:
+            These S channels, sorted, on the CPU; moments of their activations a, E[a aᵀ] (S, S) fp32; their
+            ``down_proj`` (D, S): the parent's if they are all and nothing is repaired, else fp32, the one that gives
+            what the tokens lack.
         """
         spec, rows_N, (gram_FF, cross_DF) = self.fitting, self.rows[expert], self.pooled
         if len(self.rows) > 1:
             share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
             own = self._moments(rows_N)
             gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
-        down_DF = self.network.down_DF
-        return gram_FF, fit_down(down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else down_DF
+        down_DF, channels = self.network.down_DF, torch.arange(len(gram_FF))
+        if among is None or among >= len(channels):
+            return channels, gram_FF, fit_down(down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else down_DF
+        channels = most((gram_FF.diagonal() * down_DF.float().square().sum(0)).cpu(), among)
+        here = channels.to(gram_FF.device)
+        cross_DS = cross_DF[:, here] if spec.repair else down_DF.float() @ gram_FF[:, here]
+        gram_SS = gram_FF[here][:, here]
+        return channels, gram_SS, fit_down(down_DF[:, here], gram_SS, cross_DS, spec.ridge)
 
     def _moments(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted moments of channels a over some tokens: E[a aᵀ] (F, F), and with ``repair`` E[(y − b) aᵀ] (D, F).

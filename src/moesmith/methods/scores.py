@@ -84,8 +84,12 @@ def kept_channels(d_ff: int, ratio: float) -> int:
 
 def top(scores_F: Tensor, ratio: float) -> Tensor:
     """Choose the channels of one layer with the highest scores, sorted; ties by lower index."""
-    kept = kept_channels(len(scores_F), ratio)
-    return scores_F.argsort(descending=True, stable=True)[:kept].sort().values
+    return most(scores_F, kept_channels(len(scores_F), ratio))
+
+
+def most(scores_F: Tensor, count: int) -> Tensor:
+    """Choose so many channels with the highest scores, sorted; ties by lower index."""
+    return scores_F.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def choose(scores_LF: Tensor, ratio: float, selection: Selection = "uniform") -> list[Tensor]:

@@ -28,7 +28,7 @@ from moesmith.methods.groups import Fitting, Groups, sent
 from moesmith.methods.refit import eliminate, refit_down
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
-from moesmith.methods.scores import kept_channels, top
+from moesmith.methods.scores import kept_channels, most
 from moesmith.methods.steps import check_gram
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
@@ -56,6 +56,13 @@ class Token(Carver):
         experts: int = Field(8, ge=1, le=1024)
         ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels pruned from each expert")
         select: Literal["elimination", "energy"] = "elimination"
+        among: float = Field(
+            1.0,
+            gt=0,
+            le=1,
+            description="elimination: the share of the channels that it begins with, those of the most energy",
+            json_schema_extra={"neutral": 1.0},
+        )
         sinks: bool = Field(
             True,
             description="every expert learns the few tokens whose hidden state one network makes",
@@ -72,6 +79,7 @@ class Token(Carver):
             """Of clusters, where there is one; of training, where there is none."""
             grouped = ("sample", "pool", "prior", "sinks") if self.experts == 1 else ()
             found = dict.fromkeys(grouped, "carve.experts is 1")
+            found |= {"among": "carve.select is energy"} if self.select == "energy" else {}
             return found | (dict.fromkeys(("batch", "lr"), "carve.passes is 0") if not self.passes else {})
 
     def needs(self) -> Needs:
@@ -123,10 +131,12 @@ class Token(Carver):
 
     def start(self, groups: Groups, expert: int) -> tuple[Tensor, Network]:
         """An expert's channels, and itself refitted on its tokens, fp32."""
-        gram_FF, down_DF = groups.fit(expert)
-        kept = self.choose(down_DF, gram_FF)
-        refitted_DF = refit_down(down_DF, gram_FF, kept, self.settings.ridge)
-        return kept, groups.network.narrowed(kept, refitted_DF).to(torch.float32)
+        spec, F = self.settings, groups.network.down_DF.shape[1]
+        keep = kept_channels(F, spec.ratio)
+        among_S, gram_SS, down_DS = groups.fit(expert, max(keep, round(spec.among * F)))
+        chosen = self.choose(down_DS, gram_SS, keep)
+        refitted_DF = refit_down(down_DS, gram_SS, chosen, spec.ridge)
+        return among_S[chosen], groups.network.narrowed(among_S[chosen], refitted_DF).to(torch.float32)
 
     def route(self, view: LayerView, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """A router (E, D), and the expert to which it sends every token (T,)."""
@@ -143,12 +153,11 @@ class Token(Carver):
         router_ED = centre_router(kmeans(sample_ND, experts, view.generator), constant_D)
         return router_ED, sent(router_ED, x_TD, device)
 
-    def choose(self, down_DF: Tensor, gram_FF: Tensor) -> Tensor:
-        """The kept channels, sorted."""
+    def choose(self, down_DS: Tensor, gram_SS: Tensor, keep: int) -> Tensor:
+        """The places of the kept channels among those to choose from, sorted."""
         if self.settings.select == "elimination":
-            kept = kept_channels(len(gram_FF), self.settings.ratio)
-            return eliminate(down_DF, gram_FF, kept, self.settings.ridge)
-        return top((gram_FF.diagonal() * down_DF.float().square().sum(0)).cpu(), self.settings.ratio)
+            return eliminate(down_DS, gram_SS, keep, self.settings.ridge)
+        return most((gram_SS.diagonal() * down_DS.float().square().sum(0)).cpu(), keep)
 
     def report(self, ids_T: Tensor, outcomes: Sequence[Outcome]) -> None:
         """Keep what the manifest says of a layer."""

@@ -93,7 +93,7 @@ class Refitted(Carver):
         self, groups: Groups, number: int, expert: Expert, rows_N: Tensor, dtype: torch.dtype
     ) -> tuple[Expert, tuple[float, float, float]]:
         """An expert with the better ``down_proj``; on unread tokens, squared errors before, after, and of nothing."""
-        gram_FF, down_DF = groups.fit(number)
+        _, gram_FF, down_DF = groups.fit(number)
         network, kept, tokens = groups.network, expert.channels, groups.tokens
         own_DF = network.down_DF[:, kept.to(network.down_DF.device)]
         refitted_DF = refit_down(down_DF, gram_FF, kept, self.settings.ridge)
