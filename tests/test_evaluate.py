@@ -175,8 +175,8 @@ def test_rows_that_share_a_context_read_it_once(name: str, monkeypatch: pytest.M
         read += ids_BS.numel()
         return hidden(model, ids_BS, *cache)
 
-    hidden = likelihoods._hidden
-    monkeypatch.setattr(likelihoods, "_hidden", counted)
+    hidden = likelihoods.hidden
+    monkeypatch.setattr(likelihoods, "hidden", counted)
     found = likelihoods.token_likelihoods(model, pairs, 120)
     for (before, after), likelihood in zip(pairs, found, strict=True):
         total, greedy = by_hand(model, before, after)

@@ -17,9 +17,10 @@ from moesmith.console import log_to, meter, say
 from moesmith.data.records import Chat, Record, asked
 from moesmith.data.text import load_domains, source_digest
 from moesmith.errors import MoesmithError
-from moesmith.evaluation.answers import Written, ends_of, write_answers
+from moesmith.evaluation.answers import PORTION, ends_of, write_answers
 from moesmith.evaluation.perplexity import context_length
 from moesmith.evaluation.prompt import token_ids, written
+from moesmith.evaluation.writer import Written
 from moesmith.files.artefact import read_json
 from moesmith.files.lock import folder_lock
 from moesmith.files.outputs import check_place, existing
@@ -124,17 +125,16 @@ def _file(
     fit = [index for index, ids in enumerate(prompts) if len(ids) <= room]
     if len(fit) < len(turns):
         say(f"{name}: {len(turns) - len(fit)} questions leave no room for an answer")
-    done = _kept(part, len(fit), head["batch"])
+    done = _kept(part, len(fit), PORTION * head["batch"])
     left, ends = fit[len(done) :], ends_of(parent.model, parent.tokenizer)
     part.parent.mkdir(exist_ok=True)
     with meter(f"{name} {split}", len(left), "answers") as bar, open(part, "a", encoding="utf-8") as file:
         options = (head["tokens"], head["batch"], head["temperature"], head["seed"] + len(done))
-        made = write_answers(parent.model, ends, [prompts[i] for i in left], *options)
+        made = write_answers(parent.model, ends, [prompts[i] for i in left], *options, bar)
         for index, answer in zip(left, _flat(made, file), strict=True):
             record = _record(parent, turns[index], answer)
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             done.append(record)
-            bar.advance(1)
     kept = [record for record in done if record["text"].strip() and (record["ended"] or head["unfinished"])]
     if not kept:
         raise MoesmithError(
@@ -148,9 +148,9 @@ def _file(
 
 
 def _flat(made: Iterator[list[Written]], file: Any) -> Iterator[Written]:
-    """Yield answers one by one; what was written of a batch is on the disk before the next one begins."""
-    for batch in made:
-        yield from batch
+    """Yield answers one by one; what was written of a portion is on the disk before the next one begins."""
+    for portion in made:
+        yield from portion
         file.flush()
 
 
@@ -166,12 +166,12 @@ def _record(parent: Parent, turns: Chat, answer: Written) -> dict[str, Any]:
     return {"messages": messages, "text": text, "ended": answer.ended, "tokens": len(answer.ids)}
 
 
-def _kept(path: Path, wanted: int, batch: int) -> list[dict[str, Any]]:
-    """Read the answers of whole batches and cut off the rest, so that batches are what they would have been."""
+def _kept(path: Path, wanted: int, portion: int) -> list[dict[str, Any]]:
+    """Read the answers of whole portions and cut off the rest, so that portions are what they would have been."""
     if not path.is_file():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break was cut short
-    whole = lines if len(lines) >= wanted else lines[: len(lines) // batch * batch]
+    whole = lines if len(lines) >= wanted else lines[: len(lines) // portion * portion]
     with open(path, "rb+") as file:
         file.truncate(sum(len(line) + 1 for line in whole))
     return [json.loads(line) for line in whole]

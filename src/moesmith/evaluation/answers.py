@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moesmith.console import Meter
 from moesmith.evaluation.perplexity import evaluating
+from moesmith.evaluation.writer import Written, keeps_all, write
 
-
-@dataclass(frozen=True)
-class Written:
-    """An answer.
-
-    Attributes:
-        ids: its token ids, without the end.
-        ended: whether it ended by itself.
-    """
-
-    ids: list[int]
-    ended: bool
+PORTION = 4  # batches of prompts that are answered together: where an answer ends, another prompt takes its place
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -40,6 +30,7 @@ def write_answers(
     batch: int,
     temperature: float = 0.0,
     seed: int = 0,
+    bar: Meter | None = None,
 ) -> Iterator[list[Written]]:
     """Answer prompts of any lengths, ``batch`` at a time.
 
@@ -50,26 +41,53 @@ def write_answers(
         new: most tokens of an answer.
         batch: prompts at the same time.
         temperature: 0 for the most likely token.
-        seed: of the draws; a batch's draws do not depend on the batches before it.
+        seed: of the draws; a portion's do not depend on the portions before it.
+        bar: a progress bar that counts answers.
 
     Yields:
-        the answers to the next prompts, in order.
+        the answers to the next :data:`PORTION` · ``batch`` prompts, in order.
     """
+    for start in range(0, len(prompts), PORTION * batch):
+        part = prompts[start : start + PORTION * batch]
+        found: dict[int, Written] = {}
+
+        def done(index: int, answer: Written) -> None:
+            found[index] = answer  # noqa: B023
+            if bar is not None:
+                bar.advance(1)
+
+        if keeps_all(model):
+            options: dict[str, Any] = {"temperature": temperature, "seed": seed + start}
+            write(model, part, done, ends=ends, new=new, rows=batch, **options)
+        else:
+            for first in range(0, len(part), batch):
+                made = _generated(model, ends, part[first : first + batch], new, temperature, seed + start + first)
+                for index, answer in enumerate(made, first):
+                    done(index, answer)
+        yield [found[index] for index in range(len(part))]
+
+
+def _generated(
+    model: PreTrainedModel,
+    ends: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    temperature: float,
+    seed: int,
+) -> list[Written]:
+    """Answer prompts with transformers' ``generate``, which knows caches of every kind."""
     generate: Any = model.generate
-    pad = min(ends, default=0)
+    pad, longest = min(ends, default=0), max(map(len, prompts))
     options: dict[str, Any] = {"max_new_tokens": new, "pad_token_id": pad, "eos_token_id": list(ends) or None}
     options |= {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        longest = max(map(len, part))
-        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in part], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part], device=model.device)
-        devices = [model.device] if model.device.type == "cuda" else []
-        with evaluating(model), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed + start)
-            made = generate(ids, attention_mask=mask, **options)
-        found = []
-        for row in made[:, longest:].tolist():
-            end = next((place for place, token in enumerate(row) if token in ends), None)
-            found.append(Written(row if end is None else row[:end], end is not None))
-        yield found
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        made = generate(ids, attention_mask=mask, **options)
+    found = []
+    for row in made[:, longest:].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), None)
+        found.append(Written(row if end is None else row[:end], end is not None))
+    return found

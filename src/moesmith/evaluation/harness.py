@@ -20,9 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.answers import ends_of
 from moesmith.evaluation.likelihoods import token_likelihoods
 from moesmith.evaluation.sandbox import check_sandbox, passes
 from moesmith.evaluation.templates import COMPLETION, Task, load_task, share, task_names
+from moesmith.evaluation.writer import Written, keeps_all, write
 from moesmith.parent.checkpoint import quiet
 
 WRITERS = 16  # answers that a model writes at the same time: each step reads all weights once for all of them
@@ -180,6 +182,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     class Model(HFLM):  # type: ignore[misc]
         label = "lm-eval"
         bar: Meter | None = None
+        together = False  # whether all answers are written by one call, where one ends the next prompt joins
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -197,16 +200,43 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             return [(one.total, one.greedy) for one in found]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            self.batch_size_per_gpu, most = WRITERS, self.max_length // 2
+            sampled = any(request.args[1].get("do_sample") for request in requests)
+            self.together, most = keeps_all(self.model) and not sampled, self.max_length // 2
+            self.batch_size_per_gpu = len(requests) if self.together else WRITERS
             for options in (request.args[1] for request in requests):  # a short context is half the prompt's
                 options["max_gen_toks"] = min(options.get("max_gen_toks", self.max_gen_toks), most)
             with meter(self.label, len(requests), "prompts") as self.bar:
                 return super().generate_until(requests, disable_tqdm=True)
 
         def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.together:
+                return self._written(context, *args, **kwargs)
             made = super()._model_generate(context, *args, **kwargs)
             if self.bar is not None:
                 self.bar.advance(len(context))
+            return made
+
+        def _written(
+            self, context: torch.Tensor, max_length: int, stop: list[str], attention_mask: torch.Tensor, **_: Any
+        ) -> torch.Tensor:
+            """The most likely answers as the harness wants them: behind their prompts, padded on the right."""
+            longest, pad = context.shape[1], self.tokenizer.pad_token_id
+            made = torch.full((len(context), max_length), pad)
+            made[:, :longest] = context
+            look = 2 + max(len(self.tokenizer.encode(text, add_special_tokens=False)) for text in stop)
+
+            def done(index: int, answer: Written) -> None:
+                made[index, longest : longest + len(answer.ids)] = torch.tensor(answer.ids)
+                if self.bar is not None:
+                    self.bar.advance(1)
+
+            def stops(ids: list[int]) -> bool:
+                text = self.tokenizer.decode(ids[-look:])
+                return any(sequence in text for sequence in stop)
+
+            prompts = [ids[mask.bool()].tolist() for ids, mask in zip(context, attention_mask, strict=True)]
+            given: dict[str, Any] = {"ends": ends_of(self.model, self.tokenizer), "new": max_length - longest}
+            write(self.model, prompts, done, rows=WRITERS, stop=stops, **given)
             return made
 
     return Model(

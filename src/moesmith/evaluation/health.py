@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.console import meter
-from moesmith.evaluation.answers import Written, ends_of, write_answers
+from moesmith.evaluation.answers import ends_of, write_answers
 from moesmith.evaluation.prompt import written
+from moesmith.evaluation.writer import Written
 
 NEW = 256  # most tokens of an answer
 BATCH = 8
@@ -73,9 +74,8 @@ def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: int
     prompts = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
     found: list[Written] = []
     with meter("answers", len(prompts), "prompts") as bar:
-        for part in write_answers(model, ends_of(model, tokenizer), prompts, new, BATCH):
+        for part in write_answers(model, ends_of(model, tokenizer), prompts, new, BATCH, bar=bar):
             found += part
-            bar.advance(len(part))
     return found
 
 

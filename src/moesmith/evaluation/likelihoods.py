@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from moesmith.console import meter
 from moesmith.data.text import read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW, context_length, evaluating, logits_of, text_field
+from moesmith.evaluation.writer import hidden, keeps_all
 from moesmith.parent.accelerator import halving
 from moesmith.parent.vocabulary import refuse_ids, rows_of
 
@@ -144,7 +144,7 @@ def _likelihoods(
 
     result: list[Likelihood] = [Likelihood(math.nan, False, 0)] * len(cut)
     shown = meter(label, len(rows), "prompts") if label else nullcontext()
-    alone, families = _families(contexts) if Shared.possible(model) else (list(contexts), {})
+    alone, families = _families(contexts) if keeps_all(model) else (list(contexts), {})
     with shown as bar, evaluating(model):
 
         def answer(inputs: Sequence[Row], skipped: int, hidden_BSD: Tensor) -> None:
@@ -165,7 +165,7 @@ def _likelihoods(
                 bar.advance(len(inputs))
 
         for inputs in _batches(sorted(alone, key=len, reverse=True), batch * WINDOW):
-            answer(inputs, 0, _hidden(model, _padded(inputs)))
+            answer(inputs, 0, hidden(model, _padded(inputs)))
         context = Shared(model)
         for shared in sorted(families):
             context.become(shared)
@@ -192,13 +192,6 @@ def _padded(inputs: Sequence[Row]) -> Tensor:
     return ids_BS
 
 
-def _hidden(model: PreTrainedModel, ids_BS: Tensor, cache: DynamicCache | None = None) -> Tensor:
-    """Compute the final hidden states (B, S, D), behind what a cache holds."""
-    options: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
-    found: Tensor = model.base_model(input_ids=ids_BS.to(model.device), **options).last_hidden_state
-    return found
-
-
 class Shared:
     """A context that several rows share, as the model's keys and values of it."""
 
@@ -206,24 +199,19 @@ class Shared:
         self.model, self.cache = model, DynamicCache()
         self.ids: Row = ()
 
-    @staticmethod
-    def possible(model: PreTrainedModel) -> bool:
-        """Whether the model's layers all keep every position: a sliding window forgets what a crop brings back."""
-        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
-
     def become(self, ids: Row) -> None:
         """Read another context, from where it differs from the one before."""
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
         self.cache.crop(same - len(self.ids))
         if same < len(ids):
-            _hidden(self.model, torch.tensor([ids[same:]]), self.cache)
+            hidden(self.model, torch.tensor([ids[same:]]), self.cache)
         self.ids = ids
 
     def behind(self, ids_BS: Tensor) -> Tensor:
         """Compute the final hidden states of rows behind the context, (B, S, D); the context stays as it is."""
         layers: list[Any] = self.cache.layers
         wide = [tuple(part.expand(len(ids_BS), -1, -1, -1) for part in (one.keys, one.values)) for one in layers]
-        return _hidden(self.model, ids_BS, DynamicCache(wide))
+        return hidden(self.model, ids_BS, DynamicCache(wide))
 
 
 def _score(model: PreTrainedModel, hidden_TD: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,187 @@
+"""Let a model write many answers at the same time: where one ends, the next prompt takes its place.
+
+Transformers' ``generate`` runs a batch until its longest answer ends, and a step costs nearly as much for the last
+answer as for all. Here rows that ended leave the batch, and prompts that wait are read and join it.
+
+Shapes: B rows, S positions that are read, N positions that are held, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from moesmith.evaluation.perplexity import evaluating, logits_of
+
+JOIN = 4  # prompts join when a quarter of the places is free: reading few of them costs nearly as much as many
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer.
+
+    Attributes:
+        ids: its token ids, without the end.
+        ended: whether it ended by itself.
+    """
+
+    ids: list[int]
+    ended: bool
+
+
+def keeps_all(model: PreTrainedModel) -> bool:
+    """Whether the model's layers hold every position: a sliding window forgets, so its rows cannot be moved."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+def hidden(model: PreTrainedModel, ids_BS: Tensor, cache: DynamicCache | None = None, **options: Any) -> Tensor:
+    """Compute the final hidden states (B, S, D), behind what a cache holds."""
+    options |= {"use_cache": cache is not None, "past_key_values": cache}
+    found: Tensor = model.base_model(input_ids=ids_BS.to(model.device), **options).last_hidden_state
+    return found
+
+
+@dataclass
+class _Row:
+    index: int
+    draws: torch.Generator | None
+    made: list[int] = field(default_factory=list)
+
+
+def write(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    done: Callable[[int, Written], None],
+    *,
+    ends: Sequence[int],
+    new: int,
+    rows: int,
+    stop: Callable[[list[int]], bool] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Answer prompts of any lengths, ``rows`` at a time.
+
+    Args:
+        model: a model that holds every position (:func:`keeps_all`).
+        prompts: token ids of each.
+        done: is told the index of a prompt and its answer, in the order in which they end.
+        ends: tokens that end an answer.
+        new: most tokens of an answer.
+        rows: answers at the same time.
+        stop: whether what was written so far is to end there; its last token belongs to the answer.
+        temperature: 0 for the most likely token.
+        seed: each answer's draws follow from it and the prompt's index alone.
+    """
+    waiting, open_rows = deque(enumerate(prompts)), list[_Row]()
+    with evaluating(model):
+        board = Board(model)
+        while waiting or open_rows:
+            free = rows - len(open_rows)
+            if waiting and (not open_rows or free >= max(1, rows // JOIN)):
+                taken = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                logits_BV = board.join([prompt for _, prompt in taken])
+                now = [_Row(index, _draws(seed + index) if temperature else None) for index, _ in taken]
+                open_rows += now
+            else:
+                logits_BV, now = board.step([row.made[-1] for row in open_rows]), open_rows
+            ended = set[int]()
+            for row, token in zip(now, _chosen(logits_BV, now, temperature), strict=True):
+                if token in ends:
+                    done(row.index, Written(row.made, ended=True))
+                    ended.add(row.index)
+                    continue
+                row.made.append(token)
+                if (stopped := stop is not None and stop(row.made)) or len(row.made) == new:
+                    done(row.index, Written(row.made, ended=stopped))
+                    ended.add(row.index)
+            if ended:
+                left = [place for place, row in enumerate(open_rows) if row.index not in ended]
+                open_rows = [open_rows[place] for place in left]
+                board.keep(left)
+
+
+def _draws(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _chosen(logits_BV: Tensor, rows: Sequence[_Row], temperature: float) -> list[int]:
+    """The next token of every row."""
+    if not temperature:
+        return logits_BV.argmax(-1).tolist()
+    chances_BV = (logits_BV / temperature).softmax(-1).cpu()
+    return [
+        int(torch.multinomial(chances_V, 1, generator=row.draws))
+        for chances_V, row in zip(chances_BV, rows, strict=True)
+    ]
+
+
+class Board:
+    """Keys and values of all rows, padded on the left to the longest.
+
+    Attributes:
+        mask_BN: which positions are a row's own.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache()
+        self.mask_BN = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
+
+    def _read(self, ids_BS: Tensor, mask_BN: Tensor, position_BS: Tensor, cache: DynamicCache) -> Tensor:
+        """The logits of the next token, (B, V) fp32."""
+        found_BSD = hidden(self.model, ids_BS, cache, attention_mask=mask_BN, position_ids=position_BS)
+        return torch.cat([logits_CV for _, logits_CV in logits_of(self.model, found_BSD[:, -1])])
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read further prompts, behind which further rows are; their logits (B, V)."""
+        longest, device, cache = max(map(len, prompts)), self.model.device, DynamicCache()
+        rows = [F.pad(torch.tensor(list(prompt)), (longest - len(prompt), 0)) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        mask_BS = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+        position_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
+        logits_BV = self._read(torch.stack(rows), mask_BS, position_BS, cache)
+        if not len(self.mask_BN):
+            self.mask_BN, self.cache = mask_BS, cache
+            return logits_BV
+        wide = max(longest, self.mask_BN.shape[1])
+
+        def together(ours: Tensor, theirs: Tensor, axis: int) -> Tensor:
+            behind = (0, 0) * (-1 - axis)
+            return torch.cat([F.pad(part, (*behind, wide - part.shape[axis], 0)) for part in (ours, theirs)])
+
+        pairs = zip(_layers(self.cache), _layers(cache), strict=True)
+        self.cache = DynamicCache(
+            [tuple(together(a, b, -2) for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
+        )
+        self.mask_BN = together(self.mask_BN, mask_BS, -1)
+        return logits_BV
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Read one more token of every row; their logits (B, V)."""
+        self.mask_BN = F.pad(self.mask_BN, (0, 1), value=1)
+        ids_B1 = torch.tensor(tokens, device=self.model.device)[:, None]
+        return self._read(ids_B1, self.mask_BN, self.mask_BN.sum(-1, keepdim=True) - 1, self.cache)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let the other rows go, and positions that are none's."""
+        if not rows:
+            self.mask_BN, self.cache = self.mask_BN[:0, :0], DynamicCache()
+            return
+        chosen = torch.tensor(rows, device=self.mask_BN.device)
+        mask_BN = self.mask_BN[chosen]
+        first = int(mask_BN.any(0).int().argmax())
+        self.mask_BN = mask_BN[:, first:]
+        self.cache = DynamicCache([tuple(part[chosen, :, first:] for part in pair) for pair in _layers(self.cache)])
+
+
+def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
