@@ -183,7 +183,7 @@ def test_rows_that_share_a_context_read_it_once(name: str, monkeypatch: pytest.M
         assert likelihood.total == pytest.approx(total, abs=1e-4)
         assert likelihood.greedy == greedy
     shared = 84 + 6 + 89 + 3 * 4 * 4 + 4 * 9
-    assert read == shared if name != "sliding window" else read > 2 * shared  # a sliding window cannot be taken back
+    assert read == shared
 
 
 def test_greedy_is_recognised() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,35 +39,18 @@ def test_letters() -> None:
     assert latin("42") == 1
 
 
-class Speaks:
-    """A model that answers by a list: an answer ends where its list does."""
-
-    def __init__(self, said: list[list[int]], end: int) -> None:
-        self.inner, self.said, self.end = tiny_model("llama"), said, end
-        self.device, self.generation_config = torch.device("cpu"), self.inner.generation_config
-        self.training = False
-
-    def eval(self) -> None: ...
-
-    def train(self, mode: bool) -> None: ...
-
-    def generate(self, ids: Any, **options: Any) -> Any:
-        assert (options["attention_mask"].sum(1) > 0).all()
-        assert (options["attention_mask"][:, -1] == 1).all()  # prompts end together
-        rows = []
-        for _ in ids:
-            row = self.said.pop(0)[: options["max_new_tokens"]]
-            rows.append((row + [self.end] * options["max_new_tokens"])[: options["max_new_tokens"]])
-        return torch.cat([ids, torch.tensor(rows)], 1)
-
-
 def test_numbers_of_known_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moesmith.evaluation.answers.keeps_all", lambda _model: False)
     tokenizer, count = tiny_tokenizer(), sum(map(len, PROMPTS.values()))
-    end = tokenizer.eos_token_id
-    said = [[5, 6, 7]] * (count - 3) + [[9] * 40, list(range(10, 50)), [8] * 30]
-    model: Any = Speaks([list(row) for row in said], end)
-    found = health(model, tokenizer, new=40)
+    said = [Written([5, 6, 7], True)] * (count - 3)
+    said += [Written([9] * 40, False), Written(list(range(10, 50)), False), Written([8] * 30, True)]
+
+    def speaks(_model: Any, prompts: list[list[int]], done: Any, *, new: int, **_: Any) -> None:
+        assert new == 40
+        for index in range(len(prompts)):
+            done(index, said.pop(0))
+
+    monkeypatch.setattr("moesmith.evaluation.answers.write", speaks)
+    found = health(tiny_model("llama"), tokenizer, new=40)
     assert found["ended"] == pytest.approx((count - 2) / count)
     assert found["loops"] == pytest.approx(1 / count)  # one that ended is no loop, whatever it said
     assert found["tokens"] == pytest.approx((3 * (count - 3) + 40 + 40 + 30) / count)

@@ -12,7 +12,7 @@ import torch
 
 from moesmith.evaluation import harness, writer
 from moesmith.evaluation.answers import write_answers
-from moesmith.evaluation.writer import Written, keeps_all, write
+from moesmith.evaluation.writer import Written, write
 from moesmith.mixture.moe import build
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.masks import harvested
@@ -24,6 +24,7 @@ DRAW = torch.Generator().manual_seed(0)
 PROMPTS = [torch.randint(2, 300, (n,), generator=DRAW).tolist() for n in (3, 40, 1, 17, 5, 5, 60, 2, 9, 33, 4)]
 MODELS: dict[str, Callable[[], Any]] = {
     **{family: partial(tiny_model, family) for family in ("llama", "qwen3", "phi")},
+    "sliding window": partial(tiny_model, "mistral", sliding_window=16),
     "experts": lambda: build(tiny_parent("llama"), random_carving(tiny_parent("llama"))),
     "attention masked by token": lambda: build(tiny_parent("llama"), harvested(tiny_parent("llama"))),
 }
@@ -102,15 +103,6 @@ def test_it_stops_where_it_is_told() -> None:
         whole = alone(model, prompt, [1], 9).ids
         end = next((place for place, token in enumerate(whole) if token % 3 == 0), None)
         assert found[index] == Written(whole if end is None else whole[: end + 1], end is not None or len(whole) < 9)
-
-
-def test_layers_that_forget_are_asked_through_generate() -> None:
-    model = tiny_model("mistral", sliding_window=16)
-    assert not keeps_all(model)
-    assert keeps_all(tiny_model("mistral", sliding_window=None))
-    ends = ends_of(model)
-    (found,) = write_answers(model, ends, PROMPTS, 12, 4)
-    assert found == [alone(model, prompt, ends, 12) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("until", [["\n"], ["e", "the fox"], []])

@@ -24,7 +24,7 @@ from moesmith.evaluation.answers import ends_of
 from moesmith.evaluation.likelihoods import token_likelihoods
 from moesmith.evaluation.sandbox import check_sandbox, passes
 from moesmith.evaluation.templates import COMPLETION, Task, load_task, share, task_names
-from moesmith.evaluation.writer import Written, keeps_all, write
+from moesmith.evaluation.writer import Written, write
 from moesmith.parent.checkpoint import quiet
 
 WRITERS = 16  # answers that a model writes at the same time: each step reads all weights once for all of them
@@ -201,7 +201,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             sampled = any(request.args[1].get("do_sample") for request in requests)
-            self.together, most = keeps_all(self.model) and not sampled, self.max_length // 2
+            self.together, most = not sampled, self.max_length // 2
             self.batch_size_per_gpu = len(requests) if self.together else WRITERS
             for options in (request.args[1] for request in requests):  # a short context is half the prompt's
                 options["max_gen_toks"] = min(options.get("max_gen_toks", self.max_gen_toks), most)

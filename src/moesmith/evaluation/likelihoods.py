@@ -19,7 +19,7 @@ from moesmith.console import meter
 from moesmith.data.text import read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW, context_length, evaluating, logits_of, text_field
-from moesmith.evaluation.writer import hidden, keeps_all
+from moesmith.evaluation.writer import hidden
 from moesmith.parent.accelerator import halving
 from moesmith.parent.vocabulary import refuse_ids, rows_of
 
@@ -144,7 +144,7 @@ def _likelihoods(
 
     result: list[Likelihood] = [Likelihood(math.nan, False, 0)] * len(cut)
     shown = meter(label, len(rows), "prompts") if label else nullcontext()
-    alone, families = _families(contexts) if keeps_all(model) else (list(contexts), {})
+    alone, families = _families(contexts)
     with shown as bar, evaluating(model):
 
         def answer(inputs: Sequence[Row], skipped: int, hidden_BSD: Tensor) -> None:

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from moesmith.evaluation.perplexity import evaluating, logits_of
 
@@ -35,11 +34,6 @@ class Written:
 
     ids: list[int]
     ended: bool
-
-
-def keeps_all(model: PreTrainedModel) -> bool:
-    """Whether the model's layers hold every position: a sliding window forgets, so its rows cannot be moved."""
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 def hidden(model: PreTrainedModel, ids_BS: Tensor, cache: DynamicCache | None = None, **options: Any) -> Tensor:
@@ -71,7 +65,7 @@ def write(
     """Answer prompts of any lengths, ``rows`` at a time.
 
     Args:
-        model: a model that holds every position (:func:`keeps_all`).
+        model: a causal language model.
         prompts: token ids of each.
         done: is told the index of a prompt and its answer, in the order in which they end.
         ends: tokens that end an answer.
@@ -126,6 +120,8 @@ def _chosen(logits_BV: Tensor, rows: Sequence[_Row], temperature: float) -> list
 
 class Board:
     """Keys and values of all rows, padded on the left to the longest.
+
+    All positions are held, also those that a layer's sliding window no longer sees: rows can then be moved.
 
     Attributes:
         mask_BN: which positions are a row's own.
