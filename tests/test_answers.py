@@ -134,6 +134,8 @@ def test_only_answers_that_end_are_kept(
     monkeypatch.setattr(module, "write_answers", lambda *a: ([Written([40], False)] * len(a[2]) for _ in (0,)))
     with pytest.raises(MoesmithError, match=r"none of 10 answers to asks ended"):
         answers(parent, data, tmp_path / "none", "asks", **options)
+    rows = answers(parent, data, tmp_path / "none", "asks", **OPTIONS)  # the same answers, all of them kept
+    assert [(row["ended"], row["kept"]) for row in rows] == [(0, 10), (0, 2)]
 
 
 def test_what_cannot_be_asked_is_refused(parent: Path, data: Path, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def _check_begun(out: Path, head: dict[str, Any]) -> None:
     path = out / HEAD
     if path.is_file():
         before = read_json(path)
-        if odd := [key for key, value in head.items() if before.get(key) != value]:
+        apart = ("unfinished",)  # it decides what is kept of the answers, not how they are written
+        if odd := [key for key, value in head.items() if key not in apart and before.get(key) != value]:
             raise MoesmithError(f"{out} was begun with another {odd[0]}", "Give the same arguments, or another --out.")
     elif out.exists() and any(not each.name.startswith(".") for each in out.iterdir()):
         raise MoesmithError(f"{out} exists and holds no answers", "Give another --out.")
@@ -138,7 +139,7 @@ def _file(
     kept = [record for record in done if record["text"].strip() and (record["ended"] or head["unfinished"])]
     if not kept:
         raise MoesmithError(
-            f"none of {len(done)} answers to {name} ended", "Give more --tokens or --unfinished, and another --out."
+            f"none of {len(done)} answers to {name} ended", "Give --unfinished, or more --tokens and another --out."
         )
     lines = (json.dumps({"messages": one["messages"]}, ensure_ascii=False) for one in kept)
     write_text(final, "".join(f"{line}\n" for line in lines))
