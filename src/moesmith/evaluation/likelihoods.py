@@ -170,7 +170,7 @@ def _likelihoods(
         for shared in sorted(families):
             context.become(shared)
             behind = sorted((row[len(shared) :] for row in families[shared]), key=len, reverse=True)
-            for some in _batches(behind, max(1, batch * WINDOW - len(shared))):
+            for some in _batches(behind, batch * len(behind[0])):  # each row holds the context's keys and values
                 answer([shared + row for row in some], len(shared), context.behind(_padded(some)))
     return result
 
