@@ -192,11 +192,10 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
         ) -> Any:
             if override_bs is not None or not requests:  # rolling windows: the caller shows progress
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            whole = [context + continuation for _, context, continuation in requests]
-            if cut := sum(len(ids) > self.max_length + 1 for ids in whole):
-                say(f"{self.label}: {cut} prompts were longer than the model's context and lost tokens on their left")
             pairs = [(context, continuation) for _, context, continuation in requests]
             found = token_likelihoods(self.model, pairs, self.max_length, batch, label=self.label)
+            if cut := sum(one.truncated > 0 for one in found):
+                say(f"{self.label}: {cut} prompts were longer than the model's context and lost tokens on their left")
             return [(one.total, one.greedy) for one in found]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:

@@ -19,7 +19,7 @@ from moesmith.console import meter
 from moesmith.data.text import read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW, context_length, evaluating, logits_of, text_field
-from moesmith.evaluation.writer import hidden
+from moesmith.evaluation.writer import hidden, layers_of
 from moesmith.parent.accelerator import halving
 from moesmith.parent.vocabulary import refuse_ids, rows_of
 
@@ -209,8 +209,7 @@ class Shared:
 
     def behind(self, ids_BS: Tensor) -> Tensor:
         """Compute the final hidden states of rows behind the context, (B, S, D); the context stays as it is."""
-        layers: list[Any] = self.cache.layers
-        wide = [tuple(part.expand(len(ids_BS), -1, -1, -1) for part in (one.keys, one.values)) for one in layers]
+        wide = [tuple(part.expand(len(ids_BS), -1, -1, -1) for part in pair) for pair in layers_of(self.cache)]
         return hidden(self.model, ids_BS, DynamicCache(wide))
 
 

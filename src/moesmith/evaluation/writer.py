@@ -153,7 +153,7 @@ class Board:
             behind = (0, 0) * (-1 - axis)
             return torch.cat([F.pad(part, (*behind, wide - part.shape[axis], 0)) for part in (ours, theirs)])
 
-        pairs = zip(_layers(self.cache), _layers(cache), strict=True)
+        pairs = zip(layers_of(self.cache), layers_of(cache), strict=True)
         self.cache = DynamicCache(
             [tuple(together(a, b, -2) for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
         )
@@ -175,9 +175,10 @@ class Board:
         mask_BN = self.mask_BN[chosen]
         first = int(mask_BN.any(0).int().argmax())
         self.mask_BN = mask_BN[:, first:]
-        self.cache = DynamicCache([tuple(part[chosen, :, first:] for part in pair) for pair in _layers(self.cache)])
+        self.cache = DynamicCache([tuple(part[chosen, :, first:] for part in pair) for pair in layers_of(self.cache)])
 
 
-def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def layers_of(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer that a cache holds."""
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]

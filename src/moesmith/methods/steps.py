@@ -214,7 +214,7 @@ class Carve(Step):
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write a carving."""
         parent, method = job.parent, self.method
-        room, needs = waiting_room(parent), method.needs()
+        room, needs, base = waiting_room(parent), method.needs(), method.base(job)
 
         def run(batch: int) -> list[Layer]:
             generator = torch.Generator().manual_seed(self.recipe.seed)
@@ -222,7 +222,6 @@ class Carve(Step):
             texts = method.begin(job)  # in every attempt: a method may count or draw as it goes on
             layers = begun.restore()
             crew().exchange(None)  # all have read what the first one will go on writing
-            base = method.base(job)
             options: dict[str, Any] = {"held": needs.held, "repair": needs.repair, "folder": work, "room": room}
             options["around"] = around(parent, base) if base.attention else None
             with Stream(parent, texts, method.activations, batch=batch, label=self.name, **options) as stream:
@@ -248,7 +247,7 @@ class Carve(Step):
             return {}
         for left in work.glob(f"{WAITING}*"):  # of processes that were killed
             shutil.rmtree(left, ignore_errors=True)
-        carving = replace(method.base(job), layers=layers)
+        carving = replace(base, layers=layers)
         carving.provenance = {"method": method.name, "parent": job.run.inputs} | method.provenance()
         carving.save(work)
         shutil.rmtree(work / LAYERS, ignore_errors=True)

@@ -58,12 +58,12 @@ class Refitted(Carver):
 
     def base(self, job: Job) -> Carving:
         """The masks' carving."""
-        return job.run.carving("masks")
+        self.learned = job.run.carving("masks")
+        return self.learned
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """The training text's beginning, as one group."""
         check_gram(job.parent, 3, gram=True)
-        self.learned = self.base(job)
         blocks = job.run.training("masks")
         return [[blocks[: max(1, TOKENS // blocks.shape[1])].long()]]
 
@@ -84,8 +84,8 @@ class Refitted(Carver):
             made[expert] = self._refit(groups, expert, layer.routed[expert], rows_N, view.parent.stored)
             view.advance(1 / len(mine))
         found = crew().merged(made)
-        before, after, total = (sum(found[expert][1][part] for expert in range(experts)) or 1.0 for part in range(3))
-        self.note(learned=round(before / total, 5), refitted=round(after / total, 5))
+        before, after, nothing = (sum(found[expert][1][part] for expert in range(experts)) for part in range(3))
+        self.note(learned=round(before / (nothing or 1), 5), refitted=round(after / (nothing or 1), 5))
         self.measured.setdefault("sent", []).extend((torch.bincount(ids_T, minlength=experts) / len(ids_T)).tolist())
         return replace(layer, routed=[found[expert][0] for expert in range(experts)])
 
