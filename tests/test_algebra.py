@@ -82,7 +82,10 @@ def plain(parent: Parent, layer: Layer, index: int, x_D: Tensor) -> Tensor:
         if ffn.gate_bias_F is not None:
             pre_F = pre_F + ffn.gate_bias_F[kept]
         a_F = ffn.activation(pre_F)
-        return a_F if ffn.up_FD is None else a_F * ((ffn.up_FD[kept] if up_FD is None else up_FD) @ x_D)
+        if ffn.up_FD is None:
+            return a_F
+        up_F = (ffn.up_FD[kept] if up_FD is None else up_FD) @ x_D
+        return a_F * (up_F if ffn.up_bias_F is None else up_F + ffn.up_bias_F[kept])
 
     def output(expert: Expert) -> Tensor:
         down_DF = ffn.down_DF[:, expert.channels] if expert.down_DF is None else expert.down_DF
@@ -104,7 +107,7 @@ def plain(parent: Parent, layer: Layer, index: int, x_D: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_both_forms_are_the_formula(family: str, name: str) -> None:
     parent = tiny_parent(family)
     carving = LAYERS[name](parent)

@@ -209,10 +209,11 @@ def test_parameters_are_those_in_the_files(family: str, tied: bool, tmp_path: Pa
             found, there = parameters(parent, carving, native), weights_in(folder)
             assert found["parameters_total"] == sum(there.values())
             shared = native and compensation != "refit"
-            bias = (native and compensation == "bias") or family == "phi"
+            inner = {"phi": 1, "biased": 2}.get(family, 0)  # biases of gate and up
+            bias = (native and compensation == "bias") or inner > 0
             experts = sum(n for name, n in there.items() if ".experts." in name)
             if shared:  # of one network: a token reads its expert's channels, 18.5 in the mean, and its bias
-                channel = parent.ffns[0].matrices * parent.D + (family == "phi")
+                channel = parent.ffns[0].matrices * parent.D + inner
                 read = 2 * 18.5 * channel + 2 * bias * parent.D
                 assert found["parameters_active"] == sum(there.values()) - experts + read
             else:  # one in four
@@ -225,7 +226,7 @@ def test_parameters_are_those_in_the_files(family: str, tied: bool, tmp_path: Pa
     assert parameters(parent, one)["parameters_total"] == parameters(parent, one)["parameters_active"]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "biased"])
 def test_the_plan_counts_as_the_files(family: str) -> None:
     """Every expert as wide as planned and with as little in common as that allows: the plan is exact."""
     parent = tiny_parent(family)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from conversions import convert
 from golden import ASSETS
 from transformers import (
@@ -18,8 +19,10 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     NemotronConfig,
     Olmo2Config,
@@ -35,19 +38,24 @@ from transformers import (
 )
 
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.perplexity import token_nll
+from moesmith.export.native import write_native
 from moesmith.export.target import Options
 from moesmith.export.targets import explain_run, export_run
+from moesmith.mixture.folder import load_folder
 from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent
 from moesmith.parent.proof.family import NATIVE
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.tokenizer import tiny_tokenizer
+from moesmith.training.student import token_loss
 
 SMALL: dict[str, Any] = {
     "vocab_size": len(tiny_tokenizer()), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0,
     "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
+OWN = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
 KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
 # name → its config, what no stock architecture has of it, and whether its layers add networks' outputs as they are
 CARVABLE: dict[str, tuple[PreTrainedConfig, str, bool]] = {
@@ -70,13 +78,19 @@ CARVABLE: dict[str, tuple[PreTrainedConfig, str, bool]] = {
     "Nemotron: squared ReLU": (NemotronConfig(**SMALL), "2 layer norms", True),
     "Arcee: no gate, RMS norms": (ArceeConfig(**SMALL), "layer norms", True),
     "Phi: norms of queries and keys": (PhiConfig(**SMALL, qk_layernorm=True), "k_layernorm", True),
+    "GPT-2: matrices the other way round": (
+        GPT2Config(**OWN, n_embd=32, n_inner=64, n_layer=3, n_head=4, n_positions=256), "of another kind", True,
+    ),
+    "LFM2: convolutions, no activation named": (
+        Lfm2Config(**SMALL, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3), "rms_norm_eps", True,
+    ),
+    "Gemma 2: capped logits": (
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=2.0), "final_logit_softcapping|softcapping", False,
+    ),
+    "Cohere: scaled logits": (CohereConfig(**SMALL, tie_word_embeddings=False), "logit_scale", True),
+    "Granite: scaled logits": (GraniteConfig(**SMALL, logits_scaling=4.0), "logits_scaling", True),
     "GPT-NeoX: fused attention": (GPTNeoXConfig(**SMALL | {"hidden_act": "gelu"}), "no attention with q/k/v/o", True),
 }  # fmt: skip
-REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
-    "Gemma 2: capped logits": (Gemma2Config(**SMALL, head_dim=8), "logits are not"),
-    "Cohere: scaled logits": (CohereConfig(**SMALL), "logits are not"),
-    "Granite: scaled logits": (GraniteConfig(**SMALL, logits_scaling=4.0), "logits are not"),
-}
 
 
 def model_of(config: PreTrainedConfig) -> PreTrainedModel:
@@ -151,12 +165,24 @@ def test_attention_is_pruned_only_where_it_is_proved(tmp_path: Path) -> None:
     assert run.metrics("export")["logits_difference"] < 1e-3
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_other_logits_are_refused(name: str) -> None:
-    config, reason = REFUSED[name]
-    with pytest.raises(MoesmithError, match=reason) as error:
-        Parent.from_model(model_of(config), tiny_tokenizer())
-    assert str(error.value).count("\n") == 0
+@pytest.mark.parametrize("name", ["Gemma 2: capped logits", "Cohere: scaled logits", "Granite: scaled logits"])
+@pytest.mark.parametrize("where", ["parent", "masked", "sliced", "native"])
+def test_losses_are_of_the_logits_that_the_model_returns(name: str, where: str, tmp_path: Path) -> None:
+    """Both are computed from hidden states, here; plain transformers and autograd compute the same."""
+    parent, ids = parent_of(name), torch.arange(60).view(2, 30) % 256
+    model: Any = parent.model
+    if where in ("masked", "sliced"):
+        model = build(parent, random_carving(parent, compensation="refit"), where)  # type: ignore[arg-type]
+    if where == "native":
+        write_native(parent, random_carving(parent), tmp_path / "out")
+        model = load_folder(tmp_path / "out", torch.float32)
+    embedded = model.get_input_embeddings().weight.requires_grad_(True)
+    logits = model(input_ids=ids).logits[:, :-1]
+    wanted = functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(token_nll(model, ids).flatten(), wanted.detach(), rtol=1e-4, atol=1e-5)
+    slopes = [torch.autograd.grad(loss, embedded)[0] for loss in (wanted.mean(), token_loss(model, ids, None, 0.0))]
+    if not model.config.tie_word_embeddings:  # the head's own gradient is not computed
+        torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
 
 
 def test_a_class_that_transformers_does_not_know_is_refused() -> None:

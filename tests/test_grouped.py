@@ -14,7 +14,7 @@ from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 @pytest.mark.parametrize(("top_k", "lora"), [(1, False), (2, False), (1, True)])
 def test_grouped_products_are_products_per_expert(
     family: str, top_k: int, lora: bool, monkeypatch: pytest.MonkeyPatch

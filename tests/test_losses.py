@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moesmith.parent.head import LogitShape
 from moesmith.training import losses
 
 
+@pytest.mark.parametrize("shape", [LogitShape(), LogitShape(0.3), LogitShape(2.0, 3.0)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("mix", "temperature"), [(0.0, 1.0), (1.0, 1.0), (1.0, 2.0), (0.3, 1.5)])
 def test_fused_loss_is_the_reference(
-    mix: float, temperature: float, biased: bool, monkeypatch: pytest.MonkeyPatch
+    mix: float, temperature: float, biased: bool, shape: LogitShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "CHUNK", 7)
     head = torch.randn(60, 16)
@@ -22,7 +24,7 @@ def test_fused_loss_is_the_reference(
     for function in (losses.head_loss, losses.head_loss_reference):
         torch.manual_seed(1)
         hidden = torch.randn(33, 16, requires_grad=True)
-        loss = function(hidden, head, labels, teacher, mix, temperature, bias)
+        loss = function(hidden, head, labels, teacher, mix, temperature, bias, shape)
         (3 * loss).backward()
         results.append((loss.detach(), hidden.grad))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)

@@ -39,7 +39,7 @@ def test_masked_is_sliced(family: str, compensation: str, top_k: int) -> None:
     assert torch.allclose(masked, sliced, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_ragged_experts_are_padded_exactly(family: str) -> None:
     parent = tiny_parent(family)
     carving = random_carving(parent, top_k=2, compensation="refit", ragged=True)
@@ -47,7 +47,7 @@ def test_ragged_experts_are_padded_exactly(family: str) -> None:
     assert torch.allclose(logits(build(parent, carving, "masked")), logits(build(parent, carving, "sliced")), atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_sliced_is_the_token_by_token_reference(family: str) -> None:
     parent = tiny_parent(family)
     block = moe_blocks(build(parent, random_carving(parent, top_k=2, compensation="bias"), "sliced"))[0]
@@ -59,7 +59,7 @@ def test_sliced_is_the_token_by_token_reference(family: str) -> None:
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
 @pytest.mark.parametrize("form", ["masked", "sliced"])
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_equal_experts_are_that_expert_for_any_router(family: str, mode: str, form: str) -> None:
     parent = tiny_parent(family)
     one = random_carving(parent, experts=1, compensation="bias")
@@ -94,7 +94,7 @@ def test_forced_expert_is_that_experts_own_model() -> None:
     assert not torch.allclose(logits(model), inside, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_merged_lora_is_unmerged_lora(family: str) -> None:
     parent = tiny_parent(family)
     carving = random_carving(parent, top_k=2, ragged=True)
@@ -122,7 +122,7 @@ def test_building_leaves_the_parent_alone_and_shares_its_weights() -> None:
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_gradients_of_masked_and_sliced_agree(family: str) -> None:
     parent = tiny_parent(family)
     for compensation in ("bias", "refit"):

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    GPT2Config,
+    GPTJConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
 )
 
 from moesmith.errors import MoesmithError
+from moesmith.parent import structure
 from moesmith.parent.load import Parent, load_parent
-from moesmith.parent.structure import attention_weights, find_ffns
+from moesmith.parent.structure import ACTIVATIONS, attention_weights, find_ffns
 from moesmith.testing.parents import FAMILIES, save_tiny, tiny_model, tiny_parent
 from moesmith.testing.tokenizer import tiny_tokenizer
 
@@ -105,7 +105,7 @@ def test_load_from_folder(family: str, tmp_path: Path, capfd: pytest.CaptureFixt
     save_tiny(family, tmp_path)
     capfd.readouterr()
     loaded, memory = load_parent(str(tmp_path), torch.float32), tiny_parent(family)
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") or family == "biased"  # no stock architecture holds it, which is said
     assert loaded.digest == memory.digest
     ids = torch.randint(300, (2, 12))
     assert torch.equal(loaded.model(ids).logits, memory.model(ids).logits)
@@ -140,10 +140,12 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 1,
 }
 MISFITS: dict[str, tuple[PreTrainedConfig, str]] = {
-    "no gate (Conv1D)": (GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4), "no gated feed-forward.*c_fc"),
+    "layers that return more": (
+        GPTJConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
+        "return more than a hidden state",
+    ),
     "no gate (Linear)": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32), "no gated feed-forward.*fc1"),
     "experts": (MixtralConfig(**SMALL), "already a Mixture-of-Experts"),
-    "scaled logits": (CohereConfig(**SMALL), "logit_scale = 0.0625; .*logits are not"),
 }
 
 
@@ -154,9 +156,18 @@ def test_other_structures_are_refused(name: str) -> None:
         Parent.from_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tiny_tokenizer())
 
 
-def test_biases_of_a_gated_network_are_refused() -> None:
-    with pytest.raises(MoesmithError, match=r"mlp has biases .gate_proj, up_proj, down_proj"):
-        tiny_parent("llama", mlp_bias=True)
+def test_a_bias_in_half_of_a_gated_network_is_refused() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.bias = torch.nn.Parameter(torch.ones(64))
+    with pytest.raises(MoesmithError, match=r"layers\.0\.mlp has a bias in gate alone"):
+        Parent.from_model(model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_that_the_config_does_not_name_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structure, "ACTIVATION_FIELDS", ())
+    assert find_ffns(tiny_model("llama", hidden_act=name))[0].activation_name == name
 
 
 def _scale(factor: float) -> Any:

@@ -120,7 +120,7 @@ def dense_markers(ids_TK: Tensor, F: int) -> Tensor:
     return found_TF
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_marks_and_their_rates(family: str) -> None:
     ffn = tiny_parent(family).ffns[0]
     ids_TK = marks(ffn, X_TD, 5)
@@ -210,7 +210,7 @@ def test_with_all_experts_it_is_the_parent(name: str, family: str) -> None:
         assert all(torch.equal(a.channels, b.channels) for a, b in pairs), "the same seed, the same experts"
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_an_analytic_router_is_what_its_channels_compute(family: str) -> None:
     parent = tiny_parent(family)
     carving, _ = carved(parent, "cmoe")
@@ -257,7 +257,7 @@ def test_a_linear_router_is_the_least_squares_fit() -> None:
     assert carved(parent, "cmoe")[0].is_native(parent)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_profiles_of_the_gate(family: str) -> None:
     ffn = tiny_parent(family).ffns[0]
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_how_many_experts_a_layer_visits() -> None:
         load_recipe("expert-weaver", None, ["carve.experts=65"]).method.check(tiny_parent("llama"))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_shares_by_layer_and_a_router_of_gate_rows(family: str) -> None:
     parent = tiny_parent(family)
     carving, method = carved(parent, "expert-weaver")

@@ -29,9 +29,14 @@ from moesmith.testing.masks import harvested
 from moesmith.testing.parents import FAMILIES, LLAMA3_ROPE, tiny_parent
 
 NO_GATE = "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one"
+BIASES = "The parent's networks have a gate and biases, and no stock Mixture-of-Experts has that"
 HEADS = "SGLang's Qwen2MoeForCausalLM takes hidden_size / heads = 8 for the width of a head, and this model's is 16"
 # what is not None in this table must be the reason; everything else must be written and agree
-REFUSED = {("sglang", "llama3"): HEADS} | {(target, "phi"): NO_GATE for target in ("hf", "sglang", "gguf")}
+REFUSED = {("sglang", "llama3"): HEADS} | {
+    (target, family): why
+    for family, why in (("phi", NO_GATE), ("biased", BIASES))
+    for target in ("hf", "sglang", "gguf")
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -79,7 +79,7 @@ def test_slopes_say_how_the_loss_changes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "phi3", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "phi", "biased"])
 def test_factors_of_one_change_nothing(family: str, dtype: torch.dtype) -> None:
     parent = tiny_parent(family, dtype=dtype)
     ffn, x = parent.ffns[0], torch.randn(2, 5, parent.D).to(dtype)

@@ -57,7 +57,7 @@ def tokens_of(parent: Any, layer: int = 1, **options: Any) -> Tokens:
     raise AssertionError
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_all_tokens_of_a_layer(family: str, tmp_path: Path) -> None:
     """What the network gets and gives in an ordinary forward pass, weighted by the hidden state after the layer."""
     parent = tiny_parent(family)
@@ -81,7 +81,7 @@ def test_all_tokens_of_a_layer(family: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 @pytest.mark.parametrize("repair", [False, True])
 def test_tokens_behind_a_carved_layer(family: str, repair: bool) -> None:
     """What a layer sees, and what its experts should give, against ordinary forward passes of parent and mixture."""
@@ -143,7 +143,7 @@ def test_elimination_drops_what_a_refit_makes_up_for() -> None:
     assert eliminate(down_DF.float(), gram_FF.float(), 9).tolist() == list(range(9))
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_where_nothing_was_lost_the_fit_is_the_parents(family: str) -> None:
     """In the first layer experts should give what the network gives, its bias aside."""
     parent = tiny_parent(family)
@@ -213,7 +213,7 @@ def trained(start: Network, tokens: Tokens, rows_N: Tensor, spec: Any) -> tuple[
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_reconstruction_lowers_the_error_where_it_did_not_train(family: str) -> None:
     parent = tiny_parent(family)
     ffn, start, tokens, rows_N = start_of(parent)
@@ -244,7 +244,7 @@ def test_what_does_not_help_is_dropped() -> None:
     assert (outcome.before, outcome.energy) == (0, 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_side_by_side_is_each_alone(family: str) -> None:
     """Experts of 20, 9 and 1 steps and one of none, each with biases of its own."""
     _, start, tokens, rows_N = start_of(tiny_parent(family))

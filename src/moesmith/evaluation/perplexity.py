@@ -22,6 +22,7 @@ from moesmith.console import Meter, meter, say
 from moesmith.data.text import Domain, Record, evaluation_blocks, read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.parent.accelerator import halving
+from moesmith.parent.head import head_of
 from moesmith.parent.layerwise import Decoder, Layered, last_hidden
 from moesmith.parent.vocabulary import refuse_ids, rows_of
 from moesmith.world import crew
@@ -47,11 +48,11 @@ def evaluating(model: Decoder) -> Iterator[None]:
 
 def logits_of(model: Decoder, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield fp32 logits (≤ CHUNK, vocabulary) of the next token, chunk by chunk, each with the rows it belongs to."""
-    head: Any = model.get_output_embeddings()
+    head = head_of(model)
     chunk = CHUNK if hidden_TD.device.type == "cpu" else DEVICE_CHUNK
     for start in range(0, len(hidden_TD), chunk):
         part = slice(start, start + chunk)
-        yield part, head(hidden_TD[part]).float()
+        yield part, head(hidden_TD[part])
 
 
 def token_nll(

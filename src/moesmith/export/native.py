@@ -104,9 +104,9 @@ def _described(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
         "gate": layer.gate(ffn).model_dump(),
         "width": max(layer.widths),
         "union": int(carving.mask(index).any(0).sum()) if carving.subsets else None,
-        "bias": carving.expert_biases(parent, index, 0)[1] is not None,
+        "bias": carving.expert_biases(parent, index, 0)[2] is not None,
         "shared": 0 if shared is None else shared.width,
-        "shared_bias": shared is not None and carving.expert_biases(parent, index, shared)[1] is not None,
+        "shared_bias": shared is not None and carving.expert_biases(parent, index, shared)[2] is not None,
     }
 
 
@@ -151,9 +151,10 @@ def _union(parent: Parent, carving: Carving, index: int) -> Iterator[tuple[str, 
     if ffn.up_FD is not None:
         yield "experts.up_UD", ffn.up_FD[union.to(ffn.up_FD.device)]
     yield "experts.down_DU", ffn.down_DF[:, union.to(ffn.down_DF.device)]
-    if ffn.gate_bias_F is not None:
-        yield "experts.gate_bias_U", ffn.gate_bias_F[union.to(ffn.gate_bias_F.device)]
-    biases = [carving.expert_biases(parent, index, e)[1] for e in range(len(carved.routed))]
+    for name, bias_F in zip(("gate", "up"), ffn.biases, strict=False):
+        if bias_F is not None:
+            yield f"experts.{name}_bias_U", bias_F[union.to(bias_F.device)]
+    biases = [carving.expert_biases(parent, index, e)[2] for e in range(len(carved.routed))]
     if biases[0] is not None:
         yield "experts.bias_ED", torch.stack([b for b in biases if b is not None]).to(dtype)
     places = [torch.searchsorted(union, expert.channels).to(torch.int32) for expert in carved.routed]

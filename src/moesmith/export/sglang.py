@@ -21,7 +21,7 @@ from moesmith.export.target import Options, Source, Target, reach_loss, stock_lo
 from moesmith.export.verify import verify_folder
 from moesmith.files.artefact import read_json
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import head_dim
+from moesmith.parent.structure import head_dim, rope_of
 
 
 class SGLang(Target):
@@ -64,7 +64,7 @@ class SGLang(Target):
 
 def dialect_of(parent: Parent) -> str:
     """Choose the architecture to write: the parent's own, or Qwen2-MoE for a Mixtral with scaled positions."""
-    scaled = parent.config.rope_parameters.get("rope_type", "default") != "default"
+    scaled = rope_of(parent.config).get("rope_type", "default") != "default"
     return "qwen2_moe" if parent.family == "mixtral" and scaled else parent.family
 
 

@@ -20,6 +20,7 @@ from moesmith.native.gate import Router
 from moesmith.native.heads import HeadGate
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.checkpoint import first_line
+from moesmith.parent.head import head_of
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, Layered, cast, last_hidden
 from moesmith.parent.load import Parent
@@ -155,6 +156,5 @@ def run(model: Decoder, ids: Tensor) -> Result:
             model = copy.deepcopy(model).to(torch.float32)  # type: ignore[arg-type]
     result = Result(torch.empty(0), [])
     (hidden_NSD,) = last_hidden(model, [ids], visit=result.visit)
-    head: Any = model.get_output_embeddings()
-    result.logits = head(hidden_NSD).float().cpu()
+    result.logits = head_of(model)(hidden_NSD).cpu()
     return result

@@ -30,11 +30,12 @@ BATCH = 4  # windows per backward pass
 
 
 class Scaled(nn.Module):
-    """A parent's feed-forward network with two factors per channel, all 1: it computes what the network computes.
+    """A parent's feed-forward network with a factor per channel of every matrix, all 1: it computes the same.
 
     Attributes:
         inner_F: in front of the gate's rows, before any bias.
-        outer_F: in front of the channels, and so of the ``down_proj`` columns, and as well of the up rows.
+        outer_F: in front of the channels, and so of the ``down_proj`` columns.
+        up_F: in front of the up rows: ``outer_F`` unless they have a bias.
     """
 
     def __init__(self, ffn: FFN) -> None:
@@ -42,7 +43,9 @@ class Scaled(nn.Module):
         self._ffn = [ffn]  # in a list it is no part of the module
         # fp32 whatever the model computes in: their gradients are sums over all tokens
         width, device = len(ffn.gate_FD), ffn.gate_FD.device
-        self.inner_F, self.outer_F = (torch.ones(width, device=device, requires_grad=True) for _ in range(2))
+        self.inner_F, self.outer_F, own_F = (torch.ones(width, device=device, requires_grad=True) for _ in range(3))
+        self.up_F = self.outer_F if ffn.up_bias_F is None else own_F
+        self.factors = [self.inner_F, self.outer_F] if ffn.up_FD is None else [self.inner_F, self.up_F, self.outer_F]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Map (…, D) to (…, D)."""
@@ -50,7 +53,10 @@ class Scaled(nn.Module):
         z_BSF = (F.linear(x_BSD, ffn.gate_FD) * self.inner_F).to(x_BSD.dtype)
         a_BSF = ffn.activation(z_BSF if ffn.gate_bias_F is None else z_BSF + ffn.gate_bias_F)
         if ffn.up_FD is not None:
-            a_BSF = a_BSF * F.linear(x_BSD, ffn.up_FD)
+            up_BSF = F.linear(x_BSD, ffn.up_FD)
+            if ffn.up_bias_F is not None:
+                up_BSF = (up_BSF * self.up_F).to(x_BSD.dtype) + ffn.up_bias_F
+            a_BSF = a_BSF * up_BSF
         return F.linear((a_BSF * self.outer_F).to(x_BSD.dtype), ffn.down_DF, ffn.down_bias_D)
 
 
@@ -73,8 +79,8 @@ def slopes(parent: Parent, windows: Tensor, label: str = "gradients") -> Tensor:
     """Compute Σ w · ∂L/∂w over each channel's part of each matrix, (M, L, F) fp32 on the CPU.
 
     L is the next-token loss, its mean over all tokens that have a successor. The order is gate, up (if there is one),
-    down. Up and down are equal: both multiply the same activation. A bias belongs to no group. The importance of a
-    channel is ``slopes(...).abs().sum(0)``.
+    down. Up and down are equal where up has no bias: both multiply the same activation. A bias belongs to no group. The
+    importance of a channel is ``slopes(...).abs().sum(0)``.
 
     Args:
         parent: the dense model; its parameters are frozen.
@@ -94,7 +100,7 @@ def slopes(parent: Parent, windows: Tensor, label: str = "gradients") -> Tensor:
         for ffn in parent.ffns:
             scaled = Scaled(ffn)
             put(model, ffn.path, scaled)
-            factors += [scaled.inner_F, scaled.outer_F]
+            factors += scaled.factors
         total = Sum(torch.zeros(len(factors), parent.F, device=parent.device))
         with torch.enable_grad(), meter(label, windows.numel()) as bar:
             for ids_BS in windows.split(batch):
@@ -102,7 +108,6 @@ def slopes(parent: Parent, windows: Tensor, label: str = "gradients") -> Tensor:
                 found_NF = torch.stack(torch.autograd.grad(loss, factors))
                 total.add(found_NF * (len(ids_BS) / len(windows)))
                 bar.advance(ids_BS.numel())
-        inner_LF, outer_LF = total.value().float().view(parent.L, 2, parent.F).unbind(1)
-        return torch.stack([inner_LF, *[outer_LF] * (parent.ffns[0].matrices - 1)])
+        return total.value().float().view(parent.L, -1, parent.F).transpose(0, 1).contiguous()
 
     return halving(label, parent.device, BATCH, run)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from moesmith.parent.hooks import hidden_input
-from moesmith.parent.structure import OUTPUTS, attention_of, head_dim
+from moesmith.parent.structure import OUTPUTS, attention_of, head_dim, rope_of
 
 
 def rotary_width(config: Any) -> int:
     """Count the rotating dimensions of a head: all of them, or the leading part with a partial rotary embedding."""
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope_of(config)
     factor = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
     return int(head_dim(config) * factor)
 

@@ -237,23 +237,25 @@ class Carving:
                 weights[name] = weight + (B_Or.double() @ A_rI.double()).float().to(weight.device)
         return weights["gate"], weights.get("up"), weights["down"]
 
-    def expert_biases(self, parent: Parent, layer: int, expert: int | Expert) -> tuple[Tensor | None, Tensor | None]:
-        """Return one expert's fp32 biases, of its gate rows (F_e,) and its output (D,); ``None`` where there is none.
+    def expert_biases(
+        self, parent: Parent, layer: int, expert: int | Expert
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return one expert's fp32 biases: of gate and up (F_e,), of its output (D,); ``None`` where there is none.
 
         The output bias includes the parent's: all of it if the weights of a token's experts sum to 1, 1/K of it if
         every chosen expert counts in full, none of it in a shared expert. The expert's own bias is added.
         """
         carved, ffn = self.layers[layer], parent.ffns[layer]
         one = carved.routed[expert] if isinstance(expert, int) else expert
-        gate_bias_F, down_bias_D, device = ffn.gate_bias_F, ffn.down_bias_D, ffn.gate_FD.device
-        if gate_bias_F is not None:
-            gate_bias_F = gate_bias_F[one.channels.to(device)].float()
+        *inner, down_bias_D = ffn.biases
+        device = ffn.gate_FD.device
+        gate_bias_F, up_bias_F = (None if b is None else b[one.channels.to(device)].float() for b in inner)
         if down_bias_D is not None and one is carved.shared:
             down_bias_D = None
         elif down_bias_D is not None and carved.mix == "sum":
             down_bias_D = down_bias_D.float() / carved.top_k
         given = [part.to(device, torch.float32) for part in (down_bias_D, one.bias_D) if part is not None]
-        return gate_bias_F, torch.stack(given).sum(0) if given else None
+        return gate_bias_F, up_bias_F, torch.stack(given).sum(0) if given else None
 
     @property
     def subsets(self) -> bool:

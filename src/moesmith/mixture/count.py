@@ -57,7 +57,7 @@ def parameters(parent: Parent, carving: Carving, native: bool | None = None) -> 
 
 def _biases(parent: Parent) -> int:
     ffn = parent.ffns[0]
-    return sum(0 if bias is None else len(bias) for bias in (ffn.gate_bias_F, ffn.down_bias_D))
+    return sum(0 if bias is None else len(bias) for bias in ffn.biases)
 
 
 def in_native(parent: Parent, carving: Carving) -> tuple[int, int]:
@@ -67,13 +67,14 @@ def in_native(parent: Parent, carving: Carving) -> tuple[int, int]:
     and attention has the dimensions that some token keeps.
     """
     ffn, D, total, active = parent.ffns[0], parent.D, 0, 0.0
-    channel = ffn.matrices * D + (ffn.gate_bias_F is not None)
+    inner = sum(bias is not None for bias in ffn.biases[:2])
+    channel = ffn.matrices * D + inner
     output = D if ffn.down_bias_D is not None or any(e.bias_D is not None for e in carving.layers[0].routed) else 0
     for index, layer in enumerate(carving.layers):
         E, K, spec = len(layer.routed), layer.top_k, layer.gate(ffn)
         router = E * D * (ffn.matrices - 1 if spec.logits == "hidden" else 1)
-        if spec.logits != "linear" and ffn.gate_bias_F is not None:
-            router += E
+        if spec.logits != "linear":
+            router += E * (inner if spec.logits == "hidden" else 1)
         if carving.subsets:
             stored = int(carving.mask(index).any(0).sum())
             used = K * sum(layer.widths) / E  # a token's experts are not known beforehand

@@ -41,17 +41,18 @@ class GateUp(nn.Module):
     gate_FD: Tensor
     up_FD: Tensor | None
     gate_bias_F: Tensor | None
+    up_bias_F: Tensor | None
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__()
-        parts = {"gate_FD": ffn.gate_FD, "up_FD": ffn.up_FD, "gate_bias_F": ffn.gate_bias_F}
-        for name, part in parts.items():
+        for name in ("gate_FD", "up_FD", "gate_bias_F", "up_bias_F"):
+            part: Tensor | None = getattr(ffn, name)
             setattr(self, name, None if part is None else nn.Parameter(part.detach(), requires_grad=False))
         self.activation = ffn.activation
 
     def hidden(self, x: Tensor) -> Tensor:
         """Compute the input of the parent's ``down``, (…, D) to (…, F)."""
-        return hidden(x, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F)
+        return hidden(x, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F, self.up_bias_F)
 
 
 class MaskedExperts(GateUp):
@@ -184,7 +185,7 @@ def block(parent: Parent, carving: Carving, index: int, form: Form = "sliced") -
             raise MoesmithError(f"layer {index} has experts with their own gate and up rows", "Build the sliced form.")
         own = any(expert.down_DF is not None for expert in carved.routed)
         down = [ffn.down_DF[:, e.channels] if e.down_DF is None else e.down_DF for e in carved.routed] if own else None
-        bias_ED = _stacked([carving.expert_biases(parent, index, e)[1] for e in routed])
+        bias_ED = _stacked([carving.expert_biases(parent, index, e)[2] for e in routed])
         experts = MaskedExperts(ffn, carving.mask(index), bias_ED, down)
     else:
         experts = _sliced(parent, carving, index, routed)
@@ -204,7 +205,7 @@ def besides(parent: Parent, carving: Carving, index: int) -> dict[str, Any]:
 def _sliced(parent: Parent, carving: Carving, index: int, experts: Sequence[int | Expert]) -> SlicedExperts:
     """Cut out and stack experts of one layer."""
     dtype, device = parent.dtype, parent.device
-    gate_biases, biases = zip(*(carving.expert_biases(parent, index, e) for e in experts), strict=True)
+    *inner, biases = zip(*(carving.expert_biases(parent, index, e) for e in experts), strict=True)
     weights = (carving.expert_weights(parent, index, e) for e in experts)
     rounded = ([side if side is None else side.to(device, dtype) for side in expert] for expert in weights)
     gate, up, down = zip(*rounded, strict=True)
@@ -214,7 +215,7 @@ def _sliced(parent: Parent, carving: Carving, index: int, experts: Sequence[int 
         _padded([down_DF.T for down_DF in down]).mT.contiguous(),
         parent.ffns[index].activation,
         None if bias_ED is None else bias_ED.to(device, dtype),
-        None if gate_biases[0] is None else _padded(gate_biases).to(device, dtype),
+        *(None if some[0] is None else _padded(some).to(device, dtype) for some in inner),
     )
 
 
@@ -227,11 +228,12 @@ def _router(layer: Layer, ffn: FFN, dtype: torch.dtype, device: torch.device) ->
         noise = None if router.noise_ED is None else router.noise_ED.to(device, dtype)
         return Router(spec, router.weight_ED.to(device, dtype, copy=True), noise)
     rows = router.channels.to(ffn.gate_FD.device)
-    parts = (None if part is None else part[rows] for part in (ffn.gate_FD, ffn.up_FD, ffn.gate_bias_F))
-    gate_ED, up_ED, bias_E = (None if part is None else part.to(device, dtype, copy=True) for part in parts)
+    parts = (None if part is None else part[rows] for part in (ffn.gate_FD, ffn.up_FD, *ffn.biases[:2]))
+    gate_ED, up_ED, bias_E, up_bias_E = (None if part is None else part.to(device, dtype, copy=True) for part in parts)
     assert gate_ED is not None
-    activation = ffn.activation if router.reads == "hidden" else None
-    return Router(spec, gate_ED, None, up_ED if activation else None, bias_E, activation)
+    if router.reads == "hidden":
+        return Router(spec, gate_ED, None, up_ED, bias_E, up_bias_E, ffn.activation)
+    return Router(spec, gate_ED, None, None, bias_E)
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -35,7 +35,7 @@ class SlicedExperts(nn.Module):
             are padded with zeros, biases too.
         down_proj: (E, D, F_e).
         bias_ED: bias of the output or ``None``.
-        gate_bias_EF: bias of the rows of a network without a gate, or ``None``.
+        gate_bias_EF, up_bias_EF: biases of their rows, or ``None``.
         lora: grouped LoRA (``lora.GroupedLora``) or ``None``.
     """
 
@@ -46,6 +46,7 @@ class SlicedExperts(nn.Module):
         activation: Activation,
         bias_ED: Tensor | None = None,
         gate_bias_EF: Tensor | None = None,
+        up_bias_EF: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.gated = gate_up_EGD.shape[1] == 2 * down_EDF.shape[2]
@@ -53,6 +54,7 @@ class SlicedExperts(nn.Module):
         self.down_proj = nn.Parameter(down_EDF, requires_grad=False)
         self.bias_ED = None if bias_ED is None else nn.Parameter(bias_ED, requires_grad=False)
         self.gate_bias_EF = None if gate_bias_EF is None else nn.Parameter(gate_bias_EF, requires_grad=False)
+        self.up_bias_EF = None if up_bias_EF is None else nn.Parameter(up_bias_EF, requires_grad=False)
         self.activation = activation
         self.lora: Any = None  # lora.GroupedLora, set by lora.add_lora
 
@@ -66,7 +68,7 @@ class SlicedExperts(nn.Module):
         ``counts`` are the rows of each expert; for :func:`groupable` products they are a tensor on the device that says
         where each expert's rows end (int32), with each row's expert ``owner_P``.
         """
-        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_bias_EF, owner_P)
+        gate_up_PG = self._products(x_PD, self.gate_up_proj, counts, self.gate_up_bias(), owner_P)
         if self.lora is not None:
             if owner_P is None:
                 owner_P = torch.repeat_interleave(torch.tensor(counts, device=x_PD.device))
@@ -78,6 +80,12 @@ class SlicedExperts(nn.Module):
             a_PF = self.activation(gate_up_PG)
         y_PD = self._products(a_PF, self.down_proj, counts, self.bias_ED, owner_P)
         return y_PD if self.lora is None else y_PD + self.lora.down(a_PF, owner_P)
+
+    def gate_up_bias(self) -> Tensor | None:
+        """What is added to the products of ``gate_up_proj``, (E, 2·F_e) or (E, F_e); ``None`` where nothing is."""
+        if self.gate_bias_EF is None or self.up_bias_EF is None:
+            return self.gate_bias_EF
+        return torch.cat([self.gate_bias_EF, self.up_bias_EF], 1)
 
     @staticmethod
     def _products(
@@ -135,7 +143,7 @@ class UnionExperts(SlicedExperts):
 
     Attributes:
         gate_UD, up_UD, down_DU: the channels that any expert keeps; no ``up_UD`` without a gate.
-        gate_bias_U: bias of the rows of a network without a gate, or ``None``.
+        gate_bias_U, up_bias_U: biases of their rows, or ``None``.
         index_EF: each expert's channels, int32, padded with -1.
     """
 
@@ -150,10 +158,12 @@ class UnionExperts(SlicedExperts):
         activation: Activation,
         bias_ED: Tensor | None = None,
         gate_bias_U: Tensor | None = None,
+        up_bias_U: Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.gated = up_UD is not None
-        parts = {"gate_UD": gate_UD, "up_UD": up_UD, "down_DU": down_DU, "bias_ED": bias_ED, "gate_bias_U": gate_bias_U}
+        parts = {"gate_UD": gate_UD, "up_UD": up_UD, "down_DU": down_DU, "bias_ED": bias_ED}
+        parts |= {"gate_bias_U": gate_bias_U, "up_bias_U": up_bias_U}
         for name, part in parts.items():
             setattr(self, name, None if part is None else nn.Parameter(part, requires_grad=False))
         self.register_buffer("index_EF", index_EF)
@@ -177,9 +187,10 @@ class UnionExperts(SlicedExperts):
         within_EF = index_EF >= 0
         index_EF = index_EF.clamp_min(0)
         down_EFD = down_DU.T[index_EF] * within_EF.unsqueeze(-1)
-        bias: Any = self.gate_bias_U
         rows = torch.cat([side[index_EF] for side in sides], 1)
-        return rows, down_EFD.mT.contiguous(), None if bias is None else bias[index_EF]
+        inner: list[Any] = [bias for bias in (self.gate_bias_U, self.up_bias_U) if bias is not None]
+        bias_EG = torch.cat([bias[index_EF] for bias in inner], 1) if inner else None
+        return rows, down_EFD.mT.contiguous(), bias_EG
 
     @property
     def gate_up_proj(self) -> Tensor:  # type: ignore[override]
@@ -191,9 +202,8 @@ class UnionExperts(SlicedExperts):
         """(E, D, F_e); columns past an expert's width are zero."""
         return self._slices()[1]
 
-    @property
-    def gate_bias_EF(self) -> Tensor | None:  # type: ignore[override]
-        """(E, F_e) or ``None``."""
+    def gate_up_bias(self) -> Tensor | None:
+        """(E, 2·F_e), or (E, F_e) without a gate, or ``None``."""
         return self._slices()[2]
 
 

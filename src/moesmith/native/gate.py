@@ -52,6 +52,7 @@ class Router(nn.Module):
         noise: (E, D) noise matrix or ``None``.
         up: (E, D) up rows of an analytic router's channels, or ``None``.
         bias: (E,) what the network of these channels adds before the activation, or ``None``.
+        up_bias: (E,) what it adds to up's product, or ``None``.
         activation: activation of an analytic router that reads the network's hidden channels, else ``None``.
         temperature: the dense gate's temperature in training, or ``None`` for the sparse gate.
         gradient: ``"straight-through"`` or ``"none"``, used by the sparse gate in training.
@@ -65,6 +66,7 @@ class Router(nn.Module):
         noise_ED: Tensor | None = None,
         up_ED: Tensor | None = None,
         bias_E: Tensor | None = None,
+        up_bias_E: Tensor | None = None,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class Router(nn.Module):
         self.noise = None if noise_ED is None else nn.Parameter(noise_ED, requires_grad=False)
         self.up = None if up_ED is None else nn.Parameter(up_ED, requires_grad=False)
         self.bias = None if bias_E is None else nn.Parameter(bias_E, requires_grad=False)
+        self.up_bias = None if up_bias_E is None else nn.Parameter(up_bias_E, requires_grad=False)
         self.activation = activation
         self.temperature: float | None = None
         self.gradient = "none"
@@ -84,7 +87,7 @@ class Router(nn.Module):
         if self.activation is None:
             return logits_TE.float()
         hidden_TE = self.activation(logits_TE)
-        return (hidden_TE if self.up is None else hidden_TE * F.linear(x_TD, self.up)).float().abs()
+        return (hidden_TE if self.up is None else hidden_TE * F.linear(x_TD, self.up, self.up_bias)).float().abs()
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route tokens: logits (T, E) fp32, weights (T, K) fp32, ids (T, K); K = E with the dense gate."""

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .experts import MoEBlock, SlicedExperts, UnionExperts
 from .gate import Router
@@ -36,6 +37,9 @@ READABLE = (
     "layer_types",
     "rope_parameters",
     "tie_word_embeddings",
+    "logit_scale",
+    "logits_scaling",
+    "final_logit_softcapping",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -55,7 +59,7 @@ class MoesmithConfig(PreTrainedConfig):
         attention: the shape and name (``path``) of each layer's pruned attention, or ``None``.
         activation: name of the activation in ``ACT2FN``.
         gated: whether the networks are gated.
-        has_gate_bias: whether experts have a bias before the activation.
+        has_gate_bias: whether experts have a bias before the activation, and one of up's where there is one.
         gate, paths, widths, unions, has_bias: the same as ``layers``, as version 0.1 wrote it.
     """
 
@@ -86,9 +90,10 @@ class MoesmithConfig(PreTrainedConfig):
     def __getattr__(self, name: str) -> Any:
         parent = self.__dict__.get("parent")  # through __dict__: a copy's fields are read before it has any
         if name in READABLE and parent is not None:
+            names = CONFIG_MAPPING[parent["model_type"]].attribute_map  # GPT-2 stores hidden_size as n_embd
             if name == "head_dim" and parent.get(name) is None:  # code that rotates reads it and computes with it
-                return parent["hidden_size"] // parent["num_attention_heads"]
-            return parent.get(name)
+                return self.hidden_size // self.num_attention_heads
+            return parent.get(names.get(name, name))
         raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
 
 
@@ -166,9 +171,15 @@ def _empty(config: MoesmithConfig) -> Any:
     """Build the architecture; ``from_pretrained`` fills in its experts."""
     fields = dict(config.parent or {})
     old = CONFIG_MAPPING[fields.pop("model_type")](**fields)
-    old.intermediate_size = 1  # the parent's own networks are replaced at once
-    inner: Any = AutoModelForCausalLM.from_config(old, attn_implementation=config._attn_implementation)
-    inner.config.intermediate_size = fields["intermediate_size"]
+    if "intermediate_size" in fields:
+        old.intermediate_size = 1  # the parent's own networks are replaced at once
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(old)]
+    attention = config._attn_implementation
+    if attention == "sdpa" and not known._supports_sdpa:  # it was chosen for our own class
+        attention = "eager"
+    inner: Any = AutoModelForCausalLM.from_config(old, attn_implementation=attention)
+    if "intermediate_size" in fields:
+        inner.config.intermediate_size = fields["intermediate_size"]
     for layer in config.described():
         _replace(inner, layer["path"], _block(config, layer, old.hidden_size))
     for index, shape in enumerate(config.attention or ()):
@@ -180,11 +191,12 @@ def _block(config: MoesmithConfig, layer: dict[str, Any], D: int) -> MoEBlock:
     """Build one layer's empty block."""
     gate, width, union = SimpleNamespace(**layer["gate"]), layer["width"], layer["union"]
     E, activation, gated, biased = gate.experts, ACT2FN[config.activation], config.gated, config.has_gate_bias
+    inner = biased * (1 + gated)  # biases of gate and up
 
     def sliced(E: int, width: int, bias: bool) -> SlicedExperts:
         rows, bias_ED = torch.empty(E, (1 + gated) * width, D), torch.empty(E, D) if bias else None
         return SlicedExperts(
-            rows, torch.empty(E, D, width), activation, bias_ED, torch.empty(E, width) if biased else None
+            rows, torch.empty(E, D, width), activation, bias_ED, *(torch.empty(E, width) for _ in range(inner))
         )
 
     experts: SlicedExperts
@@ -198,13 +210,13 @@ def _block(config: MoesmithConfig, layer: dict[str, Any], D: int) -> MoEBlock:
             torch.empty(E, width, dtype=torch.int32),
             activation,
             torch.empty(E, D) if layer["bias"] else None,
-            torch.empty(union) if biased else None,
+            *(torch.empty(union) for _ in range(inner)),
         )
     rows: Any = ()  # the parent's, from which the router is made
     if (logits := getattr(gate, "logits", "linear")) != "linear":
         hidden = logits == "hidden"
-        up_ED, bias_E = torch.empty(E, D) if gated and hidden else None, torch.empty(E) if biased else None
-        rows = (None, up_ED, bias_E, activation if hidden else None)
+        biases = [torch.empty(E) if biased else None, torch.empty(E) if inner == 2 and hidden else None]
+        rows = (None, torch.empty(E, D) if gated and hidden else None, *biases, activation if hidden else None)
     shared = sliced(1, layer["shared"], layer["shared_bias"]) if layer["shared"] else None
     return MoEBlock(Router(gate, torch.empty(E, D), *rows), experts, shared)
 

@@ -1,15 +1,17 @@
 """Find a decoder's layers, feed-forward networks and attention by their structure.
 
-A feed-forward network is gated, y = down(act(gate x) * (up x)), or not, y = down(act(gate x + b)) + c. Nothing here
-uses a model's name; numbers settle which reading of the matrices is right. What the rest of the decoder computes is
-checked against the model's own activations in ``parent/proof/family.py``.
+A feed-forward network is gated, y = down(act(gate x) * (up x)), or not, y = down(act(gate x)); its products may have
+biases. Nothing here uses a model's name; numbers settle which reading of the matrices is right. What the rest of the
+decoder computes is checked against the model's own activations in ``parent/proof/family.py``.
 
 Shapes: S positions, D model width, F feed-forward width, H heads.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from moesmith.errors import MoesmithError
 from moesmith.parent.accelerator import closed_form_device
 
 Activation = Callable[[Tensor], Tensor]
-ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
+ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "relu", "relu2")  # one of these where a config names none
 KINDS = "moesmith converts decoders whose layers run one by one and whose logits are head(hidden state)."
 # the norms of a stock decoder layer: before attention, and before the feed-forward network
 STREAM = ("input_layernorm", "post_attention_layernorm")
@@ -32,16 +37,21 @@ OUTPUTS = ("o_proj", "dense")  # names of an attention's output projection
 
 
 def hidden(
-    x: Tensor, gate_FD: Tensor, up_FD: Tensor | None, activation: Activation, gate_bias_F: Tensor | None = None
+    x: Tensor,
+    gate_FD: Tensor,
+    up_FD: Tensor | None,
+    activation: Activation,
+    gate_bias_F: Tensor | None = None,
+    up_bias_F: Tensor | None = None,
 ) -> Tensor:
-    """Compute the input of ``down``, (…, D) to (…, F): act(gate x) * (up x), or act(gate x + b) without a gate."""
+    """Compute the input of ``down``, (…, D) to (…, F): act(gate x + b) * (up x + c), or act(gate x + b) ungated."""
     a = activation(F.linear(x, gate_FD, gate_bias_F))
-    return a if up_FD is None else a * F.linear(x, up_FD)
+    return a if up_FD is None else a * F.linear(x, up_FD, up_bias_F)
 
 
 @dataclass
 class Network:
-    """A feed-forward network, y = down(hidden(x)): gated, or with two matrices and perhaps biases.
+    """A feed-forward network, y = down(hidden(x)): gated, or with two matrices; with biases or without.
 
     Attributes:
         gate_FD: (F, D), the matrix before the activation.
@@ -49,6 +59,7 @@ class Network:
         down_DF: (D, F).
         activation: act, elementwise.
         gate_bias_F: added before the activation, (F,), or ``None``.
+        up_bias_F: added to up's product, (F,); there if ``gate_bias_F`` and ``up_FD`` are.
         down_bias_D: added to the output, (D,), or ``None``.
     """
 
@@ -57,6 +68,7 @@ class Network:
     down_DF: Tensor
     activation: Activation
     gate_bias_F: Tensor | None = None
+    up_bias_F: Tensor | None = None
     down_bias_D: Tensor | None = None
 
     @property
@@ -65,13 +77,18 @@ class Network:
         return [part for part in (self.gate_FD, self.up_FD, self.down_DF) if part is not None]
 
     @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Its biases, of gate, up and down."""
+        return self.gate_bias_F, self.up_bias_F, self.down_bias_D
+
+    @property
     def matrices(self) -> int:
         """How many matrices the network has: 3 when it is gated, otherwise 2."""
         return len(self.weights)
 
     def hidden(self, x: Tensor) -> Tensor:
         """The input of ``down``, (…, D) to (…, F)."""
-        return hidden(x, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F)
+        return hidden(x, self.gate_FD, self.up_FD, self.activation, self.gate_bias_F, self.up_bias_F)
 
     def output(self, x: Tensor) -> Tensor:
         """What it computes, (…, D) to (…, D)."""
@@ -79,7 +96,7 @@ class Network:
 
     def to(self, *place: Any) -> Network:
         """Move it to a device, a dtype or both, as ``Tensor.to`` does."""
-        parts = (self.gate_FD, self.up_FD, self.down_DF, self.gate_bias_F, self.down_bias_D)
+        parts = (self.gate_FD, self.up_FD, self.down_DF, *self.biases)
         gate_FD, up_FD, down_DF, *biases = (None if part is None else part.to(*place) for part in parts)
         assert gate_FD is not None
         assert down_DF is not None
@@ -88,13 +105,15 @@ class Network:
     def replaced(self, weights: Sequence[Tensor]) -> Network:
         """The same with other matrices, in the order of :attr:`weights`."""
         gate_FD, *up, down_DF = weights
-        return Network(gate_FD, up[0] if up else None, down_DF, self.activation, self.gate_bias_F, self.down_bias_D)
+        return Network(gate_FD, up[0] if up else None, down_DF, self.activation, *self.biases)
 
     def narrowed(self, kept: Tensor, down_DF: Tensor) -> Network:
         """Keep some channels, with columns of ``down`` of their own."""
         kept = kept.to(self.gate_FD.device)
-        up_FD, bias_F = (None if part is None else part[kept] for part in (self.up_FD, self.gate_bias_F))
-        return Network(self.gate_FD[kept], up_FD, down_DF, self.activation, bias_F, self.down_bias_D)
+        rows = (self.up_FD, self.gate_bias_F, self.up_bias_F)
+        up_FD, gate_bias_F, up_bias_F = (None if part is None else part[kept] for part in rows)
+        biases = (gate_bias_F, up_bias_F, self.down_bias_D)
+        return Network(self.gate_FD[kept], up_FD, down_DF, self.activation, *biases)
 
 
 @dataclass(kw_only=True)
@@ -161,13 +180,14 @@ def find_ffns(model: PreTrainedModel) -> list[FFN]:
     """
     prefix, layers = decoder_layers(model)
     refuse_moe(model, layers)
-    names = [name for field in ACTIVATION_FIELDS if (name := getattr(model.config, field, None))]
-    if not names or names[0] not in ACT2FN:
+    named = [name for field in ACTIVATION_FIELDS if (name := getattr(model.config, field, None))]
+    if named and named[0] not in ACT2FN:
         raise MoesmithError(
-            f"The activation {names or None} of {type(model).__name__} is not known to transformers",
+            f"The activation {named[0]} of {type(model).__name__} is not known to transformers",
             f"Name one in config.json: {', '.join(ACTIVATION_FIELDS)}.",
         )
-    return [_find_ffn(f"{prefix}.{index}", layer, names[0]) for index, layer in enumerate(layers)]
+    activation = named[0] if named else _activation_of(layers[0])
+    return [_find_ffn(f"{prefix}.{index}", layer, activation) for index, layer in enumerate(layers)]
 
 
 def refuse_moe(model: PreTrainedModel, layers: nn.ModuleList) -> None:
@@ -181,31 +201,34 @@ def refuse_moe(model: PreTrainedModel, layers: nn.ModuleList) -> None:
 
 
 def _find_ffn(path: str, layer: nn.Module, activation_name: str) -> FFN:
-    activation, seen = ACT2FN[activation_name], []
-    for name, module in layer.named_modules():
-        linears = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
-        for gate, up, down in _readings(list(linears.values())):
-            if not _computes(module, activation, gate, up, down):
-                continue
-            biased = [n for n, m in linears.items() if m.bias is not None]
-            if biased and up is not None:
-                what = f"{path}.{name} has biases ({', '.join(biased)})"
-                raise MoesmithError(what, "No stock Mixture-of-Experts architecture has a place for them.")
-            return FFN(
-                path=f"{path}.{name}",
-                gate_FD=gate[0],
-                up_FD=None if up is None else up[0],
-                down_DF=down.weight.detach(),
-                down=down,
-                module=module,
-                activation=activation,
-                activation_name=activation_name,
-                gate_bias_F=gate[1] if len(gate) > 1 else None,
-                down_bias_D=None if down.bias is None else down.bias.detach(),
-            )
-        if "attn" not in name and "attention" not in name:
-            shapes = {n: getattr(m, "weight", None) for n, m in module.named_children()}
-            seen += [f"{n} {tuple(w.shape)}" for n, w in shapes.items() if w is not None and w.dim() == 2]
+    activation = ACT2FN[activation_name]
+    for one in _candidates(layer):
+        if (both := one.outputs(activation)) is None or not close(*both):
+            continue
+        (gate_FD, gate_bias_F), (up_FD, up_bias_F), (down_DF, down_bias_D) = one.gate, one.up, one.down
+        if up_FD is not None and (gate_bias_F is None) != (up_bias_F is None):
+            which = "up" if gate_bias_F is None else "gate"
+            raise MoesmithError(f"{path}.{one.name} has a bias in {which} alone", "Give the other zeros.")
+        return FFN(
+            path=f"{path}.{one.name}",
+            gate_FD=gate_FD,
+            up_FD=up_FD,
+            down_DF=down_DF,
+            down=one.last,
+            module=one.module,
+            activation=activation,
+            activation_name=activation_name,
+            gate_bias_F=gate_bias_F,
+            up_bias_F=up_bias_F,
+            down_bias_D=down_bias_D,
+        )
+    seen = [
+        f"{child} {tuple(weight.shape)}"
+        for name, module in layer.named_modules()
+        if "attn" not in name and "attention" not in name
+        for child, part in module.named_children()
+        if (weight := getattr(part, "weight", None)) is not None and weight.dim() == 2
+    ]
     raise MoesmithError(
         f"{path} holds no gated feed-forward network down({activation_name}(gate x) * (up x)), and no module of two "
         f"linear layers that is one without a gate; its matrices outside attention: {', '.join(seen) or 'none'}",
@@ -213,37 +236,88 @@ def _find_ffn(path: str, layer: nn.Module, activation_name: str) -> FFN:
     )
 
 
-Part = tuple[Tensor, ...]  # a weight, and its bias where there is one
+def _activation_of(layer: nn.Module) -> str:
+    """Name the activation of a layer's network, of :data:`ACTIVATIONS`: by numbers, and in fp32, as two are much alike.
+
+    The first of them where nothing can be computed.
+    """
+    errors = dict.fromkeys(ACTIVATIONS, math.inf)
+    for one in _candidates(layer):
+        for name in ACTIVATIONS:
+            both = None if one.gate[0].is_meta else one.in_fp32().outputs(ACT2FN[name])
+            if both is not None and both[0].shape == both[1].shape:
+                errors[name] = min(errors[name], float((both[0] - both[1]).norm() / both[1].norm()))
+    return min(ACTIVATIONS, key=errors.__getitem__)
 
 
-def _readings(linears: list[nn.Linear]) -> Iterator[tuple[Part, Part | None, nn.Linear]]:
-    """Yield every reading of a module's matrices as gate, up (``None``: not gated) and down that their shapes allow."""
-    if len(linears) not in (2, 3):
-        return
-    for *inner, down in itertools.permutations(linears):
-        width, model_width = down.weight.shape[::-1]
-        parts = [tuple(p.detach() for p in linear.parameters()) for linear in inner]
-        if len(parts) == 2 and parts[0][0].shape == parts[1][0].shape == (width, model_width):
-            yield parts[0], parts[1], down
-        if len(parts) == 1 and parts[0][0].shape == (2 * width, model_width):
-            first, second = (tuple(half) for half in zip(*(p.chunk(2) for p in parts[0]), strict=True))
-            yield first, second, down
-            yield second, first, down
-        if len(parts) == 1 and parts[0][0].shape == (width, model_width):
-            yield parts[0], None, down
+Part = tuple[Tensor, Tensor | None]  # a matrix (out, in) and its bias
+NONE: tuple[None, None] = (None, None)
 
 
-@torch.no_grad()
-def _computes(module: nn.Module, activation: Activation, gate: Part, up: Part | None, down: nn.Linear) -> bool:
-    """Whether the module's output on random input is that of this reading."""
-    x_TD = torch.randn(1, 8, gate[0].shape[1], generator=torch.Generator().manual_seed(0)).to(gate[0])
-    try:
-        theirs = module(x_TD)
-    except (TypeError, ValueError, RuntimeError, AttributeError):
-        return False  # an attention module needs more than x
-    a_TF = activation(F.linear(x_TD, *gate))
-    ours = down(a_TF if up is None else a_TF * F.linear(x_TD, *up))
-    return isinstance(theirs, Tensor) and close(theirs, ours)
+@dataclass
+class _Candidate:
+    """One reading of a module as a feed-forward network: which of its matrices is what.
+
+    Attributes:
+        name: the module's, in its layer.
+        module: the module.
+        last: the part of it that ``down`` is.
+        gate, up, down: matrices and biases; no up where it is not gated.
+    """
+
+    name: str
+    module: nn.Module
+    last: nn.Module
+    gate: Part
+    up: Part | tuple[None, None]
+    down: Part
+
+    @torch.no_grad()
+    def outputs(self, activation: Activation) -> tuple[Tensor, Tensor] | None:
+        """What the module makes of random input, and what this reading does; ``None`` if it needs more than that."""
+        (gate_FD, gate_bias_F), (up_FD, up_bias_F) = self.gate, self.up
+        x_TD = torch.randn(1, 8, gate_FD.shape[1], generator=torch.Generator().manual_seed(0)).to(gate_FD)
+        try:
+            theirs = self.module(x_TD)
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return None  # an attention module needs more than x
+        ours = F.linear(hidden(x_TD, gate_FD, up_FD, activation, gate_bias_F, up_bias_F), *self.down)
+        return (theirs, ours) if isinstance(theirs, Tensor) else None
+
+    def in_fp32(self) -> _Candidate:
+        """The same in fp32, in a module of its own."""
+        parts = [tuple(None if t is None else t.float() for t in part) for part in (self.gate, self.up, self.down)]
+        return _Candidate(self.name, copy.deepcopy(self.module).float(), self.last, *parts)  # type: ignore[arg-type]
+
+
+def _candidates(layer: nn.Module) -> Iterator[_Candidate]:
+    """Yield every reading of a layer's modules as gate, up and down that the shapes of their matrices allow."""
+    for name, module in layer.named_modules():
+        parts = [(child, part) for child in module.children() if (part := _part(child)) is not None]
+        if len(parts) not in (2, 3):
+            continue
+        for *inner, (last, down) in itertools.permutations(parts):
+            D, width = down[0].shape
+            matrices = [part for _, part in inner]
+            shapes = [tuple(weight.shape) for weight, _ in matrices]
+            if shapes == [(width, D)] * 2:
+                yield _Candidate(name, module, last, matrices[0], matrices[1], down)
+            if shapes == [(2 * width, D)]:
+                (weight, bias), *_ = matrices
+                biases = (None, None) if bias is None else bias.chunk(2)
+                halves = list(zip(weight.chunk(2), biases, strict=True))
+                yield _Candidate(name, module, last, halves[0], halves[1], down)
+                yield _Candidate(name, module, last, halves[1], halves[0], down)
+            if shapes == [(width, D)]:
+                yield _Candidate(name, module, last, matrices[0], NONE, down)
+
+
+def _part(module: nn.Module) -> Part | None:
+    """A linear module's matrix (out, in) and bias; a ``Conv1D`` holds its matrix the other way round."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return None
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight, None if module.bias is None else module.bias.detach()
 
 
 def attention_of(layer: nn.Module) -> nn.Module:
@@ -264,12 +338,24 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def declares(config: Any, field: str) -> bool:
+    """Whether a config's class knows a field: others may stand in a config.json, and nothing reads them."""
+    parent = getattr(config, "parent", None)  # our own format's config holds the parent's
+    kind = CONFIG_MAPPING[parent["model_type"]] if isinstance(parent, dict) else type(config)
+    return hasattr(kind, field)
+
+
+def rope_of(config: Any) -> dict[str, Any]:
+    """Return the parameters of the rotation by position, as the config has them; empty without one."""
+    return getattr(config, "rope_parameters", None) or {}
+
+
 def attention_window(config: Any) -> int | None:
     """Return how many positions a token attends to (itself included), or ``None`` for all before it.
 
     A ``sliding_window`` in the config counts only where the architecture declares the field and its layers use it.
     """
-    declared = hasattr(type(config), "sliding_window") and "sliding_attention" in (
+    declared = declares(config, "sliding_window") and "sliding_attention" in (
         getattr(config, "layer_types", None) or ["sliding_attention"]
     )
     return getattr(config, "sliding_window", None) or None if declared else None

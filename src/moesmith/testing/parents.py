@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any], str]] = {
     "qwen3": (Qwen3Config, {"head_dim": 16}, "qwen3_moe"),
     "phi3": (Phi3Config, {"pad_token_id": 1}, "mixtral"),
     "phi": (PhiConfig, {"partial_rotary_factor": 0.5}, NATIVE),
+    "biased": (LlamaConfig, {"mlp_bias": True, "attention_bias": True}, NATIVE),
 }
 STOCK = [family for family, (_, _, holds) in FAMILIES.items() if holds != NATIVE]
 

@@ -191,7 +191,7 @@ def side_by_side(
     moments = [(torch.zeros_like(master), torch.zeros_like(master)) for master in masters]
     biases = [
         None if parts[0] is None else torch.stack(parts)[:, None]
-        for parts in zip(*((starts[n].gate_bias_F, starts[n].down_bias_D) for n in order), strict=True)
+        for parts in zip(*(starts[n].biases for n in order), strict=True)
     ]
     pace_SE11 = torch.tensor([[pace(step, count) for count in steps] for step in range(steps[0])])[..., None, None]
     pace_SE11 = pace_SE11.to(device)
@@ -223,8 +223,8 @@ def _outputs(kind: Network, weights: Sequence[Tensor], biases: Sequence[Tensor |
 
     a_ABF = kind.activation(product(x_ABD, weights[0], biases[0]))
     if kind.up_FD is not None:
-        a_ABF = a_ABF * product(x_ABD, weights[1], None)
-    return product(a_ABF, weights[-1], biases[1])
+        a_ABF = a_ABF * product(x_ABD, weights[1], biases[1])
+    return product(a_ABF, weights[-1], biases[2])
 
 
 def rms(weight: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesmith.parent.accelerator import Sum, has_double
+from moesmith.parent.head import LogitShape
 
 CHUNK, DEVICE_CHUNK = 128, 512  # tokens whose logits exist at once: on a CPU, and where starting a kernel costs more
+PLAIN = LogitShape()
 PIECE = 8  # tokens whose probabilities exist at once on a CPU: they stay in a core's cache
 
 
@@ -30,6 +32,7 @@ class _HeadLoss(torch.autograd.Function):
         mix: float,
         temperature: float,
         head_V: Tensor | None,
+        shape: LogitShape,
     ) -> Tensor:
         N = len(hidden_ND)
         total = Sum(torch.zeros((), device=hidden_ND.device))
@@ -37,8 +40,11 @@ class _HeadLoss(torch.autograd.Function):
         cpu = hidden_ND.device.type == "cpu"
         for rows in torch.arange(N).split(CHUNK if cpu else DEVICE_CHUNK):
             part, size = slice(int(rows[0]), int(rows[-1]) + 1), PIECE if cpu else len(rows)
-            logits_CV = F.linear(hidden_ND[part], head_VD, head_V)
-            teacher_CV = None if teacher_ND is None or mix == 0 else F.linear(teacher_ND[part], head_VD, head_V)
+            logits_CV = shape(F.linear(hidden_ND[part], head_VD, head_V))
+            slope = shape.slope(logits_CV)
+            teacher_CV = None
+            if teacher_ND is not None and mix > 0:
+                teacher_CV = shape(F.linear(teacher_ND[part], head_VD, head_V))
             grad_CV = torch.empty_like(logits_CV, dtype=hidden_ND.dtype)
             for start in range(0, len(rows), size):
                 piece = slice(start, start + size)
@@ -46,6 +52,8 @@ class _HeadLoss(torch.autograd.Function):
                 loss, grad_PV = _piece(logits_CV[piece], labels_N[part][piece], wanted_PV, mix, temperature)
                 total.add(loss)
                 grad_CV[piece] = grad_PV
+            if slope is not None:
+                grad_CV.mul_(slope)
             grad_ND[part] = grad_CV @ head_VD
         ctx.save_for_backward(grad_ND)
         ctx.scale = 1 / N
@@ -54,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * (grad * ctx.scale).to(grad_ND.dtype), None, None, None, None, None, None
+        return grad_ND * (grad * ctx.scale).to(grad_ND.dtype), *[None] * 7
 
 
 def _piece(
@@ -94,6 +102,7 @@ def head_loss(
     mix: float = 0.0,
     temperature: float = 1.0,
     head_V: Tensor | None = None,
+    shape: LogitShape = PLAIN,
 ) -> Tensor:
     """Compute (1 − mix) · cross-entropy + mix · τ² · KL(teacher ‖ student), mean over N tokens, a scalar.
 
@@ -105,8 +114,10 @@ def head_loss(
         mix: share of distillation in [0, 1]; 0 without a teacher.
         temperature: τ, applied to both sides of the KL term.
         head_V: the head's bias (V,), if it has one; frozen as well.
+        shape: what the model does to the head's product.
     """
-    return _HeadLoss.apply(hidden_ND, head_VD, labels_N, teacher_ND, mix, temperature, head_V)  # type: ignore[no-any-return]
+    given = (hidden_ND, head_VD, labels_N, teacher_ND, mix, temperature, head_V, shape)
+    return _HeadLoss.apply(*given)  # type: ignore[no-any-return]
 
 
 def head_loss_reference(
@@ -117,12 +128,18 @@ def head_loss_reference(
     mix: float = 0.0,
     temperature: float = 1.0,
     head_V: Tensor | None = None,
+    shape: LogitShape = PLAIN,
 ) -> Tensor:
     """Compute the same loss in plain autograd, for the tests."""
-    logits_NV = F.linear(hidden_ND, head_VD, head_V).float()
+
+    def logits(hidden_ND: Tensor) -> Tensor:
+        product_NV = F.linear(hidden_ND, head_VD, head_V).float() * shape.scale
+        return product_NV if shape.cap is None else shape.cap * (product_NV / shape.cap).tanh()
+
+    logits_NV = logits(hidden_ND)
     loss = (1 - mix) * F.cross_entropy(logits_NV, labels_N)
     if teacher_ND is not None:
-        wanted_NV = (F.linear(teacher_ND, head_VD, head_V).float() / temperature).log_softmax(-1)
+        wanted_NV = (logits(teacher_ND) / temperature).log_softmax(-1)
         given_NV = (logits_NV / temperature).log_softmax(-1)
         loss = loss + mix * temperature**2 * F.kl_div(given_NV, wanted_NV, reduction="batchmean", log_target=True)
     return loss

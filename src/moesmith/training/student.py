@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.mixture.moe import share
+from moesmith.parent.head import head_of
 from moesmith.parent.hooks import hooked
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import decoder_layers
@@ -70,10 +71,11 @@ def token_loss(
         with torch.no_grad():
             wanted = _states(teacher, ids_BS, every=hidden > 0)
     states = _states(model, ids_BS, every=hidden > 0)
-    head, labels_N = model.get_output_embeddings(), ids_BS[:, 1:].flatten()
+    head, labels_N = head_of(model), ids_BS[:, 1:].flatten()
     given_ND = states[-1][:, :-1].flatten(0, 1)
     wanted_ND = wanted[-1][:, :-1].flatten(0, 1) if wanted and mix > 0 else None
-    loss = head_loss(given_ND, head.weight, labels_N, wanted_ND, mix, temperature, head.bias)
+    matrix: Any = head.module
+    loss = head_loss(given_ND, matrix.weight, labels_N, wanted_ND, mix, temperature, matrix.bias, head.shape)
     return loss + hidden * drift(states, wanted) if hidden > 0 and wanted else loss
 
 

@@ -37,7 +37,7 @@ from moesmith.export.verify import judging, run
 from moesmith.files.artefact import hidden_beside
 from moesmith.files.write import write_cure
 from moesmith.mixture.home import aligned
-from moesmith.parent.structure import head_dim
+from moesmith.parent.structure import head_dim, rope_of
 
 SHORTEST = 8  # tokens of the shortest window that leaves something to compare
 CHAT = [{"role": "user", "content": "Who are you?"}]
@@ -65,7 +65,7 @@ class Gguf(Target):
             return refusal[0]
         if (activation := parent.ffns[0].activation_name) != "silu":
             return f"llama.cpp's experts compute silu, and this model's compute {activation}"
-        rope = parent.config.rope_parameters.get("rope_type", "default")
+        rope = rope_of(parent.config).get("rope_type", "default")
         graph = graph_of(source)
         if rope not in ROPE[graph]:
             return f"llama.cpp's graph {graph!r} does not scale positions as this model does ({rope})"

@@ -11,15 +11,16 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moesmith.errors import MoesmithError
+from moesmith.parent.head import head_of
+from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import last_hidden, layered, share, starts
 from moesmith.parent.proof.witness import OTHER_LOGITS
-from moesmith.parent.structure import FFN, close, put
+from moesmith.parent.structure import FFN, close, decoder_layers, put
 
 LENGTH = 160  # tokens of the text, where the context is as long
 MORE = 4  # tokens that follow it, read with a cache
@@ -41,9 +42,13 @@ def prove_carvable(model: PreTrainedModel, ffns: list[FFN]) -> bool:
     ids = torch.randint(model.config.vocab_size, (1, length + MORE), generator=torch.Generator().manual_seed(0))
     first_BS, more_BS = ids.to(model.device).split([length, MORE], 1)
     logits = model(input_ids=first_BS, use_cache=False).logits
-    hidden = model.base_model(input_ids=first_BS, use_cache=False).last_hidden_state
-    head: Any = model.get_output_embeddings()
-    if head is None or not close(F.linear(hidden, head.weight, head.bias), logits):
+    given: list[Any] = []
+    with hooked([(decoder_layers(model)[1][0], lambda _module, _args, output: given.append(output))]):
+        hidden = model.base_model(input_ids=first_BS, use_cache=False).last_hidden_state
+    if not isinstance(given[0], Tensor):
+        raise MoesmithError("The parent's layers return more than a hidden state")
+    head = head_of(model)
+    if head.module is None or not close(head(hidden), logits.float()):
         raise MoesmithError(OTHER_LOGITS)
     (swept,) = last_hidden(layered(model), [first_BS])
     if not close(swept, hidden):

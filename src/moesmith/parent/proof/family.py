@@ -27,7 +27,7 @@ from moesmith.parent.proof.positions import prove_positions
 from moesmith.parent.proof.reference import layer_norm, rms_norm
 from moesmith.parent.proof.rope import stock_rope
 from moesmith.parent.proof.witness import OTHER_LOGITS, Witness
-from moesmith.parent.structure import FFN, KINDS, STREAM, attention_weights, decoder_layers, head_dim
+from moesmith.parent.structure import FFN, KINDS, STREAM, attention_weights, decoder_layers, head_dim, rope_of
 
 NATIVE = "native"  # the family of a parent that only moesmith's own format can hold (native/)
 
@@ -102,6 +102,8 @@ def find_family(model: PreTrainedModel, ffns: list[FFN]) -> str:
         refuse_config(config, neutral, NEEDED)
     else:
         refuse_config(config, neutral | {"partial_rotary_factor": 1.0}, {"rms_norm_eps": "norms"} | NEEDED)
+    if not plain and any(bias is not None for ffn in ffns for bias in ffn.biases):
+        raise MoesmithError("The parent's networks have a gate and biases", KINDS)
     names = set(attention_weights(layers[0], config))
     known = {f"{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")}
     extra = names - known - ({"q_norm.weight", "k_norm.weight"} if not plain else set())
@@ -128,7 +130,7 @@ def recomputes(model: PreTrainedModel) -> bool:
 
     Rotations with long factors then hold for the whole text. A stock architecture would keep the old keys.
     """
-    rope = model.config.rope_parameters or {}
+    rope = rope_of(model.config)
     original = rope.get("original_max_position_embeddings") or math.inf
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
     own = getattr(type(model), PREPARE, None) is not getattr(GenerationMixin, PREPARE)
@@ -140,7 +142,7 @@ def refuse_config(config: Any, neutral: dict[str, float | None], needed: dict[st
     for field, same in neutral.items():
         value = getattr(config, field, None)
         if field == "partial_rotary_factor":
-            value = (getattr(config, "rope_parameters", None) or {}).get(field, value)
+            value = rope_of(config).get(field, value)
         if value is None or (same is not None and math.isclose(value, same, rel_tol=1e-5)):
             continue
         raise MoesmithError(f"The parent has {field} = {value}", KINDS)

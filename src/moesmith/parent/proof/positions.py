@@ -21,7 +21,17 @@ from moesmith.errors import MoesmithError
 from moesmith.parent.proof.reference import Past, attention
 from moesmith.parent.proof.rope import unread
 from moesmith.parent.proof.witness import demand_rope, recorded
-from moesmith.parent.structure import FFN, KINDS, attention_of, attention_window, close, decoder_layers, head_dim, put
+from moesmith.parent.structure import (
+    FFN,
+    KINDS,
+    attention_of,
+    attention_window,
+    close,
+    decoder_layers,
+    head_dim,
+    put,
+    rope_of,
+)
 
 CHUNKS = (5, 1)  # tokens of each call: a piece of a prompt, then one token as in generation
 CACHED = 16  # keys before them, where no window needs more
@@ -49,7 +59,7 @@ def prove_positions(model: PreTrainedModel, ffns: list[FFN], rope: nn.Module, li
 def _probes(config: Any) -> list[tuple[int, int]]:
     """List (keys in the cache, position of the next token): a prompt's start, around every limit, and far out."""
     longest = getattr(config, "max_position_embeddings", None) or 2048
-    rope = config.rope_parameters or {}
+    rope = rope_of(config)
     limits = {rope.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None)}
     window = attention_window(config)
     firsts = {n - 3 for n in limits if n} | {n + 1 for n in limits if n} | {longest - sum(CHUNKS)}
@@ -70,7 +80,7 @@ def text_to_compare(config: Any, blocks_NS: Tensor) -> Tensor:
     else 256; never longer than the context or the text. There are enough rows for about 512 tokens, at least one.
     """
     longest = getattr(config, "max_position_embeddings", None) or 2048
-    limits = [attention_window(config), (config.rope_parameters or {}).get("original_max_position_embeddings")]
+    limits = [attention_window(config), rope_of(config).get("original_max_position_embeddings")]
     length = max([256, *(limit + 16 for limit in limits if limit and limit <= 1024)])
     stream = blocks_NS.flatten()
     length = min(length, longest, len(stream))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moesmith.errors import MoesmithError
 from moesmith.parent.hooks import hidden_input, hooked
 from moesmith.parent.proof.reference import Rope, attention
-from moesmith.parent.structure import FFN, KINDS, attention_of, close, decoder_layers
+from moesmith.parent.structure import FFN, KINDS, attention_of, close, decoder_layers, rope_of
 
 LENGTH = 48  # tokens of the text; what happens further on is proved by ``parent/proof/positions.py``
 OTHER_LOGITS = "The parent's logits are not its output matrix times the last hidden state"
@@ -111,7 +111,7 @@ def demand_rope(theirs: Any, ours: Rope, config: Any, like: str, where: str = ""
         raise MoesmithError(f"The parent rotates {rotated} dimensions of a head and not {ours[0].shape[-1]}", KINDS)
     if all(_same(mine, other) for mine, other in zip(theirs, ours, strict=True)):
         return
-    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    kind = rope_of(config).get("rope_type", "default")
     raise MoesmithError(
         f"The parent's rotary positions ({kind}){where} differ from {like}",
         "If its model was moved to another dtype by .to(dtype), which rounds them, give dtype= when you load it. "
