@@ -96,7 +96,8 @@ def test_a_bad_recipe(world: World, case: str) -> None:
 
 def test_an_unknown_budget(world: World) -> None:
     not_loaded(world)
-    convert_is_refused(world, "no budget 'tiny'. Choose one of demo, small, paper", [], "dive-plus", "--budget", "tiny")
+    line = "no budget 'tiny'. Choose one of demo, small, evening, paper"
+    convert_is_refused(world, line, [], "dive-plus", "--budget", "tiny")
 
 
 @pytest.mark.parametrize(

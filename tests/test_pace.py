@@ -21,7 +21,7 @@ from moesmith.run.recipe import load_recipe
 from moesmith.testing.parents import tiny_parent
 
 PRESETS = ["dive-1of8", "dive-plus", "flap-static", "llama-moe-1of8", "tomoe-50", "tomoe-plus"]
-PACE = Pace(2e5, 5e5)
+PACE = Pace(2e5, 5e5, 1e11)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_pace_is_measured() -> None:
 
 
 def test_a_run_within_a_time_says_its_text(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Pace(PACE.blocks / 10, PACE.head / 10)  # so that little text fits
+    slow = Pace(PACE.blocks / 10, PACE.head / 10, PACE.solves / 10)  # so that little text fits
     monkeypatch.setattr(conversion, "measure", lambda _parent: slow)
     words = arguments("flap-static", home / "m", home / "d", tmp_path / "run")
     answer = moesmith(*words, "--time", "13s")

@@ -201,7 +201,7 @@ def test_a_recipe_may_say_what_a_budget_means_for_it(tmp_path: Path) -> None:
     assert load_recipe(path, "demo", ["stage2.lr=0.25"]).stage2.lr == 0.25
     for text in ("budgets: 3", "budgets: {huge: {}}"):
         path.write_text(f"base: dive-2of8\n{text}\n")
-        with pytest.raises(MoesmithError, match="budgets is no mapping of demo, small, paper"):
+        with pytest.raises(MoesmithError, match="budgets is no mapping of demo, small, evening, paper"):
             load_recipe(path)
 
 
@@ -436,7 +436,7 @@ def test_an_unknown_preset_names_the_nearest(name: str, near: str) -> None:
 
 
 def test_an_unknown_budget_names_the_known() -> None:
-    with pytest.raises(MoesmithError, match=r"no budget 'huge'\. Choose one of demo, small, paper"):
+    with pytest.raises(MoesmithError, match=r"no budget 'huge'\. Choose one of demo, small, evening, paper"):
         load_recipe("dive-plus", "huge")
 
 

@@ -225,7 +225,7 @@ def study(
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="the study's folder; repeat the command to continue")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="demo, small or paper, of every conversion")] = None,
+    budget: Annotated[str | None, typer.Option(help="demo, small, evening or paper, of every conversion")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="section.key=value or study.key=value; repeatable")] = [],  # noqa: B006
     reuse: Annotated[list[Path], typer.Option(help="a run whose matching stages are reused; repeatable")] = [],  # noqa: B006
     jobs: Annotated[int, typer.Option(min=1, help="conversions made at once, each by a process of its own")] = 1,

@@ -17,7 +17,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="folder, hub id, .gguf file, or smollm2-135m")]
 Data = Annotated[str, typer.Option(help="folder of JSONL files, YAML of Hugging Face data sets, or builtin")]
 Settings = Annotated[list[str], typer.Option("--set", help="section.key=value on top of the recipe; repeatable")]
-Budget = Annotated[str | None, typer.Option(help="demo, small or paper")]
+Budget = Annotated[str | None, typer.Option(help="demo, small, evening or paper")]
 Active = Annotated[float | None, typer.Option(help="share of the FFN's channels that a token uses, e.g. 0.75")]
 RunFolder = Annotated[Path, typer.Argument(help="a folder made by 'moesmith convert'")]
 Dtype = Annotated[str, typer.Option(help="what models compute in: auto (the fastest sound one here), bf16, fp16, fp32")]

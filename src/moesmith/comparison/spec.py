@@ -95,7 +95,7 @@ class Spec(Section):
     title: str = "comparison"
     model: str = Field("", description="the parent; may be given on the command line")
     data: str = Field("", description="the data source; may be given on the command line")
-    budget: str | None = Field(None, description="demo, small or paper")
+    budget: str | None = Field(None, description="demo, small, evening or paper")
     settings: list[str] = Field([], description="section.key=value of every row whose recipe has it")
     vary: Vary = Field({}, description="of every row that has a recipe, as a row's own")
     measure: Measure = Measure()

@@ -1,7 +1,8 @@
 """How long a conversion takes on this machine, and how much text fits into a given time.
 
-Two speeds are measured, in a second or two: tokens through the parent's blocks, and through its output matrix. The cost
-of every step is counted in those (``Step.cost``); constants on top of the count were measured, see docs/lab.md.
+Three speeds are measured, in a second or two: tokens through the parent's blocks, and through its output matrix, and
+least squares. The cost of every step is counted in those (``Step.cost``); constants on top of the count were measured,
+see docs/lab.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from moesmith.conversion.order import steps_of
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import CHUNK
+from moesmith.parent.accelerator import closed_form_device
 from moesmith.parent.checkpoint import quiet
 from moesmith.parent.load import Parent
 from moesmith.parent.sizes import Sizes
@@ -27,6 +29,7 @@ from moesmith.run.recipe import Recipe
 from moesmith.run.shapes import Pace
 
 MEASURE = 0.5  # seconds for which each speed is measured
+SOLVED = 2048  # rows of a matrix whose factorisation is timed
 START = 12.0  # seconds to start Python, import torch and transformers, choose, measure, and read a small parent
 
 
@@ -52,11 +55,18 @@ def measure(parent: Parent) -> Pace:
     def head() -> torch.Tensor:
         return F.cross_entropy(F.linear(hidden_CD, head_VD).float(), targets_C)
 
+    square_SS = torch.eye(min(parent.F, SOLVED), device=closed_form_device(device))
+
+    def solve() -> torch.Tensor:
+        return torch.linalg.cholesky(square_SS)[0, 0]
+
     with torch.inference_mode():
-        return Pace(_rate(blocks, ids.numel()) / parent.L, _rate(head, CHUNK))
+        tokens = _rate(blocks, ids.numel()) / parent.L, _rate(head, CHUNK)
+        return Pace(*tokens, _rate(solve, len(square_SS) ** 3 / 3))
 
 
 # FLOPs per second that training of language models sustains in bf16 on one device: 0.4 of what its maker states
+FP32 = 0.05  # least squares in fp32 beside them
 RATES = {"h100": 0.4 * 989e12, "h200": 0.4 * 989e12, "a100": 0.4 * 312e12, "l40s": 0.4 * 362e12}
 
 
@@ -79,11 +89,12 @@ def parse_rate(text: str) -> float:
 
 def counted(parent: Parent, rate: float) -> Pace:
     """Compute the speeds that a device with a ``rate`` of FLOPs per second has: two for every parameter and token."""
-    return Pace(rate / (2 * Sizes.of(parent).total), rate / (2 * parent.D * parent.config.vocab_size))
+    tokens = rate / (2 * Sizes.of(parent).total), rate / (2 * parent.D * parent.config.vocab_size)
+    return Pace(*tokens, FP32 * rate)
 
 
-def _rate(work: Any, tokens: int) -> float:
-    """Measure tokens per second by the median round, so that a machine busy for a moment does not decide it."""
+def _rate(work: Any, tokens: float) -> float:
+    """Measure what is done in a second by the median round: a machine that is busy for a moment does not decide it."""
     float(work())  # compiles kernels
     started = time.perf_counter()
     rounds: list[float] = []

@@ -115,8 +115,12 @@ def _judge(folder: Path, expected: Result, found: Result, judged: bool) -> dict[
 
 def fits(model: PreTrainedModel) -> bool:
     """Whether an fp32 copy fits in the free memory of the model's device."""
-    need = 1.2 * 4 * sum(p.numel() for p in model.parameters())
-    return need < free_memory(model.device)
+    return fp32_fits(sum(p.numel() for p in model.parameters()), model.device)
+
+
+def fp32_fits(parameters: int, device: torch.device) -> bool:
+    """Whether so many parameters fit in a device's free memory in fp32."""
+    return 1.2 * 4 * parameters < free_memory(device)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 from moesmith.calibration.stream import NOT_ADDED
 from moesmith.calibration.view import Activations, LayerView
 from moesmith.errors import MoesmithError
+from moesmith.methods.refit import refit_work
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.steps import Carve, Domains, windows_of
 from moesmith.mixture.carving import Carving
@@ -246,6 +247,14 @@ class Carver(Method):
     def tokens(self, shapes: Shapes) -> int:
         """Return how many tokens :meth:`begin` gives."""
         return shapes.domains * int(self.recipe.domains.tokens)
+
+    def closed_forms(self, shapes: Shapes) -> tuple[float, float]:
+        """Count, of a layer, the tokens in Gram matrices of channels, and the operations of least squares, fp32.
+
+        By default every token once, and a refit of every expert where there are such.
+        """
+        D, F, grams = shapes.sizes.D, shapes.sizes.F, self.tokens(shapes) if self.needs().gram else 0
+        return grams, shapes.E * refit_work(D, F, shapes.kept) if shapes.refit else 0.0
 
     def key(self, parent: Parent) -> dict[str, Any]:
         """Return what the carving depends on; JSON-able."""

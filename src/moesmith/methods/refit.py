@@ -45,6 +45,11 @@ def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.
     return torch.cholesky_solve(target_DS.T, torch.linalg.cholesky(square_SS)).T
 
 
+def refit_work(D: int, F: int, kept: int) -> float:
+    """Count the floating-point operations of :func:`refit_down`."""
+    return 2 * D * F * kept + kept**3 / 3 + 2 * kept**2 * D
+
+
 def fit_down(down_DF: Tensor, gram_FF: Tensor, cross_DF: Tensor, ridge: float = 0.01) -> Tensor:
     """Fit ``down_proj``, all channels kept, to other outputs y than the parent's W a; (D, F) fp32.
 
@@ -60,6 +65,11 @@ def fit_down(down_DF: Tensor, gram_FF: Tensor, cross_DF: Tensor, ridge: float = 
     W_DF = down_DF.to(gram_FF.device, torch.float32)
     damped_FF, damping = _damped(gram_FF, ridge)
     return torch.cholesky_solve((cross_DF + damping * W_DF).T, torch.linalg.cholesky(damped_FF)).T
+
+
+def fit_work(D: int, F: int) -> float:
+    """Count the floating-point operations of :func:`fit_down`."""
+    return F**3 / 3 + 2 * F**2 * D
 
 
 def eliminate(down_DF: Tensor, gram_FF: Tensor, keep: int, ridge: float = 0.01, rounds: int = 8) -> Tensor:
@@ -90,3 +100,8 @@ def eliminate(down_DF: Tensor, gram_FF: Tensor, keep: int, ridge: float = 0.01, 
         inverse_FF = inverse_FF[stay][:, stay] - beside_RS.T @ solved_RS
         left_F = left_F[stay]
     return left_F.cpu()
+
+
+def eliminate_work(F: int, kept: int) -> float:
+    """Count the floating-point operations of :func:`eliminate`: an inverse, and what its rounds take from it."""
+    return F**3 + 2 * (F**3 - kept**3) / 3

@@ -266,8 +266,12 @@ class Carve(Step):
         """Count the passes and matrices that the method asks for."""
         needs, sizes = self.method.needs(), shapes.sizes
         tokens = self.method.tokens(shapes)
-        share = sizes.L * ((0.6 * sizes.F**2 if needs.gram else 0) + (sizes.D**2 if needs.inputs else 0)) / sizes.total
-        seconds = tokens * (needs.passes + share) / pace.blocks if pace and tokens else 0.0
+        seconds = 0.0
+        if pace and tokens:  # a Gram matrix is symmetric, and takes a little more than half of the products
+            grams, solves = self.method.closed_forms(shapes)
+            squares = 0.6 * grams * sizes.F**2 + needs.inputs * tokens * sizes.D**2
+            through = tokens * needs.passes + sizes.L * squares / sizes.total
+            seconds = through / pace.blocks + sizes.L * solves / pace.solves
         groups = shapes.E if needs.groups is None else needs.groups
         gram = shapes.gram(groups + 2, channels=needs.gram) if needs.inputs or needs.gram else 0
         places = buffers(self.method.activations, held=needs.held, repair=needs.repair)

@@ -25,7 +25,7 @@ from moesmith.calibration.view import LayerView, Tokens, spread
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans
 from moesmith.methods.groups import Fitting, Groups, sent
-from moesmith.methods.refit import eliminate, refit_down
+from moesmith.methods.refit import eliminate, eliminate_work, fit_work, refit_down, refit_work
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
 from moesmith.methods.scores import kept_channels, most
@@ -35,6 +35,7 @@ from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import Network
 from moesmith.run.folder import Run
+from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job
 from moesmith.training.local import LocalSection, Outcome, at_once, order_of, reconstruct
 from moesmith.world import crew
@@ -88,6 +89,15 @@ class Token(Carver):
         return Needs(
             gram=True, groups=1, passes=1.7 + 0.4 * spec.repair + 0.8 * spec.passes, held=True, repair=spec.repair
         )
+
+    def closed_forms(self, shapes: Shapes) -> tuple[float, float]:
+        """All tokens' Gram matrix, and those of groups; every expert is fitted, eliminated from and refitted."""
+        spec, D, F, K, tokens = self.settings, shapes.sizes.D, shapes.sizes.F, shapes.kept, self.tokens(shapes)
+        S = max(K, round(spec.among * F))
+        each = fit_work(D, S) * spec.repair + refit_work(D, S, K)
+        each += eliminate_work(S, K) if spec.select == "elimination" else 0
+        own = min(tokens, spec.experts * spec.gram) if spec.experts > 1 else 0
+        return min(tokens, spec.gram) + own, spec.experts * each
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""

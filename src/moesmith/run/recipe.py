@@ -24,7 +24,7 @@ from moesmith.run.settings import DomainsSection, EvaluateSection, LoopSection, 
 if TYPE_CHECKING:
     from moesmith.methods.base import Method
 
-BUDGETS = ("demo", "small", "paper")
+BUDGETS = ("demo", "small", "evening", "paper")
 DEFAULT = "dive"  # the method of a recipe that names none
 DECIDING = ("carve.method=", "carve.start=")  # which sections a recipe has
 # settings that had other names or places in version 0.1, and what to write now

@@ -22,10 +22,16 @@ LOSS = 1.2  # softmax over the vocabulary on top of the products with the output
 
 @dataclass(frozen=True)
 class Pace:
-    """Tokens per second through all blocks and through the head, on this machine's device in the parent's dtype."""
+    """What this machine's device does in a second.
+
+    Attributes:
+        blocks, head: tokens through all blocks and through the head, in the parent's dtype.
+        solves: floating-point operations of least squares, in fp32.
+    """
 
     blocks: float
     head: float
+    solves: float
 
 
 class Shapes:

@@ -17,7 +17,7 @@ from moesmith.evaluation.routing import Recorder, Routing
 from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.native import write_native
 from moesmith.export.stock.write import stock_reference, write_stock
-from moesmith.export.verify import verify_folder
+from moesmith.export.verify import fp32_fits, verify_folder
 from moesmith.files.artefact import MANIFEST, SUMS, own_list, read_json, write_list
 from moesmith.files.outputs import new_folder
 from moesmith.files.seal import file_digest
@@ -148,13 +148,16 @@ class Export(Step):
         """Count writing and loading it again, and its fp32 copy next to the sliced model."""
         s, sizes = shapes, shapes.sizes
         again = s.dense * s.stored if s.stored != s.itemsize else 0  # the parent as it is stored, to export from
-        memory = (4 + s.stored) * s.total + again
         shard = min(SHARD_BYTES, s.total * s.stored) + 8 * s.matrices * sizes.D * s.kept
         # a layer sliced and copied, and in fp32 next to the shell
         verify = (4 + 2 * s.itemsize) * s.layer + 4 * s.shell
         models = s.total + (s.stock_total if s.native_attention else 0)
         seconds = 6 * s.total * s.stored / COPY if pace else 0.0
-        return Cost("export", 0, seconds, memory, max(shard, verify), models * s.stored)
+        layered = max(shard, verify)
+        device = (s.parent.choice or s.parent).device
+        fits = device.type == "meta" or fp32_fits(s.total, device)  # of another machine nothing is known
+        whole = (4 + s.stored) * s.total if fits else layered  # as it will be compared
+        return Cost("export", 0, seconds, whole + again, layered, models * s.stored)
 
 
 @contextmanager
