@@ -42,9 +42,10 @@ from moesmith.evaluation.perplexity import token_nll
 from moesmith.export.native import write_native
 from moesmith.export.target import Options
 from moesmith.export.targets import explain_run, export_run
-from moesmith.mixture.folder import load_folder
-from moesmith.mixture.moe import build
-from moesmith.parent.load import Parent
+from moesmith.export.verify import run, verify_folder
+from moesmith.mixture.folder import layered_folder, load_folder
+from moesmith.mixture.moe import build, decoder
+from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.proof.family import NATIVE
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -204,3 +205,32 @@ def test_what_a_config_does_not_say_is_refused() -> None:
     model.model.embed_tokens.register_forward_hook(lambda _module, _args, out: out * 1.05)
     with pytest.raises(MoesmithError, match="something else than its class does"):
         Parent.from_model(model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["Gemma 3: norms after, two rotations", "Gemma 2: capped logits"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constants_that_a_class_rounds_are_those_of_the_folder(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Gemma scales embeddings by √D, rounded to the dtype that it is loaded in; whichever the parent computed in."""
+    config = CARVABLE[name][0]
+    folder = tmp_path / "m"
+    model_of(config).to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    parent = load_parent(str(folder), dtype).as_stored()
+    carving = random_carving(parent)
+    write_native(parent, carving, tmp_path / "out")
+    found = verify_folder(parent, tmp_path / "out", decoder(parent, carving), torch.arange(60).view(2, 30) % 256)
+    assert found["logits_difference"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["Gemma 3: norms after, two rotations", "Qwen2: windows in some layers"])
+def test_layers_that_differ_are_loaded_one_by_one(name: str, tmp_path: Path) -> None:
+    parent, ids = parent_of(name), torch.arange(60).view(2, 30) % 256
+    write_native(parent, random_carving(parent), tmp_path / "out")
+    whole = load_folder(tmp_path / "out", torch.float32)
+    one_by_one = layered_folder(tmp_path / "out", torch.float32, parent.device)
+    torch.testing.assert_close(run(one_by_one, ids).logits, run(whole, ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_of_rotations_by_kind_of_layer_is_read(capfd: pytest.CaptureFixture[str]) -> None:
+    parent_of("Gemma 3: norms after, two rotations")
+    assert "nothing reads" not in capfd.readouterr().err

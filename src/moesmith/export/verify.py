@@ -33,6 +33,9 @@ def verify_folder(
 ) -> dict[str, Any]:
     """Load ``folder`` as any user would and compare it with ``reference`` in fp32.
 
+    It is loaded in the dtype of ``reference`` first: some classes round constants to it, such as Gemma's scale of the
+    embedding, which are then the same on both sides.
+
     Two correct models part when rounding flips a router between two nearly equal experts, or the gate of an attention
     dimension: that token and those after it then differ. So tokens are compared up to the first such flip in their row,
     and there all must agree; if flips leave less than half of the tokens, routers or gates differ. If the parent is run
@@ -60,9 +63,9 @@ def verify_folder(
         whole = not isinstance(reference, Layered) and fits(reference)
         expected = run(reference, ids)
         if whole:
-            loaded: Decoder = load_folder(folder, torch.float32).to(parent.device)  # type: ignore[arg-type]
+            loaded: Decoder = load_folder(folder, reference.dtype).to(parent.device)  # type: ignore[arg-type]
         else:
-            loaded = layered_folder(folder, torch.float32, parent.device)
+            loaded = layered_folder(folder, reference.dtype, parent.device)
         return _judge(folder, expected, run(loaded, ids), judged) | {"verified": "whole" if whole else "layerwise"}
 
 

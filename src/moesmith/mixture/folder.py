@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import read_json
 from moesmith.native.modeling import MoesmithConfig
-from moesmith.parent.checkpoint import checked, first_line, quiet
-from moesmith.parent.layerwise import Layered, layered
-from moesmith.parent.structure import decoder_layers
+from moesmith.parent.checkpoint import checked, empty, first_line, quiet
+from moesmith.parent.layerwise import Layered
+from moesmith.parent.structure import decoder_layers, put
 
 REMAKE = "Delete the folder and run the command that made it again (for a run, the same 'moesmith convert')."
 
@@ -75,22 +74,20 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
         model: Any = checked((loaded, info), str(folder))
         return cast(PreTrainedModel, model.to(device).eval())
 
-    shell = layered(read(0, shell=True))
-    for module in shell.shell.modules():  # its own code calls as many layers as its config says
-        if (own := getattr(module, "config", None)) is not None and hasattr(own, "num_hidden_layers"):
-            _deepen(own, config)
-    return replace(
-        shell, depth=config.num_hidden_layers, layer=lambda index: decoder_layers(read(index, shell=False))[1][0]
+    # the model's own code calls as many layers, of as many kinds, as its config says: so it is built whole, and empty
+    with torch.inference_mode(False):
+        given, whole = read(0, shell=True), empty(config, dtype)
+    place, _ = decoder_layers(whole)
+    put(whole, place, nn.ModuleList())
+    for name, tensor in [*given.named_parameters(), *given.named_buffers()]:
+        stored = isinstance(tensor, nn.Parameter) or name in given.state_dict()
+        if stored and not name.startswith(f"{place}."):
+            put(whole, name, tensor)
+    whole.tie_weights()
+    shell: Any = whole.eval()
+    return Layered(
+        shell.to(device), place, config.num_hidden_layers, lambda i: decoder_layers(read(i, shell=False))[1][0]
     )
-
-
-def _deepen(own: Any, whole: Any) -> None:
-    """Let a config of one layer say how many there are, all alike."""
-    fields: Any = own.parent if isinstance(own, MoesmithConfig) else own.__dict__
-    depth = whole.num_hidden_layers
-    fields["num_hidden_layers"] = depth
-    if fields.get("layer_types"):
-        fields["layer_types"] = fields["layer_types"][:1] * depth
 
 
 def _place(name: str) -> tuple[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -166,6 +168,16 @@ def refuse_remote_code(source: str) -> None:
         f"{source} has the model_type {model_type!r}, which this transformers does not know",
         "Upgrade transformers if it is a new architecture, or fix model_type in config.json.",
     )
+
+
+def empty(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build a config's class without weights, in a dtype or the config's own; its buffers are computed."""
+    config = copy.deepcopy(config)
+    with quiet(), init_empty_weights(include_buffers=False):
+        found: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype, attn_implementation=config._attn_implementation
+        )
+    return found
 
 
 def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreTrainedModel:

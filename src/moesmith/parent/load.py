@@ -22,6 +22,7 @@ from moesmith.errors import MoesmithError
 from moesmith.parent.checkpoint import (
     BUILTIN,
     builtin_file,
+    empty,
     first_line,
     from_folder,
     quiet,
@@ -44,10 +45,10 @@ from moesmith.parent.digests import PROBE, model_digest, refuse_not_finite
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, Layered, cast, layered, share
 from moesmith.parent.mapped import give_back
-from moesmith.parent.proof.family import find_home
+from moesmith.parent.proof.family import NATIVE, find_home
 from moesmith.parent.proof.rope import unread
 from moesmith.parent.stored import UNQUANTISED
-from moesmith.parent.structure import FFN, decoder_layers, find_ffns
+from moesmith.parent.structure import FFN, decoder_layers, find_ffns, put
 from moesmith.parent.vocabulary import refuse_tokens
 
 
@@ -175,6 +176,11 @@ class Parent:
                 raise MoesmithError(f"{self.source} has changed since it was loaded", "Put the original weights back.")
             return again
         model = share(self.model, lambda p: p.to(self.stored))  # they came from there, so nothing is lost
+        if self.family == NATIVE and self.model.device.type != "meta":  # a class may round its constants to the dtype
+            saved = model.state_dict().keys()
+            for name, buffer in empty(self.config, self.stored).named_buffers():
+                if name not in saved:
+                    put(model, name, buffer.to(self.model.device))
         return replace(self, model=model, ffns=find_ffns(model), choice=None)
 
     @property

@@ -163,7 +163,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
-def put(model: nn.Module, path: str, part: nn.Module | nn.Parameter) -> None:
+def put(model: nn.Module, path: str, part: nn.Module | Tensor) -> None:
     """Put ``part`` at a dotted path of a model."""
     owner, _, name = path.rpartition(".")
     setattr(model.get_submodule(owner), name, part)

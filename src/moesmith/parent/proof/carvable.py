@@ -7,15 +7,14 @@ computes from, its layers can run one after the other, and its logits are its ou
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
+from moesmith.parent.checkpoint import empty
 from moesmith.parent.head import head_of
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import last_hidden, layered, share, starts
@@ -48,7 +47,7 @@ def prove_carvable(model: PreTrainedModel, ffns: list[FFN]) -> bool:
     if not isinstance(given[0], Tensor):
         raise MoesmithError("The parent's layers return more than a hidden state")
     head = head_of(model)
-    if head.module is None or not close(head(hidden), logits.float()):
+    if head.module is None or not close(head(hidden).to(logits.dtype), logits):
         raise MoesmithError(OTHER_LOGITS)
     (swept,) = last_hidden(layered(model), [first_BS])
     if not close(swept, hidden):
@@ -85,10 +84,8 @@ def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         MoesmithError: transformers knows no such class, or it has other weights.
     """
-    config = copy.deepcopy(model.config)
     try:
-        with init_empty_weights(include_buffers=False):
-            twin: Any = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
+        twin: Any = empty(model.config)
         missing, odd = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
         twin.tie_weights()
     except Exception as error:  # transformers and torch refuse with errors of their own

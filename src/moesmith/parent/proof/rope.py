@@ -67,4 +67,7 @@ def unread(config: Any) -> list[str]:
     declared = {name for kind in type(config).__mro__ for name in getattr(kind, "__annotations__", ())}
     given = config.to_dict()
     found = [name for name in given if name not in declared | INERT and not name.startswith("_")]
-    return found + [f"rope_parameters.{name}" for name in given.get("rope_parameters") or {} if name not in KEYS]
+    rope, kinds = given.get("rope_parameters") or {}, given.get("layer_types") or ()
+    tables = {f"{kind}.": rope[kind] for kind in sorted({*kinds} & rope.keys())}  # of each kind of layer
+    tables[""] = {name: value for name, value in rope.items() if f"{name}." not in tables}
+    return found + [f"rope_parameters.{kind}{name}" for kind, own in tables.items() for name in own if name not in KEYS]
