@@ -15,11 +15,13 @@ from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     GraniteConfig,
     Lfm2Config,
@@ -90,6 +92,14 @@ CARVABLE: dict[str, tuple[PreTrainedConfig, str, bool]] = {
     ),
     "Cohere: scaled logits": (CohereConfig(**SMALL, tie_word_embeddings=False), "logit_scale", True),
     "Granite: scaled logits": (GraniteConfig(**SMALL, logits_scaling=4.0), "logits_scaling", True),
+    "GPT-J: layers return more": (
+        GPTJConfig(**OWN, n_embd=32, n_inner=64, n_layer=3, n_head=4, n_positions=256, rotary_dim=4),
+        "of another kind", True,
+    ),
+    "Falcon: layers return more": (
+        FalconConfig(**OWN, hidden_size=32, ffn_hidden_size=64, num_hidden_layers=3, num_attention_heads=4),
+        "of another kind", True,
+    ),
     "GPT-NeoX: fused attention": (GPTNeoXConfig(**SMALL | {"hidden_act": "gelu"}), "no attention with q/k/v/o", True),
 }  # fmt: skip
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    GPTJConfig,
     MixtralConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -140,10 +139,6 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 1,
 }
 MISFITS: dict[str, tuple[PreTrainedConfig, str]] = {
-    "layers that return more": (
-        GPTJConfig(vocab_size=300, n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
-        "return more than a hidden state",
-    ),
     "no gate (Linear)": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32), "no gated feed-forward.*fc1"),
     "experts": (MixtralConfig(**SMALL), "already a Mixture-of-Experts"),
 }

@@ -24,6 +24,7 @@ from moesmith.calibration.moments import Channel, Second, Sums, fast_products, r
 from moesmith.calibration.view import Activations, Assign, LayerView, Stats, Tokens, spread
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
+from moesmith.parent.hooks import hidden_output
 from moesmith.parent.layerwise import Call, Layered, layered, share, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
@@ -291,7 +292,7 @@ class Stream:
 
     def _run(self, layer: nn.Module, state_BSD: Tensor) -> Tensor:
         args, options = self.calls[tuple(state_BSD.shape)][self.index]
-        out: Tensor = layer(state_BSD.to(self.parent.device), *args, **options)
+        out: Tensor = hidden_output(layer(state_BSD.to(self.parent.device), *args, **options))
         return out
 
     def _inside(self, index: int) -> str:

@@ -30,3 +30,8 @@ def hooked(
 def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the hidden states among a call's arguments: the first one, or by name; ``None`` where there are none."""
     return args[0] if args else kwargs.get("hidden_states")
+
+
+def hidden_output(output: Any) -> Any:
+    """Return the hidden states among what a layer returns: all of it, or the first part."""
+    return output[0] if isinstance(output, tuple) else output

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesmith.console import Meter
+from moesmith.parent.hooks import hidden_output
 from moesmith.parent.mapped import give_back
 from moesmith.parent.structure import decoder_layers, put
 
@@ -172,7 +173,7 @@ def _sweep(model: Layered, batches: list[Tensor], visit: Visit | None, bar: Mete
         with nullcontext() if visit is None else visit(index, layer):
             for position, (_, calls) in enumerate(waiting):
                 args, options = calls[index]
-                states[position] = layer(states[position], *args, **options)
+                states[position] = hidden_output(layer(states[position], *args, **options))
                 if bar is not None:
                     bar.advance(batches[position].numel() / model.depth)
         del layer  # before the next one is made
@@ -207,7 +208,7 @@ class _StandIn(_Part):
 
     def forward(self, hidden_BSD: Tensor, *args: Any, **options: Any) -> Tensor:
         self.hidden_BSD, self.call = hidden_BSD, (args, options)
-        return hidden_BSD
+        return hidden_BSD.as_subclass(_Returned)
 
 
 class _End(_Part):
@@ -218,4 +219,15 @@ class _End(_Part):
         self.hidden_BSD = hidden_BSD
 
     def forward(self, *_args: Any, **_options: Any) -> Tensor:
-        return self.hidden_BSD
+        return self.hidden_BSD.as_subclass(_Returned)
+
+
+class _Returned(Tensor):
+    """Hidden states for a decoder that takes what its layers return, or the first part of it: GPT-J's return more."""
+
+    # what is computed from them is an ordinary tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        whole = self.as_subclass(Tensor)
+        return whole if isinstance(index, int) and index == 0 else whole[index]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from moesmith.mixture.moe import share
 from moesmith.parent.head import head_of
-from moesmith.parent.hooks import hooked
+from moesmith.parent.hooks import hidden_output, hooked
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import decoder_layers
 from moesmith.run.settings import TrainSection
@@ -94,7 +94,7 @@ def _states(model: PreTrainedModel, ids_BS: Tensor, *, every: bool) -> list[Tens
     states: list[Tensor] = []
 
     def keep(_layer: nn.Module, _args: Any, out: Any) -> None:
-        states.append(out[0] if isinstance(out, tuple) else out)
+        states.append(hidden_output(out))
 
     # not by output_hidden_states, which transformers knows of its own classes only: a spread model has another
     with hooked((layer, keep) for layer in decoder_layers(model)[1][:-1] if every):

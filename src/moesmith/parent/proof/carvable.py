@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from moesmith.errors import MoesmithError
 from moesmith.parent.checkpoint import empty
 from moesmith.parent.head import head_of
-from moesmith.parent.hooks import hooked
+from moesmith.parent.hooks import hidden_output
 from moesmith.parent.layerwise import last_hidden, layered, share, starts
 from moesmith.parent.proof.witness import OTHER_LOGITS
-from moesmith.parent.structure import FFN, close, decoder_layers, put
+from moesmith.parent.structure import FFN, close, put
 
 LENGTH = 160  # tokens of the text, where the context is as long
 MORE = 4  # tokens that follow it, read with a cache
@@ -41,11 +41,7 @@ def prove_carvable(model: PreTrainedModel, ffns: list[FFN]) -> bool:
     ids = torch.randint(model.config.vocab_size, (1, length + MORE), generator=torch.Generator().manual_seed(0))
     first_BS, more_BS = ids.to(model.device).split([length, MORE], 1)
     logits = model(input_ids=first_BS, use_cache=False).logits
-    given: list[Any] = []
-    with hooked([(decoder_layers(model)[1][0], lambda _module, _args, output: given.append(output))]):
-        hidden = model.base_model(input_ids=first_BS, use_cache=False).last_hidden_state
-    if not isinstance(given[0], Tensor):
-        raise MoesmithError("The parent's layers return more than a hidden state")
+    hidden = model.base_model(input_ids=first_BS, use_cache=False).last_hidden_state
     head = head_of(model)
     if head.module is None or not close(head(hidden).to(logits.dtype), logits):
         raise MoesmithError(OTHER_LOGITS)
@@ -115,7 +111,7 @@ def _adds(model: PreTrainedModel, ffns: list[FFN], ids_BS: Tensor) -> bool:
         layer, (args, options), zeros = inner.layer(index), calls[index], _Zeros()
         rest = share(layer)
         put(rest, ffn.path.removeprefix(f"{inner.place}.{index}."), zeros)
-        after, without = layer(state, *args, **options), rest(state, *args, **options)
+        after, without = (hidden_output(one(state, *args, **options)) for one in (layer, rest))
         if not close(after, without + ffn.module(zeros.x)):
             return False
         state = after
