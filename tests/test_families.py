@@ -39,6 +39,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from moesmith.calibration.stream import Stream
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import token_nll
 from moesmith.export.native import write_native
@@ -49,6 +50,7 @@ from moesmith.mixture.folder import layered_folder, load_folder
 from moesmith.mixture.moe import build, decoder
 from moesmith.parent.load import Parent, load_parent
 from moesmith.parent.proof.family import NATIVE
+from moesmith.parent.structure import decoder_layers
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.tokenizer import tiny_tokenizer
 from moesmith.training.student import token_loss
@@ -156,15 +158,46 @@ def test_it_goes_all_the_way(name: str, tmp_path: Path) -> None:
         export_run(run.folder, "hf", tmp_path / "hf", Options(), "cpu")
 
 
-@pytest.mark.parametrize("name", ["OLMo 2: norms after", "Gemma: scaled embeddings"])
-def test_methods_that_hold_tokens_need_sums(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["OLMo 2: norms after", "Granite: residual multiplier", "Gemma: scaled embeddings"])
+def test_methods_that_hold_tokens_fit_what_is_normed_later_too(name: str, tmp_path: Path) -> None:
+    """Experts with all channels are the parent; what earlier layers lost is made up for only where outputs are sums."""
     parent, additive = parent_of(name), CARVABLE[name][2]
-    given = ["carve.passes=0", "domains.window=32", "stage2.tokens=0"]
-    if additive:
-        assert convert("token", parent, ASSETS / "text", tmp_path / "run", given).metrics("carve")["error"] > 0
-    else:
-        with pytest.raises(MoesmithError, match=r"does something to its networks' outputs.*Choose another method"):
-            convert("token", parent, ASSETS / "text", tmp_path / "run", given)
+    given = ["carve.passes=0", "carve.experts=2", "domains.window=32", "stage2.tokens=0"]
+    if not additive:
+        with pytest.raises(MoesmithError, match=r"does something to its networks' outputs.*Set carve.repair to false"):
+            convert("token", parent, ASSETS / "text", tmp_path / "refused", given)
+        given.append("carve.repair=false")
+    whole = convert("token", parent, ASSETS / "text", tmp_path / "whole", [*given, "carve.ratio=0"])
+    assert whole.metrics("carve")["error"] < 1e-3
+    assert whole.evaluation["stages"]["carve"]["geomean"] == pytest.approx(
+        whole.evaluation["stages"]["parent"]["geomean"], rel=1e-3
+    )
+    half = convert("token", parent, ASSETS / "text", tmp_path / "half", given)
+    assert 1e-3 < half.metrics("carve")["error"] < 1
+
+
+@pytest.mark.parametrize("name", ["OLMo 2: norms after", "Granite: residual multiplier"])
+def test_held_tokens_are_the_parents_own_networks(name: str) -> None:
+    """Against hooks on the parent: what its networks get and give, and what becomes of an output behind them."""
+    parent, ids = parent_of(name), torch.arange(64).view(2, 32) % 256
+    seen: dict[str, list[torch.Tensor]] = {"x": [], "y": [], "before": [], "behind": []}
+    layers = decoder_layers(parent.model)[1]
+    for ffn, layer in zip(parent.ffns, layers, strict=True):
+        ffn.module.register_forward_hook(lambda _m, args, out: seen["y"].append(out) or seen["x"].append(args[0]))
+        layer.register_forward_hook(lambda _m, args, out: seen["behind"].append(out))
+    with torch.no_grad():
+        parent.model(ids)
+    wanted = {kind: [part.flatten(0, 1).clone() for part in parts] for kind, parts in seen.items()}
+    with Stream(parent, [[ids]], "carved", held=True) as stream:
+        for view in stream.views(torch.Generator()):
+            tokens = view.tokens()
+            torch.testing.assert_close(tokens.x_TD, wanted["x"][view.index], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tokens.y_TD, wanted["y"][view.index], rtol=1e-4, atol=1e-5)
+            energy_T = wanted["behind"][view.index].square().sum(1)
+            if name.startswith("Granite"):  # one factor for all tokens
+                expected_T = 1 / energy_T
+                torch.testing.assert_close(tokens.weight_T, expected_T / expected_T.mean(), rtol=1e-3, atol=1e-4)
+            stream.carved(lambda: layers[view.index])  # noqa: B023
 
 
 def test_attention_is_pruned_only_where_it_is_proved(tmp_path: Path) -> None:

@@ -31,11 +31,16 @@ from moesmith.parent.mapped import give_back
 from moesmith.parent.structure import put
 from moesmith.world import crew
 
-NOT_ADDED = "The parent does something to its networks' outputs before it adds them, and experts are fitted to sums"
+NOT_ADDED = "The parent does something to its networks' outputs before it adds them, and experts would make up for sums"
 BATCH = 8  # windows per forward pass
 WAITING = ".waiting"  # the folder of tokens that wait on disk
 HEAVIEST = 10.0  # times the mean weight of a token
 HELD, WORKED = 0.4, 0.5  # of a layer's time where tokens are held: to hold them, and the method's own work
+
+
+def _energy(rows_BSD: Tensor) -> Tensor:
+    """‖row‖² of every token, (T,) fp32 on the CPU."""
+    return rows_BSD.float().square().sum(-1).flatten().cpu()
 
 
 def buffers(activations: Activations, *, held: bool, repair: bool) -> int:
@@ -88,8 +93,8 @@ class Stream:
     ) -> None:
         if held and activations == "dense":
             raise MoesmithError("a layer's tokens are held where activations are carved", "Set activations = 'carved'.")
-        if held and not parent.additive:
-            raise MoesmithError(NOT_ADDED, "Choose another method.")
+        if repair and not parent.additive:
+            raise MoesmithError(NOT_ADDED, "Set carve.repair to false.")
         self.parent, self.activations, self.label = parent, activations, label
         self.model = parent.turned(layered(parent.model))
         self.around = around or self.model
@@ -173,9 +178,10 @@ class Stream:
     def _on(self, make: Callable[[], nn.Module]) -> None:
         """Send the tokens on to the next layer through a form of this one.
 
-        Where the method holds tokens, they have passed the layer's attention already, and only its network is left.
+        Where the method holds tokens, they have passed the layer's attention already, and only its network is left;
+        unless the layer does more to the network's output than to add it.
         """
-        if not self.inputs:
+        if not self.inputs or not self.parent.additive:
             self._pass(make(), keep=True)
             return
         self.hold(self.index)  # a layer that was carved before a restart goes the same way
@@ -204,7 +210,7 @@ class Stream:
 
     def _pass(self, layer: nn.Module, *, keep: bool, which: Sequence[int] | None = None) -> None:
         """Run a layer over waiting batches, and ``keep`` its outputs for the next layer or not."""
-        if self.tokens_now is not None:
+        if self.tokens_now is not None and self.parent.additive:
             raise MoesmithError("this layer's text has passed its attention", "Ask for a layer's tokens() last.")
         into = self.beyond if self.activations == "dense" else self.waiting
         for position in range(len(self.batches)) if which is None else which:
@@ -239,8 +245,9 @@ class Stream:
     def hold(self, index: int) -> Tokens:
         """See :meth:`LayerView.tokens`.
 
-        The parent was proved to add its network's output to the rest (``parent/proof``). So the layer runs without its
-        network, and what it gives takes the waiting states' place.
+        Where the parent was proved to add its network's output to the rest (``parent/proof``), the layer runs without
+        its network, and what it gives takes the waiting states' place. Elsewhere, behind a norm or a factor, the layer
+        runs twice, with its network and without: the difference is what becomes of the output.
         """
         if self.tokens_now is not None:
             return self.tokens_now
@@ -252,6 +259,7 @@ class Stream:
         put(rest, self._inside(index), seen)
         energies: list[Tensor] = []
         shares: list[Tensor] = []
+        factors: list[Tensor] = []
         for position, state_BSD in enumerate(self.waiting):
             rest_BSD = self._run(rest, state_BSD)
             if self.intact:
@@ -260,16 +268,21 @@ class Stream:
                 y_BSD = behind_BSD.float() - rest_BSD.float()
             else:
                 y_BSD = network(seen.x)
-                behind_BSD = rest_BSD + y_BSD
-            energies.append(behind_BSD.float().square().sum(-1).flatten().cpu().clamp_min(1e-20))
-            shares.append(y_BSD.float().square().sum(-1).flatten().cpu() / energies[-1])
+                behind_BSD = rest_BSD + y_BSD if self.parent.additive else self._run(around, state_BSD)
+            energies.append(_energy(behind_BSD).clamp_min(1e-20))
+            shares.append(_energy(y_BSD if self.parent.additive else behind_BSD - rest_BSD) / energies[-1])
+            if not self.parent.additive:  # how far an error of the output goes: as far as the output itself
+                factors.append(shares[-1] * energies[-1] / _energy(y_BSD).clamp_min(1e-20))
             self.inputs[position].copy_(seen.x)
             self.outputs[position].copy_(y_BSD)
-            state_BSD.copy_(rest_BSD)
+            if self.parent.additive:
+                state_BSD.copy_(rest_BSD)
             self.advance(HELD * self._share(state_BSD))
         del layer, around, rest, network
         give_back()
         weight_T, share_T = 1 / self._everyones(torch.cat(energies)), self._everyones(torch.cat(shares))
+        if factors:
+            weight_T = weight_T * self._everyones(torch.cat(factors))
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
         lengths = torch.tensor([ids.shape[1] for ids in self.every for _ in ids])
         sequence_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)

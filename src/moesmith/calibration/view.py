@@ -63,7 +63,8 @@ class Tokens:
         y_TD: what the experts should make of it, in the same dtype: the output of the parent's network, or, with
             ``repair``, that plus what the hidden state has lost in earlier carved layers.
         weight_T: how much an error counts, fp32, mean 1: 1 / ‖h‖² with h the hidden state after the layer, so that
-            tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean.
+            tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean. Where the
+            layer has a norm or a factor behind its network, times ‖g(y)‖² / ‖y‖² with g(y) what becomes of y.
         sequence_T: the window that each token belongs to, int32.
         share_T: what the network makes of the hidden state, fp32: ‖y‖² / ‖h‖². A few percent as a rule; about 1 where
             it makes the huge activations of an attention sink, more where it takes them back.

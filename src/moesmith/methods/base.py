@@ -218,9 +218,9 @@ class Carver(Method):
         self.measured: dict[str, list[float]] = {}
 
     def check(self, parent: Parent) -> None:
-        """Refuse a parent whose networks' outputs are not added as they are, where experts are fitted to sums."""
-        if self.needs().held and not parent.additive:
-            raise MoesmithError(NOT_ADDED, "Choose another method, such as dive-plus.")
+        """Refuse a parent whose networks' outputs are not added as they are, where experts make up for sums."""
+        if self.needs().repair and not parent.additive:
+            raise MoesmithError(NOT_ADDED, "Set carve.repair to false, or choose another method.")
 
     def note(self, **numbers: float) -> None:
         """Keep numbers of the layer that is being carved."""
