@@ -17,7 +17,7 @@ from conversions import arguments
 from refusals import World, convert_is_refused, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, OPTConfig, PreTrainedConfig
 
 from moesmith.parent.load import load_parent
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -177,9 +177,10 @@ def broken_config(world: World) -> None:
     (world.own_model() / "config.json").write_text("{")
 
 
-def gpt2(world: World) -> None:
-    world.model = world.out.parent / "gpt2"
-    save_other(world.model, GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2))
+def opt(world: World) -> None:
+    world.model = world.out.parent / "opt"
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    save_other(world.model, OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, pad_token_id=1))
 
 
 def mixtral(world: World) -> None:
@@ -203,7 +204,7 @@ PARENTS: dict[str, tuple[Callable[[World], None], str]] = {
         r"nobody/no-such-model is neither a folder .* nor a reachable hub id \(offline\)\. Known by name",
     ),
     "no GGUF file": (no_gguf, r"no file \S+model\.gguf"),
-    "unsupported": (gpt2, "no gated feed-forward network .* moesmith converts"),
+    "unsupported": (opt, "no gated feed-forward network .* moesmith converts"),
     "has experts already": (mixtral, "already a Mixture-of-Experts. moesmith starts from a dense model"),
     "no weights": (without_weights, "own-m cannot be loaded"),
     "truncated": (truncated, "own-m cannot be loaded"),
@@ -225,8 +226,8 @@ PARENTS: dict[str, tuple[Callable[[World], None], str]] = {
     "padding beyond": (padding_beyond, r"pads with token 300, .* 300 rows\. Set pad_token_id"),
     "AWQ": (quantised, r"quantised \(awq\)\. Give the unquantised model"),
     "bitsandbytes": (in_four_bits, r"quantised \(bitsandbytes\)\. Give the unquantised model"),
-    "an adapter": (adapter, r"an adapter of some/base .*Give the folder of the merged model"),
-    "an adapter beside a model": (adapter_beside, r"holds an adapter .*Give the folder of the merged model"),
+    "an adapter": (adapter, r"an adapter of some/base .*Give the folder that 'moesmith merge' makes"),
+    "an adapter beside a model": (adapter_beside, r"holds an adapter .*Give the folder that 'moesmith merge' makes"),
     "pickled": (pickled, r"weights in pytorch_model\.bin, .*Save it as safetensors"),
     "a shard is missing": (missing_shard, r"names model-00002-of-00002\.safetensors, which is not there\. Fetch"),
     "two sets of weights": (two_sets, r"two sets of weights: model\.safetensors, and .*Delete the one"),
@@ -280,7 +281,7 @@ def test_a_window_longer_than_the_model_reads(world: World, key: str) -> None:
 
 @pytest.mark.slow
 def test_a_bad_parent_as_a_program(world: World) -> None:
-    gpt2(world)
+    opt(world)
     words = arguments("dive-plus", world.model, world.data, world.out)
     done = subprocess.run(
         [sys.executable, "-c", "from moesmith.cli import main; main()", *words],

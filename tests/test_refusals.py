@@ -40,6 +40,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     "a run that is none": (["push", "none", "--to", "a/b"], r"run\.json is missing"),
     "a delta that is none": (["unpack", "none", "--model", "m", "--out", "o"], r"delta\.json is missing"),
     "a run that is none, to pack": (["pack", "none", "--out", "o"], r"run\.json is missing"),
+    "nothing to unpack": (["dequantize", "none", "--out", "o"], r"nor a reachable hub id"),
+    "no adapter": (["merge", "TEXT", "--out", "o"], r"holds no adapter"),
     "an unknown target": (["export", "RUN", "--to", "onnx", "--out", "o"], "onnx"),
     "an unknown device": (["generate", "RUN", "one", "--device", "tpu"], "there is no device 'tpu'"),
     "no reachable parent": (["plan", "dive-plus", "--model", "nobody/none"], "nor a reachable hub id"),

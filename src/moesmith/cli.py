@@ -61,6 +61,43 @@ def presets(as_json: Json = False) -> None:
 
 
 @app.command()
+def dequantize(
+    model: Annotated[str, typer.Argument(help="a quantised folder, hub id or .gguf file")],
+    out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the plain model")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Unpack a quantised model with transformers: a folder in bf16 that is a parent like any other."""
+    from moesmith.parent.dense import dequantize as write
+
+    _made(out_folder, write(model, out_folder, overwrite=overwrite), as_json)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="a folder that PEFT wrote")],
+    out_folder: Annotated[Path, typer.Option("--out", help="a new folder for the merged model")],
+    base: Annotated[
+        str | None, typer.Option(help="folder or hub id; the one that the adapter names if left out")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge a PEFT adapter into its base: a folder that is a parent like any other."""
+    from moesmith.parent.dense import merge as write
+
+    _made(out_folder, write(adapter, out_folder, base=base, overwrite=overwrite), as_json)
+
+
+def _made(folder: Path, facts: dict[str, Any], as_json: bool) -> None:
+    """Show what a new folder holds."""
+    if as_json:
+        show_json({"out": str(folder)} | facts)
+    else:
+        show_table(f"{folder}", ["", ""], list(facts.items()))
+
+
+@app.command()
 def plan(
     recipe: RecipeName,
     model: Model,

@@ -133,14 +133,14 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(":,")[:300]
 
 
-def refuse_remote_code(source: str) -> None:
-    """Read the config of a folder or hub id and refuse a model that only its own code can run.
+def read_config(source: str) -> dict[str, Any]:
+    """Read the config of a folder or hub id.
 
     Raises:
-        MoesmithError: there is no such folder or hub id, or its architecture is not part of transformers.
+        MoesmithError: there is no such folder or hub id, or it holds an adapter.
     """
     refuse_adapter(Path(source), source)
-    config: dict[str, Any] = {}
+    config: Any = {}
     cause: Exception | None = None
     try:
         with quiet():
@@ -155,6 +155,16 @@ def refuse_remote_code(source: str) -> None:
             f"{source} is neither a folder with a config.json, nor a .gguf file, nor a reachable hub id{offline}",
             f"Known by name: {', '.join(BUILTIN)}.",
         ) from cause
+    return config
+
+
+def refuse_remote_code(source: str) -> None:
+    """Read the config of a folder or hub id and refuse a model that only its own code can run.
+
+    Raises:
+        MoesmithError: as :func:`read_config`, or its architecture is not part of transformers.
+    """
+    config = read_config(source)
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         refuse_stored_config(config, source)
@@ -207,7 +217,7 @@ def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreT
 def _meant(names: list[str]) -> str:
     """Say how to fix a source whose tensors of these names have no place in the model."""
     if any("lora" in name.lower() for name in names):
-        return "Give the model with the adapter merged into it (PEFT's merge_and_unload)."
+        return "Give the model with the adapter merged into it (moesmith merge)."
     if any(re.search(r"scale|zeros|absmax|quant|g_idx|_packed", name) for name in names):
         return UNQUANTISED
     if all(re.search(r"\.\d+\.", name) for name in names) and not all(name.endswith(".bias") for name in names):

@@ -28,7 +28,7 @@ LARGEST = dict.fromkeys(("hidden_size", "vocab_size", "head_dim"), 2**24) | {"in
 LARGEST |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**24) | {"max_position_embeddings": 2**31}
 LARGEST |= dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), DEEPEST)
 AGAIN = "Fetch or save the model again."
-UNQUANTISED = "Give the unquantised model that it was made from."
+UNQUANTISED = "Give the unquantised model that it was made from, or unpack it with moesmith dequantize."
 
 
 def shown(names: Iterable[str]) -> str:
@@ -52,7 +52,7 @@ def refuse_adapter(folder: Path, source: str) -> None:
         base = None
     raise MoesmithError(
         f"{source} holds an adapter{f' of {base}' if base else ''} (adapter_config.json), not a whole model",
-        "Give the folder of the merged model: load it with PEFT, merge_and_unload(), save_pretrained().",
+        "Give the folder that 'moesmith merge' makes of it and its base.",
     )
 
 

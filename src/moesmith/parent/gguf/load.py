@@ -148,7 +148,8 @@ def _known(path: Path, keys: dict[str, Any]) -> str:
     architecture = str(keys.get("general.architecture"))
     if architecture not in KINDS:
         known = ", ".join(KINDS)
-        raise MoesmithError(f"{path.name} has llama.cpp's architecture {architecture!r}, not one of {known}", CURE)
+        what = f"{path.name} has llama.cpp's architecture {architecture!r}, not one of {known}"
+        raise MoesmithError(what, "Unpack it with moesmith dequantize, or give the model as a folder in safetensors.")
     layers = keys.get(f"{architecture}.block_count", 1)
     if not isinstance(layers, int) or not 1 <= layers <= DEEPEST:
         raise MoesmithError(f"{path.name} has {architecture}.block_count = {layers!s:.40}", "Fetch the file again.")
