@@ -138,9 +138,9 @@ def build(parent: Parent, carving: Carving, form: Form = "sliced") -> PreTrained
     return model
 
 
-def decoder(parent: Parent, carving: Carving) -> Decoder:
-    """Build the sliced model of a carving, layer by layer if the parent is run that way."""
-    if not parent.layerwise:
+def decoder(parent: Parent, carving: Carving, *, whole: bool = True) -> Decoder:
+    """Build the sliced model of a carving, layer by layer if the parent is run that way or if it is not to be whole."""
+    if whole and not parent.layerwise:
         return build(parent, carving, "sliced")
     carving.check(parent)
     model = layered(parent.model, lambda index: carved_layer(parent, carving, index))

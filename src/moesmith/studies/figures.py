@@ -41,6 +41,7 @@ def lines(
         axes.plot(xs, ys, color=COLOURS[index % len(COLOURS)], linewidth=1.5, label=style.plain(name), **mark)
     if "x" in log:
         axes.set_xscale("log")
+        ticks(axes.xaxis, [x for xs, _ in series.values() for x in xs])
     if "y" in log:
         axes.set_yscale("log")
         ticks(axes.yaxis, [y for _, ys in series.values() for y in ys])

@@ -105,30 +105,34 @@ class Export(Step):
         carving, folders, places = self._ready
         hidden = {folder: places.enter_context(_place(folder)) for folder in folders}
         ids = text_to_compare(parent.config, next(iter(job.run.held_out.values())))
-        sliced = decoder(parent, carving)
+        counts = parameters(parent, carving)
+        whole = fp32_fits(counts["parameters_total"], parent.device)  # else it is compared layer by layer anyway
+
+        def exact(folder: Path, *, judged: bool = True) -> dict[str, Any]:
+            return verify_folder(parent, folder, decoder(parent, carving, whole=whole), ids, judged=judged)
 
         def stock(folder: Path) -> dict[str, Any]:
             written = write_stock(parent, carving, folder, parent.model.dtype)
-            return written | verify_folder(parent, folder, stock_reference(parent, carving), ids)
+            return written | verify_folder(parent, folder, stock_reference(parent, carving, whole=whole), ids)
 
         if not carving.is_native(parent):
             metrics = stock(hidden[target])
             if carving.biased:  # the constant channel replaces it: say how well
-                measured = verify_folder(parent, hidden[target], sliced, ids)
+                measured = exact(hidden[target])
                 metrics |= {f"constant_channel_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
                 say(f"  constant channel for the bias: mean KL {measured['logits_kl']:.2e} nats to the exact bias")
             elif any(layer.mix == "sum" and layer.top_k > 1 for layer in carving.layers):
-                measured = verify_folder(parent, hidden[target], sliced, ids, judged=False)
+                measured = exact(hidden[target], judged=False)
                 metrics |= {f"sums_{name}": measured[name] for name in ("logits_kl", "argmax_agreement")}
                 say(f"  sums of experts as averages: mean KL {measured['logits_kl']:.2e} nats to the exact sums")
         else:
             metrics = write_native(parent, carving, hidden[target])
-            metrics |= verify_folder(parent, hidden[target], sliced, ids)
+            metrics |= exact(hidden[target])
             if has_stock(parent, carving):
                 metrics[STOCK] = stock(hidden[job.run.folder / "stock"])
                 say("  RUN/stock has no masks over attention by token: all of V and O that any token keeps is used")
         sums = {folder.name: file_digest(place / SUMS) for folder, place in hidden.items()}
-        return metrics | {"sums": sums} | parameters(parent, carving)
+        return metrics | {"sums": sums} | counts
 
     @staticmethod
     def _help(parent: Parent, carving: Carving) -> None:

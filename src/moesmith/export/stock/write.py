@@ -288,12 +288,12 @@ def _add_fields(path: Path) -> None:
     write_json(path, config)
 
 
-def stock_reference(parent: Parent, carving: Carving) -> Decoder:
-    """Build what a folder of :func:`write_stock` must compute: ``moe.decoder``'s model with biases as constant
-    channels, sums as averages (:class:`experts.Level`), and without the masks over attention that depend on the
-    token."""
+def stock_reference(parent: Parent, carving: Carving, *, whole: bool = True) -> Decoder:
+    """Build what a folder of :func:`write_stock` must compute: ``moe.decoder``'s model, whole or not, with biases as
+    constant channels, sums as averages (:class:`experts.Level`), and without the masks over attention that depend on
+    the token."""
     static = [attention.without_gate() for attention in carving.attention]
-    model, home = decoder(parent, replace(carving, attention=static)), home_of(parent.family, carving)
+    model, home = decoder(parent, replace(carving, attention=static), whole=whole), home_of(parent.family, carving)
     if isinstance(model, Layered):
         made = model.layer
         return replace(model, layer=lambda index: _rewritten(StockLayer(parent, carving, index, home), made(index)))
