@@ -166,6 +166,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "carve.rescale": ["carve.rescale=false"],
     "carve.selector": ["carve.selector=norm"],
     "carve.select": ["carve.select=energy"],
+    "carve.clusters": ["carve.clusters=distance"],
     "carve.prior": ["carve.prior=9999"],
     "carve.repair": ["carve.repair=false"],
     "carve.sinks": ["carve.sinks=false"],

@@ -39,7 +39,9 @@ KEYS = {
     "llama-moe": {"carve": f"{SHARES} experts top_k"} | ROUTER | STAGE1 | STAGE2,
     "llama-moe-partition": {"carve": "method experts ratio sample ridge split selector shared rescale"} | STAGE2,
     "moefication": {"carve": "method experts ratio sample ridge split selector"} | STAGE2,
-    "token": {"carve": "method experts ratio select among sinks repair ridge pool prior sample gram passes batch lr"}
+    "token": {
+        "carve": "method experts ratio clusters select among sinks repair ridge pool prior sample gram passes batch lr"
+    }
     | STAGE2,
     "cmoe": {"carve": "method experts top_k ratio marked sample rounds represent router ridge"} | STAGE2,
     "expert-weaver": {"carve": "method experts ratio shares least most threshold samples rounds"} | STAGE2,

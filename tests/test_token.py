@@ -24,7 +24,7 @@ from moesmith.data.sampling import packed_windows
 from moesmith.errors import MoesmithError
 from moesmith.methods import steps as method_steps
 from moesmith.methods.base import Carver
-from moesmith.methods.clusters import centre_router, kmeans, nearest
+from moesmith.methods.clusters import centre_router, kmeans, nearest, root
 from moesmith.methods.groups import Fitting, Groups, sinks_of
 from moesmith.methods.refit import eliminate, fit_down, refit_down
 from moesmith.methods.router import constant_direction
@@ -194,6 +194,43 @@ def test_a_router_without_bias_finds_the_nearest_centre() -> None:
     assert error < 1e-3
     router_ED = centre_router(centres_ED, constant_D)
     assert (x_TD @ router_ED.T).argmax(-1).eq(ids_T).float().mean() > 0.99
+
+
+def test_angles_do_not_see_how_long_a_row_is() -> None:
+    """Groups of directions, of very different lengths: the nearest centre by angle is a linear router's choice."""
+    generator = torch.Generator().manual_seed(0)
+    ways_ED = torch.nn.functional.normalize(torch.randn(5, 16, generator=generator))
+    x_TD = ways_ED.repeat(200, 1) + 0.05 * torch.randn(1000, 16, generator=generator)
+    x_TD = x_TD * torch.rand(1000, 1, generator=generator).add(0.01)
+    centres_ED = kmeans(x_TD, 5, generator, angles=True)
+    torch.testing.assert_close(centres_ED.norm(dim=1), torch.ones(5))
+    cosine_ET = torch.nn.functional.cosine_similarity(centres_ED[:, None], x_TD[None], dim=-1)
+    ids_T = (x_TD @ centres_ED.T).argmax(-1)
+    assert torch.equal(ids_T, cosine_ET.argmax(0))
+    wanted_T = torch.arange(5).repeat(200)
+    assert all(len(set(ids_T[wanted_T == way].tolist())) == 1 for way in range(5))
+    assert len(set(ids_T.tolist())) == 5
+    lengths_T = kmeans(x_TD, 5, torch.Generator().manual_seed(0))
+    assert any(len(set(nearest(x_TD, lengths_T)[wanted_T == way].tolist())) > 1 for way in range(5))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_the_metric_of_angles_is_half_of_what_the_network_makes(family: str) -> None:
+    network = tiny_parent(family).ffns[1]
+    root_DD = root(network)
+    torch.testing.assert_close(root_DD, root_DD.T)
+    made = [network.gate_FD, *([] if network.up_FD is None else [network.up_FD])]
+    x_TD = torch.randn(7, 32)
+    square_T = sum((x_TD @ part.T).square().sum(1) for part in made)
+    torch.testing.assert_close((x_TD @ root_DD @ root_DD).square().sum(1), square_T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clusters", ["angle", "distance"])
+def test_tokens_go_where_the_router_sends_them(clusters: str, tmp_path: Path) -> None:
+    given = [*SMALL, f"carve.clusters={clusters}"]
+    run = convert("token", tiny_parent("llama"), ASSETS / "text", tmp_path / "run", settings=given)
+    assert run.metrics("export")["logits_difference"] < 1e-3
+    assert run.metrics("carve")["least_load"] > 0
 
 
 def start_of(parent: Any, layer: int = 1, keep: int = 24) -> tuple[Any, Network, Tokens, Tensor]:

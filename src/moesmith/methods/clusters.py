@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from moesmith.parent.accelerator import closed_form_device
+from moesmith.parent.structure import Network
 
 SMALL = 0.02  # of a cluster's fair share of tokens: below, it starts again within the largest one
 
 
-def kmeans(x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int = 12) -> Tensor:
+def kmeans(
+    x_TD: Tensor, clusters: int, generator: torch.Generator, rounds: int = 12, *, angles: bool = False
+) -> Tensor:
     """Cluster rows by Lloyd's algorithm from distant rows (k-means++); returns the centres (E, D) fp32.
 
-    A cluster that holds nearly nothing starts again at a row of the largest one.
+    A cluster that holds nearly nothing starts again at a row of the largest one. With ``angles`` rows and centres have
+    length 1 (spherical k-means): the nearest centre has the largest product, and so is what a linear router finds.
     """
-    x_TD = x_TD.float()
+    x_TD = functional.normalize(x_TD.float()) if angles else x_TD.float()
     centres_ED = distant(x_TD, clusters, generator)
     for _ in range(rounds):
         ids_T = nearest(x_TD, centres_ED)
         counts_E = torch.bincount(ids_T, minlength=clusters)
         sums_ED = torch.zeros_like(centres_ED).index_add_(0, ids_T, x_TD)
         centres_ED = torch.where(counts_E[:, None] > 0, sums_ED / counts_E[:, None].clamp_min(1), centres_ED)
+        centres_ED = functional.normalize(centres_ED) if angles else centres_ED
         for small in (counts_E < SMALL * len(x_TD) / clusters).nonzero().flatten().tolist():
             largest = int(counts_E.argmax())
             rows = (ids_T == largest).nonzero().flatten()
@@ -47,6 +53,18 @@ def distant(x_TD: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def nearest(x_TD: Tensor, centres_ED: Tensor) -> Tensor:
     """The nearest centre's index for every row, (T,): argmax of 2 c·x − ‖c‖²."""
     return (x_TD.float() @ (2 * centres_ED).T - centres_ED.square().sum(-1)).argmax(-1)
+
+
+def root(network: Network) -> Tensor:
+    """The metric in which angles between a network's inputs are taken, (D, D) fp32: the fourth root of GᵀG + UᵀU.
+
+    G and U are the gate and up matrices. It is half-way between x itself and what they make of it, √(GᵀG + UᵀU) x: in
+    the first, inputs may be near that use other channels, and in the second a few directions outshine all others.
+    """
+    rows_ND = torch.cat([part.float() for part in (network.gate_FD, network.up_FD) if part is not None])
+    square_DD = (rows_ND.T @ rows_ND).to(closed_form_device(rows_ND.device)).double()
+    values_D, vectors_DD = torch.linalg.eigh(square_DD)
+    return ((vectors_DD * values_D.clamp_min(0) ** 0.25) @ vectors_DD.T).float().to(rows_ND.device)
 
 
 def centre_router(centres_ED: Tensor, constant_D: Tensor) -> Tensor:

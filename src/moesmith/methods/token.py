@@ -1,11 +1,11 @@
 """Ours: experts for groups of a layer's tokens, each reconstructed locally.
 
 Most of what tells one token from the next within a layer is not its domain. In every layer, behind the layers carved
-before it: k-means of the router's inputs and a linear router that finds the nearest centre; for the tokens that this
-router sends to an expert, the channels whose loss a refitted ``down_proj`` makes up for least; then gate, up and down
-are trained together. What they should give is what the hidden state lacks to be the parent's own behind the layer: the
-output of the parent's network, and what earlier layers lost. Nearest prior work: Sparse Expansion (arXiv:2405.15756),
-which clusters a layer's inputs as well and prunes every cluster's copy without structure.
+before it: k-means of the router's inputs by their angles, whose nearest centre a linear router finds; for the tokens
+that this router sends to an expert, the channels whose loss a refitted ``down_proj`` makes up for least; then gate, up
+and down are trained together. What they should give is what the hidden state lacks to be the parent's own behind the
+layer: the output of the parent's network, and what earlier layers lost. Nearest prior work: Sparse Expansion
+(arXiv:2405.15756), which clusters a layer's inputs as well and prunes every cluster's copy without structure.
 
 With one expert it is the honest control: a static mask with the same text, refit and training.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from moesmith.calibration.moments import Sums
 from moesmith.calibration.view import LayerView, Tokens, spread
 from moesmith.methods.base import Carver, Needs
-from moesmith.methods.clusters import centre_router, kmeans
+from moesmith.methods.clusters import centre_router, kmeans, root
 from moesmith.methods.groups import Fitting, Groups, sent
 from moesmith.methods.refit import eliminate, eliminate_work, fit_work, refit_down, refit_work
 from moesmith.methods.registry import register
@@ -47,7 +47,7 @@ LIGHT = 0.2  # weight of a token's error, where the mean is 1, below which it is
 class Token(Carver):
     """Token carving: k-means of router inputs, elimination, refit, local reconstruction."""
 
-    name, title, version = "token", "experts for groups of tokens, reconstructed locally", 2
+    name, title, version = "token", "experts for groups of tokens, reconstructed locally", 3
     paper, activations = "docs/methods.md", "carved"
 
     class Settings(LocalSection):
@@ -56,6 +56,9 @@ class Token(Carver):
         method: Literal["token"] = "token"
         experts: int = Field(8, ge=1, le=1024)
         ratio: float = Field(0.5, ge=0, lt=1, description="share of FFN channels pruned from each expert")
+        clusters: Literal["angle", "distance"] = Field(
+            "angle", description="whether groups are near by angle or by distance"
+        )
         select: Literal["elimination", "energy"] = "elimination"
         among: float = Field(
             1.0,
@@ -78,7 +81,7 @@ class Token(Carver):
 
         def without_effect(self) -> dict[str, str]:
             """Of clusters, where there is one; of training, where there is none."""
-            grouped = ("sample", "pool", "prior", "sinks") if self.experts == 1 else ()
+            grouped = ("clusters", "sample", "pool", "prior", "sinks") if self.experts == 1 else ()
             found = dict.fromkeys(grouped, "carve.experts is 1")
             found |= {"among": "carve.select is energy"} if self.select == "energy" else {}
             return found | (dict.fromkeys(("batch", "lr"), "carve.passes is 0") if not self.passes else {})
@@ -157,10 +160,15 @@ class Token(Carver):
         # tokens of huge activations, such as a text's first, would be a group of their own that hardly counts
         heard_N = (tokens.weight_T > LIGHT).nonzero().flatten()
         sample_ND = x_TD[spread(heard_N, experts * self.settings.sample)].to(device)
-        sums = Sums(view.parent.D, device)
-        sums.add(sample_ND)
-        constant_D, _ = constant_direction(sums.result())
-        router_ED = centre_router(kmeans(sample_ND, experts, view.generator), constant_D)
+        if self.settings.clusters == "angle":
+            root_DD = root(view.network)
+            centres_ED = kmeans(sample_ND.float() @ root_DD, experts, view.generator, angles=True)
+            router_ED = (centres_ED @ root_DD).cpu()
+        else:
+            sums = Sums(view.parent.D, device)
+            sums.add(sample_ND)
+            constant_D, _ = constant_direction(sums.result())
+            router_ED = centre_router(kmeans(sample_ND, experts, view.generator), constant_D)
         return router_ED, sent(router_ED, x_TD, device)
 
     def choose(self, down_DS: Tensor, gram_SS: Tensor, keep: int) -> Tensor:
