@@ -431,14 +431,15 @@ def test_tokens_that_hardly_count_make_no_group(monkeypatch: pytest.MonkeyPatch)
     tokens = Tokens(x_TD, torch.zeros_like(x_TD), weight_T / weight_T.mean(), nothing, nothing.float())
     seen: list[Tensor] = []
 
-    def clustered(sample_ND: Tensor, *rest: Any) -> Any:
+    def clustered(sample_ND: Tensor, *rest: Any, **options: Any) -> Any:
         seen.append(sample_ND)
-        return kmeans(sample_ND, *rest)
+        return kmeans(sample_ND, *rest, **options)
 
     monkeypatch.setattr("moesmith.methods.token.kmeans", clustered)
     method: Any = load_recipe("token", None, ["carve.experts=2"]).method
-    view: Any = SimpleNamespace(parent=parent, generator=torch.Generator().manual_seed(1))
+    view: Any = SimpleNamespace(parent=parent, network=parent.ffns[0], generator=torch.Generator().manual_seed(1))
     router_ED, ids_T = method.route(view, tokens)
+    seen[0] = seen[0] @ root(parent.ffns[0]).inverse()
     assert (len(seen[0]), len(ids_T), router_ED.shape) == (1980, 2000, (2, parent.D))
     assert float(seen[0].abs().max()) < 10
 

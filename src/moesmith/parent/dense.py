@@ -7,6 +7,7 @@ at. Nothing is read from pickles, and no code of the source's own runs.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,8 @@ def merge(adapter: str, out: Path, *, base: str | None = None, overwrite: bool =
     if rows and rows[0] != len(embedding.weight):
         model.resize_token_embeddings(rows[0])
     try:
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that do not fit, which are an error below
             beside: Any = peft.PeftModel.from_pretrained(model, folder, torch_device="cpu").eval()
             known = set(peft.get_peft_model_state_dict(beside))
             if known != names:
