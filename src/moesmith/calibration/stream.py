@@ -25,7 +25,7 @@ from moesmith.calibration.view import Activations, Assign, LayerView, Stats, Tok
 from moesmith.console import Meter, meter
 from moesmith.errors import MoesmithError
 from moesmith.parent.hooks import hidden_output
-from moesmith.parent.layerwise import Call, Layered, layered, share, starts
+from moesmith.parent.layerwise import Call, Layered, Seen, layered, share, starts
 from moesmith.parent.load import Parent
 from moesmith.parent.mapped import give_back
 from moesmith.parent.structure import put
@@ -46,17 +46,6 @@ def _energy(rows_BSD: Tensor) -> Tensor:
 def buffers(activations: Activations, *, held: bool, repair: bool) -> int:
     """Count the places for hidden states of all tokens that a :class:`Stream` takes."""
     return (2 if activations == "dense" else 1) + (2 if held else 0) + (1 if repair else 0)
-
-
-class Seen(nn.Module):
-    """Takes a network's place, keeps what the network would get, and gives zeros."""
-
-    x: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Keep x."""
-        self.x = x
-        return torch.zeros_like(x)
 
 
 class Stream:

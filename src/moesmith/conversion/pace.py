@@ -66,8 +66,8 @@ def measure(parent: Parent) -> Pace:
 
 
 # FLOPs per second that training of language models sustains in bf16 on one device: 0.4 of what its maker states
-FP32 = 0.05  # least squares in fp32 beside them
 RATES = {"h100": 0.4 * 989e12, "h200": 0.4 * 989e12, "a100": 0.4 * 312e12, "l40s": 0.4 * 362e12}
+FP32 = 0.05  # of such a rate: what least squares reach in fp32
 
 
 def parse_rate(text: str) -> float:

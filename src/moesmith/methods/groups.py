@@ -121,6 +121,11 @@ class Groups:
         return sums.result().gram_NN, cross_DF / max(1, len(rows_N))
 
 
+def gathered(tokens: int, experts: int, most: int) -> int:
+    """Count the tokens that go into :class:`Groups`' Gram matrices: the pool's, and those of several experts."""
+    return min(tokens, most) + (min(tokens, experts * most) if experts > 1 else 0)
+
+
 def sent(router_ED: Tensor, x_TD: Tensor, device: torch.device) -> Tensor:
     """The expert to which a linear top-1 router sends every token, (T,) on the CPU.
 

@@ -24,7 +24,7 @@ from moesmith.calibration.moments import Sums
 from moesmith.calibration.view import LayerView, Tokens, spread
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans, root
-from moesmith.methods.groups import Fitting, Groups, sent
+from moesmith.methods.groups import Fitting, Groups, gathered, sent
 from moesmith.methods.refit import eliminate, eliminate_work, fit_work, refit_down, refit_work
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
@@ -95,12 +95,11 @@ class Token(Carver):
 
     def closed_forms(self, shapes: Shapes) -> tuple[float, float]:
         """All tokens' Gram matrix, and those of groups; every expert is fitted, eliminated from and refitted."""
-        spec, D, F, K, tokens = self.settings, shapes.sizes.D, shapes.sizes.F, shapes.kept, self.tokens(shapes)
+        spec, D, F, K = self.settings, shapes.sizes.D, shapes.sizes.F, shapes.kept
         S = max(K, round(spec.among * F))
         each = fit_work(D, S) * spec.repair + refit_work(D, S, K)
         each += eliminate_work(S, K) if spec.select == "elimination" else 0
-        own = min(tokens, spec.experts * spec.gram) if spec.experts > 1 else 0
-        return min(tokens, spec.gram) + own, spec.experts * each
+        return gathered(self.tokens(shapes), spec.experts, spec.gram), spec.experts * each
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""

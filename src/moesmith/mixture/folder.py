@@ -79,9 +79,9 @@ def layered_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> La
         given, whole = read(0, shell=True), empty(config, dtype)
     place, _ = decoder_layers(whole)
     put(whole, place, nn.ModuleList())
+    stored = given.state_dict().keys()
     for name, tensor in [*given.named_parameters(), *given.named_buffers()]:
-        stored = isinstance(tensor, nn.Parameter) or name in given.state_dict()
-        if stored and not name.startswith(f"{place}."):
+        if name in stored and not name.startswith(f"{place}."):
             put(whole, name, tensor)
     whole.tie_weights()
     shell: Any = whole.eval()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -188,6 +189,17 @@ def empty(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
             config, dtype=dtype or config.dtype, attn_implementation=config._attn_implementation
         )
     return found
+
+
+def rebuilt(
+    config: Any, weights: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, list[str]]:
+    """Build a config's class around weights, and name those that do not fit: odd ones, then missing ones."""
+    model: Any = empty(config, dtype)
+    missing, odd = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    wrong = odd or any(parameter.is_meta for parameter in model.parameters())
+    return model.eval(), [*odd, *missing] if wrong else []
 
 
 def checked(loaded: tuple[PreTrainedModel, dict[str, Any]], source: str) -> PreTrainedModel:

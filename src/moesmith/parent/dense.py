@@ -21,7 +21,7 @@ from moesmith.errors import MoesmithError
 from moesmith.files.artefact import write_sums
 from moesmith.files.outputs import check_folder, check_place, new_folder
 from moesmith.files.parse import parse_json
-from moesmith.parent.checkpoint import checked, empty, first_line, from_folder, quiet, read_config, stored_dtype
+from moesmith.parent.checkpoint import checked, first_line, from_folder, quiet, read_config, rebuilt, stored_dtype
 from moesmith.parent.structure import close
 
 # what transformers unpacks while it loads; of other methods it unpacks the model that it has loaded, if their package
@@ -94,19 +94,15 @@ def _plain(model: PreTrainedModel, source: str) -> PreTrainedModel:
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = empty(config, torch.bfloat16)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     try:
-        missing, odd = plain.load_state_dict(weights, strict=False, assign=True)
+        plain, wrong = rebuilt(config, weights, torch.bfloat16)
     except RuntimeError as error:
         raise MoesmithError(f"{source} is still packed: {first_line(error)}", "Update transformers.") from error
-    plain.tie_weights()
-    left = [name for name, parameter in plain.named_parameters() if parameter.is_meta]
-    if odd or left:
-        names = ", ".join([*odd, *left, *missing][:3])
-        raise MoesmithError(f"{source} is still packed: {names}", "Give the unquantised model.")
+    if wrong:
+        raise MoesmithError(f"{source} is still packed: {', '.join(wrong[:3])}", "Give the unquantised model.")
     plain.generation_config = model.generation_config
-    return plain.eval()
+    return plain
 
 
 def merge(adapter: str, out: Path, *, base: str | None = None, overwrite: bool = False) -> dict[str, Any]:

@@ -194,6 +194,17 @@ def _standing(model: Layered, modules: Sequence[nn.Module]) -> Iterator[None]:
         put(model.shell, model.place, nn.ModuleList())
 
 
+class Seen(nn.Module):
+    """Takes a network's place, keeps what the network would get, and gives zeros."""
+
+    x: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keep x."""
+        self.x = x
+        return torch.zeros_like(x)
+
+
 class _Part(nn.Module):
     """Stands where a layer was, and says of itself what a decoder asks its layers."""
 

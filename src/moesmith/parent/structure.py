@@ -242,9 +242,9 @@ def _activation_of(layer: nn.Module) -> str:
     The first of them where nothing can be computed.
     """
     errors = dict.fromkeys(ACTIVATIONS, math.inf)
-    for one in _candidates(layer):
+    for one in (found.in_fp32() for found in _candidates(layer) if not found.gate[0].is_meta):
         for name in ACTIVATIONS:
-            both = None if one.gate[0].is_meta else one.in_fp32().outputs(ACT2FN[name])
+            both = one.outputs(ACT2FN[name])
             if both is not None and both[0].shape == both[1].shape:
                 errors[name] = min(errors[name], float((both[0] - both[1]).norm() / both[1].norm()))
     return min(ACTIVATIONS, key=errors.__getitem__)

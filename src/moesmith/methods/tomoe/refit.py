@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesmith.calibration.view import Activations, LayerView
 from moesmith.methods.base import Carver, Needs
-from moesmith.methods.groups import Fitting, Groups, sent
+from moesmith.methods.groups import Fitting, Groups, gathered, sent
 from moesmith.methods.refit import fit_work, refit_down, refit_work
 from moesmith.methods.steps import Carve, check_gram
 from moesmith.mixture.carving import Carving
@@ -54,8 +54,8 @@ class Refitted(Carver):
 
     def closed_forms(self, shapes: Shapes) -> tuple[float, float]:
         """All tokens' Gram matrix, and those of experts; every expert is fitted and refitted."""
-        D, F, tokens, most = shapes.sizes.D, shapes.sizes.F, self.tokens(shapes), Fitting().most
-        grams = min(tokens, most) + min(tokens, shapes.E * most)
+        D, F = shapes.sizes.D, shapes.sizes.F
+        grams = gathered(self.tokens(shapes), shapes.E, Fitting().most)
         return grams, shapes.E * (fit_work(D, F) + refit_work(D, F, shapes.kept))
 
     def key(self, parent: Parent) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
-from moesmith.parent.checkpoint import empty
+from moesmith.parent.checkpoint import rebuilt
 from moesmith.parent.head import head_of
 from moesmith.parent.hooks import hidden_output
-from moesmith.parent.layerwise import last_hidden, layered, share, starts
+from moesmith.parent.layerwise import Seen, last_hidden, layered, share, starts
 from moesmith.parent.proof.witness import OTHER_LOGITS
 from moesmith.parent.structure import FFN, close, put
 
@@ -81,26 +81,15 @@ def _rebuilt(model: PreTrainedModel) -> PreTrainedModel:
         MoesmithError: transformers knows no such class, or it has other weights.
     """
     try:
-        twin: Any = empty(model.config)
-        missing, odd = twin.load_state_dict(model.state_dict(), strict=False, assign=True)
-        twin.tie_weights()
+        twin, wrong = rebuilt(model.config, model.state_dict())
     except Exception as error:  # transformers and torch refuse with errors of their own
         raise MoesmithError(OTHER) from error
-    if odd or any(parameter.is_meta for parameter in twin.parameters()):
-        raise MoesmithError(f"{OTHER}: {', '.join([*odd, *missing][:3])}")
+    if wrong:
+        raise MoesmithError(f"{OTHER}: {', '.join(wrong[:3])}")
     for module in twin.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(model.device))
-    found: PreTrainedModel = twin.eval()
-    return found
-
-
-class _Zeros(nn.Module):
-    """Takes a network's place, keeps what it would get, and gives zeros."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.x = x
-        return torch.zeros_like(x)
+    return twin
 
 
 def _adds(model: PreTrainedModel, ffns: list[FFN], ids_BS: Tensor) -> bool:
@@ -108,11 +97,11 @@ def _adds(model: PreTrainedModel, ffns: list[FFN], ids_BS: Tensor) -> bool:
     inner = layered(model)
     ((state, calls),) = starts(inner, [ids_BS])
     for index, ffn in enumerate(ffns):
-        layer, (args, options), zeros = inner.layer(index), calls[index], _Zeros()
+        layer, (args, options), seen = inner.layer(index), calls[index], Seen()
         rest = share(layer)
-        put(rest, ffn.path.removeprefix(f"{inner.place}.{index}."), zeros)
+        put(rest, ffn.path.removeprefix(f"{inner.place}.{index}."), seen)
         after, without = (hidden_output(one(state, *args, **options)) for one in (layer, rest))
-        if not close(after, without + ffn.module(zeros.x)):
+        if not close(after, without + ffn.module(seen.x)):
             return False
         state = after
     return True
