@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moesmith.export.gguf import converter
-from moesmith.export.gguf.quantise import _quantiser
+from moesmith.export.gguf.quantise import quantiser
 from moesmith.files.artefact import read_json
 from moesmith.files.write import write_json
 from moesmith.testing.parents import save_tiny
@@ -73,7 +73,7 @@ def changed(
         elif chosen.name in ("F16", "BF16"):
             writer.add_tensor(tensor.name, gguf.quants.quantize(array, chosen), raw_dtype=chosen)
         else:
-            writer.add_tensor(tensor.name, _quantiser()(array, int(chosen), sizes), raw_dtype=chosen)
+            writer.add_tensor(tensor.name, quantiser()(array, int(chosen), sizes), raw_dtype=chosen)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

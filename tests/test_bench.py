@@ -225,8 +225,9 @@ def test_bench_in_transformers_and_llama_cpp(finished: Path, tmp_path: Path) -> 
         made
     )  # the parent is a folder in this dtype already
     refused(moesmith(*words, "--runtime", "llama.cpp"), r"bench\.json exists\. Give --overwrite")
-    again = moesmith(*words, "--runtime", "llama.cpp", "--overwrite")
+    again = moesmith(*words, "--runtime", "llama.cpp", "--overwrite", "--no-repack")
     assert again.status == 0, again.err
+    assert (found["repack"], json.loads(again.out)["repack"]) == (True, False)
     assert snapshot(run / "bench") == made
 
 

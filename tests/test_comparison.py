@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import pytest
 import torch
 import yaml
 from golden import ASSETS
+from safetensors.torch import load_file
 from scipy import stats
+from sources import tiny_source
 
 from moesmith.comparison.compare import Comparison, compare, turns
 from moesmith.comparison.controls import Control
@@ -28,6 +31,7 @@ from moesmith.comparison.figures import curves, tokens_of
 from moesmith.comparison.jobs import at_once
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.quantised import Quantised
+from moesmith.comparison.rounded import write_rounded
 from moesmith.comparison.spec import Spec, load_spec
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.comparison.table import number, table_of
@@ -36,6 +40,9 @@ from moesmith.data.text import evaluation_blocks, load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_items, run_tasks
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
+from moesmith.export.gguf.target import Gguf
+from moesmith.export.stock.write import write_stock
+from moesmith.export.target import Options
 from moesmith.files.artefact import read_json
 from moesmith.files.write import write_json
 from moesmith.parent.load import load_parent
@@ -301,7 +308,7 @@ def test_a_control_is_a_row(tmp_path: Path) -> None:
 def test_a_parent_in_fewer_bits_is_a_row(quant: Any, error: float, tmp_path: Path) -> None:
     """Its weights are near the parent's and not the same, and it is a row of the table."""
     parent = load_parent(MODEL, "fp32")
-    with Quantised(quant=quant).row(parent) as (model, found):
+    with Quantised(quant=quant).row(parent, open_run) as (model, found):
         for name, wanted in parent.model.state_dict().items():
             if name.endswith("_proj.weight"):
                 off = (model.state_dict()[name] - wanted).float().norm() / wanted.float().norm()
@@ -312,6 +319,70 @@ def test_a_parent_in_fewer_bits_is_a_row(quant: Any, error: float, tmp_path: Pat
     assert few["groups"]["all"]["value"] == pytest.approx(1, abs=0.1)
     assert few["groups"]["all"]["value"] != 1
     assert few["parameters_total"] == dense["parameters_total"]
+
+
+def test_a_mixture_in_fewer_bits_is_a_row_and_rows_are_timed(tmp_path: Path) -> None:
+    """Its experts are those of its GGUF file; its speed is that of the row whose mixture it is, in its type."""
+    rows = [
+        ROWS[2] | {"vary": {}, "speed": ["bf16", "q8_0"]},
+        {"name": "few", "control": {"quant": "q8_0", "of": "token"}},
+        {"name": "q8", "control": {"quant": "q8_0"}},
+    ]
+    timed = spec(rows=rows, measure=VALUES["measure"] | {"speed": {"prompt": 32, "new": 4, "rounds": 1}})
+    out, given = tmp_path / "out", {"model": MODEL, "data": DATA, "dtype": "fp32"}
+    (_, early) = compare(timed, out, **given, only="few")["rows"]
+    assert "the run of row 'token' is not there. Make it first: --only token" in early["refused"]
+    result = compare(timed, out, **given)
+    token, few, q8 = (row(result, name) for name in ("token", "few", "q8"))
+    assert few["groups"]["all"]["value"] == pytest.approx(token["groups"]["all"]["value"], rel=0.05)
+    assert few["groups"]["all"]["value"] != token["groups"]["all"]["value"]
+    kept = read_json(out / "rows" / "token.json")["measured"]["speed"]
+    for one, (quant, side) in ((token, ("bf16", "moe")), (few, ("q8_0", "moe")), (q8, ("q8_0", "dense"))):
+        assert one["speed"]["weights"] == quant
+        assert one["speed"]["decode"] == kept[quant]["decode"][side] > 0
+        assert one["speed"]["bytes"] == kept[quant]["bytes"][side]
+    assert few["bytes"] == few["speed"]["bytes"] < token["speed"]["bytes"]
+    assert result["rows"][0]["speed"]["decode"] == kept["bf16"]["decode"]["dense"]
+    assert "decode_ratio" in few["speed"]
+    assert "decode_ratio" not in q8["speed"]
+    assert "decode, tokens/s" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert (out / "figures" / "speed.png").is_file()
+    again = (out / "rows" / "token.json").read_bytes()
+    assert compare(timed, out, **given) == result
+    assert (out / "rows" / "token.json").read_bytes() == again
+
+
+@pytest.mark.parametrize(("quant", "kinds"), [("q8_0", {"Q8_0"}), ("q4_k_m", {"Q4_K", "Q6_K"})])
+def test_a_folder_is_rounded_as_its_gguf_file(quant: Any, kinds: set[str], tmp_path: Path) -> None:
+    """Experts and embedding as gguf's own reader finds them in the file; norms and routers stay."""
+    import gguf
+
+    source = tiny_source("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
+    folder, file = tmp_path / "model", tmp_path / "moe.gguf"
+    write_stock(source.parent, source.carving, folder, torch.float32)
+    Gguf().write(source, file, Options(quant=quant))
+    write_rounded(folder, file, tmp_path / "out")
+    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "out"))
+    stored = {t.name: (gguf.quants.dequantize(t.data, t.tensor_type), t.tensor_type.name) for t in reader_of(file)}
+    names = {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}
+    for name, weight in after.items():
+        if (
+            found := re.fullmatch(r"model\.layers\.(\d)\.block_sparse_moe\.experts\.(\d)\.(w\d)\.weight", name)
+        ) is None:
+            continue
+        wanted, kind = stored[f"blk.{found[1]}.{names[found[3]]}.weight"]
+        assert kind in kinds
+        torch.testing.assert_close(weight, torch.from_numpy(wanted[int(found[2])].copy()), atol=0, rtol=0)
+    wanted, _ = stored["token_embd.weight"]
+    assert torch.equal(after["model.embed_tokens.weight"], torch.from_numpy(wanted.copy()))
+    same = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert same == {name for name in before if "norm" in name or "block_sparse_moe.gate" in name}
+
+
+def reader_of(file: Path) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(str(file)).tensors
 
 
 def test_variants_that_read_more_text_are_a_figure(tmp_path: Path) -> None:
@@ -406,6 +477,8 @@ def test_a_row_takes_the_settings_that_it_has() -> None:
         ({"rows": []}, "rows: "),
         ({"rows": [{"name": "a"}]}, "a recipe, a run or a control"),
         ({"rows": [{"name": "a", "recipe": "token", "run": "b"}]}, "a recipe, a run or a control"),
+        ({"rows": [{"name": "a", "control": {"quant": "q8_0"}, "speed": ["bf16"]}]}, "a control is not timed"),
+        ({"rows": [{"name": "a", "control": {"quant": "q8_0", "of": "b"}}]}, "a is of 'b', and no conversion"),
         ({"rows": [{"name": "a", "run": "b", "settings": ["seed=1"]}]}, "belong to a recipe"),
         ({"rows": [{"name": "../a", "recipe": "token"}]}, "is no name"),
         ({"rows": [{"name": "parent", "recipe": "token"}]}, "is no name"),

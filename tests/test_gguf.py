@@ -55,8 +55,8 @@ def test_llamacpp_computes_each_family(family: str, tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_comes_out_otherwise_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = quantise_module._quantiser()
-    monkeypatch.setattr(quantise_module, "_quantiser", lambda: lambda x, *rest: make(x[..., ::-1], *rest))
+    make = quantise_module.quantiser()
+    monkeypatch.setattr(quantise_module, "quantiser", lambda: lambda x, *rest: make(x[..., ::-1], *rest))
     with pytest.raises(MoesmithError, match="off what it was"):
         Gguf().write(tiny_source("llama"), tmp_path / "moe.gguf", Options(quant="q4_k_m"))
     assert list(tmp_path.iterdir()) == []
@@ -75,6 +75,20 @@ def test_quantised_files(quant: str, tmp_path: Path) -> None:
     assert types["blk.0.ffn_gate_inp.weight"] == types["blk.0.attn_norm.weight"] == "F32"
     assert facts["bytes"] == out.stat().st_size
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_mixture_larger_than_memory_is_proved_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where f32 does not fit: layer by layer, against a file in bf16, and a fault is still found."""
+    monkeypatch.setattr(target_module, "fp32_fits", lambda *_: False)
+    source, out = tiny_source("llama", dtype=torch.bfloat16), tmp_path / "moe.gguf"
+    kinds: list[str] = []
+    convert = target_module.convert
+    monkeypatch.setattr(target_module, "convert", lambda f, o, kind: (kinds.append(kind), convert(f, o, kind)))
+    Gguf().write(source, out, Options(quant="q8_0"))
+    assert kinds == ["bf16", "q8_0"]
+    assert Gguf().verify(source, out, IDS)["within_tolerance"] > 0.9
+    with pytest.raises(MoesmithError, match=r"does not answer in llama\.cpp"):
+        Gguf().verify(permuted(source), out, IDS)
 
 
 def test_one_expert_and_scaled_positions(tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="how often each model is measured")] = 3,
     vllm_python: Annotated[str | None, typer.Option(help="Python of the environment that has vLLM")] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="JSON file; RUN/bench.json if left out")] = None,
+    repack: Annotated[bool, typer.Option(help="let llama.cpp rearrange weights for its kernels")] = True,
     dtype: Dtype = "auto",
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -132,9 +133,9 @@ def bench(
 
     runtimes = None if runtime is None else words(runtime)
     batches, quants = numbers("--batch", batch), words(quant)
-    result = measure(
-        run, runtimes, batches, prompt, new, quants, rounds, vllm_python, out_file, dtype, device, overwrite=overwrite
-    )
+    places: dict[str, Any] = {"vllm_python": vllm_python, "out": out_file, "dtype": dtype, "device": device}
+    places |= {"repack": repack, "overwrite": overwrite}
+    result = measure(run, runtimes, batches, prompt, new, quants, rounds, **places)
     if as_json:
         show_json(result)
     else:

@@ -17,6 +17,7 @@ class Model:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.path, self.threads, self.context = job["path"], job["threads"], job["context"]
+        self.repack = job["repack"]
         self.server: Any = None
         self.batch = 0
 
@@ -38,6 +39,7 @@ class Model:
         slot = 256 * (self.context // 256 + 1)  # llama.cpp rounds a sequence's cells up to this
         params.n_ctx, params.n_parallel = slot * batch, batch
         params.n_gpu_layers, params.verbosity = 0, 0
+        params.no_extra_bufts = not self.repack
         params.n_threads_http = batch + 2
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
         params.cache_ram_mib = 0  # prompts of earlier rounds are not kept

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import torch
@@ -26,9 +26,8 @@ from moesmith.bench.process import RUNTIMES, Worker, cores, interpreter, threads
 from moesmith.bench.table import verdict
 from moesmith.console import Meter, meter, say
 from moesmith.errors import MoesmithError
-from moesmith.export.gguf.converter import OUTTYPES
 from moesmith.export.gguf.target import Gguf
-from moesmith.export.target import Source
+from moesmith.export.target import Quant, Source
 from moesmith.export.targets import source_of
 from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_result, new_file
@@ -57,6 +56,7 @@ def bench(
     dtype: DType = AUTO,
     device: Device = AUTO,
     *,
+    repack: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Measure the speed of a finished run and its parent; write the result as JSON, and a figure in ``figures``.
@@ -73,6 +73,7 @@ def bench(
         out: the JSON file; ``RUN/bench.json`` when ``None``. The figure has its name and is in ``figures`` next to it.
         dtype: what transformers computes in; the fastest here for ``auto``.
         device: where transformers computes.
+        repack: let llama.cpp rearrange weights for its kernels, where it has such for their types and widths.
         overwrite: replace what moesmith wrote there.
 
     Returns:
@@ -115,11 +116,13 @@ def bench(
         "threads": threads(),
         "context": context,
         "batch": max(batches),
+        "repack": repack,
         "cache_bytes": cache * context * max(batches),
     }
     names = {runtime: long_name(kind) for runtime, kind in types.items()}
     del source, files  # frees the parent's memory: the workers hold their own
     found: dict[str, Any] = {"run": str(folder), "prompt": prompt, "new": new, "rounds": rounds, "threads": threads()}
+    found |= {"repack": repack}
     found |= {"machine": machine(), "versions": versions(), "runtimes": {}, "results": []}
     total = len(cells) * sum(batches) * (prompt + new) * (rounds + 1) * 2
     with meter("bench", total) as bar:
@@ -158,8 +161,8 @@ def numbers(option: str, text: str) -> list[int]:
 
 def _check(runtimes: Sequence[str] | None, batches: Sequence[int], quants: Sequence[str], smallest: int) -> None:
     """Refuse lists and numbers that cannot be measured."""
-    if odd := [quant for quant in quants if quant not in OUTTYPES]:
-        raise MoesmithError(f"--quant {odd[0]} is not known", f"Give some of {','.join(OUTTYPES)}.")
+    if odd := [quant for quant in quants if quant not in get_args(Quant)]:
+        raise MoesmithError(f"--quant {odd[0]} is not known", f"Give some of {','.join(get_args(Quant))}.")
     for name, values in (("--batch", batches), ("--quant", quants), ("--runtime", runtimes)):
         if values is not None and (not values or len(set(values)) < len(values)):
             raise MoesmithError(f"{name} names nothing, or something twice", "Name one or several, each once.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,9 @@ from moesmith.comparison.facts import facts, parent_facts
 from moesmith.comparison.jobs import at_once, check_jobs
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
-from moesmith.comparison.spec import PARENT, Conversion, Spec, load_spec
+from moesmith.comparison.quantised import Quantised
+from moesmith.comparison.spec import Conversion, Spec, load_spec
+from moesmith.comparison.speed import PARENT, SPEED, measure_speed
 from moesmith.comparison.table import PARENT_TITLE, table_of, write_tables
 from moesmith.console import say
 from moesmith.conversion.convert import convert
@@ -99,18 +101,22 @@ class Comparison:
         if control is not None:
 
             def controlled(have: Mapping[str, Any]) -> Parts:
-                with control.row(self.parent) as (model, found):
+                with control.row(self.parent, self.finished) as (model, found):
                     yield "facts", found
                     yield from self.ruler.measure(model, title, have)
 
-            return self._kept(name, control.model_dump(), controlled if make else None)
+            work: Any = control.model_dump(exclude_defaults=True)
+            if isinstance(control, Quantised) and control.of:
+                work |= {"of": self._work(self.recipes[control.of])}
+            return self._kept(name, work, controlled if make else None)
         if recipe is None:
             run = open_run(conversion.source.run)
             run.check_finished()
             if run.inputs["model_digest"] != self.parent.digest:
                 raise MoesmithError(f"{run.folder} was made from another parent", "Give a run of the comparison's own.")
             key = run.manifest("export")["key"]
-            return self._kept(name, key, (lambda have: self._measured(run, title, have)) if make else None)
+            made = (lambda have: self._measured(run, conversion, have)) if make else None
+            return self._kept(name, key, made, conversion.source.speed)
         folder, data = self.series.folder(name), self.series.data
 
         def converted(have: Mapping[str, Any]) -> Parts:
@@ -119,13 +125,28 @@ class Comparison:
             except MoesmithError as error:
                 raise MoesmithError(f"{error} Or delete {folder}, or give the row another name.") from error
             made = convert(recipe, self.parent, data, folder, reuse=self.series.others(name))
-            yield from self._measured(made, title, have)
+            yield from self._measured(made, conversion, have)
 
-        work = [recipe.same_work(), source_digest(data, recipe.domains.names)]
-        found = self._kept(name, work, converted if make else None)
+        found = self._kept(name, self._work(recipe), converted if make else None, conversion.source.speed)
         if make and not self.spec.keep:
             drop_models(folder)
         return found
+
+    def finished(self, name: str) -> Run:
+        """Return the finished run of a conversion.
+
+        Raises:
+            MoesmithError: it has not been made.
+        """
+        try:
+            run = open_run(self.series.folder(name))
+        except MoesmithError as error:
+            raise MoesmithError(f"the run of row {name!r} is not there", f"Make it first: --only {name}.") from error
+        run.check_finished()
+        return run
+
+    def _work(self, recipe: Recipe) -> list[Any]:
+        return [recipe.same_work(), source_digest(self.series.data, recipe.domains.names)]
 
     def dense(self) -> Row:
         """Return what was measured of the parent."""
@@ -136,21 +157,40 @@ class Comparison:
 
         return self._kept(PARENT, PARENT, made) or {}
 
-    def _measured(self, run: Run, title: str, have: Mapping[str, Any]) -> Parts:
+    def _measured(self, run: Run, conversion: Conversion, have: Mapping[str, Any]) -> Parts:
         yield "facts", facts(run, self.parent)
-        yield from self.ruler.measure(cast(PreTrainedModel, run.load(self.parent)), title, have)  # loaded whole
+        if conversion.source.speed and SPEED not in have:  # before the model is in this process's memory too
+            yield SPEED, measure_speed(run, self.spec.measure.speed, conversion.source.speed)
+        model = cast(PreTrainedModel, run.load(self.parent))  # loaded whole
+        yield from self.ruler.measure(model, conversion.title, have)
 
-    def _kept(self, name: str, work: Any, make: Callable[[Mapping[str, Any]], Parts] | None) -> Row | None:
-        """Return a row's numbers from its file, or make those that it lacks and write each as it comes."""
+    def _kept(
+        self,
+        name: str,
+        work: Any,
+        make: Callable[[Mapping[str, Any]], Parts] | None,
+        quants: Collection[str] = (),
+    ) -> Row | None:
+        """Return a row's numbers from its file, or make those that it lacks and write each as it comes.
+
+        Args:
+            name: the row's.
+            work: what it depends on besides text and parent.
+            make: what makes the numbers, given those that are known.
+            quants: types of the weights in which it is timed.
+        """
         path, key = self.series.out / "rows" / f"{name}.json", self.key(work)
         found: Row = read_json(path) if path.is_file() else {}
-        if found.get("key") == key and found.get("done"):
+        timed = not quants or set(quants) <= found.get("measured", {}).get(SPEED, {}).keys()
+        if found.get("key") == key and found.get("done") and timed:
             return found
         if make is None:
             return None
         say(f"== {name}")
         if found.get("key") != key:
             found = {"key": key, "measured": {}}
+        if not timed:
+            found["measured"].pop(SPEED, None)
         for part, value in make(found["measured"]):
             if part == "facts":
                 found["facts"] = value

@@ -36,7 +36,7 @@ class Control(Section):
     active: float = Field(gt=0, le=1, description="share of the channels that a token keeps")
 
     @contextmanager
-    def row(self, parent: Parent) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+    def row(self, parent: Parent, _run: Any) -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
         """Give the parent's model, so changed inside the ``with``, and the facts of its row.
 
         Raises:

@@ -52,21 +52,53 @@ def frontier_figure(rows: Sequence[Mapping[str, Any]], group: str) -> Figure:
         "Quality, active and total parameters (area of a disc: total)",
         grid="both",
     )
-    largest = max(row["parameters_total"] for row in rows)
-    for index, row in enumerate(rows):
-        x, y = row["parameters_active"] / 1e6, row["groups"][group]["value"]
-        hue = COLOURS[index % len(COLOURS)]
-        axes.scatter(x, y, s=620 * row["parameters_total"] / largest, color=hue, alpha=0.35, linewidth=0)
-        axes.scatter(x, y, s=9, color=INK, linewidth=0)
-        axes.annotate(
-            style.plain(row["title"]), (x, y), xytext=(14, 0), textcoords="offset points", fontsize=SIZE - 1,
-            color=INK, va="center",
-        )  # fmt: skip
+    _discs(
+        axes,
+        [
+            (row["parameters_active"] / 1e6, row["groups"][group]["value"], row["parameters_total"], row["title"])
+            for row in rows
+        ],
+    )
     axes.set_yscale("log")
     ticks(axes.yaxis, [row["groups"][group]["value"] for row in rows])
-    low, high = axes.get_xlim()
-    axes.set_xlim(low - 0.04 * (high - low), high + 0.35 * (high - low))  # room for the names
     return figure
+
+
+def speed_figure(rows: Sequence[Mapping[str, Any]], group: str) -> Figure:
+    """Draw the quality of rows that were timed against decoding speed; a disc's area is the file's size.
+
+    Quality is the share of written answers that are right, or a group's perplexity over the parent's where none are
+    measured.
+    """
+    rows = [row for row in rows if "speed" in row]
+    written = all("written" in row for row in rows)
+    title = "written answers that are right, %" if written else f"{style.plain(group)}: perplexity ÷ parent's"
+    figure = style.new_figure(style.WIDTH * 0.8, 4.6)
+    axes = figure.add_subplot()
+    style.dress(
+        axes, "tokens per second, one sequence, llama.cpp", title,
+        "Quality, decoding speed and size (area of a disc: bytes of the file)", grid="both",
+    )  # fmt: skip
+    points = []
+    for row in rows:
+        speed, quality = row["speed"], 100 * row["written"]["value"] if written else row["groups"][group]["value"]
+        points.append((speed["decode"], quality, speed["bytes"], f"{row['title']} ({speed['weights']})"))
+    _discs(axes, points)
+    return figure
+
+
+def _discs(axes: Any, points: Sequence[tuple[float, float, float, str]]) -> None:
+    """Draw points (x, y, size, name) as discs whose area is their size, with their names beside them."""
+    largest = max(size for _, _, size, _ in points)
+    for index, (x, y, size, name) in enumerate(points):
+        axes.scatter(x, y, s=620 * size / largest, color=COLOURS[index % len(COLOURS)], alpha=0.35, linewidth=0)
+        axes.scatter(x, y, s=9, color=INK, linewidth=0)
+        axes.annotate(
+            style.plain(name), (x, y), xytext=(14, 0), textcoords="offset points", fontsize=SIZE - 1,
+            color=INK, va="center",
+        )  # fmt: skip
+    low, high = axes.get_xlim()
+    axes.set_xlim(low - 0.04 * (high - low), high + 0.4 * (high - low))  # room for the names
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

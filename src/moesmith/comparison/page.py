@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from moesmith.comparison.figures import curves, frontier_figure, ratios_figure, tokens_figure
+from moesmith.comparison.figures import curves, frontier_figure, ratios_figure, speed_figure, tokens_figure
 from moesmith.comparison.table import cells, refused
 from moesmith.files.write import write_text
 from moesmith.report import style
@@ -31,6 +31,8 @@ def write_page(out: Path, result: Mapping[str, Any]) -> None:
         pictures["ratios"] = ratios_figure(others, result["groups"]), "Perplexity over the parent's, by row"
         if curves(others):
             pictures["tokens"] = tokens_figure(others, result["groups"][0]), "Quality by how much text was read"
+        if sum("speed" in row for row in rows) > 1:
+            pictures["speed"] = speed_figure(rows, result["groups"][0]), "Quality, decoding speed and size"
         pictures["frontier"] = frontier_figure(rows, result["groups"][0]), "Quality, active and total parameters"
     drawn = {}
     for name, (figure, description) in pictures.items():

@@ -19,7 +19,9 @@ from pydantic import Field, ValidationError, model_validator
 from moesmith.arguments import path_text
 from moesmith.comparison.controls import Control
 from moesmith.comparison.quantised import Quantised
+from moesmith.comparison.speed import PARENT, Speed
 from moesmith.errors import MoesmithError
+from moesmith.export.target import Quant
 from moesmith.files.parse import parse_yaml
 from moesmith.run.recipe import applicable
 from moesmith.run.settings import Section, hold_a_window
@@ -28,7 +30,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 LONGEST = 200  # characters of a folder's name
 SEED = "seed"
 WIKITEXT = "wikitext2"  # the name of its windows
-PARENT = "parent"  # of the parent's own numbers
 
 
 Vary = dict[str, list[Any]] | list[dict[str, list[Any]]]
@@ -49,6 +50,7 @@ class Measure(Section):
     tasks: list[str] = Field([], description="tasks with one score per item, in [0, 1]: choices, written answers")
     limit: int | None = Field(None, ge=1, description="items per task; all if left out")
     run_code: bool = Field(False, description="allow tasks that run what models write")
+    speed: Speed = Speed()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -78,6 +80,7 @@ class RowSection(Section):
         None, description="the parent with fewer channels for each token, or in fewer bits, likewise"
     )
     settings: list[str] = Field([], description="section.key=value on top of the recipe and the comparison's settings")
+    speed: list[Quant] = Field([], description="types of the weights in which llama.cpp is timed with it")
     vary: Vary = Field({}, description="values of settings, one conversion for each combination; or several such sets")
 
     @model_validator(mode="after")
@@ -86,6 +89,8 @@ class RowSection(Section):
             raise ValueError("give a row a recipe, a run or a control")
         if not self.recipe and (self.settings or self.vary):
             raise ValueError("settings and vary belong to a recipe; leave them out")
+        if self.control and self.speed:
+            raise ValueError("a control is not timed itself; leave out speed")
         return self
 
 
@@ -115,6 +120,10 @@ class Spec(Section):
             raise ValueError(f"{odd[0]!r} is no name for a folder: letters, digits, and . _ + - after the first")
         if self.baseline and self.baseline not in {row.name for row in self.rows}:
             raise ValueError(f"there is no row {self.baseline!r} for a baseline")
+        made = {conversion.name for conversion in self.conversions() if conversion.source.recipe}
+        for row in self.rows:
+            if isinstance(row.control, Quantised) and row.control.of and row.control.of not in made:
+                raise ValueError(f"row {row.name} is of {row.control.of!r}, and no conversion has that name")
         if not self.measure.domains:
             raise ValueError("measure.domains names no group of domains")
         return self

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from moesmith.comparison.measure import is_written, right
+from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import WIKITEXT, Conversion, Spec
+from moesmith.comparison.speed import PARENT, SPEED, speeds
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.console import duration, show_table, show_text
 from moesmith.files.write import write_text
@@ -42,7 +44,7 @@ def table_of(
     Returns:
         ``groups``, ``tasks``, those of them that are ``written`` (if any), ``baseline`` (a row's title), and ``rows``:
         title, facts, and by quantity its number with ``low`` and ``high``, and ``p`` against the baseline; ``source``
-        is the title that variants of a row share.
+        is the title that variants of a row share; ``speed`` what :func:`speeds` says of it.
     """
     families: dict[str, list[tuple[Conversion, Mapping[str, Any]]]] = {}
     for conversion, result in found:
@@ -53,6 +55,7 @@ def table_of(
     base = next(row for row in spec.rows if row.name == spec.base)
     bases = [(f[0][0].varied, measured[name]) for name, f in families.items() if f[0][0].source.name == base.name]
     alone = len({c.row for c in spec.conversions() if c.source.name == base.name}) == 1
+    fast = _speeds(found)
     rows = [_row(spec, PARENT_TITLE, dense["facts"], [dense["measured"]], dense["measured"], None)]
     for name, family in families.items():
         first, title = family[0][0], family[0][0].title
@@ -68,6 +71,10 @@ def table_of(
         rows.append(
             {"name": name, "source": source} | _row(spec, title, facts, measured[name], dense["measured"], beside)
         )
+        if timed := [fast[conversion.name] for conversion, _ in family if conversion.name in fast]:
+            rows[-1][SPEED] = timed[0]
+    if PARENT in fast:
+        rows[0][SPEED] = fast[PARENT]
     written = [task for task in spec.measure.tasks if is_written(dense["measured"].get(f"task {task}", ()))]
     return {
         "groups": list(spec.measure.domains),
@@ -76,6 +83,13 @@ def table_of(
         "baseline": base.title or base.name,
         "rows": rows,
     }
+
+
+def _speeds(found: Sequence[tuple[Conversion, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return the speed of every conversion that was timed, or is another one in fewer bits, and the parent's."""
+    timed = {conversion.name: row["measured"][SPEED] for conversion, row in found if SPEED in row.get("measured", {})}
+    fewer = {one.name: one.source.control for one, _ in found}
+    return speeds(timed, {name: (q.of, q.quant) for name, q in fewer.items() if isinstance(q, Quantised)})
 
 
 def _beside(
@@ -206,10 +220,25 @@ COST: list[Column] = [
     ("peak memory", lambda row: f"{row['memory'] / 2**30:.1f} GiB" if row["memory"] else "–"),
 ]
 
+FAST: list[Column] = [
+    ("llama.cpp", lambda row: row[SPEED]["weights"] if SPEED in row else "–"),
+    ("file", lambda row: f"{row[SPEED]['bytes'] / 1e6:,.1f} MB" if SPEED in row else "–"),
+    ("decode, tokens/s", lambda row: _fast(row, "decode")),
+    ("prefill, tokens/s", lambda row: _fast(row, "prefill")),
+]
+
 DEVICE: Column = (
     "of the accelerator",
     lambda row: f"{row['device_memory'] / 2**30:.1f} GiB" if row["device_memory"] else "–",
 )
+
+
+def _fast(row: Mapping[str, Any], phase: str) -> str:
+    found = row.get(SPEED)
+    if found is None:
+        return "–"
+    ratio = found.get(f"{phase}_ratio")
+    return f"{found[phase]:,.1f}" + ("" if ratio is None else f" ({ratio:.2f} ×)")
 
 
 def number(value: float, decimals: int) -> str:
@@ -252,6 +281,7 @@ def cells(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """Return two tables as text, quality and cost: head and body of each, without refused rows."""
     rows = [row for row in result["rows"] if "refused" not in row]
     cost = [*COST, *([DEVICE] if any(row["device_memory"] for row in rows) else [])]
+    cost += FAST if any(SPEED in row for row in rows) else []
     return [
         ([title for title, _ in shown], [[take(row) for _, take in shown] for row in rows])
         for shown in (quality(result), cost)

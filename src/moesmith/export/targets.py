@@ -16,8 +16,9 @@ from moesmith.export.sglang import SGLang
 from moesmith.export.target import Options, Source, Target
 from moesmith.files.outputs import check_file, check_folder, check_place, inputs_of, new_file, new_folder
 from moesmith.parent.compute import AUTO, Device
+from moesmith.parent.load import Parent
 from moesmith.parent.proof.positions import text_to_compare
-from moesmith.run.folder import open_run
+from moesmith.run.folder import Run, open_run
 
 KNOWN: list[Target] = [HuggingFace(), SGLang(), Gguf(), Native(), Delta()]
 TARGETS = {target.name: target for target in KNOWN}
@@ -31,9 +32,13 @@ def source_of(folder: Path, device: Device = AUTO) -> Source:
         MoesmithError: the run is not finished, or its parent is not the one it was made from.
     """
     run = open_run(folder)
-    parent = run.parent(None, device)
+    return source_for(run, run.parent(None, device))
+
+
+def source_for(run: Run, parent: Parent) -> Source:
+    """Return the same of a run whose parent, as it is stored, is loaded."""
     ids = text_to_compare(parent.config, next(iter(run.held_out.values())))
-    return Source(parent, run.carving(), folder, ids)
+    return Source(parent, run.carving(), run.folder, ids)
 
 
 @takes_paths("folder")

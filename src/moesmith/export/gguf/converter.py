@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from moesmith.errors import MoesmithError
+from moesmith.export.gguf.quantise import quantise
+from moesmith.files.artefact import read_json
 from moesmith.parent.checkpoint import first_line, quiet
 
 NAME, PHI3 = "model", "phi-3"
@@ -33,15 +35,25 @@ def convert(folder: Path, out: Path, outtype: str) -> None:
     Args:
         folder: config, safetensors and tokenizer, in a layout that the converter reads.
         out: a new file; what a failed conversion leaves is removed.
-        outtype: ``f32``, ``bf16`` or ``q8_0``; norms and routers are f32 in each.
+        outtype: ``f32``, ``bf16``, ``q8_0`` or ``q4_k_m``; norms and routers are f32 in each.
 
     Raises:
         MoesmithError: ``out`` exists, or the converter is not installed, does not know the tokenizer, or fails.
     """
     if os.path.lexists(out):
         raise MoesmithError(f"{out} exists", "Give another name.")
-    with _converter(folder, out, outtype) as model:
-        model.write()
+    if outtype in OUTTYPES:
+        with _converter(folder, out, outtype) as model:
+            model.write()
+        return
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        plain = Path(scratch) / "plain.gguf"
+        convert(folder, plain, "bf16" if read_json(folder / "config.json").get("dtype") == "bfloat16" else "f32")
+        try:
+            quantise(plain, out)
+        except BaseException:
+            out.unlink(missing_ok=True)
+            raise
 
 
 def converter_refusal(folder: Path) -> str | None:

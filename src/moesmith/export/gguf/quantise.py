@@ -66,7 +66,7 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
     """
     import gguf
 
-    chunk = _quantiser()
+    chunk = quantiser()
     reader = gguf.GGUFReader(str(source))
     fields = reader.fields
     arch = str(fields["general.architecture"].contents())
@@ -112,7 +112,7 @@ def quantise(source: Path, out: Path) -> dict[str, int]:
     return counts
 
 
-def _quantiser() -> Callable[[Any, int, tuple[int, int]], Any]:
+def quantiser() -> Callable[[Any, int, tuple[int, int]], Any]:
     """Return ``ggml_quantize_chunk`` for numpy arrays."""
     spec = importlib.util.find_spec("xllamacpp.xllamacpp")
     if spec is None or spec.origin is None:

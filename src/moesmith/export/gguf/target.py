@@ -6,8 +6,8 @@ Qwen3 to ``qwen3moe``, and Qwen2 with Mixtral's names plus biases to ``llama``, 
 next to experts that count in full goes to ``qwen2moe``: there all weights are made 1/E (``mixture/home.py``).
 
 A quantised model does not answer like its source, so comparing the two cannot tell noise from a fault. Therefore the
-same folder is first written in f32, and llama.cpp must give the reference's probabilities with it; what is quantised
-from it then has to stay within the tolerance of its type.
+same folder is first written in f32, or in bf16 where f32 does not fit in memory, and llama.cpp must give the
+reference's probabilities with it; what is quantised from it then has to stay within the tolerance of its type.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from moesmith.export.gguf.quantise import quantise, tensor_type
 from moesmith.export.gguf.tokens import ODD, differing_tokens, marked_texts
 from moesmith.export.stock.write import Layout, stock_config, stock_reference, stock_refusal, write_stock
 from moesmith.export.target import Options, Source, Target, reach_loss, stock_losses
-from moesmith.export.verify import judging, run
+from moesmith.export.verify import fp32_fits, judging, run
 from moesmith.files.artefact import hidden_beside
 from moesmith.files.write import write_cure
+from moesmith.mixture.count import parameters
 from moesmith.mixture.home import aligned
 from moesmith.parent.structure import head_dim, rope_of
 
@@ -95,11 +96,11 @@ class Gguf(Target):
         return found + wide_rows(source.parent.D, heads, home.width)
 
     def write(self, source: Source, out: Path, options: Options) -> dict[str, Any]:
-        """Convert, prove in f32, then quantise.
+        """Convert, prove in f32 (bf16 where that does not fit in memory), then quantise.
 
         Raises:
-            MoesmithError: it does not fit, a package is missing, the tokenizer is unknown to llama.cpp, or the f32 file
-                does not compute what the carving computes.
+            MoesmithError: it does not fit, a package is missing, the tokenizer is unknown to llama.cpp, or the file
+                that is proved does not compute what the carving computes.
         """
         if (reason := self.explain(source)) is not None:
             raise MoesmithError(reason, "Write another target, such as native.")
@@ -108,13 +109,14 @@ class Gguf(Target):
             raise MoesmithError(f"{out} exists", "Give another name.")
         work = hidden_beside(out)
         try:
-            folder, plain, made = work / "folder", work / "f32.gguf", work / out.name
+            folder, plain, made = work / "folder", work / "plain.gguf", work / out.name
+            first = "f32" if quant == "f32" or _fits(source) else "bf16"
             facts = write_stock(parent, source.carving, folder, parent.model.dtype, layout_of(source, options))
-            convert(folder, plain, "f32")
-            if quant == "f32":
+            convert(folder, plain, first)
+            if quant == first:
                 plain.rename(made)
             else:
-                say(f"  comparing in f32 before {quant}")
+                say(f"  comparing in {first} before {quant}")
                 with judging(out):
                     compare(source, plain, source.ids)
                 if quant == "q4_k_m":
@@ -259,7 +261,7 @@ def chat_prompt(tokenizer: Any) -> str | None:
 
 
 def _judge(source: Source, file: Path, ids: Tensor, start: int, answers: Answers, relative: float) -> dict[str, Any]:
-    reference = stock_reference(source.parent, source.carving)
+    reference = stock_reference(source.parent, source.carving, whole=_fits(source))
     logits_NSV = run(reference, ids).logits
     expected_NSV = logits_NSV.log_softmax(-1)
     tolerance = relative * float(logits_NSV.std())
@@ -288,6 +290,11 @@ def _judge(source: Source, file: Path, ids: Tensor, start: int, answers: Answers
         "greedy_match": int(same_T.cumprod(0).sum()),
         "greedy_tokens": len(chosen_T),
     }
+
+
+def _fits(source: Source) -> bool:
+    """Whether the whole mixture fits in memory in fp32."""
+    return fp32_fits(parameters(source.parent, source.carving)["parameters_total"], source.parent.device)
 
 
 def _wrong(file: Path, why: str) -> MoesmithError:
