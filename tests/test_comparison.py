@@ -39,6 +39,7 @@ from moesmith.conversion.series import Series
 from moesmith.data.text import evaluation_blocks, load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import find_tasks, run_items, run_tasks
+from moesmith.evaluation.health import health
 from moesmith.evaluation.perplexity import geometric_mean, perplexities
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.stock.write import write_stock
@@ -283,7 +284,7 @@ def test_controls_keep_each_tokens_largest_channels(by: Any) -> None:
     parent = load_parent(MODEL, "fp32")
     x = torch.randn(1, 5, parent.D, generator=torch.Generator().manual_seed(0))
     ffn, kept = parent.ffns[0], parent.F // 4
-    with Control(by=by, active=0.25).row(parent), torch.no_grad():
+    with Control(by=by, active=0.25).row(parent, open_run), torch.no_grad():
         found = ffn.module(x)[0]
     for token, y_D in zip(x[0], found, strict=True):
         gate_F, up_F = ffn.activation(ffn.gate_FD @ token), ffn.up_FD @ token  # type: ignore[operator]
@@ -328,7 +329,8 @@ def test_a_mixture_in_fewer_bits_is_a_row_and_rows_are_timed(tmp_path: Path) -> 
         {"name": "few", "control": {"quant": "q8_0", "of": "token"}},
         {"name": "q8", "control": {"quant": "q8_0"}},
     ]
-    timed = spec(rows=rows, measure=VALUES["measure"] | {"speed": {"prompt": 32, "new": 4, "rounds": 1}})
+    more = {"speed": {"prompt": 32, "new": 4, "rounds": 1}, "health": True}
+    timed = spec(rows=rows, measure=VALUES["measure"] | more)
     out, given = tmp_path / "out", {"model": MODEL, "data": DATA, "dtype": "fp32"}
     (_, early) = compare(timed, out, **given, only="few")["rows"]
     assert "the run of row 'token' is not there. Make it first: --only token" in early["refused"]
@@ -341,11 +343,13 @@ def test_a_mixture_in_fewer_bits_is_a_row_and_rows_are_timed(tmp_path: Path) -> 
         assert one["speed"]["weights"] == quant
         assert one["speed"]["decode"] == kept[quant]["decode"][side] > 0
         assert one["speed"]["bytes"] == kept[quant]["bytes"][side]
+    parent = load_parent(MODEL, "fp32")
     assert few["bytes"] == few["speed"]["bytes"] < token["speed"]["bytes"]
     assert result["rows"][0]["speed"]["decode"] == kept["bf16"]["decode"]["dense"]
     assert "decode_ratio" in few["speed"]
     assert "decode_ratio" not in q8["speed"]
-    assert "decode, tokens/s" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert token["health"] == health(open_run(out / "runs" / "token").load(parent), parent.tokenizer)
+    assert {"answers that end", "decode, tokens/s"} <= set(re.split(r" \| |\| | \|", table_text(out)))
     assert (out / "figures" / "speed.png").is_file()
     again = (out / "rows" / "token.json").read_bytes()
     assert compare(timed, out, **given) == result
@@ -377,6 +381,10 @@ def test_a_folder_is_rounded_as_its_gguf_file(quant: Any, kinds: set[str], tmp_p
     assert torch.equal(after["model.embed_tokens.weight"], torch.from_numpy(wanted.copy()))
     same = {name for name, weight in before.items() if torch.equal(weight, after[name])}
     assert same == {name for name in before if "norm" in name or "block_sparse_moe.gate" in name}
+
+
+def table_text(out: Path) -> str:
+    return (out / "comparison.md").read_text(encoding="utf-8")
 
 
 def reader_of(file: Path) -> Any:

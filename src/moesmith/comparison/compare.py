@@ -181,8 +181,10 @@ class Comparison:
         """
         path, key = self.series.out / "rows" / f"{name}.json", self.key(work)
         found: Row = read_json(path) if path.is_file() else {}
-        timed = not quants or set(quants) <= found.get("measured", {}).get(SPEED, {}).keys()
-        if found.get("key") == key and found.get("done") and timed:
+        measured = found.get("measured", {})
+        timed = set(quants) <= measured.get(SPEED, {}).keys()
+        healthy = not self.spec.measure.health or "health" in measured
+        if found.get("key") == key and found.get("done") and timed and healthy:
             return found
         if make is None:
             return None

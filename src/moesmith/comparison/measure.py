@@ -15,6 +15,7 @@ from moesmith.console import meter
 from moesmith.data.text import evaluation_blocks, load_domains
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.harness import Found, find_tasks, run_items
+from moesmith.evaluation.health import health
 from moesmith.evaluation.likelihoods import lambada_pairs, log_likelihoods
 from moesmith.evaluation.perplexity import WINDOW, context_length, token_nlls, wikitext2_blocks
 from moesmith.files.seal import digest
@@ -90,7 +91,7 @@ class Ruler:
         Yields:
             ``windows``: mean loss of each window, by domain (and ``wikitext2``), nats per token; ``lambada``: ``loss``
             of each last word, nats, and whether it was the most likely one (``right``); ``task NAME``: by metric, each
-            item's score.
+            item's score; ``health``: what :func:`health` returns.
 
         Raises:
             MoesmithError: a loss is not finite.
@@ -106,6 +107,9 @@ class Ruler:
             if f"task {name}" not in have:
                 found = run_items(model, self.parent.tokenizer, {name: task}, self.spec.limit)
                 yield f"task {name}", found[name]
+
+        if self.spec.health and "health" not in have:
+            yield "health", health(model, self.parent.tokenizer)
 
     def _windows(self, model: PreTrainedModel, label: str) -> dict[str, list[float]]:
         rows = max(1, 8 * WINDOW // self.spec.window)

@@ -50,6 +50,7 @@ class Measure(Section):
     tasks: list[str] = Field([], description="tasks with one score per item, in [0, 1]: choices, written answers")
     limit: int | None = Field(None, ge=1, description="items per task; all if left out")
     run_code: bool = Field(False, description="allow tasks that run what models write")
+    health: bool = Field(False, description="let every row answer the prompts of the task health")
     speed: Speed = Speed()
 
     @model_validator(mode="after")

@@ -117,6 +117,9 @@ def _row(
     if spec.measure.lambada:
         row["lambada"] = _compared([[one["lambada"]["right"]] for one in measured], None, None, float)
         row["lambada"]["perplexity"] = _exp(mean([one["lambada"]["loss"] for one in measured]))
+    if spec.measure.health:
+        every = [one["health"] for one in measured]
+        row["health"] = {name: statistics.fmean(one[name] for one in every) for name in every[0]}
     names = [part for part in measured[0] if part.startswith("task ")]
     if names:
         for title, written in (("accuracy", False), ("written", True)):
@@ -205,6 +208,9 @@ def quality(result: Mapping[str, Any]) -> list[Column]:
         found.append((f"{len(result['tasks']) - len(result.get('written', ()))} tasks, acc", _share("accuracy")))
     if any("written" in row for row in rows):
         found.append((" and ".join(result["written"]), _share("written")))
+    if any("health" in row for row in rows):
+        found.append(("answers that end", lambda row: f"{100 * row['health']['ended']:.0f} %"))
+        found.append(("that loop", lambda row: f"{100 * row['health']['loops']:.0f} %"))
     return found
 
 
