@@ -29,7 +29,7 @@ from moesmith.data.text import load_domains
 from moesmith.files.write import write_json
 from moesmith.mixture.layer import Layer
 from moesmith.parent.load import Parent, load_parent
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.report.style import INK, colour, dress, legend, new_figure, save_png
 from moesmith.run.recipe import load_recipe
 

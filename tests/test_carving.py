@@ -26,8 +26,8 @@ from moesmith.mixture.count import parameters
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.mixture.moe import build
 from moesmith.parent.load import Parent
+from moesmith.parent.network import FFN
 from moesmith.parent.proof.family import NATIVE
-from moesmith.parent.structure import FFN
 from moesmith.run.folder import Run
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.carvings import random_carving

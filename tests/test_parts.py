@@ -23,7 +23,7 @@ from moesmith.methods.router import fitted_router
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.moe import block, build
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.parents import FAMILIES, tiny_parent
 

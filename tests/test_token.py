@@ -34,7 +34,7 @@ from moesmith.mixture.layer import Layer
 from moesmith.mixture.moe import build, carved_layer
 from moesmith.parent.layerwise import layered
 from moesmith.parent.load import load_parent
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.folder import open_run
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.carvings import random_carving

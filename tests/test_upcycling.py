@@ -21,7 +21,7 @@ from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.mixture.moe import Form, build
 from moesmith.native import modeling as _modeling  # noqa: F401 (a folder in our own format needs it)
 from moesmith.parent.load import load_parent
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.parents import FAMILIES, save_tiny, tiny_parent
 

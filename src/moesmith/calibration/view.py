@@ -15,7 +15,7 @@ from torch import Tensor
 from moesmith.calibration.moments import Second
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, Network
+from moesmith.parent.network import FFN, Network
 
 if TYPE_CHECKING:
     from moesmith.calibration.stream import Stream

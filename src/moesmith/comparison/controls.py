@@ -20,8 +20,8 @@ from moesmith.errors import MoesmithError
 from moesmith.methods.scores import kept_channels
 from moesmith.parent.hooks import hooked
 from moesmith.parent.load import Parent
+from moesmith.parent.network import FFN, Network
 from moesmith.parent.sizes import Sizes
-from moesmith.parent.structure import FFN, Network
 from moesmith.run.settings import Section
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from moesmith.parent.accelerator import closed_form_device
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 
 SMALL = 0.02  # of a cluster's fair share of tokens: below, it starts again within the largest one
 

@@ -25,7 +25,7 @@ from moesmith.methods.partition import Partition, check_ratio, members
 from moesmith.methods.registry import register
 from moesmith.methods.router import fitted_router
 from moesmith.mixture.layer import Analytic, Layer, Linear
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.folder import Run
 
 CHUNK = 2048  # tokens whose channels exist at once

@@ -38,7 +38,8 @@ from moesmith.mixture.count import parameters
 from moesmith.mixture.moe import GateUp
 from moesmith.parent.layerwise import Beside
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, put
+from moesmith.parent.network import FFN
+from moesmith.parent.structure import put
 from moesmith.run.folder import Run
 from moesmith.run.settings import LoopSection, Section
 from moesmith.run.shapes import LOSS, Pace, Shapes

@@ -30,7 +30,7 @@ from moesmith.methods.router import constant_direction
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer, Linear
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 from moesmith.run.step import Job

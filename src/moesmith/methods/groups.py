@@ -18,7 +18,7 @@ from moesmith.calibration.moments import Sums, fast_products
 from moesmith.calibration.view import Tokens, spread
 from moesmith.methods.refit import fit_down
 from moesmith.methods.scores import most
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 
 CHUNK = 4096  # tokens whose channels exist at once
 LOUD, FEW = 0.5, 0.05  # share of the hidden state that a network makes of a sink; the most tokens that can be sinks

@@ -10,7 +10,7 @@ from torch import Tensor
 from moesmith.calibration.moments import Moments
 from moesmith.errors import MoesmithError
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN
+from moesmith.parent.network import FFN
 
 Score = Literal["wifv", "ifv", "wifn", "magnitude"]  # of one layer, from its moments
 AnyScore = Literal[Score, "taylor", "random"]  # also of all layers at once

@@ -21,7 +21,8 @@ from moesmith.errors import MoesmithError
 from moesmith.parent.accelerator import Sum, halving
 from moesmith.parent.layerwise import share
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, put
+from moesmith.parent.network import FFN
+from moesmith.parent.structure import put
 from moesmith.training.loop import refuse_inference
 from moesmith.training.student import token_loss
 

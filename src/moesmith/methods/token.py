@@ -33,7 +33,7 @@ from moesmith.methods.steps import check_gram
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.folder import Run
 from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job

@@ -23,7 +23,7 @@ from moesmith.methods.steps import Carve
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.folder import Run
 from moesmith.run.shapes import Pace, Shapes
 from moesmith.run.step import Cost, Job, Step

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moesmith.errors import MoesmithError
 from moesmith.mixture.gates import GateSpec, Logits, Mix
-from moesmith.parent.structure import FFN
+from moesmith.parent.network import FFN
 
 Reads = Literal["gate", "hidden"]
 

@@ -30,7 +30,8 @@ from moesmith.native.heads import HeadGate
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, layered, share
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, decoder_layers, hidden, put
+from moesmith.parent.network import FFN, hidden
+from moesmith.parent.structure import decoder_layers, put
 
 Form = Literal["masked", "sliced"]
 

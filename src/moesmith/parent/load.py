@@ -45,10 +45,11 @@ from moesmith.parent.digests import PROBE, model_digest, refuse_not_finite
 from moesmith.parent.hooks import hooked
 from moesmith.parent.layerwise import Decoder, Layered, cast, layered, share
 from moesmith.parent.mapped import give_back
+from moesmith.parent.network import FFN
 from moesmith.parent.proof.family import NATIVE, find_home
 from moesmith.parent.proof.rope import unread
 from moesmith.parent.stored import UNQUANTISED
-from moesmith.parent.structure import FFN, decoder_layers, find_ffns, put
+from moesmith.parent.structure import decoder_layers, find_ffns, put
 from moesmith.parent.vocabulary import refuse_tokens
 
 

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moesmith.calibration.view import Tokens
 from moesmith.parent.accelerator import free_memory
-from moesmith.parent.structure import Network
+from moesmith.parent.network import Network
 from moesmith.run.settings import Section
 from moesmith.training.loop import ordinary_mode
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from moesmith.mixture.layer import Layer
-from moesmith.parent.structure import FFN
+from moesmith.parent.network import FFN
 
 
 @cache

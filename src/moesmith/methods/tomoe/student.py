@@ -9,7 +9,8 @@ from moesmith.methods.tomoe.hypernetwork import ExpertMasks, Masks
 from moesmith.mixture.attention import install
 from moesmith.mixture.moe import GateUp
 from moesmith.parent.load import Parent
-from moesmith.parent.structure import FFN, decoder_layers, put
+from moesmith.parent.network import FFN
+from moesmith.parent.structure import decoder_layers, put
 from moesmith.training.student import frozen
 
 

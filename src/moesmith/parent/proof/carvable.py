@@ -18,8 +18,9 @@ from moesmith.parent.checkpoint import rebuilt
 from moesmith.parent.head import head_of
 from moesmith.parent.hooks import hidden_output
 from moesmith.parent.layerwise import Seen, last_hidden, layered, share, starts
+from moesmith.parent.network import FFN
 from moesmith.parent.proof.witness import OTHER_LOGITS
-from moesmith.parent.structure import FFN, close, put
+from moesmith.parent.structure import close, put
 
 LENGTH = 160  # tokens of the text, where the context is as long
 MORE = 4  # tokens that follow it, read with a cache

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from moesmith.errors import MoesmithError
+from moesmith.parent.network import FFN
 from moesmith.parent.proof.carvable import prove_carvable
 from moesmith.parent.proof.positions import prove_positions
 from moesmith.parent.proof.reference import layer_norm, rms_norm
 from moesmith.parent.proof.rope import stock_rope
 from moesmith.parent.proof.witness import OTHER_LOGITS, Witness
-from moesmith.parent.structure import FFN, KINDS, STREAM, attention_weights, decoder_layers, head_dim, rope_of
+from moesmith.parent.structure import KINDS, STREAM, attention_weights, decoder_layers, head_dim, rope_of
 
 NATIVE = "native"  # the family of a parent that only moesmith's own format can hold (native/)
 

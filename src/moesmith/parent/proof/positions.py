@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from moesmith.errors import MoesmithError
+from moesmith.parent.network import FFN
 from moesmith.parent.proof.reference import Past, attention
 from moesmith.parent.proof.rope import unread
 from moesmith.parent.proof.witness import demand_rope, recorded
 from moesmith.parent.structure import (
-    FFN,
     KINDS,
     attention_of,
     attention_window,

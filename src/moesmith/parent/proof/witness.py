@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from moesmith.errors import MoesmithError
 from moesmith.parent.hooks import hidden_input, hooked
+from moesmith.parent.network import FFN
 from moesmith.parent.proof.reference import Rope, attention
-from moesmith.parent.structure import FFN, KINDS, attention_of, close, decoder_layers, rope_of
+from moesmith.parent.structure import KINDS, attention_of, close, decoder_layers, rope_of
 
 LENGTH = 48  # tokens of the text; what happens further on is proved by ``parent/proof/positions.py``
 OTHER_LOGITS = "The parent's logits are not its output matrix times the last hidden state"
