@@ -25,6 +25,7 @@ from moesmith.errors import MoesmithError
 
 PATIENCE = timedelta(days=30)  # a step of the first process may take long; a process that dies ends its connections
 LOST = ("gloo", "onnection", "NCCL")  # in what torch says where another process has ended
+SMALL = 2**20  # bytes of a tensor below which it is sent together with others
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -77,9 +78,23 @@ class World:
         return {key: value for part in self.exchange(dict(parts)) for key, value in part.items()}
 
     def add(self, *tensors: Tensor) -> None:
-        """Add up every process's tensors, in place; all must call it."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.all_reduce(tensor)
+        """Add up every process's tensors, in place; all must call it.
+
+        Small ones travel together: a message of its own for each costs more than what is in it.
+        """
+        if self.size == 1:
+            return
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.nbytes < SMALL and len(tensors) > 1:
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            else:
+                dist.all_reduce(tensor)
+        for some in small.values():
+            flat = torch.cat([tensor.flatten() for tensor in some])
+            dist.all_reduce(flat)
+            for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def owner(self, number: int) -> int:
         """Return the rank of the process that has item ``number`` of what :meth:`mine` divides."""
