@@ -62,6 +62,29 @@ def test_answers_are_those_of_each_prompt_alone(name: str, rows: int) -> None:
     assert {answer.ended for answer in known} == {True, False}
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_all_prompts_begin_with_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found, read = MODELS[name](), dict[int, Written](), [0]
+    given = torch.randint(2, 300, (70,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [given + prompt for prompt in PROMPTS]
+    known = [alone(model, prompt, [1], 8) for prompt in prompts]
+    hidden = writer.hidden
+
+    def counted(model: Any, ids_BS: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        read[0] += ids_BS.numel()
+        return hidden(model, ids_BS, *rest, **options)
+
+    monkeypatch.setattr(writer, "hidden", counted)
+    write(model, prompts, found.__setitem__, ends=[1], new=8, rows=4)
+    assert [found[index] for index in range(len(prompts))] == known
+    assert writer.has_windows(model) == (name == "sliding window")
+    once = 70 + 4 * (sum(map(len, PROMPTS)) + 8 * len(PROMPTS))
+    assert (read[0] < once) == (name != "sliding window")  # where places count, every prompt is read whole
+    assert writer.beginning(prompts) == given
+    assert writer.beginning([*prompts, given[:50]]) == []
+    assert writer.beginning([given, given[:40], given[:60]]) == given[:39]
+
+
 def test_a_place_that_is_free_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer steps than batches that wait for their longest answer."""
     model, steps, held = tiny_model("llama"), [0], list[int]()

@@ -1,9 +1,10 @@
 """Let a model write many answers at the same time: where one ends, the next prompt takes its place.
 
 Transformers' ``generate`` runs a batch until its longest answer ends, and a step costs nearly as much for the last
-answer as for all. Here rows that ended leave the batch, and prompts that wait are read and join it.
+answer as for all. Here rows that ended leave the batch, and prompts that wait are read and join it. What all prompts
+begin with, such as a task's examples, is read once.
 
-Shapes: B rows, S positions that are read, N positions that are held, V vocabulary.
+Shapes: B rows, S positions that are read, N positions that are held, P of what all prompts begin with, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from moesmith.evaluation.perplexity import evaluating, logits_of
+from moesmith.parent.structure import attention_window
 
 JOIN = 4  # prompts join when a quarter of the places is free: reading few of them costs nearly as much as many
 
@@ -77,7 +79,8 @@ def write(
     """
     waiting, open_rows = deque(enumerate(prompts)), list[_Row]()
     with evaluating(model):
-        board = Board(model)
+        # a sliding window counts places, also those that padding leaves empty between the beginning and the rest
+        board = Board(model, [] if has_windows(model) else beginning(prompts))
         while waiting or open_rows:
             free = rows - len(open_rows)
             if waiting and (not open_rows or free >= max(1, rows // JOIN)):
@@ -103,6 +106,26 @@ def write(
                 board.keep(left)
 
 
+def has_windows(model: PreTrainedModel) -> bool:
+    """Whether any layer attends to less than all that was read; our own format has the parent's model inside."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    kinds = {kind for config in configs for kind in getattr(config, "layer_types", None) or ()}
+    return bool(kinds - {"full_attention"}) or any(attention_window(config) for config in configs)
+
+
+def beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return what several prompts all begin with, at least a token less than each; nothing if that is hardly much.
+
+    Rows that end let go of their padding, unless it is behind what all share: so that has to be half of the longest.
+    """
+    if len(prompts) < 2:
+        return []
+    shortest = min(map(len, prompts)) - 1
+    columns = zip(*(prompt[:shortest] for prompt in prompts), strict=True)
+    shared = next((place for place, tokens in enumerate(columns) if len(set(tokens)) > 1), shortest)
+    return list(prompts[0][:shared]) if 2 * shared >= max(map(len, prompts)) else []
+
+
 def _draws(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -123,13 +146,20 @@ class Board:
 
     All positions are held, also those that a layer's sliding window no longer sees: rows can then be moved.
 
+    Args:
+        model: the one that reads.
+        begin: token ids that every prompt begins with.
+
     Attributes:
         mask_BN: which positions are a row's own.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, DynamicCache()
+    def __init__(self, model: PreTrainedModel, begin: Sequence[int] = ()) -> None:
+        self.model, self.cache, self.begin = model, DynamicCache(), DynamicCache()
         self.mask_BN = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
+        self.P = len(begin)
+        if begin:
+            hidden(model, torch.tensor([list(begin)]), self.begin)
 
     def _read(self, ids_BS: Tensor, mask_BN: Tensor, position_BS: Tensor, cache: DynamicCache) -> Tensor:
         """The logits of the next token, (B, V) fp32."""
@@ -138,16 +168,20 @@ class Board:
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read further prompts, behind which further rows are; their logits (B, V)."""
-        longest, device, cache = max(map(len, prompts)), self.model.device, DynamicCache()
-        rows = [F.pad(torch.tensor(list(prompt)), (longest - len(prompt), 0)) for prompt in prompts]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        rest, device = [prompt[self.P :] for prompt in prompts], self.model.device
+        longest = max(map(len, rest))
+        rows = [F.pad(torch.tensor(list(prompt)), (longest - len(prompt), 0)) for prompt in rest]
+        lengths = torch.tensor([len(prompt) for prompt in rest], device=device)
         mask_BS = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        position_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
-        logits_BV = self._read(torch.stack(rows), mask_BS, position_BS, cache)
+        mask_BN = F.pad(mask_BS, (self.P, 0), value=1)
+        position_BS = (mask_BN.cumsum(-1) - 1).clamp_min(0)[:, self.P :]
+        begun = layers_of(self.begin) if self.P else []
+        cache = DynamicCache([tuple(part.expand(len(rest), -1, -1, -1) for part in pair) for pair in begun])
+        logits_BV = self._read(torch.stack(rows), mask_BN, position_BS, cache)
         if not len(self.mask_BN):
-            self.mask_BN, self.cache = mask_BS, cache
+            self.mask_BN, self.cache = mask_BN, cache
             return logits_BV
-        wide = max(longest, self.mask_BN.shape[1])
+        wide = max(mask_BN.shape[1], self.mask_BN.shape[1])
 
         def together(ours: Tensor, theirs: Tensor, axis: int) -> Tensor:
             behind = (0, 0) * (-1 - axis)
@@ -157,7 +191,7 @@ class Board:
         self.cache = DynamicCache(
             [tuple(together(a, b, -2) for a, b in zip(ours, theirs, strict=True)) for ours, theirs in pairs]
         )
-        self.mask_BN = together(self.mask_BN, mask_BS, -1)
+        self.mask_BN = together(self.mask_BN, mask_BN, -1)
         return logits_BV
 
     def step(self, tokens: Sequence[int]) -> Tensor:
