@@ -46,8 +46,10 @@ from moesmith.export.stock.write import write_stock
 from moesmith.export.target import Options
 from moesmith.files.artefact import read_json
 from moesmith.files.write import write_json
+from moesmith.methods.token import Token
 from moesmith.parent.load import load_parent
 from moesmith.run.folder import open_run
+from moesmith.run.recipe import load_recipe
 
 MODEL, DATA = str(ASSETS / "parents" / "llama"), str(ASSETS / "text")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "comparisons"
@@ -400,6 +402,24 @@ def test_variants_that_read_more_text_are_a_figure(tmp_path: Path) -> None:
     assert tokens_of(few) < tokens_of(more)
     assert (tmp_path / "out" / "figures" / "tokens.png").is_file()
     assert not curves([few])
+
+
+def test_a_row_depends_on_what_acts(made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on a setting while it changes nothing, as one that is added later; but on the version of what computes."""
+    out, _ = made
+    series = Series("comparison", out, MODEL, DATA, dtype="fp32")
+    one = Comparison(spec(), series, Ruler(series.parent, DATA, spec().measure))
+    assert all(one.known(conversion) is not None for conversion in one.conversions.values())
+    token = one.recipes["token-ratio-0.5"]
+    found, *_ = one._work(token)
+    assert "among" in token.carve.model_dump()
+    assert "among" not in found["carve"]["settings"]
+    monkeypatch.setattr(Token, "version", 99)
+    assert [name for name, each in one.conversions.items() if one.known(each) is None] == [
+        "token-ratio-0.5", "token-ratio-0.25"
+    ]  # fmt: skip
+    alone = [load_recipe("token", None, ["carve.experts=1"]), load_recipe("token", None, ["carve.clusters=distance"])]
+    assert [recipe.method.key(one.parent)["version"] for recipe in alone] == [2, 2]  # type: ignore[attr-defined]
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

@@ -27,18 +27,21 @@ from moesmith.comparison.speed import PARENT, SPEED, measure_speed
 from moesmith.comparison.table import PARENT_TITLE, table_of, write_tables
 from moesmith.console import say
 from moesmith.conversion.convert import convert
+from moesmith.conversion.order import steps_of
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
 from moesmith.errors import MoesmithError
 from moesmith.files.artefact import MANIFEST, hidden_beside, read_json
 from moesmith.files.seal import digest
 from moesmith.files.write import write_record
+from moesmith.methods.base import Carver
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
 from moesmith.report.page import template_of
 from moesmith.run.folder import Run, open_run
 from moesmith.run.pipeline import check_folder
 from moesmith.run.recipe import Recipe, check_known, load_recipe
+from moesmith.run.settings import Section
 
 Row = dict[str, Any]  # key, facts, measured, done
 Parts = Iterator[tuple[str, Any]]
@@ -146,7 +149,16 @@ class Comparison:
         return run
 
     def _work(self, recipe: Recipe) -> list[Any]:
-        return [recipe.same_work(), source_digest(self.series.data, recipe.domains.names)]
+        """Return what a conversion's numbers depend on. A setting that was added later changes it where it acts."""
+        found = recipe.same_work()
+        for name, known in found.items():
+            section = getattr(recipe, name)
+            if isinstance(section, Section) and known != {"tokens": 0}:
+                found[name] = section.used()
+        if isinstance(recipe.method, Carver):
+            found["carve"] = recipe.method.key(self.parent)
+        versions = {step.name: step.version for step in steps_of(recipe) if step.version > 1}
+        return [found, versions, source_digest(self.series.data, recipe.domains.names)]
 
     def dense(self) -> Row:
         """Return what was measured of the parent."""

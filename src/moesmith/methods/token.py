@@ -86,6 +86,14 @@ class Token(Carver):
             found |= {"among": "carve.select is energy"} if self.select == "energy" else {}
             return found | (dict.fromkeys(("batch", "lr"), "carve.passes is 0") if not self.passes else {})
 
+    def key(self, parent: Parent) -> dict[str, Any]:
+        """Where tokens are not grouped by angle it is what it was before version 3, which began with that."""
+        found = super().key(parent)
+        if self.settings.experts == 1 or self.settings.clusters == "distance":
+            found["version"] = 2
+            del found["settings"]["clusters"]
+        return found
+
     def needs(self) -> Needs:
         """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
         spec = self.settings
