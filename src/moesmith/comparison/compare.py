@@ -22,8 +22,8 @@ from moesmith.comparison.jobs import at_once, check_jobs
 from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
 from moesmith.comparison.quantised import Quantised
-from moesmith.comparison.spec import Conversion, Spec, load_spec
-from moesmith.comparison.speed import PARENT, SPEED, measure_speed
+from moesmith.comparison.spec import PARENT, Conversion, Spec, load_spec
+from moesmith.comparison.speed import SPEED, measure_speed
 from moesmith.comparison.table import PARENT_TITLE, table_of, write_tables
 from moesmith.console import say
 from moesmith.conversion.convert import convert

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, model_validator
 from moesmith.arguments import path_text
 from moesmith.comparison.controls import Control
 from moesmith.comparison.quantised import Quantised
-from moesmith.comparison.speed import PARENT, Speed
+from moesmith.comparison.speed import Speed
 from moesmith.errors import MoesmithError
 from moesmith.export.target import Quant
 from moesmith.files.parse import parse_yaml
@@ -30,6 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 LONGEST = 200  # characters of a folder's name
 SEED = "seed"
 WIKITEXT = "wikitext2"  # the name of its windows
+PARENT = "parent"  # of the parent's own numbers
 
 
 Vary = dict[str, list[Any]] | list[dict[str, list[Any]]]

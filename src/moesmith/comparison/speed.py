@@ -13,7 +13,6 @@ from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 
 PHASES = ("prefill", "decode")
-PARENT = "parent"  # of the parent's own numbers
 SPEED = "speed"  # of what is timed of a row
 KEPT = ("dense", "moe", "ratio", "ratio_min", "ratio_max")
 
@@ -46,7 +45,7 @@ def measure_speed(run: Run, spec: Speed, quants: Sequence[str]) -> dict[str, Any
 
 
 def speeds(timed: Mapping[str, Mapping[str, Any]], quantised: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """Say of every row, and of the parent, how fast it is.
+    """Say of every row, and under an empty name of the parent, how fast it is.
 
     Args:
         timed: what :func:`measure_speed` returned, by row.
@@ -65,7 +64,7 @@ def speeds(timed: Mapping[str, Mapping[str, Any]], quantised: Mapping[str, tuple
     known |= {("", quant): _parent(quant, some) for quant, some in dense.items()}
     rows = {name: known[name, next(iter(found))] for name, found in timed.items()}
     if dense:
-        rows[PARENT] = known["", next(iter(dense))]
+        rows[""] = known["", next(iter(dense))]
     return rows | {name: known[which] for name, which in quantised.items() if which in known}
 
 

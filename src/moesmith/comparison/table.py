@@ -20,7 +20,7 @@ import numpy as np
 from moesmith.comparison.measure import is_written, right
 from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import WIKITEXT, Conversion, Spec
-from moesmith.comparison.speed import PARENT, SPEED, speeds
+from moesmith.comparison.speed import SPEED, speeds
 from moesmith.comparison.statistics import interval, mean, p_value
 from moesmith.console import duration, show_table, show_text
 from moesmith.files.write import write_text
@@ -73,8 +73,8 @@ def table_of(
         )
         if timed := [fast[conversion.name] for conversion, _ in family if conversion.name in fast]:
             rows[-1][SPEED] = timed[0]
-    if PARENT in fast:
-        rows[0][SPEED] = fast[PARENT]
+    if "" in fast:
+        rows[0][SPEED] = fast[""]
     written = [task for task in spec.measure.tasks if is_written(dense["measured"].get(f"task {task}", ()))]
     return {
         "groups": list(spec.measure.domains),
