@@ -173,8 +173,9 @@ class Comparison:
         yield "facts", facts(run, self.parent)
         if conversion.source.speed and SPEED not in have:  # before the model is in this process's memory too
             yield SPEED, measure_speed(run, self.spec.measure.speed, conversion.source.speed)
-        model = cast(PreTrainedModel, run.load(self.parent))  # loaded whole
-        yield from self.ruler.measure(model, conversion.title, have)
+        if not set(self.ruler.parts) <= have.keys():  # else it was timed alone, and need not be loaded
+            model = cast(PreTrainedModel, run.load(self.parent))  # whole
+            yield from self.ruler.measure(model, conversion.title, have)
 
     def _kept(
         self,
@@ -195,8 +196,8 @@ class Comparison:
         found: Row = read_json(path) if path.is_file() else {}
         measured = found.get("measured", {})
         timed = set(quants) <= measured.get(SPEED, {}).keys()
-        healthy = not self.spec.measure.health or "health" in measured
-        if found.get("key") == key and found.get("done") and timed and healthy:
+        whole = set(self.ruler.parts) <= measured.keys()
+        if found.get("key") == key and found.get("done") and timed and whole:
             return found
         if make is None:
             return None

@@ -80,6 +80,12 @@ class Ruler:
         text = {name: ids.tolist() for name, ids in self.blocks.items()}
         self.digest = digest([text, self.pairs, records, spec.limit, tokenizer_digest(parent.tokenizer)])
 
+    @property
+    def parts(self) -> list[str]:
+        """The parts of which a whole measurement consists."""
+        tasks = [f"task {name}" for name in self.tasks]
+        return ["windows", *["lambada"] * bool(self.pairs), *tasks, *["health"] * self.spec.health]
+
     def measure(self, model: PreTrainedModel, label: str, have: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
         """Measure a model, part by part.
 
