@@ -255,10 +255,12 @@ class Stream:
                 behind_BSD = self._run(layer, self.intact[position])
                 self.intact[position].copy_(behind_BSD)
                 y_BSD = behind_BSD.float() - rest_BSD.float()
+                most_T = torch.maximum(_energy(behind_BSD), _energy(rest_BSD.float() + network(seen.x).float()))
             else:
                 y_BSD = network(seen.x)
                 behind_BSD = rest_BSD + y_BSD if self.parent.additive else self._run(around, state_BSD)
-            energies.append(_energy(behind_BSD).clamp_min(1e-20))
+                most_T = _energy(behind_BSD)
+            energies.append(most_T.clamp_min(1e-20))
             shares.append(_energy(y_BSD if self.parent.additive else behind_BSD - rest_BSD) / energies[-1])
             if not self.parent.additive:  # how far an error of the output goes: as far as the output itself
                 factors.append(shares[-1] * energies[-1] / _energy(y_BSD).clamp_min(1e-20))

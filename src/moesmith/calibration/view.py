@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moesmith.calibration.stream import Stream
 
 Activations = Literal["dense", "carved"]
+HELD_OUT = 16  # of so many windows one is neither fitted to nor trained on
 Assign = Callable[[Tensor, int], Tensor]  # router inputs (T, D) of a group of text, and its index, to expert ids (T)
 
 
@@ -63,8 +64,11 @@ class Tokens:
         y_TD: what the experts should make of it, in the same dtype: the output of the parent's network, or, with
             ``repair``, that plus what the hidden state has lost in earlier carved layers.
         weight_T: how much an error counts, fp32, mean 1: 1 / ‖h‖² with h the hidden state after the layer, so that
-            tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean. Where the
-            layer has a norm or a factor behind its network, times ‖g(y)‖² / ‖y‖² with g(y) what becomes of y.
+            tokens of huge activations do not decide everything; at most :data:`HEAVIEST` times the mean. With
+            ``repair`` h is the parent's or, if that is larger, what the parent's network makes of the carved one's:
+            what carved layers made a sink of, and the parent does not, is wrong by a factor of a hundred, and one such
+            token would decide over a million others. Where the layer has a norm or a factor behind its network, times
+            ‖g(y)‖² / ‖y‖² with g(y) what becomes of y.
         sequence_T: the window that each token belongs to, int32.
         share_T: what the network makes of the hidden state, fp32: ‖y‖² / ‖h‖². A few percent as a rule; about 1 where
             it makes the huge activations of an attention sink, more where it takes them back.
@@ -90,6 +94,12 @@ class Tokens:
         rows_N = rows_N.to(self.x_TD.device)
         x_ND, y_ND, weight_N = self.x_TD[rows_N], self.y_TD[rows_N], self.weight_T[rows_N]
         return x_ND.to(device), y_ND.to(device), weight_N[..., None].to(device)
+
+
+def held_out(tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Part an expert's tokens: those that it is made on, and those of every :data:`HELD_OUT`-th window."""
+    kept_N = tokens.sequence_T[rows_N] % HELD_OUT == HELD_OUT - 1
+    return rows_N[~kept_N], rows_N[kept_N]
 
 
 class LayerView:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from moesmith.calibration.moments import Sums, fast_products
-from moesmith.calibration.view import Tokens, spread
-from moesmith.methods.refit import fit_down
+from moesmith.calibration.view import Tokens, held_out, spread
+from moesmith.methods.refit import fit_down, refit_down
 from moesmith.methods.scores import most
 from moesmith.parent.network import Network
 
 CHUNK = 4096  # tokens whose channels exist at once
+PULL = 3.0  # towards the parent's columns in a fit to what is lost: that is mostly noise to a layer's channels
 LOUD, FEW = 0.5, 0.05  # share of the hidden state that a network makes of a sink; the most tokens that can be sinks
 
 
@@ -29,22 +30,24 @@ class Fitting:
     """How least squares are regularised.
 
     Attributes:
-        ridge: pull towards the parent's columns, relative to the mean energy of a channel.
+        ridge: pull towards the parent's columns where some channels are left out, relative to a channel's mean energy.
         pool: least share of all tokens in a group's moments.
         prior: tokens that all tokens count for in them.
         most: tokens of a group at most, evenly spread.
         repair: tokens' outputs make up for what earlier layers lost, so ``down_proj`` is fitted to them.
     """
 
-    ridge: float = 0.03
+    ridge: float = 0.1
     pool: float = 0.05
-    prior: int = 3000
+    prior: int = 1000
     most: int = 25_000
     repair: bool = True
 
 
 class Groups:
     """The tokens of a layer, parted among its experts.
+
+    Held-out windows (:func:`held_out`) are in the groups and not in what is fitted: there it shows what came of it.
 
     Args:
         network: the parent's, where and in what it computes.
@@ -53,7 +56,6 @@ class Groups:
         experts: how many there are.
         fitting: how least squares are regularised.
         sinks: every expert's group has all sinks as well (:func:`sinks_of`).
-        read_T: which tokens belong to a group at all, bool; all of them if left out.
     """
 
     def __init__(
@@ -65,13 +67,11 @@ class Groups:
         fitting: Fitting,
         *,
         sinks: bool = True,
-        read_T: Tensor | None = None,
     ) -> None:
         self.network, self.tokens, self.fitting = network, tokens, fitting
-        read_T = torch.ones(len(ids_T), dtype=torch.bool) if read_T is None else read_T
         loud_T = sinks_of(tokens.share_T) if sinks else torch.zeros(len(ids_T), dtype=torch.bool)
-        self.rows = [(read_T & ((ids_T == expert) | loud_T)).nonzero().flatten() for expert in range(experts)]
-        self.pooled = self._moments(read_T.nonzero().flatten())
+        self.rows = [((ids_T == expert) | loud_T).nonzero().flatten() for expert in range(experts)]
+        self.pooled = self._moments(held_out(tokens, torch.arange(len(ids_T)))[0])
 
     def fit(self, expert: int, among: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Fit a ``down_proj`` to an expert's tokens.
@@ -83,21 +83,21 @@ class Groups:
         Returns:
             These S channels, sorted, on the CPU; moments of their activations a, E[a aᵀ] (S, S) fp32; their
             ``down_proj`` (D, S): the parent's if they are all and nothing is repaired, else fp32, the one that gives
-            what the tokens lack.
+            what the tokens lack, or what they get from the parent.
         """
-        spec, rows_N, (gram_FF, cross_DF) = self.fitting, self.rows[expert], self.pooled
+        spec, (gram_FF, cross_DF) = self.fitting, self.pooled
         if len(self.rows) > 1:
-            share = max(spec.pool, spec.prior / (spec.prior + len(rows_N))) if len(rows_N) else 1.0
-            own = self._moments(rows_N)
+            read_N, _ = held_out(self.tokens, self.rows[expert])
+            share = max(spec.pool, spec.prior / (spec.prior + len(read_N))) if len(read_N) else 1.0
+            own = self._moments(read_N)
             gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
-        down_DF, channels = self.network.down_DF, torch.arange(len(gram_FF))
-        if among is None or among >= len(channels):
-            return channels, gram_FF, fit_down(down_DF, gram_FF, cross_DF, spec.ridge) if spec.repair else down_DF
-        channels = most((gram_FF.diagonal() * down_DF.float().square().sum(0)).cpu(), among)
-        here = channels.to(gram_FF.device)
-        cross_DS = cross_DF[:, here] if spec.repair else down_DF.float() @ gram_FF[:, here]
-        gram_SS = gram_FF[here][:, here]
-        return channels, gram_SS, fit_down(down_DF[:, here], gram_SS, cross_DS, spec.ridge)
+        down_DS, channels = self.network.down_DF, torch.arange(len(gram_FF))
+        if among is not None and among < len(channels):
+            channels = most((gram_FF.diagonal() * down_DS.float().square().sum(0)).cpu(), among)
+            here = channels.to(gram_FF.device)
+            down_DS = refit_down(down_DS, gram_FF, channels, spec.ridge)
+            gram_FF, cross_DF = gram_FF[here][:, here], cross_DF[:, here] if spec.repair else cross_DF
+        return channels, gram_FF, fit_down(down_DS, gram_FF, cross_DF, PULL) if spec.repair else down_DS
 
     def _moments(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted moments of channels a over some tokens: E[a aᵀ] (F, F), and with ``repair`` E[(y − b) aᵀ] (D, F).

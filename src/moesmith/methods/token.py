@@ -47,7 +47,7 @@ LIGHT = 0.2  # weight of a token's error, where the mean is 1, below which it is
 class Token(Carver):
     """Token carving: k-means of router inputs, elimination, refit, local reconstruction."""
 
-    name, title, version = "token", "experts for groups of tokens, reconstructed locally", 3
+    name, title, version = "token", "experts for groups of tokens, reconstructed locally", 4
     paper, activations = "docs/methods.md", "carved"
 
     class Settings(LocalSection):
@@ -73,9 +73,9 @@ class Token(Carver):
             json_schema_extra={"neutral": False},
         )
         repair: bool = Field(True, description="experts make up for what earlier carved layers lost")
-        ridge: float = Field(0.03, gt=0, description="refit: pull towards the parent's columns")
+        ridge: float = Field(0.1, gt=0, description="refit: pull towards the parent's columns")
         pool: float = Field(0.05, ge=0, le=1, description="least share of all tokens in an expert's Gram matrix")
-        prior: int = Field(3000, ge=0, description="tokens that all tokens count for in it")
+        prior: int = Field(1000, ge=0, description="tokens that all tokens count for in it")
         sample: int = Field(2500, ge=16, description="tokens per expert that are clustered")
         gram: int = Field(25_000, ge=64, description="most tokens per expert in a Gram matrix")
 
@@ -85,14 +85,6 @@ class Token(Carver):
             found = dict.fromkeys(grouped, "carve.experts is 1")
             found |= {"among": "carve.select is energy"} if self.select == "energy" else {}
             return found | (dict.fromkeys(("batch", "lr"), "carve.passes is 0") if not self.passes else {})
-
-    def key(self, parent: Parent) -> dict[str, Any]:
-        """Where tokens are not grouped by angle it is what it was before version 3, which began with that."""
-        found = super().key(parent)
-        if self.settings.experts == 1 or self.settings.clusters == "distance":
-            found["version"] = 2
-            del found["settings"]["clusters"]
-        return found
 
     def needs(self) -> Needs:
         """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
@@ -105,7 +97,7 @@ class Token(Carver):
         """All tokens' Gram matrix, and those of groups; every expert is fitted, eliminated from and refitted."""
         spec, D, F, K = self.settings, shapes.sizes.D, shapes.sizes.F, shapes.kept
         S = max(K, round(spec.among * F))
-        each = fit_work(D, S) * spec.repair + refit_work(D, S, K)
+        each = fit_work(D, S) * spec.repair + refit_work(D, S, K) + (refit_work(D, F, S) if S < F else 0)
         each += eliminate_work(S, K) if spec.select == "elimination" else 0
         return gathered(self.tokens(shapes), spec.experts, spec.gram), spec.experts * each
 

@@ -24,13 +24,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moesmith.calibration.view import Tokens
+from moesmith.calibration.view import Tokens, held_out
 from moesmith.parent.accelerator import free_memory
 from moesmith.parent.network import Network
 from moesmith.run.settings import Section
 from moesmith.training.loop import ordinary_mode
 
-HELD_OUT = 16  # of so many windows one is not trained on
 WARM = 10  # steps in which the learning rate rises
 BETAS = (0.9, 0.95)  # of Adam
 COPIES = 8  # of an expert's matrices while it trains: itself, gradient, two moments, what a step makes of them
@@ -76,12 +75,6 @@ def energy(tokens: Tokens, rows_N: Tensor) -> float:
         _, y_ND, weight_N1 = tokens.take(rows, tokens.y_TD.device)
         total += float((weight_N1 * y_ND.float().square()).sum())
     return total
-
-
-def held_out(tokens: Tokens, rows_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Part an expert's tokens: those to train on, and those of every :data:`HELD_OUT`-th window."""
-    kept_N = tokens.sequence_T[rows_N] % HELD_OUT == HELD_OUT - 1
-    return rows_N[~kept_N], rows_N[kept_N]
 
 
 def order_of(tokens: Tokens, rows_N: Tensor, spec: Any, generator: torch.Generator) -> Tensor:

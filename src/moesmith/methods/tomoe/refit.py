@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moesmith.calibration.view import Activations, LayerView
+from moesmith.calibration.view import Activations, LayerView, held_out
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.groups import Fitting, Groups, gathered, sent
 from moesmith.methods.refit import fit_work, refit_down, refit_work
@@ -23,7 +23,7 @@ from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job
-from moesmith.training.local import energy, held_out, squared_error
+from moesmith.training.local import energy, squared_error
 from moesmith.world import crew
 
 TOKENS = 131_072  # training tokens that a refit reads
@@ -41,7 +41,7 @@ class Refitted(Carver):
     A refit that errs no less than the parent's own columns on windows that it did not read is dropped.
     """
 
-    name, version = "tomoe", 2
+    name, version = "tomoe", 3
     activations: ClassVar[Activations] = "carved"
 
     def needs(self) -> Needs:
@@ -79,10 +79,8 @@ class Refitted(Carver):
         assert isinstance(layer.router, Linear)
         tokens, experts = view.tokens().near(device), len(layer.routed)
         ids_T = sent(layer.router.weight_ED, tokens.x_TD, device)
-        read_N, unread_N = held_out(tokens, torch.arange(len(ids_T)))
-        read_T = torch.zeros(len(ids_T), dtype=torch.bool).index_fill_(0, read_N, value=True)
-        fitting = Fitting(self.settings.ridge, self.settings.pool)
-        groups = Groups(view.network, tokens, ids_T, experts, fitting, read_T=read_T)
+        _, unread_N = held_out(tokens, torch.arange(len(ids_T)))
+        groups = Groups(view.network, tokens, ids_T, experts, Fitting(self.settings.ridge, self.settings.pool))
         made = {}
         mine = crew().mine(range(experts))
         for expert in mine:
