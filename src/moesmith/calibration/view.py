@@ -72,6 +72,7 @@ class Tokens:
         sequence_T: the window that each token belongs to, int32.
         share_T: what the network makes of the hidden state, fp32: ‖y‖² / ‖h‖². A few percent as a rule; about 1 where
             it makes the huge activations of an attention sink, more where it takes them back.
+        root_DD: R, fp32, where an error e counts as ‖R e‖² (``methods.sensitivity``); ``None``: as ‖e‖².
     """
 
     x_TD: Tensor
@@ -79,6 +80,11 @@ class Tokens:
     weight_T: Tensor
     sequence_T: Tensor
     share_T: Tensor
+    root_DD: Tensor | None = None
+
+    def felt(self, error_ND: Tensor) -> Tensor:
+        """Errors as they count, (…, D): the sum of squares is what it is about."""
+        return error_ND if self.root_DD is None else error_ND @ self.root_DD.to(error_ND.device).T
 
     def near(self, device: torch.device) -> Tokens:
         """The same with ``x_TD``, ``y_TD`` and ``weight_T`` on a device, if a quarter of its free memory holds them."""

@@ -61,19 +61,24 @@ class Scaled(nn.Module):
         return F.linear((a_BSF * self.outer_F).to(x_BSD.dtype), ffn.down_DF, ffn.down_bias_D)
 
 
-def refuse_gradients(parent: Parent) -> None:
+def refuse_gradients(parent: Parent, what: str = "score taylor", cure: str = "take another carve.score") -> None:
     """Refuse a parent through which no gradient can go.
+
+    Args:
+        parent: the dense model.
+        what: needs it.
+        cure: how to do without.
 
     Raises:
         MoesmithError: it is run layer by layer, or computes in fp16.
     """
     if parent.layerwise:
         raise MoesmithError(
-            "score taylor takes gradients of the whole model, but the parent is run layer by layer",
-            "Load it without a limit of memory, or take another carve.score.",
+            f"{what} takes gradients of the whole model, but the parent is run layer by layer",
+            f"Load it without a limit of memory, or {cure}.",
         )
     if parent.dtype == torch.float16:
-        raise MoesmithError("fp16 is too narrow for the gradients of score taylor", "Give --dtype bf16 or fp32.")
+        raise MoesmithError(f"fp16 is too narrow for the gradients of {what}", f"Give --dtype bf16 or fp32, or {cure}.")
 
 
 def slopes(parent: Parent, windows: Tensor, label: str = "gradients") -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -29,14 +30,16 @@ from moesmith.methods.refit import eliminate, eliminate_work, fit_work, refit_do
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
 from moesmith.methods.scores import kept_channels, most
-from moesmith.methods.steps import check_gram
+from moesmith.methods.sensitivity import Sensitivity, roots_of
+from moesmith.methods.steps import Carve, Domains, check_gram
+from moesmith.methods.taylor import refuse_gradients
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.parent.network import Network
 from moesmith.run.folder import Run
 from moesmith.run.shapes import Shapes
-from moesmith.run.step import Job
+from moesmith.run.step import Job, Step
 from moesmith.training.local import LocalSection, Outcome, at_once, order_of, reconstruct
 from moesmith.world import crew
 
@@ -78,6 +81,12 @@ class Token(Carver):
         prior: int = Field(1000, ge=0, description="tokens that all tokens count for in it")
         sample: int = Field(2500, ge=16, description="tokens per expert that are clustered")
         gram: int = Field(25_000, ge=64, description="most tokens per expert in a Gram matrix")
+        sensitivity: int = Field(
+            32_768,
+            ge=0,
+            description="tokens whose gradients say how far predictions feel an error; 0: all directions alike",
+            json_schema_extra={"neutral": 0},
+        )
 
         def without_effect(self) -> dict[str, str]:
             """Of clusters, where there is one; of training, where there is none."""
@@ -101,9 +110,23 @@ class Token(Carver):
         each += eliminate_work(S, K) if spec.select == "elimination" else 0
         return gathered(self.tokens(shapes), spec.experts, spec.gram), spec.experts * each
 
+    def check(self, parent: Parent) -> None:
+        """Refuse a parent through which no gradient can go, if one is taken."""
+        super().check(parent)
+        if self.settings.sensitivity:
+            refuse_gradients(parent, "carve.sensitivity", "set carve.sensitivity to 0")
+
+    def steps(self) -> list[Step]:
+        """List calibration text, what predictions feel of errors, and carving."""
+        before: list[Step] = [Domains(self.recipe)]
+        if self.settings.sensitivity:
+            before.append(Sensitivity(self.recipe, self.settings.sensitivity))
+        return [*before, Carve(self.recipe, self, *(step.name for step in before))]
+
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""
         check_gram(job.parent, 3, gram=True)
+        self.roots = roots_of(job.run) if self.settings.sensitivity else []
         return super().begin(job)
 
     def outline(self, parent: Parent) -> Carving:
@@ -121,6 +144,8 @@ class Token(Carver):
         """Group the tokens, choose channels, refit, train."""
         spec, ffn = self.settings, view.network
         tokens = view.tokens().near(view.parent.device)
+        if spec.sensitivity:
+            tokens = replace(tokens, root_DD=self.roots[view.index].to(view.parent.device))
         router_ED, ids_T = self.route(view, tokens)
         fitting = Fitting(spec.ridge, spec.pool, spec.prior, spec.gram, spec.repair)
         groups = Groups(ffn, tokens, ids_T, spec.experts, fitting, sinks=spec.sinks)
@@ -146,7 +171,7 @@ class Token(Carver):
         spec, F = self.settings, groups.network.down_DF.shape[1]
         keep = kept_channels(F, spec.ratio)
         among_S, gram_SS, down_DS = groups.fit(expert, max(keep, round(spec.among * F)))
-        chosen = self.choose(down_DS, gram_SS, keep)
+        chosen = self.choose(groups.tokens.felt(down_DS.float().T).T, gram_SS, keep)
         refitted_DF = refit_down(down_DS, gram_SS, chosen, spec.ridge)
         return among_S[chosen], groups.network.narrowed(among_S[chosen], refitted_DF).to(torch.float32)
 

@@ -59,21 +59,22 @@ class Outcome:
 
 
 def squared_error(expert: Network, tokens: Tokens, rows_N: Tensor, chunk: int = 4096) -> float:
-    """Sum weight · ‖y − expert(x)‖² over some tokens."""
+    """Sum weight · ‖R (y − expert(x))‖² over some tokens, R being ``tokens.root_DD``."""
     total = 0.0
     with torch.no_grad():
         for rows in rows_N.split(chunk):
             x_ND, y_ND, weight_N1 = _taken(expert, tokens, rows)
-            total += float((weight_N1 * (y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float()).square()).sum())
+            error_ND = tokens.felt(y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float())
+            total += float((weight_N1 * error_ND.square()).sum())
     return total
 
 
 def energy(tokens: Tokens, rows_N: Tensor) -> float:
-    """Sum weight · ‖y‖² over some tokens."""
+    """Sum weight · ‖R y‖² over some tokens."""
     total = 0.0
     for rows in rows_N.split(4096):
         _, y_ND, weight_N1 = tokens.take(rows, tokens.y_TD.device)
-        total += float((weight_N1 * y_ND.float().square()).sum())
+        total += float((weight_N1 * tokens.felt(y_ND.float()).square()).sum())
     return total
 
 
@@ -158,7 +159,7 @@ def alone(start: Network, tokens: Tokens, text_SB: Tensor, scale: float, spec: A
     expert = start.replaced(masters)
     for step, rows in enumerate(text_SB):
         x_ND, y_ND, weight_N1 = _taken(start, tokens, rows)
-        error_ND = y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float()
+        error_ND = tokens.felt(y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float())
         optimizer.zero_grad()
         ((weight_N1 * error_ND.square()).sum() / (len(rows) * scale)).backward()  # type: ignore[no-untyped-call]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -195,7 +196,7 @@ def side_by_side(
         leaves = [master[:A].detach().requires_grad_(True) for master in masters]
         weights = [leaf.to(x_ABD.dtype) for leaf in leaves]
         some = [None if bias is None else bias[:A].to(x_ABD.dtype) for bias in biases]
-        error_ABD = y_ABD.float() - _outputs(starts[0], weights, some, x_ABD).float()
+        error_ABD = tokens.felt(y_ABD.float() - _outputs(starts[0], weights, some, x_ABD).float())
         loss = (weight_AB1 * error_ABD.square() / scale_E11[:A]).sum()  # experts share nothing: each gets its own
         for master, rate_E11, (mean, square), gradient in zip(
             masters, rates, moments, torch.autograd.grad(loss, leaves), strict=True
