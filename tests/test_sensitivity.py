@@ -14,7 +14,7 @@ from moesmith.calibration.view import Tokens
 from moesmith.conversion.convert import convert
 from moesmith.errors import MoesmithError
 from moesmith.methods import sensitivity
-from moesmith.methods.sensitivity import drawn, felt, information, root, roots_of
+from moesmith.methods.sensitivity import drawn, felt, information, information_of, measure
 from moesmith.methods.token import Token
 from moesmith.parent.head import head_of
 from moesmith.parent.structure import decoder_layers
@@ -78,11 +78,11 @@ def test_sinks_are_not_read_and_no_token_decides_alone() -> None:
 
 
 def test_the_measure_is_even_where_nothing_is_known() -> None:
-    torch.testing.assert_close(root(torch.zeros(5, 5)), sensitivity.FLOOR**0.5 * torch.eye(5))
-    torch.testing.assert_close(root(3 * torch.eye(5)), torch.eye(5))
+    torch.testing.assert_close(measure(torch.zeros(5, 5)), sensitivity.FLOOR**0.5 * torch.eye(5))
+    torch.testing.assert_close(measure(3 * torch.eye(5)), torch.eye(5))
     half_DD = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
     given_DD = half_DD @ half_DD.T
-    found_DD = root(given_DD)
+    found_DD = measure(given_DD)
     wanted_DD = 0.95 * given_DD / given_DD.diagonal().mean() + 0.05 * torch.eye(5)
     torch.testing.assert_close(found_DD.T @ found_DD, wanted_DD)
     nothing = torch.zeros(1, 5)
@@ -114,7 +114,7 @@ def test_a_conversion_measures_in_it(tmp_path: Path) -> None:
         kept.append(run.carving("carve").layers[0].routed[0].channels)
         if tokens:
             assert run.metrics("sensitivity")["tokens"] == tokens
-            assert all(part.shape == (32, 32) for part in roots_of(run))
+            assert all(part.shape == (32, 32) for part in information_of(run))
     assert not torch.equal(*kept)
 
 

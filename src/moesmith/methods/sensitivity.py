@@ -69,7 +69,7 @@ class Sensitivity(Step):
         ids_NS = torch.cat([first(windows[name], self.tokens // len(job.names)) for name in job.names])
         found_LDD = information(job.parent, ids_NS, self.recipe.seed)
         if crew().first:
-            write_tensors(work / FILE, {f"{index}": part_DD for index, part_DD in enumerate(found_LDD.cpu())})
+            write_tensors(work / FILE, {f"{index}": part_DD for index, part_DD in enumerate(found_LDD)})
         return {"tokens": ids_NS.numel()}
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
@@ -82,16 +82,19 @@ class Sensitivity(Step):
         return Cost(tokens=tokens, seconds=seconds, memory=memory, layerwise=None, disk=matrices)
 
 
-def roots_of(run: Run) -> list[Tensor]:
-    """Read every layer's measure as a matrix R, (D, D) fp32: an error e counts as ‖R e‖², the mean direction as 1."""
+def information_of(run: Run) -> list[Tensor]:
+    """Read what :func:`information` found, (D, D) fp32 for every layer, on the CPU."""
     found = read_tensors(run.path("sensitivity") / FILE)
-    return [root(found[f"{index}"]) for index in range(len(found))]
+    return [found[f"{index}"] for index in range(len(found))]
 
 
-def root(information_DD: Tensor) -> Tensor:
-    """R with RᵀR = (1 − :data:`FLOOR`) · F / mean diag F + FLOOR · I."""
+def measure(information_DD: Tensor) -> Tensor:
+    """R with RᵀR = (1 − :data:`FLOOR`) · F / mean diag F + FLOOR · I, (D, D) fp32; in fp64 where it is given.
+
+    An error e counts as ‖R e‖², in the mean direction as ‖e‖².
+    """
     scale = information_DD.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    even_DD = torch.eye(len(information_DD), dtype=torch.float64)
+    even_DD = torch.eye(len(information_DD), dtype=torch.float64, device=information_DD.device)
     mixed_DD = (1 - FLOOR) * information_DD.double() / scale + FLOOR * even_DD
     return torch.linalg.cholesky(mixed_DD).T.float().contiguous()
 

@@ -30,11 +30,12 @@ from moesmith.methods.refit import eliminate, eliminate_work, fit_work, refit_do
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
 from moesmith.methods.scores import kept_channels, most
-from moesmith.methods.sensitivity import Sensitivity, roots_of
+from moesmith.methods.sensitivity import Sensitivity, information_of, measure
 from moesmith.methods.steps import Carve, Domains, check_gram
 from moesmith.methods.taylor import refuse_gradients
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
+from moesmith.parent.accelerator import closed_form_device
 from moesmith.parent.load import Parent
 from moesmith.parent.network import Network
 from moesmith.run.folder import Run
@@ -126,7 +127,7 @@ class Token(Carver):
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""
         check_gram(job.parent, 3, gram=True)
-        self.roots = roots_of(job.run) if self.settings.sensitivity else []
+        self.information = information_of(job.run) if self.settings.sensitivity else []
         return super().begin(job)
 
     def outline(self, parent: Parent) -> Carving:
@@ -145,7 +146,8 @@ class Token(Carver):
         spec, ffn = self.settings, view.network
         tokens = view.tokens().near(view.parent.device)
         if spec.sensitivity:
-            tokens = replace(tokens, root_DD=self.roots[view.index].to(view.parent.device))
+            given_DD = self.information[view.index].to(closed_form_device(view.parent.device))
+            tokens = replace(tokens, root_DD=measure(given_DD).to(view.parent.device))
         router_ED, ids_T = self.route(view, tokens)
         fitting = Fitting(spec.ridge, spec.pool, spec.prior, spec.gram, spec.repair)
         groups = Groups(ffn, tokens, ids_T, spec.experts, fitting, sinks=spec.sinks)
