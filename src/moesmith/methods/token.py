@@ -4,7 +4,8 @@ Most of what tells one token from the next within a layer is not its domain. In 
 before it: k-means of the router's inputs by their angles, whose nearest centre a linear router finds; for the tokens
 that this router sends to an expert, the channels whose loss a refitted ``down_proj`` makes up for least; then gate, up
 and down are trained together. What they should give is what the hidden state lacks to be the parent's own behind the
-layer: the output of the parent's network, and what earlier layers lost. Nearest prior work: Sparse Expansion
+layer: the output of the parent's network, and what earlier layers lost, in the measure of how far predictions move
+(:mod:`moesmith.methods.sensitivity`). Nearest prior work: Sparse Expansion
 (arXiv:2405.15756), which clusters a layer's inputs as well and prunes every cluster's copy without structure.
 
 With one expert it is the honest control: a static mask with the same text, refit and training.
