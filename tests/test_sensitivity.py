@@ -14,7 +14,7 @@ from moesmith.calibration.view import Tokens
 from moesmith.conversion.convert import convert
 from moesmith.errors import MoesmithError
 from moesmith.methods import sensitivity
-from moesmith.methods.sensitivity import drawn, felt, information, information_of, measure
+from moesmith.methods.sensitivity import drawn, information, information_of, measure, relative
 from moesmith.methods.token import Token
 from moesmith.parent.head import head_of
 from moesmith.parent.structure import decoder_layers
@@ -68,7 +68,7 @@ def test_sinks_are_not_read_and_no_token_decides_alone() -> None:
     h_TD, slope_TD = (torch.randn(100, 8, generator=generator) for _ in range(2))
     h_TD[3] *= 50
     slope_TD[5] *= 1000
-    found = felt(h_TD, slope_TD)
+    found = relative(h_TD, slope_TD)
     lengths = found.norm(dim=-1)
     assert len(found) == 99
     assert float(lengths.max()) == pytest.approx(3 * float((slope_TD.norm(dim=-1) * h_TD.norm(dim=-1))[

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesmith.arguments import ceil_div
 from moesmith.console import meter
 from moesmith.files.artefact import read_tensors
 from moesmith.files.write import write_tensors
@@ -66,7 +67,7 @@ class Sensitivity(Step):
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write one (D, D) fp32 matrix for every layer, by its number."""
         windows = windows_of(job.run)
-        ids_NS = torch.cat([first(windows[name], self.tokens // len(job.names)) for name in job.names])
+        ids_NS = torch.cat([first(windows[name], ceil_div(self.tokens, len(job.names))) for name in job.names])
         found_LDD = information(job.parent, ids_NS, self.recipe.seed)
         if crew().first:
             write_tensors(work / FILE, {f"{index}": part_DD for index, part_DD in enumerate(found_LDD)})
@@ -128,7 +129,7 @@ def information(parent: Parent, ids_NS: Tensor, seed: int = 0) -> Tensor:
             state_BSD = hidden_output(out)
             states.append(state_BSD if state_BSD.requires_grad else state_BSD.requires_grad_(True))
 
-        with torch.enable_grad(), meter("sensitivity", ids_NS.numel()) as bar, hooked((e, keep) for e in layers):
+        with meter("sensitivity", ids_NS.numel()) as bar, hooked((e, keep) for e in layers):
             for number, ids_BS in team.mine(list(enumerate(ids_NS.split(batch)))):
                 states.clear()
                 last_TD = model.base_model(ids_BS.to(parent.device), use_cache=False).last_hidden_state.flatten(0, 1)
@@ -136,7 +137,7 @@ def information(parent: Parent, ids_NS: Tensor, seed: int = 0) -> Tensor:
                 matrix: Any = head.module
                 loss = head_loss(last_TD, matrix.weight, labels_T, head_V=matrix.bias, shape=head.shape)
                 for index, slope_BSD in enumerate(torch.autograd.grad(loss * len(labels_T), states)):
-                    q_TD = felt(states[index].detach().flatten(0, 1).float(), slope_BSD.flatten(0, 1).float())
+                    q_TD = relative(states[index].detach().flatten(0, 1).float(), slope_BSD.flatten(0, 1).float())
                     sum_LDD[index].addmm_(q_TD.T, q_TD)
                     count_L[index] += len(q_TD)
                 bar.advance(ids_BS.numel())
@@ -147,7 +148,7 @@ def information(parent: Parent, ids_NS: Tensor, seed: int = 0) -> Tensor:
     return sum_LDD / count_L.clamp_min(1)[:, None, None]
 
 
-def felt(h_TD: Tensor, slope_TD: Tensor) -> Tensor:
+def relative(h_TD: Tensor, slope_TD: Tensor) -> Tensor:
     """g ‖h‖ of the tokens that are no sinks, the longest shortened, (N, D)."""
     size_T1 = h_TD.norm(dim=-1, keepdim=True)
     q_TD = (slope_TD * size_T1)[(size_T1 <= SINK * size_T1.median()).flatten()]
