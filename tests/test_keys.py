@@ -183,6 +183,7 @@ SETTINGS: dict[str, list[str]] = {  # a setting → another value, and what it t
     "carve.threshold": ["carve.threshold=0.1"],
     "carve.samples": ["carve.samples=4"],
     "carve.sensitivity": ["carve.sensitivity=64"],
+    "carve.allocation": ["carve.allocation=sensitivity"],
     "carve.passes": ["carve.passes=3"],
     "carve.batch": ["carve.batch=24"],
     "carve.lr": ["carve.lr=0.1"],

@@ -41,7 +41,7 @@ KEYS = {
     "moefication": {"carve": "method experts ratio sample ridge split selector"} | STAGE2,
     "token": {
         "carve": "method experts ratio clusters select among sinks repair ridge pool prior sample gram sensitivity"
-        " passes batch lr"
+        " allocation passes batch lr"
     }
     | STAGE2,
     "cmoe": {"carve": "method experts top_k ratio marked sample rounds represent router ridge"} | STAGE2,

@@ -251,13 +251,14 @@ class Stream:
         factors: list[Tensor] = []
         for position, state_BSD in enumerate(self.waiting):
             rest_BSD = self._run(rest, state_BSD)
-            if self.intact:
+            y_BSD = network(seen.x)
+            if self.intact:  # what carved layers make of a token, or the parent's own where that is larger
+                most_T = _energy(rest_BSD.float() + y_BSD.float())
                 behind_BSD = self._run(layer, self.intact[position])
                 self.intact[position].copy_(behind_BSD)
                 y_BSD = behind_BSD.float() - rest_BSD.float()
-                most_T = torch.maximum(_energy(behind_BSD), _energy(rest_BSD.float() + network(seen.x).float()))
+                most_T = torch.maximum(_energy(behind_BSD), most_T)
             else:
-                y_BSD = network(seen.x)
                 behind_BSD = rest_BSD + y_BSD if self.parent.additive else self._run(around, state_BSD)
                 most_T = _energy(behind_BSD)
             energies.append(most_T.clamp_min(1e-20))

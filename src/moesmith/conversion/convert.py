@@ -87,7 +87,7 @@ def convert(
 
     Example:
         >>> import moesmith
-        >>> run = moesmith.convert("dive-plus", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
+        >>> run = moesmith.convert("token", "smollm2-135m", "builtin", "runs/demo", budget="demo")  # doctest: +SKIP
     """
     refuse_others()
     team = world()

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -86,20 +88,37 @@ def eliminate(down_DF: Tensor, gram_FF: Tensor, keep: int, ridge: float = 0.01, 
         ridge: λ, relative to the mean diagonal of C.
         rounds: in how many steps the others go.
     """
+    left, drops = len(gram_FF), []
+    for number in range(rounds, 0, -1):
+        drops.append((left - keep) // number)
+        left -= drops[-1]
+    return [left_F for left_F, _ in eliminated(down_DF, gram_FF, drops, ridge)][-1].cpu()
+
+
+def eliminated(
+    down_DF: Tensor, gram_FF: Tensor, drops: Sequence[int], ridge: float = 0.01
+) -> Iterator[tuple[Tensor, float]]:
+    """Eliminate as :func:`eliminate` does, so many channels in each round.
+
+    Yields:
+        the channels that are left, sorted, and what the round costs: by how much E‖W a − W' a_S‖² + λ‖W − W'‖² grows,
+        W' refitted on the channels S that are left and 0 elsewhere.
+    """
     W_DF = down_DF.to(gram_FF.device, torch.float32)
     damped_FF, _ = _damped(gram_FF, ridge)
     inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damped_FF))
     left_F = torch.arange(len(gram_FF), device=gram_FF.device)
-    for number in range(rounds, 0, -1):
-        drop = (len(left_F) - keep) // number
+    for drop in drops:
         order = (W_DF.square().sum(0) / inverse_FF.diagonal()).argsort(stable=True)
         gone, stay = order[:drop], order[drop:].sort().values
-        beside_RS = inverse_FF[gone][:, stay]
-        solved_RS = torch.cholesky_solve(beside_RS, torch.linalg.cholesky(inverse_FF[gone][:, gone]))
-        W_DF = W_DF[:, stay] - W_DF[:, gone] @ solved_RS
+        root_RR = torch.linalg.cholesky(inverse_FF[gone][:, gone])
+        beside_RS, lost_DR = inverse_FF[gone][:, stay], W_DF[:, gone]
+        solved_RS = torch.cholesky_solve(beside_RS, root_RR)
+        cost = (torch.cholesky_solve(lost_DR.T, root_RR) * lost_DR.T).sum()
+        W_DF = W_DF[:, stay] - lost_DR @ solved_RS
         inverse_FF = inverse_FF[stay][:, stay] - beside_RS.T @ solved_RS
         left_F = left_F[stay]
-    return left_F.cpu()
+        yield left_F, float(cost)
 
 
 def eliminate_work(F: int, kept: int) -> float:

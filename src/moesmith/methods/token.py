@@ -19,18 +19,19 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from moesmith.calibration.moments import Sums
 from moesmith.calibration.view import LayerView, Tokens, spread
+from moesmith.methods.allocation import Allocation, allocated
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans, root
 from moesmith.methods.groups import Fitting, Groups, gathered, sent
 from moesmith.methods.refit import eliminate, eliminate_work, fit_work, refit_down, refit_work
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
-from moesmith.methods.scores import kept_channels, most
+from moesmith.methods.scores import most
 from moesmith.methods.sensitivity import Sensitivity, information_of, measure
 from moesmith.methods.steps import Carve, Domains, check_gram
 from moesmith.methods.taylor import refuse_gradients
@@ -89,6 +90,17 @@ class Token(Carver):
             description="tokens whose gradients say how far predictions feel an error; 0: all directions alike",
             json_schema_extra={"neutral": 0},
         )
+        allocation: Literal["even", "sensitivity"] = Field(
+            "even",
+            description="channels of an expert: as many in all layers, or more where predictions feel their loss",
+            json_schema_extra={"neutral": "even"},
+        )
+
+        @model_validator(mode="after")
+        def _measured(self) -> Token.Settings:
+            if self.allocation == "sensitivity" and not self.sensitivity:
+                raise ValueError("allocation by sensitivity needs sensitivity above 0")
+            return self
 
         def without_effect(self) -> dict[str, str]:
             """Of clusters, where there is one; of training, where there is none."""
@@ -118,23 +130,38 @@ class Token(Carver):
         if self.settings.sensitivity:
             refuse_gradients(parent, "carve.sensitivity", "set carve.sensitivity to 0")
 
+    @property
+    def uneven(self) -> bool:
+        """Whether layers have experts of different widths."""
+        return bool(self.settings.allocation == "sensitivity")
+
     def steps(self) -> list[Step]:
-        """List calibration text, what predictions feel of errors, and carving."""
+        """List calibration text, what predictions feel of errors, the layers' widths, and carving."""
         before: list[Step] = [Domains(self.recipe)]
         if self.settings.sensitivity:
             before.append(Sensitivity(self.recipe, self.settings.sensitivity))
+        if self.uneven:
+            spec = self.settings
+            before.append(Allocation(self.recipe, spec.sensitivity, spec.ratio, spec.ridge))
         return [*before, Carve(self.recipe, self, *(step.name for step in before))]
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""
         check_gram(job.parent, 3, gram=True)
         self.information = information_of(job.run) if self.settings.sensitivity else []
+        self.widths = allocated(job.run) if self.uneven else [self.width(job.parent)] * job.parent.L
         return super().begin(job)
 
     def outline(self, parent: Parent) -> Carving:
         """Experts with matrices of their own."""
         found = super().outline(parent)
         own = torch.zeros(0)
+        if self.uneven:  # as a rule the first and the last layer are the widest
+            ends = {0, parent.L - 1} if parent.L > 2 else {0}
+            rest = (parent.L * self.width(parent) - len(ends) * parent.F) // max(1, parent.L - len(ends))
+            for index, layer in enumerate(found.layers):
+                kept_F = torch.arange(parent.F if index in ends else max(1, rest))
+                found.layers[index] = replace(layer, routed=[Expert(kept_F) for _ in layer.routed])
         for layer in found.layers:
             for expert in layer.routed:
                 expert.down_DF = own
@@ -159,7 +186,7 @@ class Token(Carver):
         some = at_once(ffn, len(mine))
         for first in range(0, len(mine), some):
             now = mine[first : first + some]
-            parts = [self.start(groups, expert) for expert in now]
+            parts = [self.start(groups, expert, self.widths[view.index]) for expert in now]
             starts = [start for _, start in parts]
             trained = reconstruct(starts, tokens, [rows[e] for e in now], [orders[e] for e in now], spec)
             for expert, (kept, start), (found, outcome) in zip(now, parts, trained, strict=True):
@@ -169,10 +196,9 @@ class Token(Carver):
         self.report(ids_T, [made[expert][1] for expert in range(spec.experts)])
         return Layer([made[expert][0] for expert in range(spec.experts)], Linear(router_ED))
 
-    def start(self, groups: Groups, expert: int) -> tuple[Tensor, Network]:
-        """An expert's channels, and itself refitted on its tokens, fp32."""
+    def start(self, groups: Groups, expert: int, keep: int) -> tuple[Tensor, Network]:
+        """So many channels of an expert, and itself refitted on its tokens, fp32."""
         spec, F = self.settings, groups.network.down_DF.shape[1]
-        keep = kept_channels(F, spec.ratio)
         among_S, gram_SS, down_DS = groups.fit(expert, max(keep, round(spec.among * F)))
         chosen = self.choose(groups.tokens.felt(down_DS.float().T).T, gram_SS, keep)
         refitted_DF = refit_down(down_DS, gram_SS, chosen, spec.ridge)

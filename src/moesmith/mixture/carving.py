@@ -31,6 +31,7 @@ from moesmith.parent.stored import DEEPEST, WIDEST
 
 FORMAT = 3  # 2 added attention; 3 layers that differ, shared experts, sums, experts' own matrices
 OWN = ("down_DF", "gate_FD", "up_FD")  # an expert's own matrices, each a tensor of its own in the file
+ZEROS = 0.2  # the largest share of a stock folder's channels that may be there only to make experts equally wide
 ROUTED = {"down_DF": "down", "gate_FD": "gate", "up_FD": "up"}
 
 
@@ -267,11 +268,14 @@ class Carving:
         """Whether ``RUN/model`` is in moesmith's own format.
 
         That is so if no stock architecture holds the parent's decoder, the routers, or layers that differ in experts or
-        top-k; and if attention is carved.
+        top-k; if attention is carved; and if experts differ so much in width that a stock folder, where all are as wide
+        as the widest, would be zeros by more than :data:`ZEROS`.
         """
+        widths = torch.cat([torch.tensor(layer.widths, dtype=torch.float32) for layer in self.layers])
+        padded = 1 - float(widths.mean() / widths.max()) > ZEROS
         routers = zip((layer.router for layer in self.layers), parent.ffns, strict=False)
         linear = all(isinstance(router, Linear) or router.linear(ffn) for router, ffn in routers)
-        return parent.family == NATIVE or bool(self.attention) or not self.alike or not linear
+        return parent.family == NATIVE or bool(self.attention) or not self.alike or not linear or padded
 
     def save(self, folder: str | Path) -> None:
         """Write ``carving.safetensors`` and ``carving.json`` into ``folder``."""

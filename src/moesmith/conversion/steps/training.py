@@ -27,7 +27,7 @@ from moesmith.parent.hooks import hooked
 from moesmith.parent.load import Parent
 from moesmith.run.recipe import Recipe
 from moesmith.run.settings import TrainSection
-from moesmith.run.shapes import BACKWARD, LOSS, Pace, Shapes
+from moesmith.run.shapes import BACKWARD, LOSS, SPARSE, Pace, Shapes
 from moesmith.run.step import Cost, Job, Step, trained
 from moesmith.training.loop import train
 from moesmith.training.sharding import gather, spread
@@ -229,6 +229,8 @@ class Train(Step):
             student = (1 + extra) * passes
         else:
             student = shapes.active * passes
+        if spec.whole:  # the gradient of an expert's matrices takes as much as its forward pass
+            student += SPARSE * sizes.L * sizes.ffn(shapes.used) / sizes.total
         seconds = 0.0
         if pace:
             seconds = spec.tokens * ((student + distilled) / pace.blocks + (2 + distilled) * LOSS / pace.head)
