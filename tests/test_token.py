@@ -482,7 +482,7 @@ def test_tokens_that_hardly_count_make_no_group(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("moesmith.methods.token.kmeans", clustered)
     method: Any = load_recipe("token", None, ["carve.experts=2"]).method
     view: Any = SimpleNamespace(parent=parent, network=parent.ffns[0], generator=torch.Generator().manual_seed(1))
-    router_ED, ids_T = method.route(view, tokens)
+    router_ED, ids_T = method.route(view, tokens, 2)
     seen[0] = seen[0] @ root(parent.ffns[0]).inverse()
     assert (len(seen[0]), len(ids_T), router_ED.shape) == (1980, 2000, (2, parent.D))
     assert float(seen[0].abs().max()) < 10

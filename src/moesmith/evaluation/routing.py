@@ -208,9 +208,12 @@ class Recorder:
         Raises:
             MoesmithError: the model has no router.
         """
-        seen = [self.seen[index] for index in sorted(self.seen) if self.seen[index]]
-        if not seen:
+        some = next((layer for layer in self.seen.values() if layer), None)
+        if some is None:
             raise MoesmithError("the model has no router to record", "Give a Mixture-of-Experts model.")
+        # a layer without a router is one expert, which every token takes
+        single = [(counts[:1] * 0 + counts.sum() // ids.shape[1], 0 * h, ids[:, :1] * 0) for counts, h, ids in some]
+        seen = [self.seen[index] or single for index in sorted(self.seen)]
         counts, entropies, samples = [], [], []
         starts = [place for place, sample in enumerate(self.samples) if sample]
         for name, blocks, start, end in zip(names, self.texts, starts, [*starts[1:], None], strict=True):

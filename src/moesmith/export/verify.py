@@ -132,7 +132,7 @@ class Result:
 
     Attributes:
         logits: (N, S, V) fp32, on the CPU.
-        routed: every layer's expert ids, (N·S, K).
+        routed: expert ids of every layer that has several experts, (N·S, K).
         kept: dimensions of attention heads that each token keeps, where that depends on it, (N, S, h).
         biased: whether experts have biases.
     """
@@ -147,10 +147,14 @@ class Result:
         """Collect while a layer works what our router or a stock architecture's chooses, and what heads keep."""
         self.biased |= any(getattr(block.experts, "bias_ED", None) is not None for block in moe_blocks(layer))
         routers = [m for m in layer.modules() if isinstance(m, Router) or type(m).__name__.endswith("TopKRouter")]
-        with hooked((m, lambda _m, _i, out: self.routed.append(out[2].cpu())) for m in routers):
+        with hooked((router, self._chosen) for router in routers):
             yield
         for gate in (m for m in layer.modules() if isinstance(m, HeadGate)):
             self.kept += [mask.bool().cpu() for mask in (gate.qk, gate.vo) if mask.dim() > 1]
+
+    def _chosen(self, _router: nn.Module, _args: Any, out: tuple[Tensor, Tensor, Tensor]) -> None:
+        if out[0].shape[-1] > 1:  # a stock folder has an ordinary network instead of a single expert
+            self.routed.append(out[2].cpu())
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 For every layer, on the parent's own activations: channels are eliminated one step after the other with a refit, and
 what a step loses is counted in nats of the predictions (:mod:`moesmith.methods.sensitivity`), so that layers compare.
-The steps that cost least go, wherever they are. What several layers lose is taken to add up, and one mask for all
-tokens to lose in the same proportions as experts for groups of them.
+The steps that cost least go, wherever they are; or, for stock architectures, some layers stay dense and all others get
+the same width. What several layers lose is taken to add up, and one mask for all tokens to lose in the same proportions
+as experts for groups of them.
 
 Shapes: T tokens, D model width, F channels, L layers.
 """
@@ -30,7 +31,7 @@ from moesmith.methods.refit import eliminate_work, eliminated
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.sensitivity import information_of, measure
 from moesmith.methods.steps import first, waiting_room, windows_of
-from moesmith.mixture.home import aligned
+from moesmith.mixture.home import ALIGN, aligned
 from moesmith.parent.accelerator import closed_form_device, halving
 from moesmith.parent.network import Network
 from moesmith.run.folder import Run
@@ -47,6 +48,7 @@ class Allocation(Step):
     """The number of channels of every layer's experts.
 
     Attributes:
+        dense: whether layers are either dense or all alike.
         tokens: of all domains together.
         ratio: share of all channels that goes.
         ridge: of the refits.
@@ -54,13 +56,13 @@ class Allocation(Step):
 
     name, parallel = "allocation", True
 
-    def __init__(self, recipe: Any, tokens: int, ratio: float, ridge: float) -> None:
+    def __init__(self, recipe: Any, tokens: int, ratio: float, ridge: float, *, dense: bool) -> None:
         super().__init__(recipe, "domains", "sensitivity")
-        self.tokens, self.ratio, self.ridge = tokens, ratio, ridge
+        self.tokens, self.ratio, self.ridge, self.dense = tokens, ratio, ridge, dense
 
     def settings(self, job: Job) -> dict[str, Any]:
-        """Return how much text, how much goes, and how refits are regularised."""
-        return {"tokens": self.tokens, "ratio": self.ratio, "ridge": self.ridge}
+        """Return how much text, how much goes, from where, and how refits are regularised."""
+        return {"tokens": self.tokens, "ratio": self.ratio, "ridge": self.ridge, "dense": self.dense}
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write the widths, and by layer the nats a token that are lost after each number of steps."""
@@ -78,16 +80,14 @@ class Allocation(Step):
                 ]
 
         curves = run(BATCH) if crew().size > 1 else halving(self.name, parent.device, BATCH, run)
-        widths = widths_of(curves, parent.F, parent.L * kept_channels(parent.F, self.ratio), step)
+        choose = dense_or_even if self.dense else widths_of
+        widths = choose(curves, parent.F, parent.L * kept_channels(parent.F, self.ratio), step)
         if crew().first:
             write_json(work / FILE, {"widths": widths, "step": step, "losses": curves})
-        lost = [
-            float(np.interp(parent.F - w, step * np.arange(len(c)), c)) for c, w in zip(curves, widths, strict=True)
-        ]
-        kept = sum(widths) / len(widths)
-        even = [float(np.interp(parent.F - kept, step * np.arange(len(c)), c)) for c in curves]
+        lost = sum(at(curve, parent.F - width, step) for curve, width in zip(curves, widths, strict=True))
+        even = sum(at(curve, parent.F - sum(widths) / len(widths), step) for curve in curves)
         found: dict[str, Any] = {"least": min(widths), "most": max(widths)}
-        found |= {"loss": round(sum(lost), 4), "loss_even": round(sum(even), 4)}
+        found |= {"loss": round(lost, 4), "loss_even": round(even, 4)}
         return found | {"layers": {"channels of an expert": {"allocated": widths}}}
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
@@ -159,6 +159,29 @@ def widths_of(curves: Sequence[Sequence[float]], F: int, channels: int, step: in
     for _, _, layer in sorted(costs)[:drop]:
         gone[layer] += 1
     return [F - step * count for count in gone]
+
+
+def dense_or_even(curves: Sequence[Sequence[float]], F: int, channels: int, step: int) -> list[int]:
+    """Choose which layers stay dense, so that together all lose least; the others get the same width.
+
+    Arguments are those of :func:`widths_of`. Widths are multiples of 32 if ``step`` is.
+    """
+    L, unit = len(curves), ALIGN if step % ALIGN == 0 else 1
+    choices = []
+    for count in range(L):
+        width = (channels - count * F) // (L - count) // unit * unit
+        if width < unit:
+            break
+        lost = [at(curve, F - width, step) for curve in curves]
+        order = sorted(range(L), key=lost.__getitem__, reverse=True)
+        dense = order[:count]
+        choices.append((sum(lost[layer] for layer in order[count:]), [F if i in dense else width for i in range(L)]))
+    return min(choices)[1]
+
+
+def at(curve: Sequence[float], gone: float, step: int) -> float:
+    """What a layer loses without so many channels, between the points of its curve."""
+    return float(np.interp(gone, step * np.arange(len(curve)), curve))
 
 
 def convex(curve: Sequence[float]) -> list[float]:

@@ -90,16 +90,16 @@ class Token(Carver):
             description="tokens whose gradients say how far predictions feel an error; 0: all directions alike",
             json_schema_extra={"neutral": 0},
         )
-        allocation: Literal["even", "sensitivity"] = Field(
+        allocation: Literal["even", "dense", "sensitivity"] = Field(
             "even",
-            description="channels of an expert: as many in all layers, or more where predictions feel their loss",
+            description="channels: as many in all layers; some layers dense; or more where predictions feel their loss",
             json_schema_extra={"neutral": "even"},
         )
 
         @model_validator(mode="after")
         def _measured(self) -> Token.Settings:
-            if self.allocation == "sensitivity" and not self.sensitivity:
-                raise ValueError("allocation by sensitivity needs sensitivity above 0")
+            if self.allocation != "even" and not self.sensitivity:
+                raise ValueError(f"allocation {self.allocation} needs sensitivity above 0")
             return self
 
         def without_effect(self) -> dict[str, str]:
@@ -133,7 +133,7 @@ class Token(Carver):
     @property
     def uneven(self) -> bool:
         """Whether layers have experts of different widths."""
-        return bool(self.settings.allocation == "sensitivity")
+        return bool(self.settings.allocation != "even")
 
     def steps(self) -> list[Step]:
         """List calibration text, what predictions feel of errors, the layers' widths, and carving."""
@@ -142,7 +142,8 @@ class Token(Carver):
             before.append(Sensitivity(self.recipe, self.settings.sensitivity))
         if self.uneven:
             spec = self.settings
-            before.append(Allocation(self.recipe, spec.sensitivity, spec.ratio, spec.ridge))
+            dense = spec.allocation == "dense"
+            before.append(Allocation(self.recipe, spec.sensitivity, spec.ratio, spec.ridge, dense=dense))
         return [*before, Carve(self.recipe, self, *(step.name for step in before))]
 
     def begin(self, job: Job) -> list[list[Tensor]]:
@@ -150,6 +151,8 @@ class Token(Carver):
         check_gram(job.parent, 3, gram=True)
         self.information = information_of(job.run) if self.settings.sensitivity else []
         self.widths = allocated(job.run) if self.uneven else [self.width(job.parent)] * job.parent.L
+        full = {index for index, width in enumerate(self.widths) if width == job.parent.F}
+        self.dense = full if self.settings.allocation == "dense" else set()
         return super().begin(job)
 
     def outline(self, parent: Parent) -> Carving:
@@ -161,7 +164,9 @@ class Token(Carver):
             rest = (parent.L * self.width(parent) - len(ends) * parent.F) // max(1, parent.L - len(ends))
             for index, layer in enumerate(found.layers):
                 kept_F = torch.arange(parent.F if index in ends else max(1, rest))
-                found.layers[index] = replace(layer, routed=[Expert(kept_F) for _ in layer.routed])
+                count = 1 if index in ends and self.settings.allocation == "dense" else self.experts
+                routed = [Expert(kept_F) for _ in range(count)]
+                found.layers[index] = replace(layer, routed=routed, router=Linear(torch.zeros(count, 0)))
         for layer in found.layers:
             for expert in layer.routed:
                 expert.down_DF = own
@@ -176,13 +181,14 @@ class Token(Carver):
         if spec.sensitivity:
             given_DD = self.information[view.index].to(closed_form_device(view.parent.device))
             tokens = replace(tokens, root_DD=measure(given_DD).to(view.parent.device))
-        router_ED, ids_T = self.route(view, tokens)
+        experts = 1 if view.index in self.dense else int(spec.experts)
+        router_ED, ids_T = self.route(view, tokens, experts)
         fitting = Fitting(spec.ridge, spec.pool, spec.prior, spec.gram, spec.repair)
-        groups = Groups(ffn, tokens, ids_T, spec.experts, fitting, sinks=spec.sinks)
+        groups = Groups(ffn, tokens, ids_T, experts, fitting, sinks=spec.sinks)
         rows = groups.rows
         orders = [order_of(tokens, rows_N, spec, view.generator) for rows_N in rows]  # those of all processes
         made: dict[int, tuple[Expert, Outcome]] = {}
-        mine = crew().mine(range(spec.experts))
+        mine = crew().mine(range(experts))
         some = at_once(ffn, len(mine))
         for first in range(0, len(mine), some):
             now = mine[first : first + some]
@@ -193,8 +199,8 @@ class Token(Carver):
                 made[expert] = as_expert(view.parent, kept, found, trained=found is not start), outcome
             view.advance(len(now) / len(mine))
         made = crew().merged(made)
-        self.report(ids_T, [made[expert][1] for expert in range(spec.experts)])
-        return Layer([made[expert][0] for expert in range(spec.experts)], Linear(router_ED))
+        self.report(ids_T, [made[expert][1] for expert in range(experts)])
+        return Layer([made[expert][0] for expert in range(experts)], Linear(router_ED))
 
     def start(self, groups: Groups, expert: int, keep: int) -> tuple[Tensor, Network]:
         """So many channels of an expert, and itself refitted on its tokens, fp32."""
@@ -204,10 +210,9 @@ class Token(Carver):
         refitted_DF = refit_down(down_DS, gram_SS, chosen, spec.ridge)
         return among_S[chosen], groups.network.narrowed(among_S[chosen], refitted_DF).to(torch.float32)
 
-    def route(self, view: LayerView, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def route(self, view: LayerView, tokens: Tokens, experts: int) -> tuple[Tensor, Tensor]:
         """A router (E, D), and the expert to which it sends every token (T,)."""
-        experts, device = int(self.settings.experts), view.parent.device
-        x_TD = tokens.x_TD
+        device, x_TD = view.parent.device, tokens.x_TD
         if experts == 1:
             return torch.zeros(1, view.parent.D), torch.zeros(len(x_TD), dtype=torch.int64)
         # tokens of huge activations, such as a text's first, would be a group of their own that hardly counts

@@ -124,9 +124,22 @@ class Carving:
         return max(layer.top_k for layer in self.layers)
 
     @property
+    def dense(self) -> tuple[int, ...]:
+        """The layers that have a single expert where others have several: ordinary networks that every token uses."""
+        single = [
+            i for i, layer in enumerate(self.layers) if len(layer.experts) == 1 and layer.routed[0].bias_D is None
+        ]
+        return tuple(single) if self.experts > 1 else ()
+
+    @property
+    def sparse(self) -> list[Layer]:
+        """The layers that are not :attr:`dense`."""
+        return [layer for index, layer in enumerate(self.layers) if index not in self.dense]
+
+    @property
     def alike(self) -> bool:
-        """Whether the number of experts, and of those that a token visits, is the same in all layers."""
-        return len({(len(layer.routed), layer.top_k) for layer in self.layers}) == 1
+        """Whether all layers that are not dense have as many experts, and tokens visit as many of them."""
+        return len({(len(layer.routed), layer.top_k) for layer in self.sparse}) == 1
 
     @property
     def biased(self) -> bool:
@@ -268,10 +281,10 @@ class Carving:
         """Whether ``RUN/model`` is in moesmith's own format.
 
         That is so if no stock architecture holds the parent's decoder, the routers, or layers that differ in experts or
-        top-k; if attention is carved; and if experts differ so much in width that a stock folder, where all are as wide
-        as the widest, would be zeros by more than :data:`ZEROS`.
+        top-k, but for dense ones; if attention is carved; and if experts differ so much in width that a stock folder,
+        where all are as wide as the widest, would be zeros by more than :data:`ZEROS`.
         """
-        widths = torch.cat([torch.tensor(layer.widths, dtype=torch.float32) for layer in self.layers])
+        widths = torch.cat([torch.tensor(layer.widths, dtype=torch.float32) for layer in self.sparse])
         padded = 1 - float(widths.mean() / widths.max()) > ZEROS
         routers = zip((layer.router for layer in self.layers), parent.ffns, strict=False)
         linear = all(isinstance(router, Linear) or router.linear(ffn) for router, ffn in routers)

@@ -125,6 +125,8 @@ def _one_layer(config: Any, index: int, shell: bool) -> PreTrainedConfig:
             old["attention"] = [old["attention"][index] | {"path": old["attention"][0]["path"]}]
     else:
         inner = old
+    if inner.get("mlp_only_layers"):  # Qwen-MoE's layers with an ordinary network
+        fields["mlp_only_layers"] = [0] if index in inner["mlp_only_layers"] else []
     if inner.get("layer_types"):
         fields["layer_types"] = inner["layer_types"][index : index + 1]
     inner |= fields

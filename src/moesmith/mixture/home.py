@@ -1,8 +1,8 @@
 """Which stock architecture holds a carving, and the exact rewriting that gets it there: shapes only, no tensors.
 
 A stock expert is y = down(act(gate x) * (up x)). All experts of a model have one width, every layer has the same number
-of them, a token visits the same number in every layer, and the weights of the chosen sum to 1. What a carving has
-beyond that is rewritten:
+of them, a token visits the same number in every layer, and the weights of the chosen sum to 1. Qwen2-MoE and Qwen3-MoE
+have layers with an ordinary network between those with experts. What a carving has beyond that is rewritten:
 
 * *sum*: logits scaled down far enough give each of K chosen experts the weight 1/K, in the same order, and ``down`` is
   multiplied by K. If a runtime does not divide by the sum (Qwen2-MoE in llama.cpp), each weighs 1/E and ``down`` is
@@ -43,6 +43,8 @@ class Home:
         shared: channels of the shared expert on disk; 0 where the architecture has none.
         folded: whether the carving's shared expert is part of every routed one.
         divided: whether the runtime divides the weights of the chosen by their sum.
+        dense: the layers that have an ordinary network instead of experts.
+        dense_width: its channels on disk.
     """
 
     dialect: Dialect
@@ -52,12 +54,15 @@ class Home:
     shared: int = 0
     folded: bool = False
     divided: bool = True
+    dense: tuple[int, ...] = ()
+    dense_width: int = 0
 
     def parameters(self, D: int, layers: int) -> tuple[int, int]:
         """Count the weights that replace the networks, routers included: in total, and active per token."""
         beside = self.experts * D + (3 * self.shared * D + D if self.shared else 0)
-        expert = 3 * self.width * D
-        return layers * (beside + self.experts * expert), layers * (beside + self.top_k * expert)
+        expert, sparse = 3 * self.width * D, layers - len(self.dense)
+        common = sparse * beside + len(self.dense) * 3 * self.dense_width * D
+        return common + sparse * self.experts * expert, common + sparse * self.top_k * expert
 
 
 def in_full(layer: Layer) -> bool:
@@ -80,13 +85,17 @@ def home_of(family: str, carving: Carving, *, llamacpp: bool = False) -> Home:
     if llamacpp:
         beside = beside and all(map(in_full, carving.layers))
         dialect = "mixtral" if family == "qwen2_moe" else dialect
-    if beside:
+    if beside or (carving.dense and dialect == "mixtral"):
         dialect = "qwen2_moe"
     folded = bool(shared) and not beside
-    width = max(stock_width(layer, folded) for layer in carving.layers)
+    width = max(stock_width(layer, folded) for layer in carving.sparse)
     # the architecture requires a shared expert: exactly zero. At width 0 vLLM leaves it out and refuses its tensors
     room = aligned(max(shared, 1)) if dialect == "qwen2_moe" else 0
-    return Home(dialect, carving.experts, carving.top_k, aligned(width), room, folded, not (llamacpp and beside))
+    divided, dense = not (llamacpp and beside), carving.dense
+    dense_width = max((carving.layers[index].widths[0] for index in dense), default=0)
+    return Home(
+        dialect, carving.experts, carving.top_k, aligned(width), room, folded, divided, dense, dense_width
+    )  # fmt: skip
 
 
 def stock_width(layer: Layer, folded: bool) -> int:
@@ -100,5 +109,5 @@ def stock_width(layer: Layer, folded: bool) -> int:
 
 def padding(carving: Carving, home: Home) -> float:
     """Compute the share of routed experts' channels on disk that are zeros, up to the widest and up to a multiple."""
-    means = [stock_width(x, home.folded) - max(x.widths) + sum(x.widths) / len(x.widths) for x in carving.layers]
+    means = [stock_width(x, home.folded) - max(x.widths) + sum(x.widths) / len(x.widths) for x in carving.sparse]
     return 1 - sum(means) / len(means) / home.width

@@ -64,6 +64,8 @@ class Gguf(Target):
         parent = source.parent
         if (refusal := stock_refusal(parent, source.carving)) is not None:
             return refusal[0]
+        if source.carving.dense:
+            return "llama.cpp's graphs have experts in every layer, and some of this model's layers have none"
         if (activation := parent.ffns[0].activation_name) != "silu":
             return f"llama.cpp's experts compute silu, and this model's compute {activation}"
         rope = rope_of(parent.config).get("rope_type", "default")

@@ -76,7 +76,8 @@ class StockLayer:
     @property
     def level(self) -> bool:
         """Whether all chosen experts must weigh the same."""
-        return (self.layer.mix == "sum" and self.layer.top_k > 1) or not self.home.divided
+        several = self.layer.mix == "sum" and self.layer.top_k > 1
+        return several or not (self.home.divided or self.index in self.home.dense)
 
     @property
     def factor(self) -> int:
@@ -110,6 +111,10 @@ class StockLayer:
         if home.folded and layer.shared is not None:
             parts = parts.beside(self._parts(layer.shared, layer.shared))
         return self._padded(parts, home.width)
+
+    def dense(self) -> Matrices:
+        """Make those of a layer that has no other expert, ``home.dense_width`` channels wide."""
+        return self._padded(self._parts(self.layer.routed[0], 0), self.home.dense_width)
 
     def shared(self) -> Matrices:
         """Make those of the shared expert, ``home.shared`` wide; zeros if there is none. Its gate is one half."""

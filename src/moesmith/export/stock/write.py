@@ -159,8 +159,9 @@ def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) ->
         return MixtralConfig(
             **fields, sliding_window=window, num_local_experts=home.experts, intermediate_size=home.width
         )
-    fields |= {"num_experts": home.experts, "moe_intermediate_size": home.width, "intermediate_size": parent.F}
-    fields |= {"norm_topk_prob": home.divided, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    fields |= {"num_experts": home.experts, "moe_intermediate_size": home.width}
+    fields |= {"intermediate_size": home.dense_width or parent.F, "mlp_only_layers": list(home.dense)}
+    fields |= {"norm_topk_prob": home.divided, "decoder_sparse_step": 1}
     fields |= {"use_sliding_window": window is not None, "sliding_window": window}
     if home.dialect == "qwen3_moe":
         return Qwen3MoeConfig(**fields, attention_bias=False)
@@ -211,8 +212,12 @@ def stock_tensors(
 
 
 def _moe_tensors(layer: StockLayer) -> Iterator[tuple[str, Tensor]]:
-    """Yield one layer's router and experts in fp32."""
+    """Yield one layer's router and experts in fp32, or its ordinary network."""
     home = layer.home
+    if layer.index in home.dense:
+        for name, tensor in zip(("gate_proj", "up_proj", "down_proj"), layer.dense(), strict=True):
+            yield f"mlp.{name}.weight", tensor
+        return
     yield ("block_sparse_moe" if home.dialect == "mixtral" else "mlp") + ".gate.weight", layer.router()
     for expert in range(home.experts):
         for name, tensor in zip(EXPERT_NAMES[home.dialect], layer.routed(expert), strict=True):
