@@ -75,8 +75,29 @@ def test_tokens_that_visit_several_experts_visit_one_network_there(tmp_path: Pat
     assert TARGETS["hf"].verify(source, tmp_path / "out", IDS)["logits_difference"] <= 1e-4
 
 
-def test_llamacpp_is_refused_by_its_reason() -> None:
-    assert "experts in every layer" in str(TARGETS["gguf"].explain(source_of("llama")))
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_llamacpp_has_a_graph_for_them(family: str, tmp_path: Path) -> None:
+    """Each of two texts alike: the server goes back to the beginning between them, and no layer has a window."""
+    source, gguf = source_of(family), TARGETS["gguf"]
+    for quant, largest in (("f32", 1e-4), ("q8_0", 1.0)):
+        out = tmp_path / f"{quant}.gguf"
+        assert gguf.write(source, out, Options(quant=quant))["architecture"] == "mimo2"
+        found = gguf.verify(source, out, IDS)
+        assert found["within_tolerance"] >= (1.0 if quant == "f32" else 0.8)
+        assert found["logprob_difference"] < largest
+
+
+@pytest.mark.parametrize(
+    ("family", "top_k", "why"),
+    [
+        ("qwen2", 1, "no biases or norms of queries"),
+        ("qwen3", 1, "no biases or norms of queries"),
+        ("llama", 2, "no softmax over several"),
+        ("llama3", 1, "does not scale positions"),
+    ],
+)
+def test_llamacpp_is_refused_by_its_reason(family: str, top_k: int, why: str) -> None:
+    assert why in str(TARGETS["gguf"].explain(source_of(family, top_k)))
 
 
 def test_one_mask_for_all_tokens_has_no_dense_layers() -> None:

@@ -2,7 +2,8 @@
 
 A stock expert is y = down(act(gate x) * (up x)). All experts of a model have one width, every layer has the same number
 of them, a token visits the same number in every layer, and the weights of the chosen sum to 1. Qwen2-MoE and Qwen3-MoE
-have layers with an ordinary network between those with experts. What a carving has beyond that is rewritten:
+have layers with an ordinary network between those with experts; llama.cpp's graphs of them have not, but its ``mimo2``
+has. What a carving has beyond that is rewritten:
 
 * *sum*: logits scaled down far enough give each of K chosen experts the weight 1/K, in the same order, and ``down`` is
   multiplied by K. If a runtime does not divide by the sum (Qwen2-MoE in llama.cpp), each weighs 1/E and ``down`` is
@@ -23,7 +24,7 @@ from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer
 
 ALIGN = 32  # channels of a stock expert; quantisation blocks and grouped matrix kernels need multiples of it
-Dialect = Literal["mixtral", "qwen2_moe", "qwen3_moe"]
+Dialect = Literal["mixtral", "qwen2_moe", "qwen3_moe", "mimo2"]
 
 
 def aligned(width: int, to: int = ALIGN) -> int:
@@ -83,8 +84,8 @@ def home_of(family: str, carving: Carving, *, llamacpp: bool = False) -> Home:
     dialect: Dialect = family  # type: ignore[assignment]
     beside = bool(shared) and family != "qwen3_moe"
     if llamacpp:
-        beside = beside and all(map(in_full, carving.layers))
-        dialect = "mixtral" if family == "qwen2_moe" else dialect
+        beside = beside and all(map(in_full, carving.layers)) and not carving.dense
+        dialect = "mimo2" if carving.dense else "mixtral" if family == "qwen2_moe" else dialect
     if beside or (carving.dense and dialect == "mixtral"):
         dialect = "qwen2_moe"
     folded = bool(shared) and not beside

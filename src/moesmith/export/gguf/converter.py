@@ -90,7 +90,7 @@ def _converter(folder: Path, out: Path, outtype: str) -> Iterator[Any]:
         with torch.inference_mode(), quiet(), _nameless(folder) as nameless:
             tokenizer = AutoTokenizer.from_pretrained(nameless)
             architecture = ModelBase.load_hparams(nameless, False)["architectures"][0]
-            model: Any = get_model_class(architecture)(
+            model: Any = plain_class(get_model_class(architecture))(
                 nameless, getattr(gguf.LlamaFileType, OUTTYPES[outtype]), out, model_name=name_for(tokenizer)
             )
             known, set_vocab = model.get_vocab_base_pre, model.set_vocab
@@ -115,6 +115,17 @@ def _converter(folder: Path, out: Path, outtype: str) -> Iterator[Any]:
         raise MoesmithError(
             f"llama.cpp's converter stops: {first_line(error)}", "Write another target, such as hf."
         ) from error
+
+
+def plain_class(kind: Any) -> Any:
+    """Return the converter's class for a model without layers that predict further tokens.
+
+    llama.cpp's graph of MiMo-V2 insists on a layer with a window. It counts those layers, and takes a file without
+    their weights: so there is one, which is not computed, and no other has a window.
+    """
+    if not getattr(kind, "_n_nextn", 0):
+        return kind
+    return type(kind.__name__, (kind,), {"model_arch": kind.model_arch, "_n_nextn": 1})
 
 
 def name_for(tokenizer: Any) -> str:

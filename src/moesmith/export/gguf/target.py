@@ -3,7 +3,8 @@
 Of the graphs in llama.cpp that hold our models, ``llama`` with experts and ``qwen3moe`` divide the gate's weights by
 their sum, and ``qwen2moe`` does not. So Llama, Mistral and Phi-3 go through a folder with Mixtral's names to ``llama``,
 Qwen3 to ``qwen3moe``, and Qwen2 with Mixtral's names plus biases to ``llama``, which takes them. Only a shared expert
-next to experts that count in full goes to ``qwen2moe``: there all weights are made 1/E (``mixture/home.py``).
+next to experts that count in full goes to ``qwen2moe``: there all weights are made 1/E (``mixture/home.py``). Ordinary
+networks between layers with experts are held by ``mimo2`` alone, whose attention is Llama's.
 
 A quantised model does not answer like its source, so comparing the two cannot tell noise from a fault. Therefore the
 same folder is first written in f32, or in bf16 where f32 does not fit in memory, and llama.cpp must give the
@@ -51,6 +52,7 @@ ROPE = {
     "llama": ("default", "llama3", "linear", "yarn"),
     "qwen2moe": ("default", "yarn"),
     "qwen3moe": ("default", "yarn"),
+    "mimo2": ("default",),
 }
 
 
@@ -64,8 +66,8 @@ class Gguf(Target):
         parent = source.parent
         if (refusal := stock_refusal(parent, source.carving)) is not None:
             return refusal[0]
-        if source.carving.dense:
-            return "llama.cpp's graphs have experts in every layer, and some of this model's layers have none"
+        if source.carving.dense and (odd := odd_beside_dense(source)) is not None:
+            return f"llama.cpp's only graph with experts in some of the layers has no {odd}"
         if (activation := parent.ffns[0].activation_name) != "silu":
             return f"llama.cpp's experts compute silu, and this model's compute {activation}"
         rope = rope_of(parent.config).get("rope_type", "default")
@@ -150,12 +152,19 @@ class Gguf(Target):
 def graph_of(source: Source) -> str:
     """Return llama.cpp's name for the graph that runs a model."""
     home = layout_of(source, Options()).home(source.parent, source.carving)
-    return {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}[home.dialect]
+    return {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "mimo2": "mimo2"}[home.dialect]
 
 
 def layout_of(source: Source, options: Options) -> Layout:
     """Return the layout of the folder for the converter."""
     return Layout(llamacpp=True, untied=options.untie, context=source.context)
+
+
+def odd_beside_dense(source: Source) -> str | None:
+    """Name the first thing that the graph ``mimo2`` lacks; ``None`` if there is nothing."""
+    if source.parent.family != "mixtral":
+        return "biases or norms of queries and keys"
+    return "softmax over several chosen experts" if source.carving.top_k > 1 else None
 
 
 def odd_yarn(config: Any) -> str | None:

@@ -24,6 +24,8 @@ from moesmith.parent.structure import STREAM, decoder_layers
 # Spread of one token's logits when they are scaled down so that all chosen experts weigh the same. The weights stray
 # from 1/K by as much; fp32 softmax tells apart logits that differ by 6e-8, so less would mistake more near ties
 SPREAD = 2.0**-13
+# The same where a sigmoid of the logits chooses a single expert: it tells apart least where it is nearly 0 or 1
+SIGMOID = 2.0**-2
 Matrices = tuple[Tensor, Tensor, Tensor]  # gate (W, D), up (W, D), down (D, W), in fp32
 
 
@@ -86,8 +88,10 @@ class StockLayer:
 
     def router(self) -> Tensor:
         """Return the router's matrix, (E, D) fp32."""
-        router = linear_router(self.parent, self.layer, self.index)
-        return router.weight_ED * self._scale(router.weight_ED) if self.level else router.weight_ED
+        weight_ED = linear_router(self.parent, self.layer, self.index).weight_ED
+        if self.home.dialect == "mimo2":
+            return weight_ED * scale_of(self.parent, self.index, weight_ED, SIGMOID)
+        return weight_ED * self._scale(weight_ED) if self.level else weight_ED
 
     def shared_gate(self) -> Tensor:
         """Return the shared expert's gate (1, D), whose sigmoid is one half.
@@ -140,13 +144,13 @@ class StockLayer:
         return F.pad(gate_FD, (0, 0, 0, missing)), F.pad(up_FD, (0, 0, 0, missing)), F.pad(down_DF, (0, missing))
 
 
-def scale_of(parent: Parent, index: int, weight_ED: Tensor) -> float:
-    """Choose the power of two that brings a token's logits to about :data:`SPREAD`."""
+def scale_of(parent: Parent, index: int, weight_ED: Tensor, spread: float = SPREAD) -> float:
+    """Choose the power of two that brings a token's logits to about ``spread``."""
     # x is a norm's output, which points anywhere: each number is as large as its weight
     norm: Any = getattr(decoder_layers(parent.model)[1][index], STREAM[1])
     centred_ED = (weight_ED - weight_ED.mean(0)).double()
     size = float((centred_ED * norm.weight.detach().cpu().double()).square().sum(1).mean().sqrt())
-    return float(2.0 ** math.floor(math.log2(SPREAD / size))) if size else 1.0
+    return float(2.0 ** math.floor(math.log2(spread / size))) if size else 1.0
 
 
 class Level(Router):

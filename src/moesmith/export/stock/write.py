@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig, Qwen3MoeConfig
 
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
@@ -52,12 +52,14 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mimo2": "MiMoV2FlashForCausalLM",
 }
 # names of an expert's gate, up and down on disk
 EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3", "block_sparse_moe.experts.{}.w2"),
     "qwen2_moe": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
     "qwen3_moe": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
+    "mimo2": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj", "mlp.experts.{}.down_proj"),
 }
 # fmt: off
 CARRIED = (
@@ -93,8 +95,9 @@ class Layout:
         return home_of(self.dialect or parent.family, carving, llamacpp=self.llamacpp)
 
     def ties(self, parent: Parent, home: Home) -> bool:
-        """Whether head and embedding are one tensor in the file, which llama.cpp's graph of Qwen2-MoE cannot read."""
-        return _tied(parent.model) and not self.untied and not (self.llamacpp and home.dialect == "qwen2_moe")
+        """Whether head and embedding are one tensor in the file, which two of llama.cpp's graphs cannot read."""
+        apart = self.llamacpp and home.dialect in ("qwen2_moe", "mimo2")
+        return _tied(parent.model) and not self.untied and not apart
 
 
 def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
@@ -159,8 +162,10 @@ def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) ->
         return MixtralConfig(
             **fields, sliding_window=window, num_local_experts=home.experts, intermediate_size=home.width
         )
-    fields |= {"num_experts": home.experts, "moe_intermediate_size": home.width}
-    fields |= {"intermediate_size": home.dense_width or parent.F, "mlp_only_layers": list(home.dense)}
+    fields |= {"moe_intermediate_size": home.width, "intermediate_size": home.dense_width or parent.F}
+    if home.dialect == "mimo2":
+        return _mimo2(fields, home, parent.L)
+    fields |= {"num_experts": home.experts, "mlp_only_layers": list(home.dense)}
     fields |= {"norm_topk_prob": home.divided, "decoder_sparse_step": 1}
     fields |= {"use_sliding_window": window is not None, "sliding_window": window}
     if home.dialect == "qwen3_moe":
@@ -168,6 +173,17 @@ def stock_config(parent: Parent, carving: Carving, layout: Layout = Layout()) ->
     kind = "full_attention" if window is None else "sliding_attention"
     fields["shared_expert_intermediate_size"] = home.shared
     return Qwen2MoeConfig(**fields, qkv_bias=True, layer_types=[kind] * parent.L)
+
+
+def _mimo2(fields: dict[str, Any], home: Home, layers: int) -> PreTrainedConfig:
+    """Make what llama.cpp's converter reads of MiMo-V2: attention without windows, as wide for values as for keys."""
+    heads, width = fields["num_attention_heads"], fields["head_dim"]
+    fields["rope_parameters"] = fields["rope_parameters"] | {"partial_rotary_factor": 1.0}
+    fields |= {"n_routed_experts": home.experts, "topk_method": "noaux_tc", "layernorm_epsilon": fields["rms_norm_eps"]}
+    fields |= {"hybrid_layer_pattern": [0] * layers, "sliding_window": 0}
+    fields |= {"swa_num_attention_heads": heads, "swa_num_key_value_heads": fields["num_key_value_heads"]}
+    fields |= {"swa_head_dim": width, "v_head_dim": width, "swa_v_head_dim": width}
+    return LlamaConfig(**fields)
 
 
 def stock_tensors(
