@@ -70,14 +70,14 @@ def test_text_that_fits_into_a_time(preset: str) -> None:
 
 
 def test_the_pace_is_measured() -> None:
-    pace = measure(tiny_parent("qwen3"))
+    pace = measure(tiny_parent("qwen3"), load_recipe("token"))
     assert 10 < pace.blocks < 1e9
     assert 10 < pace.head < 1e9
 
 
 def test_a_run_within_a_time_says_its_text(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Pace(PACE.blocks / 10, PACE.head / 10, PACE.solves / 10)  # so that little text fits
-    monkeypatch.setattr(conversion, "measure", lambda _parent: slow)
+    monkeypatch.setattr(conversion, "measure", lambda *_: slow)
     words = arguments("flap-static", home / "m", home / "d", tmp_path / "run")
     answer = moesmith(*words, "--time", "13s")
     assert answer.status == 0, answer.err
@@ -89,13 +89,13 @@ def test_a_run_within_a_time_says_its_text(home: Path, tmp_path: Path, monkeypat
         assert recipe[section][field] == int(tokens)
     assert re.search(r"about \d+ s on this machine, of which \d+ s training", answer.err)
     # on a machine of another pace the same command continues the same run
-    monkeypatch.setattr(conversion, "measure", lambda _parent: pytest.fail("measured again"))
+    monkeypatch.setattr(conversion, "measure", lambda *_: pytest.fail("measured again"))
     again = moesmith(*words, "--time", "13s")
     assert again.status == 0
     assert "[evaluate] done before" in again.err
     # and the counts make the same recipe elsewhere
     settings = [word for key, tokens in said.items() for word in ("--set", f"{key}={tokens}")]
-    monkeypatch.setattr(conversion, "measure", lambda _parent: slow)
+    monkeypatch.setattr(conversion, "measure", lambda *_: slow)
     elsewhere = [*words[:-1], words[-1], *settings]
     elsewhere[elsewhere.index(str(tmp_path / "run"))] = str(tmp_path / "other")
     assert moesmith(*elsewhere, "--reuse", tmp_path / "run").status == 0
@@ -103,7 +103,7 @@ def test_a_run_within_a_time_says_its_text(home: Path, tmp_path: Path, monkeypat
 
 
 def test_a_plan_within_a_time(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "measure", lambda _parent: PACE)
+    monkeypatch.setattr(conversion, "measure", lambda *_: PACE)
     words = ["plan", "flap-static", "--model", home / "m", "--data", home / "d"]
     words += [word for setting in tiny_settings("flap-static") for word in ("--set", setting)]
     answer = moesmith(*words, "--time", "1h")

@@ -214,7 +214,7 @@ def predict(
         pace = counted(parent, parse_rate(rate))
     else:
         parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
-        pace = measure(parent)
+        pace = measure(parent, chosen)
     if time is not None:
         chosen = fit_time(chosen, parent, domains, parse_time(time), pace)
     fitted = [] if time is None else [f"{key}={tokens}" for key, tokens in tokens_of(chosen).items()]
@@ -252,7 +252,7 @@ def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shap
     """
     if header is not None:
         return recipe if time is None else with_tokens(recipe, tokens_of(parse(upgraded(header), stored=True)))
-    pace = measure(shapes)
+    pace = measure(shapes, recipe)
     if time is not None:
         recipe = fit_time(recipe, shapes, domains, parse_time(time), pace)
         say("text: " + ", ".join(f"{key}={tokens}" for key, tokens in tokens_of(recipe).items()))

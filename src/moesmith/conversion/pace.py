@@ -29,12 +29,16 @@ from moesmith.run.recipe import Recipe
 from moesmith.run.shapes import Pace
 
 MEASURE = 0.5  # seconds for which each speed is measured
+TIMED = 2048  # tokens that go through a layer at once
 SOLVED = 2048  # rows of a matrix whose factorisation is timed
 START = 12.0  # seconds to start Python, import torch and transformers, choose, measure, and read a small parent
 
 
-def measure(parent: Parent) -> Pace:
-    """Time a layer of the parent's shape and its output matrix; the parent may be a skeleton."""
+def measure(parent: Parent, recipe: Recipe) -> Pace:
+    """Time a layer of the parent's shape and its output matrix; the parent may be a skeleton.
+
+    Sequences are as long as the recipe's longest: attention is slower per token the more of them it looks at.
+    """
     fields = parent.config.to_dict() | {"num_hidden_layers": 1, "vocab_size": 512, "pad_token_id": None}
     if fields.get("layer_types"):
         fields["layer_types"] = fields["layer_types"][:1]
@@ -42,7 +46,9 @@ def measure(parent: Parent) -> Pace:
     with quiet(), torch.random.fork_rng(devices=[]):
         config = type(parent.config).from_dict(fields)
         one: Any = AutoModelForCausalLM.from_config(config, dtype=parent.dtype).to(device).eval()
-        ids = torch.randint(0, 512, (8, 256), device=device)
+        longest = max((size for step in steps_of(recipe) for size in step.windows().values()), default=256)
+        window = min(TIMED, longest, getattr(parent.config, "max_position_embeddings", TIMED) or TIMED)
+        ids = torch.randint(0, 512, (TIMED // window, window), device=device)
     D, V = parent.D, parent.config.vocab_size
     head_VD = torch.full((V, D), 0.01, dtype=parent.dtype, device=device)
     hidden_CD = torch.full((CHUNK, D), 0.5, dtype=parent.dtype, device=device)

@@ -30,7 +30,7 @@ from moesmith.methods.groups import Fitting, Groups
 from moesmith.methods.refit import eliminate_work, eliminated
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.sensitivity import information_of, measure
-from moesmith.methods.steps import first, waiting_room, windows_of
+from moesmith.methods.steps import evenly, evenly_tokens, waiting_room
 from moesmith.mixture.home import ALIGN, aligned
 from moesmith.parent.accelerator import closed_form_device, halving
 from moesmith.parent.network import Network
@@ -66,9 +66,8 @@ class Allocation(Step):
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write the widths, and by layer the nats a token that are lost after each number of steps."""
-        parent, windows, found_L = job.parent, windows_of(job.run), information_of(job.run)
-        ids_NS = torch.cat([first(windows[name], ceil_div(self.tokens, len(job.names))) for name in job.names])
-        step = step_of(parent.F)
+        parent, found_L, step = job.parent, information_of(job.run), step_of(job.parent.F)
+        ids_NS = evenly(job.run, job.names, self.tokens)
 
         def run(batch: int) -> list[list[float]]:
             generator, device = torch.Generator().manual_seed(self.recipe.seed), parent.device
@@ -98,7 +97,7 @@ class Allocation(Step):
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Count a pass, and the Gram matrix and elimination of every layer."""
         spec, sizes = self.recipe.domains, shapes.sizes
-        tokens = min(self.tokens, shapes.domains * spec.tokens)
+        tokens = evenly_tokens(spec, shapes.domains, self.tokens)
         seconds = 0.0
         if pace:
             squares = 0.6 * sizes.L * tokens * sizes.F**2 / sizes.total

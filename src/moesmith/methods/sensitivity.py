@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moesmith.arguments import ceil_div
 from moesmith.console import meter
 from moesmith.files.artefact import read_tensors
 from moesmith.files.write import write_tensors
-from moesmith.methods.steps import first, windows_of
+from moesmith.methods.steps import evenly, evenly_tokens
 from moesmith.methods.taylor import refuse_gradients
 from moesmith.parent.accelerator import halving, has_double
 from moesmith.parent.head import Head, head_of
@@ -66,8 +65,7 @@ class Sensitivity(Step):
 
     def make(self, job: Job, work: Path) -> Mapping[str, Any]:
         """Write one (D, D) fp32 matrix for every layer, by its number."""
-        windows = windows_of(job.run)
-        ids_NS = torch.cat([first(windows[name], ceil_div(self.tokens, len(job.names))) for name in job.names])
+        ids_NS = evenly(job.run, job.names, self.tokens)
         found_LDD = information(job.parent, ids_NS, self.recipe.seed)
         if crew().first:
             write_tensors(work / FILE, {f"{index}": part_DD for index, part_DD in enumerate(found_LDD)})
@@ -76,7 +74,7 @@ class Sensitivity(Step):
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Count a forward and a backward pass, what draws tokens, and the matrices."""
         spec, sizes = self.recipe.domains, shapes.sizes
-        tokens = min(self.tokens, shapes.domains * spec.tokens)
+        tokens = evenly_tokens(spec, shapes.domains, self.tokens)
         matrices = 4 * sizes.L * sizes.D**2
         seconds = tokens * (3 / pace.blocks + 3 * LOSS / pace.head) if pace else 0.0
         memory = shapes.itemsize * BATCH * spec.window * sizes.L * (10 * sizes.D + 6 * sizes.F) + matrices

@@ -31,6 +31,7 @@ from moesmith.parent.layerwise import Layered, layered
 from moesmith.parent.load import Parent
 from moesmith.parent.vocabulary import readable
 from moesmith.run.folder import Run
+from moesmith.run.settings import DomainsSection
 from moesmith.run.shapes import LOSS
 from moesmith.run.step import Cost, Job, Step
 from moesmith.world import alone, crew
@@ -131,6 +132,17 @@ class ChannelMoments(Step):
 def first(windows: Tensor, tokens: int | None) -> Tensor:
     """Take the first windows (N, window) that hold ``tokens`` tokens; all of them if ``None``."""
     return windows if tokens is None else windows[: ceil_div(tokens, windows.shape[1])]
+
+
+def evenly(run: Run, names: Sequence[str], tokens: int) -> Tensor:
+    """Take whole windows (N, window) of calibration text, equally many of each domain, with at least so many tokens."""
+    windows = windows_of(run)
+    return torch.cat([first(windows[name], ceil_div(tokens, len(names))) for name in names])
+
+
+def evenly_tokens(spec: DomainsSection, domains: int, tokens: int) -> int:
+    """Count the tokens that :func:`evenly` takes."""
+    return domains * min(spec.tokens, ceil_div(tokens, domains * spec.window) * spec.window)
 
 
 def text_moments(

@@ -113,7 +113,7 @@ class Token(Carver):
         """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
         spec = self.settings
         return Needs(
-            gram=True, groups=1, passes=1.7 + 0.4 * spec.repair + 0.8 * spec.passes, held=True, repair=spec.repair
+            gram=True, groups=1, passes=1.7 + 0.6 * spec.repair + 1.2 * spec.passes, held=True, repair=spec.repair
         )
 
     def closed_forms(self, shapes: Shapes) -> tuple[float, float]:
