@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from commands import moesmith
 from recording import record_routing
 from safetensors.torch import load_file
 from sources import IDS
@@ -25,6 +29,7 @@ from moesmith.mixture.count import parameters
 from moesmith.mixture.folder import layered_folder, load_folder
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.mixture.moe import build
+from moesmith.report.page import write_report
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import STOCK, save_tiny, tiny_parent
 
@@ -146,6 +151,15 @@ def test_a_conversion_leaves_layers_dense(family: str, tmp_path: Path, monkeypat
     run = convert("token", parent, ASSETS / "text", tmp_path / "run", settings=given)
     assert run.carving().widths().tolist() == [[64, 0], [40, 40], [40, 40]]
     assert run.metrics("export")["architecture"] in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+    iou_LEE = run.carving("carve").overlap()
+    assert run.metrics("carve")["overlap"] == pytest.approx(float(iou_LEE[1:, 0, 1].mean()), abs=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = write_report(tmp_path / "run").read_text()
+    assert not re.search(r"\bnan\b", page)
+    layers = json.loads(moesmith("inspect", tmp_path / "run", "--json").out)["layers"]
+    assert [row["channels"] for row in layers] == [[64], [40, 40], [40, 40]]
+    assert layers[0]["overlap"] is None
     assert read_json(run.model / "config.json")["mlp_only_layers"] == [0]
     with pytest.raises(MoesmithError, match="needs sensitivity above 0"):
         convert("token", parent, ASSETS / "text", tmp_path / "other", settings=[*given, "carve.sensitivity=0"])

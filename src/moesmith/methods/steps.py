@@ -263,10 +263,11 @@ class Carve(Step):
         carving.provenance = {"method": method.name, "parent": job.run.inputs} | method.provenance()
         carving.save(work)
         shutil.rmtree(work / LAYERS, ignore_errors=True)
-        iou_LEE = carving.overlap()[:, ~torch.eye(carving.experts, dtype=torch.bool)]
+        iou_LP = carving.overlap()[:, ~torch.eye(carving.experts, dtype=torch.bool)]
+        iou_N = iou_LP[~iou_LP.isnan()]
         found: dict[str, Any] = dict(method.metrics())
         found |= {"union": round(float(carving.union().mean()), 4)} | parameters(parent, carving)
-        return found | {"overlap": round(float(iou_LEE.mean()), 4) if iou_LEE.numel() else None}
+        return found | {"overlap": round(float(iou_N.mean()), 4) if len(iou_N) else None}
 
     def headline(self, metrics: Mapping[str, Any]) -> str:
         """Say how much experts have in common, and what the method says."""

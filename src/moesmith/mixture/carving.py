@@ -202,8 +202,8 @@ class Carving:
         return self.layers[layer].mask(self.d_ff)
 
     def overlap(self) -> Tensor:
-        """Compare every two experts' channels: intersection over union, (L, E, E) in [0, 1]; 0 where one is missing."""
-        found = torch.zeros(len(self.layers), self.experts, self.experts)
+        """Compare two experts' channels: intersection over union, (L, E, E) in [0, 1]; NaN where one is missing."""
+        found = torch.full((len(self.layers), self.experts, self.experts), torch.nan)
         for index, layer in enumerate(self.layers):
             mask_EF = self.mask(index).float()
             both_EE = mask_EF @ mask_EF.T

@@ -125,17 +125,17 @@ def overlap_figure(iou_LEE: ArrayLike, union_L: ArrayLike | None = None) -> Figu
     """Draw channel overlap: the experts' mean IoU matrix, and its range and the union's share over layers.
 
     Args:
-        iou_LEE: intersection over union of every two experts, (L, E, E).
+        iou_LEE: intersection over union of every two experts, (L, E, E); NaN where a layer has fewer.
         union_L: share of the parent's channels that any expert keeps, (L,).
     """
     from matplotlib.colors import Normalize
 
-    iou_LEE = np.asarray(iou_LEE, float)
+    iou_LEE = np.ma.masked_invalid(np.asarray(iou_LEE, float))
     layers, experts, _ = iou_LEE.shape
     figure = style.new_figure(style.WIDTH, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1, 2])
     pairs_LP = iou_LEE[:, *np.triu_indices(experts, 1)] if experts > 1 else np.ones((layers, 1))
-    shown_EE = np.where(np.eye(experts, dtype=bool), np.nan, iou_LEE.mean(0))
+    shown_EE = np.where(np.eye(experts, dtype=bool), np.nan, iou_LEE.mean(0).filled(np.nan))
     style.dress(left, title="Mean over layers")
     norm = Normalize(pairs_LP.mean(0).min() - 0.02, pairs_LP.mean(0).max() + 0.02)
     image = style.heatmap(left, shown_EE, norm, "Blues")
@@ -165,7 +165,7 @@ def overlap_layers_figure(iou_LEE: ArrayLike) -> Figure:
     """Draw the IoU matrix of every layer (L, E, E) as small multiples on one scale."""
     from matplotlib.colors import Normalize
 
-    iou_LEE = np.asarray(iou_LEE, float)
+    iou_LEE = np.ma.masked_invalid(np.asarray(iou_LEE, float))
     layers, experts, _ = iou_LEE.shape
     columns = min(10, layers)
     rows = ceil_div(layers, columns)
@@ -178,7 +178,7 @@ def overlap_layers_figure(iou_LEE: ArrayLike) -> Figure:
         if index >= layers:
             axes.set_axis_off()
             continue
-        image = style.heatmap(axes, np.where(off, iou_LEE[index], np.nan), norm, "Blues")
+        image = style.heatmap(axes, np.where(off, iou_LEE[index].filled(np.nan), np.nan), norm, "Blues")
         axes.set_box_aspect(1)
         axes.set_xticks([])
         axes.set_yticks([])

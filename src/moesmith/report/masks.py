@@ -23,16 +23,17 @@ def chance(share_LE: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64
     """Compute the overlap and union that random channels would give experts of these widths, per layer (L,).
 
     Args:
-        share_LE: each expert's share of the channels, (L, E).
+        share_LE: each expert's share of the channels, (L, E); 0 where a layer has fewer.
 
     Returns:
-        The mean IoU of pairs, |A∩B| / |A∪B| = ab / (a + b − ab), and the union's share, 1 − Π (1 − a).
+        The mean IoU of pairs, |A∩B| / |A∪B| = ab / (a + b − ab), NaN where there are none, and the union's share,
+        1 − Π (1 − a).
     """
-    share_LE = np.asarray(share_LE, float)
+    share_LE = np.ma.masked_equal(np.asarray(share_LE, float), 0)
     first, second = np.triu_indices(share_LE.shape[1], 1)
     both_LP = share_LE[:, first] * share_LE[:, second]
     iou_LP = both_LP / (share_LE[:, first] + share_LE[:, second] - both_LP)
-    return iou_LP.mean(1), 1 - (1 - share_LE).prod(1)
+    return np.ma.filled(iou_LP.mean(1), np.nan), 1 - (1 - share_LE.filled(0)).prod(1)
 
 
 def layers_figure(

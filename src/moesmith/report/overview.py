@@ -74,20 +74,14 @@ def _gate_line(gate: dict[str, Any]) -> str:
 
 
 def _layers(carving: Carving) -> list[dict[str, Any]]:
-    iou_LEE, widths_LE, union_L = carving.overlap(), carving.widths(), carving.union()
-    experts = carving.experts
-    pairs = experts * (experts - 1)
-    layers: list[dict[str, Any]] = [
-        {
-            "layer": index,
-            "channels": widths_LE[index].tolist(),
-            "overlap": float((iou_LEE[index].sum() - experts) / pairs) if pairs else None,
-            "union": float(union_L[index]),
-        }
-        for index in range(len(carving.layers))
-    ]
-    for layer, attention in zip(layers, carving.attention, strict=bool(carving.attention)):
-        layer |= {"qk": attention.width_qk, "vo": attention.width_vo}
+    iou_LEE, union_L = carving.overlap(), carving.union()
+    layers: list[dict[str, Any]] = []
+    for index, layer in enumerate(carving.layers):
+        E = len(layer.routed)
+        overlap = float((iou_LEE[index, :E, :E].sum() - E) / (E * (E - 1))) if E > 1 else None
+        layers.append({"layer": index, "channels": layer.widths, "overlap": overlap, "union": float(union_L[index])})
+    for row, attention in zip(layers, carving.attention, strict=bool(carving.attention)):
+        row |= {"qk": attention.width_qk, "vo": attention.width_vo}
     return layers
 
 

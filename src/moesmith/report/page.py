@@ -227,17 +227,18 @@ def _overlap(source: Source) -> dict[str, Any]:
     iou, union, widths = (x.numpy().astype(float) for x in (carving.overlap(), carving.union(), carving.widths()))
     pairs = iou[:, *np.triu_indices(carving.experts, 1)]
     random_iou, random_union = masks.chance(widths / carving.d_ff)
+    kept = widths[widths > 0]  # a dense layer has one expert, and nothing to compare it with
     return {
         "figure": source.picture(figures.overlap_figure(iou, union), "overlap", "Overlap of the experts' channels"),
         "layers": source.picture(
             figures.overlap_layers_figure(iou), "overlaps", "Overlap of the experts' channels by layer"
         ),
-        "mean": float(pairs.mean()),
-        "random": float(random_iou.mean()),
+        "mean": float(np.nanmean(pairs)),
+        "random": float(np.nanmean(random_iou)),
         "union": float(union.mean()),
         "random_union": float(random_union.mean()),
-        "width": round(float(widths.mean())),
-        "even": len(set(widths.ravel())) == 1,
+        "width": round(float(kept.mean())),
+        "even": len(set(kept)) == 1,
         "d_ff": carving.d_ff,
     }
 
