@@ -34,7 +34,7 @@ def test_rounds_cost_what_the_refitted_error_grows_by() -> None:
     down_DF = torch.randn(5, 12, generator=generator)
     gram_FF, total = a_TF.T @ a_TF / len(a_TF), 0.0
     for left_F, cost in eliminated(down_DF, gram_FF, [3, 3, 2, 3], ridge=1e-6):
-        total += cost
+        total += float(cost)
         refitted_DF = refit_down(down_DF, gram_FF, left_F, ridge=1e-6)
         error_TD = a_TF @ down_DF.T - a_TF[:, left_F] @ refitted_DF.T
         assert total == pytest.approx(float(error_TD.square().sum(-1).mean()), rel=1e-3)

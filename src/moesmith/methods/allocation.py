@@ -30,9 +30,9 @@ from moesmith.methods.groups import Fitting, Groups
 from moesmith.methods.refit import eliminate_work, eliminated
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.sensitivity import information_of, measure
-from moesmith.methods.steps import evenly, evenly_tokens, waiting_room
+from moesmith.methods.steps import as_fits, evenly, evenly_tokens, waiting_room
 from moesmith.mixture.home import ALIGN, aligned
-from moesmith.parent.accelerator import closed_form_device, halving
+from moesmith.parent.accelerator import closed_form_device
 from moesmith.parent.network import Network
 from moesmith.run.folder import Run
 from moesmith.run.shapes import Pace, Shapes
@@ -78,7 +78,7 @@ class Allocation(Step):
                     for view in stream.views(generator)
                 ]
 
-        curves = run(BATCH) if crew().size > 1 else halving(self.name, parent.device, BATCH, run)
+        curves = as_fits(self.name, parent, BATCH, run)
         choose = dense_or_even if self.dense else widths_of
         widths = choose(curves, parent.F, parent.L * kept_channels(parent.F, self.ratio), step)
         if crew().first:
@@ -138,7 +138,7 @@ def losses(network: Network, tokens: Tokens, information_DD: Tensor, step: int, 
     down_DF = replace(tokens, root_DD=root_DD).felt(network.down_DF.float().T).T
     found = [0.0]
     for _, cost in eliminated(down_DF, gram_FF, [step] * ((len(gram_FF) - 1) // step), ridge):
-        found.append(found[-1] + unit * cost)
+        found.append(found[-1] + unit * float(cost))
     return found
 
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from moesmith.console import meter
 from moesmith.files.artefact import read_tensors
 from moesmith.files.write import write_tensors
-from moesmith.methods.steps import evenly, evenly_tokens
+from moesmith.methods.steps import as_fits, evenly, evenly_tokens
 from moesmith.methods.taylor import refuse_gradients
-from moesmith.parent.accelerator import halving, has_double
+from moesmith.parent.accelerator import has_double
 from moesmith.parent.head import Head, head_of
 from moesmith.parent.hooks import hidden_output, hooked
 from moesmith.parent.load import Parent
@@ -141,7 +141,7 @@ def information(parent: Parent, ids_NS: Tensor, seed: int = 0) -> Tensor:
                 bar.advance(ids_BS.numel())
         return sum_LDD, count_L
 
-    sum_LDD, count_L = run(BATCH) if team.size > 1 else halving("sensitivity", parent.device, BATCH, run)
+    sum_LDD, count_L = as_fits("sensitivity", parent, BATCH, run)
     team.add(sum_LDD, count_L)
     return sum_LDD / count_L.clamp_min(1)[:, None, None]
 

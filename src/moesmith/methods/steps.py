@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from moesmith.methods.base import Carver
     from moesmith.run.recipe import Recipe
     from moesmith.run.shapes import Pace, Shapes
+
+T = TypeVar("T")
 
 
 class Domains(Step):
@@ -132,6 +134,14 @@ class ChannelMoments(Step):
 def first(windows: Tensor, tokens: int | None) -> Tensor:
     """Take the first windows (N, window) that hold ``tokens`` tokens; all of them if ``None``."""
     return windows if tokens is None else windows[: ceil_div(tokens, windows.shape[1])]
+
+
+def as_fits(label: str, parent: Parent, batch: int, run: Callable[[int], T]) -> T:
+    """Run with batches of a size, and out of an accelerator's memory again with less.
+
+    In several processes one alone cannot try again: the others wait for its share.
+    """
+    return run(batch) if crew().size > 1 else halving(label, parent.device, batch, run)
 
 
 def evenly(run: Run, names: Sequence[str], tokens: int) -> Tensor:
@@ -252,8 +262,7 @@ class Carve(Step):
         def made(carving: Carving) -> Any:
             return lambda index: carved_layer(parent, carving, index)
 
-        # out of memory, one process alone cannot try again with less: the others wait for its share
-        layers = run(BATCH) if crew().size > 1 else halving(self.name, parent.device, BATCH, run)
+        layers = as_fits(self.name, parent, BATCH, run)
         crew().exchange(None)
         if not crew().first:
             return {}

@@ -134,7 +134,8 @@ class Carving:
     @property
     def sparse(self) -> list[Layer]:
         """The layers that are not :attr:`dense`."""
-        return [layer for index, layer in enumerate(self.layers) if index not in self.dense]
+        dense = self.dense
+        return [layer for index, layer in enumerate(self.layers) if index not in dense]
 
     @property
     def alike(self) -> bool:

@@ -67,8 +67,8 @@ class Export(Step):
     """Write ``RUN/model`` and compare its logits with the carving's own.
 
     It is in the parent's stock MoE architecture, or in moesmith's own if no stock architecture holds the carving: a
-    parent without a gate, a router that is not linear, layers that differ in experts or top-k, or attention masked by
-    token. If it is attention alone, ``RUN/stock`` is written as well. Both are written and compared under hidden names,
+    parent without a gate, a router that is not linear, layers that differ in experts, top-k or width, or attention
+    masked by token. If it is attention alone, ``RUN/stock`` is written as well. Both are written and compared under hidden names,
     and get their real names when the step's manifest lists them: nothing unproved ever has that name, and only what a
     manifest lists is replaced.
     """

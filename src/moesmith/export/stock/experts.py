@@ -78,8 +78,7 @@ class StockLayer:
     @property
     def level(self) -> bool:
         """Whether all chosen experts must weigh the same."""
-        several = self.layer.mix == "sum" and self.layer.top_k > 1
-        return several or not (self.home.divided or self.index in self.home.dense)
+        return (self.layer.mix == "sum" and self.layer.top_k > 1) or not self.home.divided
 
     @property
     def factor(self) -> int:
