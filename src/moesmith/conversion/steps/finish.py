@@ -68,9 +68,9 @@ class Export(Step):
 
     It is in the parent's stock MoE architecture, or in moesmith's own if no stock architecture holds the carving: a
     parent without a gate, a router that is not linear, layers that differ in experts, top-k or width, or attention
-    masked by token. If it is attention alone, ``RUN/stock`` is written as well. Both are written and compared under hidden names,
-    and get their real names when the step's manifest lists them: nothing unproved ever has that name, and only what a
-    manifest lists is replaced.
+    masked by token. If it is attention alone, ``RUN/stock`` is written as well. Both are written and compared under
+    hidden names, and get their real names when the step's manifest lists them: nothing unproved ever has that name, and
+    only what a manifest lists is replaced.
     """
 
     name, shared, parallel = "export", False, True  # shared: the model itself is stored elsewhere
