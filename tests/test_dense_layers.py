@@ -18,6 +18,7 @@ from sources import IDS
 from moesmith.bench.bounds import of_folder
 from moesmith.conversion.convert import convert
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.routing import Routing
 from moesmith.export.target import Options, Source
 from moesmith.export.targets import TARGETS
 from moesmith.export.verify import run as forward
@@ -29,6 +30,7 @@ from moesmith.mixture.count import parameters
 from moesmith.mixture.folder import layered_folder, load_folder
 from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.mixture.moe import build
+from moesmith.report.numbers import number
 from moesmith.report.page import write_report
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import STOCK, save_tiny, tiny_parent
@@ -157,6 +159,8 @@ def test_a_conversion_leaves_layers_dense(family: str, tmp_path: Path, monkeypat
         warnings.simplefilter("error")
         page = write_report(tmp_path / "run").read_text()
     assert not re.search(r"\bnan\b", page)
+    routing = Routing.load(run.path("evaluate") / "routing.npz")
+    assert f"router probabilities: mean {number(routing.entropy_L[1:].mean())};" in page  # the dense layer has none
     layers = json.loads(moesmith("inspect", tmp_path / "run", "--json").out)["layers"]
     assert [row["channels"] for row in layers] == [[64], [40, 40], [40, 40]]
     assert layers[0]["overlap"] is None

@@ -97,6 +97,7 @@ def test_extreme_values_still_draw() -> None:
     wide = np.full((50, 64), 1 / 64)
     to_svg(figures.load_figure(wide), "c", "")
     to_svg(figures.domain_figure(wide[:3], ["a", "b", "a_very_long_domain_name"]), "d", "")
+    to_svg(figures.parting_figure(np.zeros((90, 1)), [f"domain {i}" for i in range(90)]), "e", "")
 
 
 def test_a_name_is_never_a_formula() -> None:
@@ -104,6 +105,7 @@ def test_a_name_is_never_a_formula() -> None:
     for figure in (
         figures.affinity_figure(np.eye(2), [name, "b"]),
         figures.domain_figure([[0.5, 0.5]], [name]),
+        figures.parting_figure([[0.5, 0.5]], [name]),
         figures.stages_figure({name: {name: 3.0}}, {name: 3.0}),
     ):
         assert name in text_of(figure)
@@ -213,7 +215,7 @@ class Reader(HTMLParser):
 def test_page_has_every_section_with_its_figures(page: str) -> None:
     found = Reader(page)
     assert tuple(found.sections) == SECTIONS
-    assert found.figures == {"perplexity": 1, "affinity": 1, "overlap": 2, "training": 1, "routing": 3}
+    assert found.figures == {"perplexity": 1, "affinity": 1, "overlap": 2, "training": 1, "routing": 4}
     assert "absent" not in re.sub(r"<style>.*?</style>|<noscript>.*?</noscript>", "", page, flags=re.DOTALL)
     assert "11.00</strong> for the dense parent" in page
     assert "16.50</strong> for the converted model (× 1.50)" in page
@@ -265,6 +267,15 @@ def test_missing_parts_are_one_sentence(tmp_path: Path) -> None:
     assert len(re.findall(r'<p class="absent">(?!The colours)', text)) == 6
     assert tuple(Reader(text).sections) == SECTIONS
     assert "svg" not in Reader(text).tags
+
+
+def test_experts_of_no_domain_are_not_added_up_over_layers(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path)
+    (folder / "stages" / "affinity" / "clusters.json").unlink()  # every layer has groups of its own
+    found = Reader(write_report(folder).read_text())
+    assert "Where each domain goes" not in found.sections["routing"]
+    assert "How domains differ" in found.sections["routing"]
+    assert found.figures["routing"] == 3
 
 
 def test_damaged_part_is_named_and_the_rest_stays(tmp_path: Path) -> None:

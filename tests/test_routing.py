@@ -140,6 +140,9 @@ def test_routing_numbers_by_hand(tmp_path: Path) -> None:
     assert routing.load_LE.tolist() == [[0.5, 0.5, 0, 0], [7 / 16, 5 / 16, 2 / 16, 2 / 16]]
     assert routing.share().tolist() == [[10 / 16, 2 / 16, 2 / 16, 2 / 16], [5 / 16, 11 / 16, 0, 0]]
     assert routing.share(0).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0]]
+    # 4 of a's 8 choices in layer 0 would have to move to be half and half; in layer 1 shares are 4, 4, 4, 4 of 16
+    # beside 7, 5, 2, 2: 3 and 1 too few, 2 and 2 too many
+    assert routing.parting_DL.tolist() == [[0.5, 4 / 16], [0.5, 4 / 16]]
     np.testing.assert_allclose(routing.entropy_L, [0, 0.5])
     np.testing.assert_allclose(routing.balance_L[0], 0.5)  # two of four equally: log 2 / log 4
     assert routing.dead(0.05) == [(0, 2, 0.0), (0, 3, 0.0)]

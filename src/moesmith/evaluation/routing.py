@@ -91,6 +91,16 @@ class Routing:
         return _shares(self.counts_DLE.sum(1) if layer is None else self.counts_DLE[:, layer])
 
     @property
+    def parting_DL(self) -> NDArray[np.float64]:
+        """Part of a domain's choices that would have to change to be those of all text, by layer, (D, L) in [0, 1].
+
+        The total variation distance of two distributions over a layer's experts. Experts of different layers are not
+        added up: where every layer groups its own tokens, their numbers have nothing in common.
+        """
+        share_DLE = _shares(self.counts_DLE)
+        return np.abs(share_DLE - self.load_LE).sum(-1) / 2
+
+    @property
     def entropy_L(self) -> NDArray[np.float64]:
         """Mean entropy of a token's router probabilities over log E, (L,) in [0, 1]; 0 means a certain router."""
         return self._over_log(np.average(self.entropy_DL, axis=0, weights=self.tokens_D))

@@ -345,6 +345,28 @@ def domain_figure(share_DE: ArrayLike, names: Sequence[str], home: Sequence[int 
     return figure
 
 
+def parting_figure(parting_DL: ArrayLike, names: Sequence[str]) -> Figure:
+    """Draw how far each domain's choices (rows) are from those of all text, by layer (columns).
+
+    Args:
+        parting_DL: (D, L) in [0, 1] (``Routing.parting_DL``).
+        names: the D domains.
+    """
+    from matplotlib.colors import Normalize
+
+    percent_DL = 100 * np.asarray(parting_DL, float)
+    domains, layers = percent_DL.shape
+    figure = style.new_figure(style.WIDTH, min(0.22, 9 / domains) * domains + 0.9)
+    axes = figure.add_subplot()
+    style.dress(axes, "layer")
+    image = style.heatmap(axes, percent_DL, Normalize(0, max(float(percent_DL.max()), 1.0)), "Blues")
+    layer_ticks(axes, layers)
+    step = ceil_div(domains, 56)
+    axes.set_yticks(range(0, domains, step), [style.plain(name) for name in names[::step]])
+    style.colourbar(figure, image, axes, "choices unlike those of all text (%)")
+    return figure
+
+
 def entropy_figure(entropy_L: ArrayLike, balance_L: ArrayLike) -> Figure:
     """Draw two entropies per layer over log E: of a token's router probabilities, and of the experts' load."""
     layers = len(np.asarray(entropy_L))

@@ -311,31 +311,39 @@ def _routing(source: Source) -> dict[str, Any]:
     if routing.experts < 2:
         raise AbsentError
     names = source.in_order(routing.domains)
-    share = routing.share()[[routing.domains.index(name) for name in names]]
+    rows = [routing.domains.index(name) for name in names]
+    share, parting = routing.share()[rows], dict(zip(routing.domains, routing.parting_DL, strict=True))
+    apart = sorted(((float(row_L.mean()), name) for name, row_L in parting.items()), reverse=True)
     home = [source.home.get(name) for name in names]
     own = [float(share[i, expert]) for i, expert in enumerate(home) if expert is not None]
     dead: dict[int, list[tuple[int, float]]] = {}
     for layer, expert, load in routing.dead(DEAD):
         dead.setdefault(layer, []).append((expert, load))
-    entropy, balance, load_LE = routing.entropy_L, routing.balance_L, routing.load_LE
+    several_L = routing.sizes_L > 1  # a dense layer chooses nothing
+    load_LE = np.where(routing.present_LE & several_L[:, None], routing.load_LE, np.nan)
+    entropy, balance = (np.where(several_L, each_L, np.nan) for each_L in (routing.entropy_L, routing.balance_L))
     return {
-        "load": source.picture(
-            figures.load_figure(np.where(routing.present_LE, load_LE, np.nan), DEAD),
-            "load",
-            "Share of choices per expert and layer",
+        "load": source.picture(figures.load_figure(load_LE, DEAD), "load", "Share of choices per expert and layer"),
+        # an expert's number means the same in all layers only where it was made for the same domains
+        "domains": source.picture(figures.domain_figure(share, names, home), "domains", "Experts chosen per domain")
+        if source.home
+        else "",
+        "parting": source.picture(
+            figures.parting_figure([parting[name] for _, name in apart], [name for _, name in apart]),
+            "parting",
+            "How a domain's choices differ, per layer",
         ),
-        "domains": source.picture(figures.domain_figure(share, names, home), "domains", "Experts chosen per domain"),
+        "apart": apart,
         "entropy": source.picture(figures.entropy_figure(entropy, balance), "entropy", "Routing entropy per layer"),
         "dead": dead,
         "count": sum(len(row) for row in dead.values()),
-        "all": int(routing.sizes_L.sum()),
+        "all": int(routing.sizes_L[several_L].sum()),
         "threshold": DEAD / routing.experts,
         "tokens": int(routing.tokens_D.sum()),
         "uniform": 1 / routing.experts,
         "own": statistics.mean(own) if own else None,
-        "mean_entropy": float(entropy.mean()),
-        "mean_balance": float(balance.mean()),
-        "busiest": float(load_LE.max()),
+        "mean_entropy": float(np.nanmean(entropy)),
+        "mean_balance": float(np.nanmean(balance)),
     }
 
 
