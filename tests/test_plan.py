@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +70,39 @@ def test_disk_is_foretold(preset: str, settings: list[str], home: Path, tmp_path
     plan = make_plan(parse(run.settings, stored=True), load_skeleton(str(tmp_path / "m")), 4)
     used = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     assert plan.disk == pytest.approx(used, rel=0.3)
+
+
+@pytest.mark.parametrize("allocation", ["dense", "sensitivity"])
+def test_layers_that_differ_are_all_counted(allocation: str) -> None:
+    skeleton = load_skeleton(str(ROOT / "examples" / "configs" / "tinyllama-1.1b.json"))
+    even, uneven = (
+        make_plan(load_recipe("token", None, [f"carve.allocation={how}"]), skeleton, 8) for how in ("even", allocation)
+    )
+    assert uneven.memory == pytest.approx(
+        even.memory, rel=0.2
+    )  # as many channels on average; a dense layer has one copy
+    assert uneven.disk == pytest.approx(even.disk, rel=0.2)
+
+
+def test_matrices_of_experts_are_on_disk(home: Path, tmp_path: Path) -> None:
+    """Token carving keeps every expert's three matrices: once by layer, once in the carving, once in the model."""
+    skeleton = load_skeleton(str(ROOT / "examples" / "configs" / "tinyllama-1.1b.json"))
+    plan = make_plan(load_recipe("token", None, ["stage2.tokens=0"]), skeleton, 8)
+    experts = 22 * 8 * 3 * 2048 * 2816 * 2
+    assert 2 * experts < plan.disk < 2.3 * experts
+    assert plan.disk_passing >= experts
+
+
+def test_what_is_there_needs_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = load_skeleton(save_tiny("llama", tmp_path / "m"))
+    plan = make_plan(load_recipe("dive-1of8", None, tiny_settings("dive-1of8")), parent, 4)
+    needs = plan.disk + plan.disk_passing
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needs // 2))
+    with pytest.raises(MoesmithError, match="of disk"):
+        check_room(plan, tmp_path / "run", parent, 2**40)
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    (tmp_path / "run" / "stages" / "half").write_bytes(bytes(needs - needs // 2))
+    check_room(plan, tmp_path / "run", parent, 2**40)
 
 
 def test_what_does_not_fit_is_run_layer_by_layer(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def plan(
         ("channels per expert", f"{result['expert_width']:,}"),
         ("peak memory" if ranks == 1 else "peak memory of a process", f"{result['memory'] / 2**30:.1f} GiB"),
         ("peak memory, layer by layer", _gigabytes(result["memory_layerwise"])),
-        ("disk", f"{result['disk'] / 2**30:.2f} GiB"),
+        ("disk", f"{result['disk'] / 2**30:.2f} GiB, and {result['disk_passing'] / 2**30:.2f} GiB while it works"),
         ("domains", f"{result['domains']}"),
         ("computes in", result["computes"]),
     ]

@@ -40,6 +40,7 @@ class Plan:
     ``device`` and ``dtype`` are what models compute with, ``products`` the FLOPs per second that chose the dtype.
     ``memory`` is the peak with models whole in memory, ``memory_layerwise`` with one layer at a time, mapped weights
     included; ``None`` if a stage needs gradients and there is one process: of several, each holds a part.
+    ``disk`` is what a run leaves, ``disk_passing`` the most that a stage has on disk besides while it works.
     """
 
     parent_parameters: int
@@ -50,6 +51,7 @@ class Plan:
     memory: int
     memory_layerwise: int | None
     disk: int
+    disk_passing: int
     calibration_tokens: int
     affinity_tokens: int
     training_tokens: int
@@ -92,6 +94,7 @@ def make_plan(recipe: Recipe, parent: Parent, domains: int, pace: Pace | None = 
         memory=_memory(shapes, costs),
         memory_layerwise=None if None in layers else _memory_layerwise(shapes, [size or 0 for size in layers]),
         disk=round(sum(cost.disk for cost in costs) + COMPANIONS),
+        disk_passing=max(cost.passing for cost in costs),
         **{f"{kind}_tokens": sum(cost.tokens for cost in costs if cost.kind == kind) for kind in KINDS},
         device=str(choice.device),
         dtype=long_name(choice.dtype),
@@ -132,13 +135,13 @@ def _seconds(costs: Sequence[Cost], ranks: int = 1) -> dict[str, float]:
 
 def _memory(s: Shapes, costs: Sequence[Cost]) -> int:
     """Add up parent, sliced model and the most that one step has in memory on top of them."""
-    return round(BASE + s.dense * s.itemsize + s.experts * s.itemsize + s.down + max(cost.memory for cost in costs))
+    return round(BASE + s.dense * s.itemsize + s.experts * s.itemsize + max(cost.memory for cost in costs))
 
 
 def _memory_layerwise(s: Shapes, layers: Sequence[int]) -> int:
     """Add up a layer of the mapped parent and the most that one step has on top of it."""
     mapped = (s.sizes.total // s.sizes.L + s.shell) * s.stored
-    return round(BASE + mapped + s.down + max(layers))
+    return round(BASE + mapped + max(layers))
 
 
 def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace: Pace) -> Recipe:
@@ -193,8 +196,9 @@ def check_room(plan: Plan, out: Path, parent: Parent, room: int | None = None) -
     while not folder.exists():
         folder = folder.parent
     left = shutil.disk_usage(folder).free
-    if plan.disk > left:
+    there = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file()) if folder == out.absolute() else 0
+    if (disk := plan.disk + plan.disk_passing - there) > left:
         raise MoesmithError(
-            f"the plan needs about {plan.disk / 2**30:.1f} GiB of disk, but {folder} has {left / 2**30:.1f} GiB",
+            f"the plan needs about {disk / 2**30:.1f} GiB of disk, but {folder} has {left / 2**30:.1f} GiB",
             "Free space or give an --out on another disk.",
         )

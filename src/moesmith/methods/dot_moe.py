@@ -157,7 +157,7 @@ class Assign(Step):
         trained = plan + sizes.L * sizes.D * shapes.E
         memory = 20 * trained + 16 * plan // sizes.L * spec.rounds
         memory += 2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 8 * sizes.F)
-        return Cost("training", spec.tokens, seconds, memory, None, 12 * trained, shapes.parted(memory))
+        return Cost("training", spec.tokens, seconds, memory, None, 4 * trained, 24 * trained, shapes.parted(memory))
 
 
 class Assignment(Beside):

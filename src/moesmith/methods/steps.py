@@ -201,23 +201,31 @@ class Begun:
         if self.kept:
             self.generator.set_state(torch.tensor(list(bytes.fromhex(known["random"])), dtype=torch.uint8))
             say(f"{self.name}: continuing at layer {self.kept}")
-        return [Carving.load(self.folder / f"{index}").layers[0] for index in range(self.kept)]
+        return [self.read(index) for index in range(self.kept)]
 
-    def keep(self, layers: Sequence[Layer]) -> None:
-        """Write the layers that are not there yet, unless the last ones were written a moment ago.
+    def keep(self, layers: list[Layer]) -> None:
+        """Write the layers that are not there yet, unless the last ones were written a moment ago; all must call it.
 
-        The state is written behind them and says how many count: a kill between two layers leaves the older state.
+        What was written is taken from there again: matrices of experts that are mapped files need no memory. The state
+        is written behind the layers and says how many count: a kill between two layers leaves the older state.
         """
-        if time.monotonic() - self.saved < SAVE_SECONDS:
+        if not crew().share(time.monotonic() - self.saved >= SAVE_SECONDS):
             return
-        for index in range(self.kept, len(layers)):
-            folder = self.folder / f"{index}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Carving([layers[index]], self.d_ff).save(folder)
-        random = bytes(self.generator.get_state().tolist()).hex()
-        state = {"layers": len(layers), "measured": self.method.measured, "random": random}
-        write_json(self.folder / "state.json", state)
+        if crew().first:
+            for index in range(self.kept, len(layers)):
+                folder = self.folder / f"{index}"
+                folder.mkdir(parents=True, exist_ok=True)
+                Carving([layers[index]], self.d_ff).save(folder)
+            random = bytes(self.generator.get_state().tolist()).hex()
+            state = {"layers": len(layers), "measured": self.method.measured, "random": random}
+            write_json(self.folder / "state.json", state)
+        crew().exchange(None)
+        layers[self.kept :] = [self.read(index) for index in range(self.kept, len(layers))]
         self.kept, self.saved = len(layers), time.monotonic()
+
+    def read(self, index: int) -> Layer:
+        """Read a layer that was written."""
+        return Carving.load(self.folder / f"{index}").layers[0]
 
 
 class Carve(Step):
@@ -252,8 +260,7 @@ class Carve(Step):
                         layer = method.carve(view)
                         layer.check(parent.D, parent.F)
                         layers.append(layer)
-                        if crew().first:
-                            begun.keep(layers)
+                        begun.keep(layers)
                     layer = layers[view.index]
                     so_far = replace(base, layers=[*layers, *[layer] * (parent.L - len(layers))])
                     stream.carved(lambda: parent.turned(layered(parent.model, made(so_far))).layer(view.index))  # noqa: B023
@@ -299,8 +306,9 @@ class Carve(Step):
         places = buffers(self.method.activations, held=needs.held, repair=needs.repair)
         states = places * tokens * sizes.D * shapes.itemsize
         waiting = min(states, waiting_room(shapes.parent))
-        disk = 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down + states - waiting
-        return Cost(seconds=seconds, memory=gram + waiting, layerwise=gram + waiting, disk=disk)
+        disk = 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.own
+        passing = shapes.own + states - waiting  # layers are kept one by one before they are one file
+        return Cost(seconds=seconds, memory=gram + waiting, layerwise=gram + waiting, disk=disk, passing=passing)
 
 
 def around(parent: Parent, carving: Carving) -> Layered:

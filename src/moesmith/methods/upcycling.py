@@ -8,7 +8,6 @@ calibration text.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,8 +24,8 @@ from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.parent.network import Network
 from moesmith.run.folder import Run
-from moesmith.run.shapes import Pace, Shapes
-from moesmith.run.step import Cost, Job, Step
+from moesmith.run.shapes import Shapes
+from moesmith.run.step import Job, Step
 
 
 class Copied(Routed):
@@ -81,15 +80,6 @@ class Upcycling(Carver):
         return [f"{spec.experts} experts, {spec.top_k} active per token, each a copy of the whole FFN"]
 
 
-class CarveOwn(Carve):
-    """Step *carve* of experts that have all matrices to themselves."""
-
-    def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
-        """Add the experts' matrices, which the carving holds and writes."""
-        found, own = super().cost(shapes, pace), shapes.experts * shapes.stored
-        return replace(found, memory=found.memory + own, layerwise=(found.layerwise or 0) + own, disk=found.disk + own)
-
-
 @register
 class DropUpcycling(Upcycling):
     """Copies in which a share of the channels is drawn again, other ones in every expert."""
@@ -105,7 +95,7 @@ class DropUpcycling(Upcycling):
 
     def steps(self) -> list[Step]:
         """List the only step."""
-        return [CarveOwn(self.recipe, self)]
+        return [Carve(self.recipe, self)]
 
     def outline(self, parent: Parent) -> Carving:
         """Experts with matrices of their own."""

@@ -47,9 +47,14 @@ class Expert:
         return len(self.channels)
 
     @property
+    def changed(self) -> int:
+        """How many of its matrices are not the parent's."""
+        return sum(part is not None for part in (self.gate_FD, self.up_FD, self.down_DF))
+
+    @property
     def plain(self) -> bool:
         """Whether its matrices are the parent's own."""
-        return self.down_DF is None and not self.trained
+        return self.changed == 0
 
     @property
     def trained(self) -> bool:

@@ -41,7 +41,7 @@ class Shapes:
         sizes: the parent's widths.
         domains: how many domains of text.
         kept: channels of an expert.
-        used: channels that a token uses, those of a shared expert included.
+        used: channels that a token uses, those of a shared expert included, mean over layers.
         E, K: experts of a layer, and of a token.
         refit: whether experts have a ``down_proj`` of their own.
         trained: whether a stage trains the experts, so that they are no subsets of the parent's channels.
@@ -50,8 +50,8 @@ class Shapes:
         counts: parameters of the parent, in total and active.
         dense, total, stock_total: parameters of the parent, of the model, and of its stock twin.
         experts: parameters of all experts, sliced.
-        layer, shell: parameters of one layer of the mixture, and of embedding and head.
-        down: bytes of all refitted matrices.
+        layer, shell: parameters of the mixture's largest layer, and of embedding and head.
+        own: bytes of the matrices that experts have to themselves, refitted or trained, in a carving.
         share, active: the share of the parent's blocks that a token uses, and the share of time that this takes.
     """
 
@@ -71,12 +71,12 @@ class Shapes:
         self.counts = parameters(parent, carving, self.native)
         self.stock_total = 0 if parent.family == NATIVE else parameters(parent, carving, False)["parameters_total"]
         self.dense, self.total = self.counts["parent_parameters"], self.counts["parameters_total"]
-        first = carving.layers[0]
-        self.used = first.active_width
-        self.experts = L * self.matrices * D * sum(expert.width for expert in first.experts)
-        self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + self.experts // L
+        self.used = round(sum(layer.active_width for layer in carving.layers) / L)
+        layers = [self.matrices * D * sum(expert.width for expert in layer.experts) for layer in carving.layers]
+        self.experts = sum(layers)
+        self.layer = self.sizes.attention(self.sizes.h, self.sizes.h) + max(layers)
         self.shell = max(0, self.dense - self.sizes.total)
-        self.down = L * self.E * D * self.kept * self.stored if self.refit else 0
+        self.own = D * self.stored * sum(e.width * e.changed for layer in carving.layers for e in layer.experts)
         self.share = 1 - L * self.sizes.ffn(F - self.used) / self.sizes.total
         self.active = SPARSE * self.share
 

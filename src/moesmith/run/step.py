@@ -53,6 +53,7 @@ class Cost:
         memory: bytes on top of the parent, and of the mixture if there already is one.
         layerwise: the same with one layer in memory at a time; ``None`` if the whole model must be in memory.
         disk: bytes that it leaves on disk.
+        passing: bytes on disk besides, only while it works.
         spread: where several processes can hold a part of the models each: the bytes that they share out, and those
             that each needs besides; ``None`` where they cannot.
     """
@@ -63,6 +64,7 @@ class Cost:
     memory: int = 0
     layerwise: int | None = 0
     disk: int = 0
+    passing: int = 0
     spread: tuple[int, int] | None = None
 
     def one_layer(self, ranks: int) -> int | None:

@@ -239,13 +239,17 @@ class Train(Step):
         memory = 2 * spec.micro_batch * spec.window * kept
         if spec.gate == "dense" and shapes.refit:
             memory += 2 * sizes.L * sizes.D * sizes.F * shapes.E * shapes.itemsize
-        # fp32 master, two moments, gradient and a copy in the model's dtype; only the masters stay
-        weights = sizes.L * shapes.E * spec.lora_rank * shapes.matrices * (sizes.D + shapes.kept)
-        weights += shapes.experts if spec.whole else 0
-        disk = 4 * weights + 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D) + shapes.down
+        lora = sizes.L * shapes.E * spec.lora_rank * shapes.matrices * (sizes.D + shapes.kept)
+        weights = lora + (shapes.experts if spec.whole else 0)
+        disk = 4 * lora + 4 * sizes.L * shapes.E * (shapes.kept + 2 * sizes.D)
+        disk += shapes.experts * shapes.stored if spec.whole else shapes.own
+        passing = 2 * 12 * weights  # fp32 masters and two moments: a checkpoint is written before the last one goes
+        # those, gradient and a copy in the model's dtype
         models = ((1 + distilled) * sizes.total + shapes.experts) * shapes.itemsize + 20 * weights
         whole = (2 * shapes.layer + (1 + distilled) * shapes.shell) * shapes.itemsize  # two layers at a time, the ends
-        return Cost("training", spec.tokens, seconds, memory + 20 * weights, None, disk, (models, whole + memory))
+        return Cost(
+            "training", spec.tokens, seconds, memory + 20 * weights, None, disk, passing, (models, whole + memory)
+        )
 
 
 class TrainRouter(Train):

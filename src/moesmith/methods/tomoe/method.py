@@ -226,6 +226,5 @@ class LearnMasks(Step):
         seconds = spec.tokens * (3.0 / pace.blocks + 3 * LOSS / pace.head) if pace else 0.0
         trained = sizes.trained(shapes.E)
         memory = 20 * trained + 2 * spec.micro_batch * spec.window * sizes.L * (10 * sizes.D + 6 * sizes.F)
-        carving = 4 * sizes.L * shapes.E * (shapes.kept + sizes.D)
-        disk = 12 * trained + carving
-        return Cost("training", spec.tokens, seconds, memory, None, disk, shapes.parted(memory))
+        disk = 4 * trained + 4 * sizes.L * shapes.E * (shapes.kept + sizes.D)
+        return Cost("training", spec.tokens, seconds, memory, None, disk, 24 * trained, shapes.parted(memory))
