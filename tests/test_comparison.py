@@ -260,6 +260,50 @@ def test_models_can_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert compare(spec(rows=ROWS[:1], keep=False), out, model=MODEL, data=DATA)["rows"] == result["rows"]
 
 
+def test_a_row_that_reads_another_comes_after_it(tmp_path: Path) -> None:
+    """Wherever it is in the file; then what it read is dropped as well, with the files of the benchmark."""
+    rows = [
+        {"name": "few", "control": {"quant": "q8_0", "of": "token-ratio-0.25"}},
+        ROWS[2] | {"speed": ["bf16"]},
+    ]
+    out, measure = tmp_path / "out", VALUES["measure"] | {"speed": {"prompt": 32, "new": 4, "rounds": 1}}
+    given: dict[str, Any] = {"model": MODEL, "data": DATA, "dtype": "fp32"}
+    result = compare(spec(rows=rows, measure=measure, keep=False), out, **given)
+    assert row(result, "few")["groups"]["all"]["value"] > 0
+    for name in ("token-ratio-0.5", "token-ratio-0.25"):
+        left = {path.name for path in (out / "runs" / name).iterdir()}
+        assert not {"model", "bench", "bench.json"} & left
+        assert (out / "speed" / f"{name}.json").is_file()
+
+
+def test_a_row_is_timed_again_as_the_specification_says(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """And a benchmark of the run's own stays."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(made[0] / "runs" / "static", run)
+    (run / "bench.json").write_text("hours of work")
+    given: dict[str, Any] = {"model": MODEL, "data": DATA, "dtype": "fp32"}
+    prompts = []
+    for prompt in (16, 32, 32):
+        rows = [{"name": "mine", "run": str(run), "speed": ["bf16"]}]
+        measure = VALUES["measure"] | {"speed": {"prompt": prompt, "new": 4, "rounds": 1}}
+        compare(spec(rows=rows, measure=measure), out, **given)
+        prompts.append(read_json(out / "rows" / "mine.json")["measured"]["speed"])
+    assert [each["bf16"]["as"]["prompt"] for each in prompts] == [16, 32, 32]
+    assert prompts[1] == prompts[2]
+    assert (run / "bench.json").read_text() == "hours of work"
+
+
+def test_accuracies_are_in_the_order_of_the_specification() -> None:
+    measured = {f"task {name}": {"acc": value} for name, value in (("a", [1.0, 0.0]), ("b", [1.0, 1.0]))}
+    measured |= {"windows": {"sum": [1.0, 1.0]}}
+    facts = {"parameters": 1, "active": 1.0, "seconds": None}
+    asked = spec(rows=ROWS[:1], measure={"domains": {"all": ["sum"]}, "tasks": ["b", "a"]})
+    (conversion,) = asked.conversions()
+    one = {"facts": facts, "measured": measured}
+    table = table_of(asked, one, [(conversion, one)])
+    assert [list(each["by task"].items()) for each in table["rows"]] == [[("b", 1.0), ("a", 0.5)]] * 2
+
+
 def test_a_finished_run_is_a_row(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, result = made
     rows = [{"name": "mine", "run": str(out / "runs" / "static")}]

@@ -65,8 +65,11 @@ def test_text_that_fits_into_a_time(preset: str) -> None:
         found.append(sum(tokens_of(fitted).values()))
     assert found == sorted(found)
     assert times[-1] > 0.8 * 60 * 40  # it is made use of
-    with pytest.raises(MoesmithError, match=r"takes at least .* min on this machine, however little text"):
+    with pytest.raises(MoesmithError, match=r"takes at least \d+ s on this machine, however little text"):
         fit_time(recipe, parent, 8, 3, PACE)
+    shared = fit_time(recipe, parent, 8, 60 * 40, PACE, 4)
+    assert sum(tokens_of(shared).values()) > 3 * found[-1]
+    assert 0.8 * 60 * 40 < sum(make_plan(shared, parent, 8, PACE, 4).seconds.values()) <= 60 * 40 + 0.5
 
 
 def test_the_pace_is_measured() -> None:
@@ -93,6 +96,8 @@ def test_a_run_within_a_time_says_its_text(home: Path, tmp_path: Path, monkeypat
     again = moesmith(*words, "--time", "13s")
     assert again.status == 0
     assert "[evaluate] done before" in again.err
+    assert "a continued run keeps its text" in again.err
+    assert moesmith(*words, "--time", "banana").err.startswith("moesmith: 'banana' is not a time")
     # and the counts make the same recipe elsewhere
     settings = [word for key, tokens in said.items() for word in ("--set", f"{key}={tokens}")]
     monkeypatch.setattr(conversion, "measure", lambda *_: slow)

@@ -22,8 +22,10 @@ import moesmith.conversion.convert as conversion
 from moesmith.arguments import parse_size
 from moesmith.conversion.plan import check_room, make_plan
 from moesmith.errors import MoesmithError
+from moesmith.parent.compute import DTYPES
 from moesmith.parent.load import load_skeleton
 from moesmith.run.recipe import load_recipe, parse
+from moesmith.run.shapes import Pace
 from moesmith.testing.parents import FAMILIES, save_tiny, tiny_parent
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +74,17 @@ def test_disk_is_foretold(preset: str, settings: list[str], home: Path, tmp_path
     assert plan.disk == pytest.approx(used, rel=0.3)
 
 
+def test_the_stock_twin_is_counted() -> None:
+    skeleton = load_skeleton(str(ROOT / "examples" / "configs" / "tinyllama-1.1b.json"))
+    pace = Pace(1000, 1000, 1e11)
+    whole, pruned = (
+        make_plan(load_recipe("tomoe-50", None, [f"masks.attention={how}"]), skeleton, 8, pace)
+        for how in ("none", "hybrid")
+    )
+    assert pruned.evaluation_tokens == 1.5 * whole.evaluation_tokens  # parent and masks; RUN/stock as well
+    assert pruned.seconds["export"] > whole.seconds["export"]
+
+
 @pytest.mark.parametrize("allocation", ["dense", "sensitivity"])
 def test_layers_that_differ_are_all_counted(allocation: str) -> None:
     skeleton = load_skeleton(str(ROOT / "examples" / "configs" / "tinyllama-1.1b.json"))
@@ -111,14 +124,24 @@ def test_what_does_not_fit_is_run_layer_by_layer(tmp_path: Path) -> None:
     plan = make_plan(recipe, load_skeleton(str(tmp_path / "m")), 4)
     shapes = conversion._skeleton(str(tmp_path / "m"), "fp32", "cpu")
     for room, layerwise in ((plan.memory, False), (plan.memory - 1, True)):
-        parent = conversion._open(str(tmp_path / "m"), shapes, "cpu", recipe, 4, room)
+        parent = conversion._open(str(tmp_path / "m"), shapes, "fp32", "cpu", recipe, 4, room)
         assert parent.layerwise is layerwise
         check_room(plan, tmp_path / "run", parent, room)
     with pytest.raises(MoesmithError, match=r"needs about 0\.5 GiB of memory, but 0\.2 GiB are free"):
         check_room(plan, tmp_path / "run", parent, 2 * 10**8)
     trained = load_recipe("dive-1of8", None, tiny_settings("dive-1of8"))
     assert make_plan(trained, parent, 4).memory_layerwise is None
-    assert not conversion._open(str(tmp_path / "m"), shapes, "cpu", trained, 4, 1).layerwise
+    assert not conversion._open(str(tmp_path / "m"), shapes, "fp32", "cpu", trained, 4, 1).layerwise
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_dtype_that_was_chosen_stays_where_the_accelerator_is_full(dtype: str, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "m")
+    shapes = conversion._skeleton(model, dtype, "cpu")
+    shapes.choice = replace(shapes.choice, device=torch.device("meta"))  # type: ignore[type-var]
+    trained = load_recipe("dive-1of8", None, tiny_settings("dive-1of8"))  # so it cannot go layer by layer
+    parent = conversion._open(model, shapes, dtype, "auto", trained, 4, 1)
+    assert (parent.device.type, parent.dtype) == ("cpu", DTYPES[dtype])
 
 
 def test_too_little_memory_is_one_line(home: Path, tmp_path: Path) -> None:

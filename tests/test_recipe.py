@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moesmith.errors import MoesmithError
 from moesmith.methods.registry import methods
-from moesmith.run.recipe import BUDGETS, Recipe, keys, kind_of, load_recipe, parse, presets
+from moesmith.run.recipe import BUDGETS, Recipe, applicable, keys, kind_of, load_recipe, parse, presets
 from moesmith.run.settings import TrainSection
 from moesmith.training.loop import steps_of
 
@@ -460,6 +460,16 @@ def test_the_active_share_of_channels() -> None:
     for active in (0.0, 1.5):
         with pytest.raises(MoesmithError, match="no share"):
             load_recipe("token", active=active)
+    for setting in ("carve.top_k=two", "carve=5"):
+        with pytest.raises(MoesmithError, match=r"carve.*: Input should be"):
+            load_recipe("dive-2of8", settings=[setting], active=0.5)
+
+
+@pytest.mark.parametrize("start", ["carve.start={method: dive}", "carve.start.method=dive"])
+def test_recipes_take_what_their_start_reads(start: str) -> None:
+    common = ["affinity.method=scores", "router.start=lda", "carve.ratio=0.5"]
+    assert applicable("tomoe-50", [start, *common], common) == common[:2]
+    assert applicable("tomoe-50", common, common) == []
 
 
 @given(st.integers(1, 10**6), st.integers(1, 64), st.integers(8, 256))

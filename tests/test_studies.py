@@ -106,6 +106,10 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         study("stability", MODEL, DATA, tmp_path / "out", settings="study.seed=1")
     with pytest.raises(MoesmithError, match=r"study\.seeds: .* at least 2"):
         study("stability", MODEL, DATA, tmp_path / "out", settings="study.seeds=[1]")
+    with pytest.raises(MoesmithError, match=r"study\.recipes\.0: Input should be 'static', 'dive-plus'"):
+        study("scale", MODEL, DATA, tmp_path / "out", settings="study.recipes=[dive]")
+    with pytest.raises(MoesmithError, match=r"study\.experts\.0: Input should be a multiple of 4"):
+        study("clusters", MODEL, DATA, tmp_path / "out", settings="study.experts=[6]")
     with pytest.raises(MoesmithError, match=r"no recipe has a setting 'mask\.tokens'"):
         study("stability", MODEL, DATA, tmp_path / "out", settings="mask.tokens=1")
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moesmith.arguments import first_process, refuse_many_processes
+from moesmith.arguments import first_process, refuse_many_processes, words
 from moesmith.console import duration, say, show_json, show_table, volume
 from moesmith.errors import MoesmithError
 from moesmith.options import (
@@ -218,7 +218,7 @@ def evaluate(
 
     if json_file is not None:
         check_result(json_file, run, data, overwrite=overwrite)
-    names = [task for task in tasks.split(",") if task]
+    names = words(tasks)
     table = compare(run, data, names, limit, tokens, dtype, device, run_code)
     rows = [(row["task"], row["metric"], row["parent"], row["moe"]) for row in table["results"]]
     show_table(f"{run}", ["task", "metric", "dense parent", "MoE"], rows)
@@ -321,13 +321,13 @@ def report(
 import moesmith.handover  # noqa: E402, F401  # the commands about a finished model, behind those that make it
 
 
-def refuse_empty(words: list[str]) -> None:
+def refuse_empty(given: list[str]) -> None:
     """Refuse an option with an empty value: usually a script's unset variable; as a path it means the current folder.
 
     Raises:
         MoesmithError: there is one.
     """
-    for before, word in pairwise(["", *words]):
+    for before, word in pairwise(["", *given]):
         name = before if before.startswith("--") and not word.strip() else word.removesuffix("=")
         if name != word and name.startswith("--"):
             raise MoesmithError(f"{name} is empty", f"Give {name} a value, or leave it out.")

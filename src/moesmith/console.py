@@ -75,6 +75,12 @@ def code(text: str) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
+def markdown(head: Sequence[str], body: Sequence[Sequence[object]]) -> str:
+    """Write a table in Markdown; its first column is text, the others are numbers."""
+    head_line, *lines = (f"| {' | '.join(inline(str(cell)) for cell in row)} |" for row in (head, *body))
+    return "\n".join([head_line, "|---|" + "---:|" * (len(head) - 1), *lines])
+
+
 def say(message: str, level: int = logging.INFO) -> None:
     """Print one line for the person who waits (standard error), and log it.
 

@@ -23,7 +23,7 @@ from moesmith.comparison.measure import Ruler
 from moesmith.comparison.page import write_page
 from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import PARENT, Conversion, Spec, load_spec
-from moesmith.comparison.speed import SPEED, measure_speed
+from moesmith.comparison.speed import SPEED, measure_speed, timed
 from moesmith.comparison.table import PARENT_TITLE, table_of, write_tables
 from moesmith.console import say
 from moesmith.conversion.convert import convert
@@ -63,6 +63,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         self.conversions = {conversion.name: conversion for conversion in self.spec.conversions()}
+        self.read_later = {of for conversion in self.conversions.values() if (of := needed_by(conversion))}
         self.recipes = _recipes(self.spec)
 
     @property
@@ -131,7 +132,7 @@ class Comparison:
             yield from self._measured(made, conversion, have)
 
         found = self._kept(name, self._work(recipe), converted if make else None, conversion.source.speed)
-        if make and not self.spec.keep:
+        if make and not self.spec.keep and name not in self.read_later:
             drop_models(folder)
         return found
 
@@ -143,9 +144,9 @@ class Comparison:
         """
         try:
             run = open_run(self.series.folder(name))
+            run.check_finished()
         except MoesmithError as error:
             raise MoesmithError(f"the run of row {name!r} is not there", f"Make it first: --only {name}.") from error
-        run.check_finished()
         return run
 
     def _work(self, recipe: Recipe) -> list[Any]:
@@ -172,7 +173,8 @@ class Comparison:
     def _measured(self, run: Run, conversion: Conversion, have: Mapping[str, Any]) -> Parts:
         yield "facts", facts(run, self.parent)
         if conversion.source.speed and SPEED not in have:  # before the model is in this process's memory too
-            yield SPEED, measure_speed(run, self.spec.measure.speed, conversion.source.speed)
+            out = self.series.out / "speed" / f"{conversion.name}.json"
+            yield SPEED, measure_speed(run, self.spec.measure.speed, conversion.source.speed, out)
         if not set(self.ruler.parts) <= have.keys():  # else it was timed alone, and need not be loaded
             model = cast(PreTrainedModel, run.load(self.parent))  # whole
             yield from self.ruler.measure(model, conversion.title, have)
@@ -195,16 +197,16 @@ class Comparison:
         path, key = self.series.out / "rows" / f"{name}.json", self.key(work)
         found: Row = read_json(path) if path.is_file() else {}
         measured = found.get("measured", {})
-        timed = set(quants) <= measured.get(SPEED, {}).keys()
+        was_timed = timed(measured, self.spec.measure.speed, quants)
         whole = set(self.ruler.parts) <= measured.keys()
-        if found.get("key") == key and found.get("done") and timed and whole:
+        if found.get("key") == key and found.get("done") and was_timed and whole:
             return found
         if make is None:
             return None
         say(f"== {name}")
         if found.get("key") != key:
             found = {"key": key, "measured": {}}
-        if not timed:
+        if not was_timed:
             found["measured"].pop(SPEED, None)
         for part, value in make(found["measured"]):
             if part == "facts":
@@ -278,17 +280,22 @@ def compare(
         def table() -> dict[str, Any]:
             return table_of(spec, dense, [(one, found[one.name]) for one in shown if one.name in found])
 
-        now = [one.name for one in turns(shown) if not chosen or one.source.name in chosen]
-        now = [name for name in now if name not in found]
-        if min(jobs, len(now)) < 2:
-            rows: Iterable[tuple[str, Row]] = ((name, comparison.made(name)) for name in now)
-        else:
-            rows = at_once(partial(_made, begin), now, jobs, device)
-        for name, row in rows:
-            if "refused" in row:
-                say(f"{name}: {row['refused']}")
-            found[name] = row
-            write_tables(series.out, series.write(table()))
+        now = [one for one in turns(shown) if not chosen or one.source.name in chosen]
+        now = [one for one in now if one.name not in found]
+        # rows that read what another row makes come after all others
+        for some in ([one.name for one in now if bool(needed_by(one)) == last] for last in (False, True)):
+            if min(jobs, len(some)) < 2:
+                rows: Iterable[tuple[str, Row]] = ((name, comparison.made(name)) for name in some)
+            else:
+                rows = at_once(partial(_made, begin), some, jobs, device)
+            for name, row in rows:
+                if "refused" in row:
+                    say(f"{name}: {row['refused']}")
+                found[name] = row
+                write_tables(series.out, series.write(table()))
+        if not spec.keep and all("refused" not in found.get(one.name, {"refused": ""}) for one in shown):
+            for name in comparison.read_later:
+                drop_models(series.folder(name))
         result = series.write(table())
         write_tables(series.out, result)
         write_page(series.out, result)
@@ -325,6 +332,12 @@ def _made(begin: Callable[[Device], Comparison], device: Device) -> Callable[[st
     return begin(device).made
 
 
+def needed_by(conversion: Conversion) -> str:
+    """Return the name of the conversion whose finished run this one reads; empty if it reads none."""
+    control = conversion.source.control
+    return control.of if isinstance(control, Quantised) else ""
+
+
 def turns(conversions: Sequence[Conversion]) -> list[Conversion]:
     """Order conversions to be made: of every row the first, then the second; what is stopped has a whole table."""
     seen: Counter[str] = Counter()
@@ -336,8 +349,8 @@ def turns(conversions: Sequence[Conversion]) -> list[Conversion]:
 
 
 def drop_models(folder: Path) -> None:
-    """Delete a run's models and carvings; what other runs can use of it (text, statistics) stays."""
-    gone = [folder / "model", folder / "stock"]
+    """Delete a run's models, its benchmarks' files and carvings; what other runs can use (text, statistics) stays."""
+    gone = [folder / "model", folder / "stock", folder / "bench"]
     for path in folder.glob(f"stages/*/{MANIFEST}"):
         if path.parent.name == "export" or (path.parent / "carving.json").is_file():
             gone.append(path.parent)

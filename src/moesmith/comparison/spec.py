@@ -20,7 +20,7 @@ from moesmith.arguments import path_text
 from moesmith.comparison.controls import Control
 from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.speed import Speed
-from moesmith.errors import MoesmithError
+from moesmith.errors import MoesmithError, first_fault
 from moesmith.export.target import Quant
 from moesmith.files.parse import parse_yaml
 from moesmith.run.recipe import applicable
@@ -200,7 +200,5 @@ def load_spec(path: str | Path) -> Spec:
     try:
         return Spec.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "comparison"
-        said = first["msg"].removeprefix("Value error, ")
-        raise MoesmithError(f"{path}: {where}: {said}", "See docs/commands/compare.md.") from error
+        where, what = first_fault(error, "comparison")
+        raise MoesmithError(f"{path}: {where}: {what}", "See docs/commands/compare.md.") from error

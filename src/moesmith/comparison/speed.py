@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -25,21 +26,34 @@ class Speed(Section):
     rounds: int = Field(3, ge=1, description="how often each model is timed; the two take turns")
 
 
-def measure_speed(run: Run, spec: Speed, quants: Sequence[str]) -> dict[str, Any]:
+def timed(measured: Mapping[str, Any], spec: Speed, quants: Collection[str]) -> bool:
+    """Whether a row was timed in all these types of weights, as ``spec`` says."""
+    found = measured.get(SPEED, {})
+    return all(found.get(quant, {}).get("as") == spec.model_dump() for quant in quants)
+
+
+def measure_speed(run: Run, spec: Speed, quants: Sequence[str], out: Path) -> dict[str, Any]:
     """Time a finished run beside its parent (``moesmith bench``).
+
+    Args:
+        run: the run; a benchmark of its own stays as it is.
+        spec: what is timed.
+        quants: types of the weights.
+        out: the JSON file of the benchmark.
 
     Returns:
         by type of the weights: ``prefill`` and ``decode``, each with tokens per second of ``dense`` and ``moe`` and
-        their ``ratio``, and ``bytes`` of both files.
+        their ``ratio``, ``bytes`` of both files, and ``spec`` under ``as``.
 
     Raises:
         MoesmithError: as ``bench``.
     """
-    shape = {"batches": [1], "prompt": spec.prompt, "new": spec.new, "rounds": spec.rounds}
-    found = bench(run.folder, ["llama.cpp"], quants=quants, overwrite=True, **shape)  # type: ignore[arg-type]
+    shape = {"batches": [1], **spec.model_dump()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found = bench(run.folder, ["llama.cpp"], quants=quants, out=out, overwrite=True, **shape)
     return {
         result["weights"]: {phase: {name: result[phase][name] for name in KEPT} for phase in PHASES}
-        | {"bytes": result["file_bytes"]}
+        | {"bytes": result["file_bytes"], "as": spec.model_dump()}
         for result in found["results"]
     }
 

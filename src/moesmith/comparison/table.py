@@ -22,9 +22,8 @@ from moesmith.comparison.quantised import Quantised
 from moesmith.comparison.spec import WIKITEXT, Conversion, Spec
 from moesmith.comparison.speed import SPEED, speeds
 from moesmith.comparison.statistics import interval, mean, p_value
-from moesmith.console import duration, show_table, show_text
+from moesmith.console import duration, inline, markdown, show_table, show_text
 from moesmith.files.write import write_text
-from moesmith.report.card import inline
 
 PARENT_TITLE = "dense parent"
 Measured = Mapping[str, Any]
@@ -120,7 +119,7 @@ def _row(
     if spec.measure.health:
         every = [one["health"] for one in measured]
         row["health"] = {name: statistics.fmean(one[name] for one in every) for name in every[0]}
-    names = [part for part in measured[0] if part.startswith("task ")]
+    names = [f"task {name}" for name in spec.measure.tasks]  # in this order in every row
     if names:
         for title, written in (("accuracy", False), ("written", True)):
             if some := [name for name in names if is_written(measured[0][name]) == written]:
@@ -301,10 +300,7 @@ def refused(result: Mapping[str, Any]) -> list[str]:
 
 def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     """Write ``comparison.csv`` and ``comparison.md``."""
-    parts = []
-    for head, body in cells(result):
-        lines = [_markdown(head), "|---|" + "---:|" * (len(head) - 1), *map(_markdown, body)]
-        parts.append("\n".join(lines) + "\n")
+    parts = [markdown(head, body) + "\n" for head, body in cells(result)]
     parts += ["".join(f"- not made: {line}\n" for line in map(inline, refused(result)))]
     write_text(out / "comparison.md", "\n".join(part for part in parts if part))
     flat = [_flat(row) for row in result["rows"]]
@@ -314,10 +310,6 @@ def write_tables(out: Path, result: Mapping[str, Any]) -> None:
     writer.writeheader()
     writer.writerows(flat)
     write_text(out / "comparison.csv", text.getvalue())
-
-
-def _markdown(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(inline, cells))} |"
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def convert(
         out: the run's folder; the same call on it continues a run that was killed.
         tokenizer: the tokenizer of a model in memory; only given with one.
         settings: ``section.key=value`` on top of the recipe.
-        budget: ``demo``, ``small`` or ``paper``.
+        budget: ``demo``, ``small``, ``evening`` or ``paper``.
         active: share of the feed-forward channels that a token uses, in place of ``carve.ratio``.
         reuse: other runs whose finished stages are taken over if everything that they depend on is the same.
         dtype: what models compute in: ``bf16``, ``fp16``, ``fp32``, or ``auto``, the fastest sound one on this
@@ -129,6 +129,7 @@ def _prepared(
     """Check everything before any work, and load the parent; arguments as :func:`convert` takes them."""
     chosen = choose_recipe(recipe, budget, settings, active)
     check_report(chosen.report_to)
+    room, limit = parse_size(memory), None if time is None else parse_time(time)
     data, out, model = path_text("data", data), path_of("out", out), parent_or_source(model, tokenizer)
     others = check_reuse(reuse)
     domains = choose_domains(data, chosen)
@@ -137,23 +138,22 @@ def _prepared(
     source = model.source if isinstance(model, Parent) else model
     begun = out.parent if (out / "run.json").is_file() else None  # may go on wherever it is stored
     check_place(out, existing(source, data, *map(str, others)), begun, links=False)
-    if time is None:
+    if limit is None:
         check_folder(out, chosen, inputs)  # again below, with the parent's fingerprint
     for name in ("model", "stock"):
         check_known(out / name)
-    room = parse_size(memory)
     header = _begun(out)
     stored = before = None
     if header is not None:
         stored = named(header["inputs"]["dtype"])  # 0.1 took every parent in bf16
         before = named(header["inputs"].get("compute", header["inputs"]["dtype"]))
-    shapes = _skeleton(model, keep_dtype(f"{out} holds a run", before, dtype), device, stored)
-    if shapes.choice is not None:  # measured: processes may differ
-        same = named(world().share(long_name(shapes.choice.dtype)))
-        shapes = replace(shapes, choice=replace(shapes.choice, dtype=same))
+    dtype = keep_dtype(f"{out} holds a run", before, dtype)
+    shapes = _skeleton(model, dtype, device, stored)
+    if shapes.choice is not None:
+        shapes = replace(shapes, choice=_agreed(shapes.choice))
     say(f"computes in {shapes.choice or short(shapes.dtype)}")
-    chosen = _timed(chosen, time, header, shapes, len(domains))
-    if time is not None:
+    chosen = _timed(chosen, limit, header, shapes, len(domains))
+    if limit is not None:
         chosen = with_tokens(chosen, world().share(tokens_of(chosen)))
     computed = shapes.dtype if shapes.choice is None else shapes.choice.dtype
     if computed == torch.float16 and trains(chosen):
@@ -163,7 +163,7 @@ def _prepared(
     elif shapes.tokenizer is not None:  # it had to be read whole
         parent = shapes
     else:
-        parent = _open(model, shapes, device, chosen, len(domains), room)
+        parent = _open(model, shapes, dtype, device, chosen, len(domains), room)
     steps = steps_of(chosen)
     check_windows(steps, parent.config)
     check_batches(steps, world().size)
@@ -216,7 +216,7 @@ def predict(
         parent = load_parent(str(model), dtype, device=device) if weights else _skeleton(model, dtype, device)
         pace = measure(parent, chosen)
     if time is not None:
-        chosen = fit_time(chosen, parent, domains, parse_time(time), pace)
+        chosen = fit_time(chosen, parent, domains, parse_time(time), pace, ranks)
     fitted = [] if time is None else [f"{key}={tokens}" for key, tokens in tokens_of(chosen).items()]
     found = make_plan(chosen, parent, domains, pace, ranks).as_dict()
     computes = str(parent.choice or short(parent.dtype)) if rate is None else f"{short(parent.dtype)} at {rate}"
@@ -242,26 +242,36 @@ def _skeleton(model: str | Parent, dtype: DType, device: Device, stored: torch.d
     return skeleton
 
 
-def _timed(recipe: Recipe, time: str | None, header: dict[str, Any] | None, shapes: Parent, domains: int) -> Recipe:
-    """Scale the recipe's text to ``time``, or as it was scaled when the run began, and say how long the run takes.
+def _timed(recipe: Recipe, limit: float | None, header: dict[str, Any] | None, shapes: Parent, domains: int) -> Recipe:
+    """Scale the recipe's text to ``limit`` seconds, or as it was when the run began, and say how long the run takes.
 
     How much of a continued run is left is not known here, so nothing is said about that.
 
     Raises:
-        MoesmithError: ``time`` is not a time, or too short for any text.
+        MoesmithError: ``limit`` is too short for any text.
     """
     if header is not None:
-        return recipe if time is None else with_tokens(recipe, tokens_of(parse(upgraded(header), stored=True)))
+        if limit is None:
+            return recipe
+        say("a continued run keeps its text, whatever --time says")
+        return with_tokens(recipe, tokens_of(parse(upgraded(header), stored=True)))
     pace = measure(shapes, recipe)
-    if time is not None:
-        recipe = fit_time(recipe, shapes, domains, parse_time(time), pace)
+    if limit is not None:
+        recipe = fit_time(recipe, shapes, domains, limit, pace, world().size)
         say("text: " + ", ".join(f"{key}={tokens}" for key, tokens in tokens_of(recipe).items()))
     seconds = make_plan(recipe, shapes, domains, pace, world().size).seconds
     say(f"about {duration(sum(seconds.values()))} on this machine, of which {duration(seconds['training'])} training")
     return recipe
 
 
-def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: int, room: int | None) -> Parent:
+def _agreed(choice: Choice) -> Choice:
+    """Take the first process's dtype: it is measured, so processes may differ."""
+    return replace(choice, dtype=named(world().share(long_name(choice.dtype))))
+
+
+def _open(
+    source: str, shapes: Parent, dtype: DType, device: Device, recipe: Recipe, domains: int, room: int | None
+) -> Parent:
     """Load the parent, whole or layer by layer, as the plan for its shapes and the available memory require."""
     choice = shapes.choice
     assert choice is not None
@@ -270,7 +280,8 @@ def _open(source: str, shapes: Parent, device: Device, recipe: Recipe, domains: 
     whole = _whole(plan, free)
     if whole and plan.memory > free and device == AUTO and choice.device.type != "cpu":
         say(f"{choice.device} has {free / 1e9:.1f} GB free, but about {plan.memory / 1e9:.1f} GB are needed")
-        choice = choose_compute(shapes.model, AUTO, "cpu")
+        choice = _agreed(choose_compute(shapes.model, dtype, "cpu"))
+        say(f"computes in {choice}")
     if not whole and _differ(shapes):
         what = (
             f"whole, the parent needs about {plan.memory / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB may be used"

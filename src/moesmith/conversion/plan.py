@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moesmith.console import duration
 from moesmith.conversion.order import steps_of
 from moesmith.conversion.pace import START, scaled
 from moesmith.errors import MoesmithError
@@ -144,8 +145,8 @@ def _memory_layerwise(s: Shapes, layers: Sequence[int]) -> int:
     return round(BASE + mapped + max(layers))
 
 
-def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace: Pace) -> Recipe:
-    """Scale the recipe to as much text as takes ``seconds`` at ``pace``.
+def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace: Pace, ranks: int = 1) -> Recipe:
+    """Scale the recipe to as much text as takes ``ranks`` processes ``seconds``, each at ``pace``.
 
     Raises:
         MoesmithError: even one window of each domain and one step of each stage take longer.
@@ -155,12 +156,12 @@ def fit_time(recipe: Recipe, parent: Parent, domains: int, seconds: float, pace:
 
     def takes(factor: float) -> float:
         steps = steps_of(scaled(recipe, factor))
-        return sum(_seconds([step.cost(shapes, pace) for step in steps]).values())
+        return sum(_seconds([step.cost(shapes, pace) for step in steps], ranks).values())
 
     low, high = 0.0, 1.0
     if takes(low) > seconds:
         raise MoesmithError(
-            f"{recipe.name} takes at least {takes(low) / 60:.0f} min on this machine, however little text it is given",
+            f"{recipe.name} takes at least {duration(takes(low))} on this machine, however little text it is given",
             "Give a longer --time, fewer domains (domains.names), or a smaller parent.",
         )
     while takes(high) < seconds and high < 2**20:

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moesmith.data.records import Domain, Mode, Record, as_text, check_names, choose
-from moesmith.errors import MoesmithError
+from moesmith.errors import MoesmithError, first_fault
 from moesmith.files.parse import parse_yaml
 
 BUFFER = 10_000  # rows of a stream among which the next one is drawn, after its files have been shuffled
@@ -70,9 +70,9 @@ def read_sets(path: Path) -> dict[str, HubSet]:
         try:
             sets[str(name)] = HubSet.model_validate(entry)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join([str(name), *map(str, first["loc"])])
-            raise MoesmithError(f"{path}: {key}: {first['msg']}", _nearest_key(first)) from error
+            key, what = first_fault(error)
+            where = f"{name}.{key}" if key else name
+            raise MoesmithError(f"{path}: {where}: {what}", _nearest_key(error.errors()[0])) from error
         if not sets[str(name)].fields and not sets[str(name)].template:
             raise MoesmithError(f"{path}: {name} names neither fields nor a template", "Say which columns are text.")
     check_names(list(sets), str(path))

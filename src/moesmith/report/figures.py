@@ -349,7 +349,7 @@ def parting_figure(parting_DL: ArrayLike, names: Sequence[str]) -> Figure:
     """Draw how far each domain's choices (rows) are from those of all text, by layer (columns).
 
     Args:
-        parting_DL: (D, L) in [0, 1] (``Routing.parting_DL``).
+        parting_DL: (D, L) in [0, 1] (``Routing.parting_DL``); NaN for a layer that chooses nothing.
         names: the D domains.
     """
     from matplotlib.colors import Normalize
@@ -359,7 +359,7 @@ def parting_figure(parting_DL: ArrayLike, names: Sequence[str]) -> Figure:
     figure = style.new_figure(style.WIDTH, min(0.22, 9 / domains) * domains + 0.9)
     axes = figure.add_subplot()
     style.dress(axes, "layer")
-    image = style.heatmap(axes, percent_DL, Normalize(0, max(float(percent_DL.max()), 1.0)), "Blues")
+    image = style.heatmap(axes, percent_DL, Normalize(0, max(float(np.nanmax(percent_DL)), 1.0)), "Blues")
     layer_ticks(axes, layers)
     step = ceil_div(domains, 56)
     axes.set_yticks(range(0, domains, step), [style.plain(name) for name in names[::step]])

@@ -312,14 +312,15 @@ def _routing(source: Source) -> dict[str, Any]:
         raise AbsentError
     names = source.in_order(routing.domains)
     rows = [routing.domains.index(name) for name in names]
-    share, parting = routing.share()[rows], dict(zip(routing.domains, routing.parting_DL, strict=True))
-    apart = sorted(((float(row_L.mean()), name) for name, row_L in parting.items()), reverse=True)
+    several_L = routing.sizes_L > 1  # a dense layer chooses nothing
+    parting_DL = np.where(several_L, routing.parting_DL, np.nan)
+    share, parting = routing.share()[rows], dict(zip(routing.domains, parting_DL, strict=True))
+    apart = sorted(((float(np.nanmean(row_L)), name) for name, row_L in parting.items()), reverse=True)
     home = [source.home.get(name) for name in names]
     own = [float(share[i, expert]) for i, expert in enumerate(home) if expert is not None]
     dead: dict[int, list[tuple[int, float]]] = {}
     for layer, expert, load in routing.dead(DEAD):
         dead.setdefault(layer, []).append((expert, load))
-    several_L = routing.sizes_L > 1  # a dense layer chooses nothing
     load_LE = np.where(routing.present_LE & several_L[:, None], routing.load_LE, np.nan)
     entropy, balance = (np.where(several_L, each_L, np.nan) for each_L in (routing.entropy_L, routing.balance_L))
     return {

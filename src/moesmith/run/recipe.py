@@ -17,7 +17,7 @@ import yaml
 from pydantic import SerializeAsAny, ValidationError, create_model
 
 from moesmith.arguments import path_text, several
-from moesmith.errors import MoesmithError
+from moesmith.errors import MoesmithError, first_fault
 from moesmith.files.parse import parse_yaml
 from moesmith.run.settings import DomainsSection, EvaluateSection, LoopSection, Section, Tracker, TrainSection
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 BUDGETS = ("demo", "small", "evening", "paper")
 DEFAULT = "dive"  # the method of a recipe that names none
-DECIDING = ("carve.method=", "carve.start=")  # which sections a recipe has
+DECIDING = ("carve.method=", "carve.start=", "carve.start.")  # which sections a recipe has
 # settings that had other names or places in version 0.1, and what to write now
 RENAMED = {"masks.start": "carve.start.method (with carve.method tomoe)"}
 
@@ -108,12 +108,10 @@ def parse(values: Mapping[str, Any], *, stored: bool = False) -> Recipe:
     try:
         return kind.model_validate(values, context={"stored": stored})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        if first["type"] == "extra_forbidden":
+        where, what = first_fault(error, "recipe")
+        if error.errors()[0]["type"] == "extra_forbidden":
             _check_key(where, kind)
-        message = first["msg"].removeprefix("Value error, ")
-        raise MoesmithError(f"{where}: {message}", "See 'moesmith presets' and docs/recipes.md.") from error
+        raise MoesmithError(f"{where}: {what}", "See 'moesmith presets' and docs/recipes.md.") from error
 
 
 def presets() -> dict[str, str]:
@@ -209,14 +207,16 @@ def _ratio(active: float, values: Mapping[str, Any], given: Mapping[str, Any]) -
     """Return what an expert loses if all that a token visits have a share ``active`` of the channels together."""
     from moesmith.methods.registry import find
 
-    kind = kind_of(values)
+    kind, own = kind_of(values), values.get("carve", {})
     carve: Any = kind.model_fields["carve"].get_default(call_default_factory=True)
+    top_k: Any = own.get("top_k", getattr(carve, "top_k", 1)) if isinstance(own, Mapping) else None
+    if not isinstance(top_k, int):
+        parse(values)  # says what is wrong
     if "ratio" not in type(carve).model_fields:
         cure = "Set masks.budget." if "masks" in kind.model_fields else "Set the method's own width."
         raise MoesmithError(f"--active: method {carve.method} has no carve.ratio that follows from it", cure)
     if "ratio" in given.get("carve", {}):
         raise MoesmithError("--active and carve.ratio say the same", "Give one of them.")
-    top_k = int(values.get("carve", {}).get("top_k", getattr(carve, "top_k", 1)))
     if not 0 < active <= min(1.0, top_k):
         raise MoesmithError(f"--active {active:g} is no share of the channels", "Give more than 0 and at most 1.")
     return round(find(carve.method).ratio_of(active, top_k), 6)

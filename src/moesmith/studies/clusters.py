@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -44,7 +44,9 @@ class Clusters(Study):
     class Options(Section):
         """Which numbers of experts, and how each is measured."""
 
-        experts: list[int] = Field([4, 8, 16], min_length=1, description="numbers of experts, multiples of 4")
+        experts: list[Annotated[int, Field(ge=4, multiple_of=4)]] = Field(
+            [4, 8, 16], min_length=1, description="numbers of experts, multiples of 4"
+        )
         recipe: str = Field("dive-plus", description="what converts")
         lambada: int = Field(500, ge=0, description="passages of LAMBADA")
         tasks: list[str] = Field(

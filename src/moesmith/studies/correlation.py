@@ -59,8 +59,12 @@ class Correlation(Study):
         """One conversion by DIVE has the matrix; the shortcuts need its statistics alone."""
         run = bench.make(self.conversions()[0])
         names, measured = matrix_of(run)
-        scores = [channel_scores(bench.parent, moments_of(run, name), "wifv") for name in names]
-        kept = [choose(score, run.settings["carve"]["ratio"]) for score in scores]
+        carve = run.settings["carve"]
+        scores, chosen = (
+            [channel_scores(bench.parent, moments_of(run, name), kind) for name in names]
+            for kind in ("wifv", carve["score"])
+        )
+        kept = [choose(score, carve["ratio"], carve["selection"]) for score in chosen]
         predicted = predicted_losses(scores, kept)
         # what a domain's mask loses on another one's text beyond what that text's own mask loses
         above = [np.log(measured) - np.log(np.diag(measured)), predicted - np.diag(predicted)]

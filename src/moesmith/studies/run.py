@@ -11,19 +11,18 @@ from pydantic import ValidationError
 
 from moesmith.arguments import several
 from moesmith.comparison.jobs import at_once, check_jobs
-from moesmith.console import plain, show_table, show_text
+from moesmith.console import markdown, plain, show_table, show_text
 from moesmith.conversion.series import Series
 from moesmith.data.text import source_digest
-from moesmith.errors import MoesmithError
+from moesmith.errors import MoesmithError, first_fault
 from moesmith.files.parse import parse_yaml
 from moesmith.files.write import write_text
 from moesmith.parent.compute import AUTO, Device, DType
 from moesmith.report import style
-from moesmith.report.card import inline
 from moesmith.run.recipe import check_known
 from moesmith.run.settings import Section
 from moesmith.studies.bench import Bench
-from moesmith.studies.study import Found, Study, Table, find
+from moesmith.studies.study import Found, Study, find
 
 OWN = "study."  # settings of a study itself
 
@@ -134,9 +133,7 @@ def _options(kind: type[Study], given: Sequence[str]) -> Section:
     try:
         return kind.Options.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise MoesmithError(f"{OWN}{where}: {first['msg']}", "See docs/commands/study.md.") from error
+        raise MoesmithError(OWN + ": ".join(first_fault(error)), "See docs/commands/study.md.") from error
 
 
 def _write(out: Path, asked: Study, result: Mapping[str, Any]) -> None:
@@ -161,18 +158,9 @@ def page(asked: Study, result: Mapping[str, Any], figures: Sequence[str]) -> str
         f"    moesmith study {asked.name} {source}{budget}{given} --out RUN",
         f"Computed in {result['compute']} on {result['device']}.",
     ]
-    parts += [f"### {table.title}\n\n{markdown(table)}" for table in asked.tables(result["found"])]
+    parts += [f"### {table.title}\n\n{markdown(table.head, table.body)}" for table in asked.tables(result["found"])]
     parts += [f"![{name.replace('-', ' ')}](figures/{name}.png)" for name in figures]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown(table: Table) -> str:
-    """Write a table in Markdown; the first column is text."""
-
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(inline(str(cell)) for cell in cells)} |"
-
-    return "\n".join([line(table.head), "|---|" + "---:|" * (len(table.head) - 1), *map(line, table.body)])
 
 
 def show(result: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -41,7 +41,9 @@ class Scale(Study):
         """Further parents, and which recipes."""
 
         models: list[str] = Field([], description="further parents, beside --model")
-        recipes: list[str] = Field(["static", "dive-plus", "token", "tomoe-plus"], description="of those known here")
+        recipes: list[Literal["static", "dive-plus", "token", "tomoe-plus"]] = Field(
+            ["static", "dive-plus", "token", "tomoe-plus"], description="of those known here"
+        )
 
     def measure(self, bench: Bench) -> dict[str, Any]:
         """Every recipe on every parent."""

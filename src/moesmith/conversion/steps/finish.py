@@ -155,12 +155,13 @@ class Export(Step):
         shard = min(SHARD_BYTES, s.total * s.stored) + 8 * s.matrices * sizes.D * s.kept
         # a layer sliced and copied, and in fp32 next to the shell
         verify = (4 + 2 * s.itemsize) * s.layer + 4 * s.shell
-        models = s.total + (s.stock_total if s.native_attention else 0)
-        seconds = 6 * s.total * s.stored / COPY if pace else 0.0
+        twin = s.stock_total if s.native_attention else 0
+        models, most = s.total + twin, max(s.total, twin)
+        seconds = 6 * models * s.stored / COPY if pace else 0.0
         layered = max(shard, verify)
         device = (s.parent.choice or s.parent).device
-        fits = device.type == "meta" or fp32_fits(s.total, device)  # of another machine nothing is known
-        whole = (4 + s.stored) * s.total if fits else layered  # as it will be compared
+        fits = device.type == "meta" or fp32_fits(most, device)  # of another machine nothing is known
+        whole = (4 + s.stored) * most if fits else layered  # as it will be compared
         return Cost("export", 0, seconds, whole + again, layered, models * s.stored)
 
 
@@ -255,7 +256,8 @@ class Evaluate(Step):
 
     def cost(self, shapes: Shapes, pace: Pace | None) -> Cost:
         """Count every model on all evaluation text."""
-        tokens = len(self.made) * shapes.domains * self.recipe.evaluate.tokens
+        models = len(self.made) + (shapes.native_attention and shapes.stock_total > 0)  # RUN/stock as well
+        tokens = models * shapes.domains * self.recipe.evaluate.tokens
         seconds = tokens * (shapes.active / pace.blocks + LOSS / pace.head) if pace else 0.0
         held = min(HELD, tokens * shapes.sizes.D * shapes.itemsize)
         layerwise = 2 * shapes.layer * shapes.itemsize + shapes.shell * shapes.itemsize + held

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from moesmith.calibration.stream import NOT_ADDED
 from moesmith.console import say
-from moesmith.errors import MoesmithError
+from moesmith.errors import MoesmithError, first_fault
 from moesmith.files.write import write_tensors
 from moesmith.methods.base import ROUTING, Method, refit_alone
 from moesmith.methods.channels import Channels
@@ -177,9 +177,7 @@ def start_of(start: Mapping[str, Any]) -> Any:
     try:
         return method.Settings.model_validate({"compensation": "none"} | dict(start))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"start.{where}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise ValueError(f"start.{': '.join(first_fault(error))}") from error
 
 
 class LearnMasks(Step):
