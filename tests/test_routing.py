@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversions import UNTRAINED, convert
 from hypothesis import given
 from hypothesis import strategies as st
 from recording import record_routing
@@ -16,7 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.routing import SAMPLE_TOKENS, Recorder, Routing, Sample, pieces
-from moesmith.mixture.moe import build
+from moesmith.export.stock.experts import router_scales
+from moesmith.export.stock.write import write_stock
+from moesmith.mixture.folder import load_folder
+from moesmith.mixture.moe import build, decoder
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
 from moesmith.testing.tokenizer import tiny_tokenizer
@@ -107,6 +111,32 @@ def test_recorder_reads_our_own_blocks_and_the_sample_agrees() -> None:
     for layer in range(2):
         assert np.bincount(first.ids_LTK[layer].ravel(), minlength=4).tolist() == routing.counts_DLE[0, layer].tolist()
     assert "".join(first.tokens) == parent.tokenizer.decode(texts["a"][0], clean_up_tokenization_spaces=False)
+
+
+def test_a_stock_folder_of_sums_tells_the_entropy_of_its_carving(tmp_path: Path) -> None:
+    """There logits are scaled down to 1e-4, so that chosen experts weigh the same: their own softmax is flat."""
+    parent, texts = tiny_parent("llama"), blocks_by_domain()
+    carving = random_carving(parent, experts=4, top_k=2, kept=16, mix="sum")
+    write_stock(parent, carving, tmp_path / "out", torch.float32)
+    wanted = record_routing(build(parent, carving, "sliced"), parent.tokenizer, texts)
+    stored = load_folder(tmp_path / "out", torch.float32)
+    found = record_routing(stored, parent.tokenizer, texts, scales=router_scales(parent, carving))
+    assert wanted.entropy_L.max() < 0.9
+    np.testing.assert_allclose(found.entropy_DL[:, 0], wanted.entropy_DL[:, 0], rtol=1e-5)
+    # layer 0 may decide a near tie otherwise
+    np.testing.assert_allclose(found.entropy_DL, wanted.entropy_DL, rtol=0.03)
+    assert record_routing(stored, parent.tokenizer, texts).entropy_L.min() > 0.999
+
+
+@pytest.mark.parametrize(("preset", "stock"), [("moefication", True), ("cmoe", False), ("dive-plus", True)])
+def test_a_run_records_its_carvings_own_routing(preset: str, stock: bool, home: Path, tmp_path: Path) -> None:
+    settings = UNTRAINED if preset == "dive-plus" else []
+    run = convert(preset, home / "m", home / "d", tmp_path / "run", settings)
+    parent, carving = run.parent("fp32"), run.carving()
+    assert carving.is_native(parent) != stock
+    found = Routing.load(run.path("evaluate") / "routing.npz")
+    wanted = record_routing(decoder(parent, carving), parent.tokenizer, run.held_out)
+    np.testing.assert_allclose(found.entropy_DL, wanted.entropy_DL, rtol=0.02)
 
 
 def test_recorder_refuses_what_it_cannot_read() -> None:

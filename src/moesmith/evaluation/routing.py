@@ -180,9 +180,15 @@ class Recorder:
     """Records what every layer's router chooses while a model reads text; the code that runs it calls :meth:`visit`.
 
     So evaluation and recording share one pass (``perplexity.perplexities``).
+
+    Args:
+        scales: what each layer's logits are multiplied by in the model that is read
+            (``export.stock.experts.router_scales``), so that entropies are those of the carving's own router; nothing
+            if left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scales: Sequence[float] = ()) -> None:
+        self.scales = scales
         self.texts: list[Tensor] = []
         self.samples: list[int] = []  # by batch, how many of its first tokens are a text's sample
         self.seen: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -199,10 +205,10 @@ class Recorder:
 
     def visit(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
         """Hook a layer's router while it works."""
-        take = partial(self._take, self.seen.setdefault(index, []))
+        take = partial(self._take, self.seen.setdefault(index, []), scale=self.scales[index] if self.scales else 1.0)
         return hooked((router, take) for router in _routers(layer))
 
-    def _take(self, seen: list[Any], module: nn.Module, _: Any, output: Any) -> None:
+    def _take(self, seen: list[Any], module: nn.Module, _: Any, output: Any, scale: float = 1.0) -> None:
         if not (isinstance(output, tuple) and len(output) == 3):
             raise MoesmithError(
                 f"{type(module).__name__} does not return (logits, weights, ids)",
@@ -210,7 +216,7 @@ class Recorder:
             )
         logits_TE, ids_TK = (output[i].detach().flatten(0, -2) for i in (0, 2))
         sample_TK = ids_TK[: self.samples[len(seen)]]
-        seen.append((_counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE), sample_TK.cpu()))
+        seen.append((_counts(logits_TE, ids_TK).cpu(), _entropy(logits_TE.float() / scale), sample_TK.cpu()))
 
     def result(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> Routing:
         """Return what was recorded; ``names`` are those of the texts, in order.

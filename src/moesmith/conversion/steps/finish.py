@@ -16,6 +16,7 @@ from moesmith.evaluation.perplexity import geometric_mean, perplexities
 from moesmith.evaluation.routing import Recorder, Routing
 from moesmith.export.folder import SHARD_BYTES
 from moesmith.export.native import write_native
+from moesmith.export.stock.experts import router_scales
 from moesmith.export.stock.write import stock_reference, write_stock
 from moesmith.export.verify import fp32_fits, verify_folder
 from moesmith.files.artefact import MANIFEST, SUMS, own_list, read_json, write_list
@@ -225,7 +226,8 @@ class Evaluate(Step):
         name, routing, last = made[-1], work / "routing.npz", run.carving(made[-1])
 
         def finished() -> dict[str, Any]:
-            recorder = Recorder() if last.experts > 1 else None
+            scales = [] if last.is_native(parent) else router_scales(parent, last)
+            recorder = Recorder(scales) if last.experts > 1 else None
             found = _perplexities(run.load(parent), blocks, name, recorder)
             if recorder is not None and crew().first:
                 recorder.result(parent.tokenizer, list(blocks)).save(routing)

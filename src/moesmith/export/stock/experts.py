@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesmith.export.stock.constant import constant_channel
 from moesmith.mixture.carving import Carving
-from moesmith.mixture.home import Home
+from moesmith.mixture.home import Home, home_of
 from moesmith.mixture.layer import Analytic, Expert, Layer, Linear
 from moesmith.native.gate import Router
 from moesmith.parent.load import Parent
@@ -85,12 +85,17 @@ class StockLayer:
         """What experts are multiplied by where all chosen ones weigh the same: a stock gate divides their sum by it."""
         return self.layer.top_k if self.home.divided else self.home.experts
 
+    @property
+    def scale(self) -> float:
+        """What the router's logits are multiplied by on disk, a power of two; 1 where the gate weighs as it is."""
+        if not self.level and self.home.dialect != "mimo2":
+            return 1.0
+        weight_ED = linear_router(self.parent, self.layer, self.index).weight_ED
+        return scale_of(self.parent, self.index, weight_ED, SIGMOID if self.home.dialect == "mimo2" else SPREAD)
+
     def router(self) -> Tensor:
         """Return the router's matrix, (E, D) fp32."""
-        weight_ED = linear_router(self.parent, self.layer, self.index).weight_ED
-        if self.home.dialect == "mimo2":
-            return weight_ED * scale_of(self.parent, self.index, weight_ED, SIGMOID)
-        return weight_ED * self._scale(weight_ED) if self.level else weight_ED
+        return linear_router(self.parent, self.layer, self.index).weight_ED * self.scale
 
     def shared_gate(self) -> Tensor:
         """Return the shared expert's gate (1, D), whose sigmoid is one half.
@@ -100,10 +105,7 @@ class StockLayer:
         if self.home.divided or self.layer.shared is None:
             return torch.zeros(1, self.parent.D)
         weight_ED = linear_router(self.parent, self.layer, self.index).weight_ED
-        return (weight_ED[:1] if weight_ED.any() else torch.ones(1, self.parent.D)) * self._scale(weight_ED) * SPREAD
-
-    def _scale(self, weight_ED: Tensor) -> float:
-        return scale_of(self.parent, self.index, weight_ED)
+        return (weight_ED[:1] if weight_ED.any() else torch.ones(1, self.parent.D)) * self.scale * SPREAD
 
     def routed(self, expert: int) -> Matrices:
         """Make the matrices of one routed expert, ``home.width`` channels wide."""
@@ -143,7 +145,13 @@ class StockLayer:
         return F.pad(gate_FD, (0, 0, 0, missing)), F.pad(up_FD, (0, 0, 0, missing)), F.pad(down_DF, (0, missing))
 
 
-def scale_of(parent: Parent, index: int, weight_ED: Tensor, spread: float = SPREAD) -> float:
+def router_scales(parent: Parent, carving: Carving) -> list[float]:
+    """Return what each layer's logits are multiplied by in the stock folder of a carving (:attr:`StockLayer.scale`)."""
+    home = home_of(parent.family, carving)
+    return [StockLayer(parent, carving, index, home).scale for index in range(parent.L)]
+
+
+def scale_of(parent: Parent, index: int, weight_ED: Tensor, spread: float) -> float:
     """Choose the power of two that brings a token's logits to about ``spread``."""
     # x is a norm's output, which points anywhere: each number is as large as its weight
     norm: Any = getattr(decoder_layers(parent.model)[1][index], STREAM[1])

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTraine
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder, write_companions, write_shards
 from moesmith.export.stock.constant import constant_channel
-from moesmith.export.stock.experts import Level, StockLayer, linear_router, scale_of
+from moesmith.export.stock.experts import Level, StockLayer
 from moesmith.export.verify import verify_folder
 from moesmith.files.artefact import read_json
 from moesmith.files.write import write_json
@@ -331,8 +331,7 @@ def _rewritten(stock: StockLayer, layer: nn.Module) -> nn.Module:
     if carved.shared is not None:
         block.shared = _channelled(parent, carving, index, block.shared, [carved.shared])
     if stock.level:
-        scale = scale_of(parent, index, linear_router(parent, carved, index).weight_ED)
-        block.router = Level(block.router, scale, divided=stock.home.divided)
+        block.router = Level(block.router, stock.scale, divided=stock.home.divided)
         block.experts.down_proj = _times(stock, block.experts.down_proj)
     return layer
 
