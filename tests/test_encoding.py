@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import torch
 from commands import moesmith
 from conversions import arguments, convert
 from refusals import refused
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationMixin, PreTrainedTokenizerFast
 
+from moesmith.chat.answers import answers
 from moesmith.data.encoding import chat_ids, check_chats, encoded, spelled
 from moesmith.data.records import Domain, Record
 from moesmith.data.text import evaluation_blocks, sample_windows, training_blocks
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.compare import compare, continuations
+from moesmith.evaluation.prompt import asked_ids
+from moesmith.evaluation.writer import Written
 from moesmith.files.artefact import read_json
+from moesmith.files.write import write_record
 from moesmith.testing.parents import save_tiny
 from moesmith.testing.tokenizer import TEXT, tiny_tokenizer
 
@@ -103,6 +112,69 @@ def test_texts_and_chats_keep_their_order() -> None:
 def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
     dated = chatting("{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}")
     assert tiny_tokenizer().decode(chat_ids(messages("a")["messages"], dated)) == "26 Jul 2024 a"
+
+
+# Questions ----------------------------------------------------------------------------------------------------------
+
+ASKING = TURNS + "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+DATED = "{{ strftime_now('%Y') }} " + ASKING
+
+
+def test_a_question_is_laid_out_as_data_is_up_to_the_answer() -> None:
+    turns = messages("say </s>")["messages"]
+    asked = asked_ids(chatting(DATED), turns, 300)[0].tolist()
+    assert tiny_tokenizer().decode(asked) == "2024 <s>user\nsay </s></s>\n<s>assistant\n"
+    assert asked == chat_ids([*turns, {"role": "assistant", "content": ""}], chatting(DATED))[: len(asked)]
+    assert asked.count(EOS) == 1
+    today = asked_ids(chatting(DATED), turns, 300, today=True)[0].tolist()
+    assert tiny_tokenizer().decode(today).startswith(f"{datetime.now(UTC):%Y} <s>user")
+    assert asked_ids(chatting(), [*turns, *turns], 300, templated=False)[0].tolist() == [*plain("say "), EOS]
+
+
+def test_a_question_that_the_model_cannot_read_is_refused() -> None:
+    turns = [{"role": "system", "content": "Be kind."}, *messages("Hi")["messages"]]
+    with pytest.raises(MoesmithError, match=r"fails on turns of system, user: no\. Leave the system message or"):
+        asked_ids(chatting("{{ raise_exception('no') }}"), turns, 300)
+    for tokenizer, templated in ((chatting("{{ '' }}"), True), (chatting(), False)):
+        with pytest.raises(MoesmithError, match="the prompt is empty"):
+            asked_ids(tokenizer, messages("")["messages"], 300, templated=templated)
+    with pytest.raises(MoesmithError, match="the prompt contains token"):
+        asked_ids(chatting(), turns, 10)
+
+
+def test_all_that_asks_a_model_lays_questions_out_alike(
+    home: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[int]] = []
+
+    def write(_: object, prompts: list[list[int]], done: Callable[[int, Written], None], **__: object) -> None:
+        read.extend(prompts)
+        for index in range(len(prompts)):
+            done(index, Written([40], ended=True))
+
+    def generate(_: object, ids: torch.Tensor, **__: object) -> torch.Tensor:
+        read.append(ids[0].tolist())
+        return ids
+
+    monkeypatch.setattr("moesmith.evaluation.answers.write", write)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    model = Path(shutil.copytree(home / "m", tmp_path / "m"))
+    (model / "chat_template.jinja").write_text(DATED)
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    write_record(
+        run / "run.json", (header := read_json(run / "run.json")) | {"inputs": header["inputs"] | {"model": str(model)}}
+    )
+    (tmp_path / "d").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "d" / f"asks.{split}.jsonl").write_text(json.dumps({"question": "say </s>", "answer": "no"}) + "\n")
+    wanted = asked_ids(chatting(DATED), messages("say </s>")["messages"], 300)[0].tolist()
+
+    answers(model, tmp_path / "d", tmp_path / "out", tokens=8, dtype="fp32")
+    continuations(run, "say </s>", 4, True, "fp32")
+    assert read == [wanted] * 4  # two splits, two models
+    read.clear()
+    compare(run, tasks="health", dtype="fp32")
+    assert tiny_tokenizer().decode(read[0]).startswith("2024 <s>user\nWhich planet")
 
 
 def test_every_split_reads_chats_through_the_template() -> None:

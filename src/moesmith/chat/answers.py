@@ -19,7 +19,7 @@ from moesmith.data.text import load_domains, source_digest
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.answers import PORTION, ends_of, write_answers
 from moesmith.evaluation.perplexity import context_length
-from moesmith.evaluation.prompt import token_ids, written
+from moesmith.evaluation.prompt import asked_ids
 from moesmith.evaluation.writer import Written
 from moesmith.files.artefact import read_json
 from moesmith.files.lock import folder_lock
@@ -156,8 +156,7 @@ def _flat(made: Iterator[list[Written]], file: Any) -> Iterator[Written]:
 
 
 def _ids(parent: Parent, turns: Chat) -> list[int]:
-    text = written(parent.tokenizer, turns)
-    ids: list[int] = token_ids(parent.tokenizer, text, rows_of(parent.model), templated=True)[0].tolist()
+    ids: list[int] = asked_ids(parent.tokenizer, turns, rows_of(parent.model))[0].tolist()
     return ids
 
 

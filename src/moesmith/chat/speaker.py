@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from moesmith.console import say
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import evaluating
-from moesmith.evaluation.prompt import Turns, token_ids, written
+from moesmith.evaluation.prompt import Turns, asked_ids
 from moesmith.parent.checkpoint import BUILTIN, builtin_file, from_folder, quiet, refuse_remote_code, stored_dtype
 from moesmith.parent.compute import Device, DType, choose_device, move
 from moesmith.parent.load import choose_compute
@@ -129,8 +129,8 @@ class Model:
 
     def answer(self, turns: Turns, tokens: int, temperature: float, answer: Answer) -> None:
         """As :meth:`Speaker.answer`. Only the temperature shapes the choice, whatever the generation config says."""
-        text = written(self.tokenizer, turns) if self.templated else turns[-1]["content"]
-        ids = token_ids(self.tokenizer, text, rows_of(self.model), templated=self.templated).to(self.model.device)
+        rows = rows_of(self.model)
+        ids = asked_ids(self.tokenizer, turns, rows, templated=self.templated, today=True).to(self.model.device)
         longest = getattr(self.model.config, "max_position_embeddings", None)
         room = tokens if longest is None else min(tokens, longest - ids.shape[1])
         if room < 1:

@@ -58,16 +58,24 @@ def _plain(texts: list[str], tokenizer: PreTrainedTokenizerBase, special: bool =
     return tokenizer(texts, **options)["input_ids"]
 
 
-def chat_ids(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_ids(
+    messages: Chat, tokenizer: PreTrainedTokenizerBase, *, answer: bool = False, today: bool = False
+) -> list[int]:
     """Return the token ids of a chat as its parent's template lays it out.
 
     Where a message spells a control token, the text before, in and after it is tokenised separately.
+
+    Args:
+        messages: the chat.
+        tokenizer: the parent's.
+        answer: end where the model is to answer.
+        today: let a template that asks for the date have the real one.
 
     Raises:
         MoesmithError: as :func:`encoded`.
     """
     ids: list[int] = []
-    for index, piece in enumerate(_laid_out(messages, tokenizer)):
+    for index, piece in enumerate(_laid_out(messages, tokenizer, answer, today)):
         if index % 2:
             ids += _plain([piece], tokenizer, special=False)[0]
         elif piece:
@@ -75,7 +83,9 @@ def chat_ids(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids
 
 
-def _laid_out(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _laid_out(
+    messages: Chat, tokenizer: PreTrainedTokenizerBase, answer: bool = False, today: bool = False
+) -> list[str]:
     """Lay out a chat by its template, cut at the control tokens that messages spell: every second piece is one."""
     if not getattr(tokenizer, "chat_template", None):
         what = "the data holds chats, and the parent has no chat template to read them with"
@@ -90,11 +100,16 @@ def _laid_out(messages: Chat, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if pattern is not None:
         messages = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
     try:
-        template = _dated(tokenizer.get_chat_template())
-        text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        template = tokenizer.get_chat_template() if today else _dated(tokenizer.get_chat_template())
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": answer}
+        text = str(tokenizer.apply_chat_template(messages, chat_template=template, **options))
         text.encode()  # refuses half of a surrogate pair in a role or a tool's name
     except Exception as error:  # jinja's, the template's own, or one about a type that it did not expect
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if answer:
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            what = f"the chat template fails on turns of {roles}: {reason}"
+            raise MoesmithError(what, "Leave the system message or the template out.") from error
         what = f"the parent's chat template refuses a chat that begins {messages[0]['content'][:40]!r}: {reason}"
         raise MoesmithError(what, "Fix or leave out records like it.") from error
     pieces = re.split(MARK.format(r"(\d+)"), text)

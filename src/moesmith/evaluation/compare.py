@@ -18,7 +18,7 @@ from moesmith.evaluation.harness import find_tasks, run_tasks
 from moesmith.evaluation.health import health
 from moesmith.evaluation.likelihoods import lambada
 from moesmith.evaluation.perplexity import domain_perplexities, geometric_mean, wikitext2
-from moesmith.evaluation.prompt import token_ids, written
+from moesmith.evaluation.prompt import asked_ids
 from moesmith.evaluation.sinks import sinks
 from moesmith.parent.compute import AUTO, Device, DType, long_name
 from moesmith.parent.load import Parent
@@ -141,11 +141,10 @@ def continuations(
     """Continue a prompt greedily with the dense parent and the MoE."""
     parent, moe = models_of(folder, dtype, device)
     tokenizer = parent.tokenizer
-    if chat:
-        if not tokenizer.chat_template:
-            raise MoesmithError("the parent has no chat template", "Leave --chat out.")
-        prompt = written(tokenizer, [{"role": "user", "content": prompt}])
-    ids = token_ids(tokenizer, prompt, rows_of(parent.model), templated=chat).to(parent.device)
+    if chat and not tokenizer.chat_template:
+        raise MoesmithError("the parent has no chat template", "Leave --chat out.")
+    turns = [{"role": "user", "content": prompt}]
+    ids = asked_ids(tokenizer, turns, rows_of(parent.model), templated=chat).to(parent.device)
 
     def go_on(model: PreTrainedModel) -> str:
         generate: Any = model.generate

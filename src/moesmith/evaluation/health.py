@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesmith.console import meter
 from moesmith.evaluation.answers import ends_of, write_answers
-from moesmith.evaluation.prompt import written
+from moesmith.evaluation.prompt import asked_ids
 from moesmith.evaluation.writer import Written
+from moesmith.parent.vocabulary import rows_of
 
 NEW = 256  # most tokens of an answer
 BATCH = 8
@@ -68,10 +69,9 @@ def latin(text: str) -> float:
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new: int = NEW) -> list[Written]:
     """Answer every prompt greedily, in the parent's chat template if it has one, with ``new`` tokens at most."""
     texts = [prompt for kind in PROMPTS.values() for prompt in kind]
-    if tokenizer.chat_template:
-        texts = [written(tokenizer, [{"role": "user", "content": text}]) for text in texts]
-    special = not tokenizer.chat_template
-    prompts = [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
+    rows, templated = rows_of(model), bool(tokenizer.chat_template)
+    asked = [asked_ids(tokenizer, [{"role": "user", "content": t}], rows, templated=templated) for t in texts]
+    prompts = [ids_1S[0].tolist() for ids_1S in asked]
     found: list[Written] = []
     with meter("answers", len(prompts), "prompts") as bar:
         for part in write_answers(model, ends_of(model, tokenizer), prompts, new, BATCH, bar=bar):
