@@ -123,6 +123,22 @@ def test_gsm8k_takes_the_number_after_the_mark() -> None:
     assert [score["exact_match"] for score in scores] == [1.0, 0.0, 0.0]
 
 
+def test_an_item_counts_once_however_many_filters_read_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own gsm8k has two: the strict one, and the last number wherever it is."""
+    pytest.importorskip("lm_eval")
+    template, make = yaml_of("gsm8k"), harness.language_model
+    last = [{"function": "regex", "regex_pattern": "([0-9,]+)", "group_select": -1}, {"function": "take_first"}]
+    template["filter_list"].append({"name": "flexible-extract", "filter": last})
+    parts = [templates.Task(f"gsm8k_{n}", template, (SUM,) * 3, (SUM,) * 6) for n in range(2)]
+
+    def scripted(*args: Any) -> Any:
+        return Scripted(make(*args), [" So\n#### 1234", " It is 1,234.", " #### 1,233"] * 2).lm
+
+    monkeypatch.setattr(harness, "language_model", scripted)
+    found = harness.run_items(tiny_model("llama"), tiny_tokenizer(), {"gsm8k": parts})
+    assert found == {"gsm8k": {"exact_match": [1.0, 0.0, 0.0] * 2}}
+
+
 REGISTERED: dict[str, tuple[Record, Record]] = {  # our record, and its fields by the names of the harness's data set
     "humaneval": (ADD, ADD),
     "mbpp": (TWICE, {"text": TWICE["prompt"], "code": TWICE["solution"], "test_list": TWICE["tests"]}),

@@ -108,10 +108,15 @@ def run_items(
     limit: int | None = None,
     batch: int = 8,
 ) -> dict[str, dict[str, list[float]]]:
-    """Run tasks as :func:`run_tasks` does, and return each item's score by task and metric, in the items' order."""
+    """Run tasks as :func:`run_tasks` does, and return each item's score by task and metric, in the items' order.
+
+    Of a task that reads answers in several ways (the harness's filters), such as the registered ``gsm8k``, the first
+    one counts.
+    """
     result: dict[str, dict[str, list[float]]] = {}
     for name, found, _ in _answered(model, tokenizer, tasks, limit, batch):
-        samples = [sample for part in found["samples"].values() for sample in part]
+        parts = found["samples"].values()  # each has all items by one filter, then all by the next
+        samples = [sample for part in parts for sample in part if sample["filter"] == part[0]["filter"]]
         metrics = [name for name in samples[0]["metrics"] if isinstance(samples[0][name], int | float)]
         result[name] = {key: [float(sample[key]) for sample in samples] for key in metrics}
     return result
