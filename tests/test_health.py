@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesmith.evaluation.answers import Written
+from moesmith.evaluation.answers import Written, ends_of
 from moesmith.evaluation.compare import compare
 from moesmith.evaluation.health import LEAST, PROMPTS, TIMES, answers, health, latin, loops
 from moesmith.testing.parents import tiny_model
@@ -37,6 +37,13 @@ def test_letters() -> None:
     assert latin("Привет") == 0
     assert latin("ab вг") == 0.5
     assert latin("42") == 1
+
+
+@pytest.mark.parametrize(("own", "ends"), [(None, [1]), (1, [1]), (7, [7, 1]), ([9, 7], [9, 7, 1]), ([1, 9], [1, 9])])
+def test_an_answer_ends_with_what_the_generation_config_or_the_tokenizer_says(own: Any, ends: list[int]) -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.generation_config.eos_token_id = own
+    assert ends_of(model, tokenizer) == ends
 
 
 def test_numbers_of_known_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ PORTION = 4  # batches of prompts that are answered together: where an answer en
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """List the tokens that end an answer: those of the model's generation config, else the tokenizer's."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None  # type: ignore[union-attr]
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return sorted({ends} if isinstance(ends, int) else set(ends or ()))
+    """List the tokens that end an answer: those of the model's generation config, and the tokenizer's end of text."""
+    own = model.generation_config.eos_token_id if model.generation_config else None  # type: ignore[union-attr]
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    return [int(end) for end in dict.fromkeys(ends) if end is not None]
 
 
 def write_answers(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
+from moesmith.evaluation.answers import ends_of
 from moesmith.export.target import Source
 from moesmith.files.write import write_text
+from moesmith.parent.load import Parent
 
 CONTEXT = 4096  # tokens that are served, where the model reads as many: a longer context needs more memory
 PLAIN = "{{ .Prompt }}"
@@ -45,13 +46,10 @@ def context_of(source: Source) -> int:
     return min(CONTEXT, source.context or source.parent.config.max_position_embeddings)
 
 
-def stops(parent: Any) -> list[str]:
-    """List the special tokens that end an answer, as text: those of the generation config, and the end of text."""
-    generation = parent.model.generation_config
-    ends = None if generation is None else generation.eos_token_id
-    ids = [*(ends if isinstance(ends, list) else [ends]), parent.tokenizer.eos_token_id]
-    special = parent.tokenizer.added_tokens_decoder
-    names = [special[index].content for index in dict.fromkeys(ids) if index in special and special[index].special]
+def stops(parent: Parent) -> list[str]:
+    """List the special tokens that end an answer (``answers.ends_of``), as text."""
+    ids, special = ends_of(parent.model, parent.tokenizer), parent.tokenizer.added_tokens_decoder
+    names = [special[index].content for index in ids if index in special and special[index].special]
     return [name for name in names if not re.search(r'["\s]', name)]
 
 
