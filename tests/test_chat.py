@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,8 +23,12 @@ from moesmith.chat import chat as talking
 from moesmith.chat.llamacpp import LlamaCpp
 from moesmith.chat.speaker import Answer, Model, Speaker
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.answers import go_on
 from moesmith.evaluation.compare import continuations
 from moesmith.evaluation.prompt import Turns
+from moesmith.files.artefact import read_json
+from moesmith.files.write import write_json, write_record
+from moesmith.run.folder import open_run
 from moesmith.testing.parents import save_tiny
 
 RATE = re.compile(r"\[(\d+) tokens?(, [\d,.]+ tokens/s)?, the first after [\d.]+ s\]")
@@ -210,8 +215,33 @@ def test_temperature(home: Path) -> None:
 def test_the_context_is_the_limit(home: Path) -> None:
     model = Model.load("m", str(home / "m"), "fp32", "cpu")
     longest: int = model.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-    with pytest.raises(MoesmithError, match=r"leave no room for an answer.*Write /reset"):
+    with pytest.raises(MoesmithError, match=r"leave no room for an answer.*write /reset"):
         model.answer([{"role": "user", "content": "a " * longest}], 4, 0.0, Answer(lambda _: None))
+
+
+def test_generate_takes_the_most_likely_tokens_whatever_the_generation_config_says(
+    finished: Path, home: Path, tmp_path: Path
+) -> None:
+    model, run = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in (home / "m", finished))
+    header, config = read_json(run / "run.json"), read_json(model / "generation_config.json")
+    write_record(run / "run.json", header | {"inputs": header["inputs"] | {"model": str(model)}})
+    write_json(model / "generation_config.json", config | {"repetition_penalty": 50.0, "no_repeat_ngram_size": 1})
+    found = continuations(run, "the fox", 12, False, "fp32")["dense parent"]
+    parent = open_run(run).parent("fp32")
+    assert parent.model.generation_config is not None
+    assert parent.model.generation_config.repetition_penalty == 50.0
+    ids = parent.tokenizer("the fox", return_tensors="pt")["input_ids"]
+    for _ in range(12):
+        ids = torch.cat([ids, parent.model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert found == parent.tokenizer.decode(ids[0, -12:])
+    assert len({*ids[0].tolist()}) < ids.shape[1]  # it does repeat
+    go_on(parent.model, parent.tokenizer, ids, 2)
+    assert parent.model.generation_config.repetition_penalty == 50.0  # as it was for everybody else
+
+
+def test_generate_refuses_a_prompt_that_fills_the_context(finished: Path) -> None:
+    with pytest.raises(MoesmithError, match=r"^601 tokens leave no room for an answer in 512\. Give a shorter prompt"):
+        continuations(finished, "a " * 600, 4, False, "fp32")
 
 
 @pytest.mark.slow
@@ -229,7 +259,7 @@ def test_a_gguf_file_answers_as_its_folder(tmp_path: Path, monkeypatch: pytest.M
             folder.answer(turns, 8, 0.0, wanted)
             assert (found.text, found.tokens) == (wanted.text, wanted.tokens)
             turns += [{"role": "assistant", "content": found.text}, {"role": "user", "content": prompt}]
-        with pytest.raises(MoesmithError, match=r"llama.cpp does not answer: .*context.*Write /reset"):
+        with pytest.raises(MoesmithError, match=r"llama.cpp does not answer: .*context.*write /reset"):
             mine.answer([{"role": "user", "content": "a " * 5000}], 4, 0.0, Answer(lambda _: None))
     finally:
         mine.close()

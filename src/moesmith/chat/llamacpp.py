@@ -17,8 +17,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from moesmith.chat.speaker import TOO_LONG, Answer
+from moesmith.chat.speaker import Answer
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.answers import TOO_LONG
 from moesmith.evaluation.prompt import Turns
 from moesmith.export.gguf.modelfile import CONTEXT
 from moesmith.parent.gguf.file import open_gguf

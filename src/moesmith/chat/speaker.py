@@ -8,20 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from moesmith.console import say
-from moesmith.errors import MoesmithError
-from moesmith.evaluation.perplexity import evaluating
+from moesmith.evaluation.answers import go_on
 from moesmith.evaluation.prompt import Turns, asked_ids
-from moesmith.parent.checkpoint import BUILTIN, builtin_file, from_folder, quiet, refuse_remote_code, stored_dtype
+from moesmith.parent.checkpoint import BUILTIN, builtin_file, from_folder, refuse_remote_code, stored_dtype
 from moesmith.parent.compute import Device, DType, choose_device, move
 from moesmith.parent.load import choose_compute
 from moesmith.parent.vocabulary import rows_of
 from moesmith.run.folder import open_run
-
-TOO_LONG = "Write /reset to begin anew, or ask for less."
 
 
 @dataclass
@@ -128,23 +124,14 @@ class Model:
         return cls(name, move(model.eval(), choice.dtype, choice.device), tokenizer)
 
     def answer(self, turns: Turns, tokens: int, temperature: float, answer: Answer) -> None:
-        """As :meth:`Speaker.answer`. Only the temperature shapes the choice, whatever the generation config says."""
+        """As :meth:`Speaker.answer` (:func:`moesmith.evaluation.answers.go_on`)."""
         rows = rows_of(self.model)
-        ids = asked_ids(self.tokenizer, turns, rows, templated=self.templated, today=True).to(self.model.device)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        room = tokens if longest is None else min(tokens, longest - ids.shape[1])
-        if room < 1:
-            raise MoesmithError(f"{ids.shape[1]:,} tokens leave no room for an answer in {longest:,}", TOO_LONG)
-        options: dict[str, Any] = {"max_new_tokens": room, "pad_token_id": self.tokenizer.eos_token_id}
-        options |= {"repetition_penalty": 1.0, "do_sample": temperature > 0}
-        if temperature > 0:
-            options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-        pieces, generate = Pieces(self.tokenizer, answer), getattr(self.model, "generate")  # noqa: B009
-        with quiet(), evaluating(self.model):
-            try:
-                generate(ids, attention_mask=torch.ones_like(ids), streamer=pieces, **options)
-            finally:
-                pieces.end()  # an interrupted word
+        ids = asked_ids(self.tokenizer, turns, rows, templated=self.templated, today=True)
+        pieces = Pieces(self.tokenizer, answer)
+        try:
+            go_on(self.model, self.tokenizer, ids, tokens, temperature, pieces)
+        finally:
+            pieces.end()  # an interrupted word
 
     def close(self) -> None:
         """Nothing to do: the memory is freed with the model."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel
 
 from moesmith.arguments import path_text, several, takes_paths
@@ -14,6 +13,7 @@ from moesmith.console import say
 from moesmith.data.overlap import warnings
 from moesmith.data.text import Domain, load_domains, overlaps, read_records, records_file
 from moesmith.errors import MoesmithError
+from moesmith.evaluation.answers import go_on
 from moesmith.evaluation.harness import find_tasks, run_tasks
 from moesmith.evaluation.health import health
 from moesmith.evaluation.likelihoods import lambada
@@ -138,18 +138,29 @@ def _overlap(domains: Sequence[Domain], header: Mapping[str, Any], own: bool) ->
 def continuations(
     folder: Path, prompt: str, tokens: int, chat: bool, dtype: DType = AUTO, device: Device = AUTO
 ) -> dict[str, str]:
-    """Continue a prompt greedily with the dense parent and the MoE."""
+    """Continue a prompt with the dense parent and the MoE, each by its most likely tokens.
+
+    Args:
+        folder: a finished run, as text or a path.
+        prompt: a text, or what a user asks.
+        tokens: new ones at most.
+        chat: put the prompt through the chat template.
+        dtype: what both compute in; the fastest here for ``auto``.
+        device: where both compute.
+
+    Returns:
+        the new text of the ``dense parent`` and of the ``MoE``.
+
+    Raises:
+        MoesmithError: as :func:`models_of`; or there is no chat template, or no room for an answer.
+    """
     parent, moe = models_of(folder, dtype, device)
     tokenizer = parent.tokenizer
     if chat and not tokenizer.chat_template:
         raise MoesmithError("the parent has no chat template", "Leave --chat out.")
     turns = [{"role": "user", "content": prompt}]
-    ids = asked_ids(tokenizer, turns, rows_of(parent.model), templated=chat).to(parent.device)
-
-    def go_on(model: PreTrainedModel) -> str:
-        generate: Any = model.generate
-        options: dict[str, Any] = {"do_sample": False, "pad_token_id": tokenizer.eos_token_id}
-        made = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
-        return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
-
-    return {"dense parent": go_on(parent.model), "MoE": go_on(moe)}
+    ids = asked_ids(tokenizer, turns, rows_of(parent.model), templated=chat)
+    made = {
+        name: go_on(model, tokenizer, ids, tokens) for name, model in (("dense parent", parent.model), ("MoE", moe))
+    }
+    return {name: str(tokenizer.decode(new, skip_special_tokens=True)) for name, new in made.items()}
