@@ -91,7 +91,7 @@ def test_answers_are_those_of_transformers_and_a_data_source(parent: Path, data:
         assert last == turn(tokenizer.decode(made, skip_special_tokens=True), "assistant")
 
 
-@pytest.mark.parametrize("after", [0, 1, 6])
+@pytest.mark.parametrize("after", [0, 1, 6, 10])  # of ten answers for one file and two for the other
 def test_a_killed_command_goes_on_as_if_nothing_had_been(
     after: int, parent: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

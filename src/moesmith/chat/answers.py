@@ -1,7 +1,7 @@
 """``moesmith answers``: a parent's own answers to the questions of a data source, as a data source.
 
-OUT/answers.json: what it was made of; OUT/<domain>.train.jsonl and .test.jsonl: chats of one question and one answer.
-What is unfinished lies in OUT/parts, where each batch of answers is added as soon as it is there.
+OUT/answers.json: what it was made of; OUT/<domain>.train.jsonl and .test.jsonl: chats of one question and one answer,
+written when all are answered. Until then they are in OUT/parts, where each batch of answers is added as it is made.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def answers(
     with folder_lock(place):
         write_record(place / HEAD, head | {"files": []})
         with log_to(place / "answers.log"):
-            files = [_file(parent, place, name, split, found, head) for (name, split), found in turns.items()]
+            kept = {part: _answered(parent, place, *part, found, head) for part, found in turns.items()}
+        # only now: a folder with some of them would be a smaller data source, and nothing would say so
+        files = [_file(place, *part, *found) for part, found in kept.items()]
         write_record(place / HEAD, head | {"files": files})
     return files
 
@@ -116,11 +118,11 @@ def _check_begun(out: Path, head: dict[str, Any]) -> None:
         raise MoesmithError(f"{out} exists and holds no answers", "Give another --out.")
 
 
-def _file(
+def _answered(
     parent: Parent, out: Path, name: str, split: str, turns: Sequence[Chat], head: dict[str, Any]
-) -> dict[str, Any]:
-    """Answer a split's questions, or those that are left, and write its file."""
-    part, final = out / "parts" / f"{name}.{split}.jsonl", out / f"{name}.{split}.jsonl"
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Answer a split's questions, or those that are left; return the answers to keep, and counts."""
+    part = out / "parts" / f"{name}.{split}.jsonl"
     prompts = [_ids(parent, turn) for turn in turns]
     room = context_length(parent.model, parent.tokenizer) - head["tokens"]
     fit = [index for index, ids in enumerate(prompts) if len(ids) <= room]
@@ -141,11 +143,16 @@ def _file(
         raise MoesmithError(
             f"none of {len(done)} answers to {name} ended", "Give --unfinished, or more --tokens and another --out."
         )
-    lines = (json.dumps({"messages": one["messages"]}, ensure_ascii=False) for one in kept)
-    write_text(final, "".join(f"{line}\n" for line in lines))
     ended = sum(record["ended"] for record in done)
-    counted = {"asked": len(done), "ended": ended, "kept": len(kept), "tokens": sum(one["tokens"] for one in kept)}
-    return {"domain": name, "split": split, **counted}
+    counts = {"asked": len(done), "ended": ended, "kept": len(kept), "tokens": sum(one["tokens"] for one in kept)}
+    return kept, counts
+
+
+def _file(out: Path, name: str, split: str, kept: Sequence[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
+    """Write a split's file, and say what is in it."""
+    lines = (json.dumps({"messages": one["messages"]}, ensure_ascii=False) for one in kept)
+    write_text(out / f"{name}.{split}.jsonl", "".join(f"{line}\n" for line in lines))
+    return {"domain": name, "split": split, **counts}
 
 
 def _flat(made: Iterator[list[Written]], file: Any) -> Iterator[Written]:
