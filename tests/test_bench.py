@@ -16,14 +16,18 @@ from refusals import refused
 from safetensors.torch import load_file
 
 from moesmith.bench import measure, process
-from moesmith.bench.bounds import Count, Weights, bounds, of_folder
+from moesmith.bench.bounds import Count, Weights, bounds, of_folder, of_gguf
 from moesmith.bench.figure import bench_figure
+from moesmith.bench.files import Files
 from moesmith.bench.measure import prompts, summary
 from moesmith.bench.process import Worker
 from moesmith.bench.table import sentences, show, verdict
 from moesmith.errors import MoesmithError
+from moesmith.export.gguf.converter import convert
 from moesmith.export.native import write_native
+from moesmith.export.target import Source
 from moesmith.files.artefact import read_json
+from moesmith.parent.load import load_parent
 from moesmith.run.folder import open_run
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import save_tiny, tiny_model, tiny_parent
@@ -81,6 +85,19 @@ def test_counts_of_own_format(own: bool, tmp_path: Path) -> None:
     assert found.entries.expert == parent.L * 24 * 2 * parent.D
     everything = 4.0 * 24 * parent.L if own else float(carving.union().sum()) * parent.F
     assert found.entries.experts == everything * 2 * parent.D
+
+
+def test_a_parent_with_a_list_of_another_tool_is_read(home: Path, tmp_path: Path) -> None:
+    """What the user's folder lists is not moesmith's business: whether the weights are the run's, its digest says."""
+    folder, config = Path(shutil.copytree(home / "m", tmp_path / "m")), tiny_model("llama").config
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n{'1' * 64}  model.safetensors\n")
+    assert of_folder(folder, config, torch.bfloat16) == of_folder(home / "m", config, torch.bfloat16)
+    parent = load_parent(str(folder), torch.float32)
+    source = Source(parent, random_carving(parent), tmp_path / "run", torch.zeros(1, 8, dtype=torch.long))
+    assert Files(source).folders()[0] == folder
+    assert not measure._own(folder)
+    convert(folder, tmp_path / "m.gguf", "q4_k_m")
+    assert of_gguf(tmp_path / "m.gguf", config).entries == of_folder(folder, config, torch.float32).entries
 
 
 def test_counts_of_own_format_of_version_0_1(home: Path, tmp_path: Path) -> None:

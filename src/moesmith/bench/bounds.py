@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from moesmith.files.artefact import read_json
+from moesmith.parent.checkpoint import read_config
+from moesmith.parent.stored import shards
 from moesmith.parent.structure import attention_window, head_dim
 
 
@@ -113,7 +114,7 @@ def of_folder(folder: Path, config: Any, dtype: torch.dtype) -> Weights:
         config: the parent's loaded config, for attention.
         dtype: the weights' dtype in memory.
     """
-    own = read_json(folder / "config.json")
+    own = read_config(str(folder))
     gate, widths, unions = _own_format(own)
     experts = next((int(own[name]) for name in ("num_local_experts", "num_experts") if own.get(name)), 1)
     active = int(own.get("num_experts_per_tok") or 1) if experts > 1 else 1
@@ -158,10 +159,7 @@ def of_gguf(file: Path, config: Any) -> Weights:
 
 def weight_files(folder: Path) -> list[Path]:
     """List the safetensors that a folder is loaded from; some published folders hold the weights a second time."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return [single]
+    return [folder / name for name in shards(folder, str(folder))]
 
 
 def _safetensors(folder: Path, dtype: torch.dtype) -> Tensors:

@@ -20,7 +20,7 @@ from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_file, new_file
 from moesmith.files.seal import digest
 from moesmith.files.write import write_json
-from moesmith.parent.checkpoint import quiet
+from moesmith.parent.checkpoint import quiet, read_config
 from moesmith.parent.compute import long_name
 from moesmith.run.folder import STOCK, Run
 
@@ -42,7 +42,7 @@ class Files:
         """Return Hugging Face folders of the parent, in the run's dtype, and of the MoE."""
         parent, model = self.source.parent, self.source.parent.model
         folder = Path(parent.source)
-        if folder.is_dir() and read_json(folder / "config.json").get("dtype") == long_name(model.dtype):
+        if folder.is_dir() and read_config(parent.source).get("dtype") == long_name(model.dtype):
             return folder, self.source.run / "model"
         out = self.cache / "dense"
 

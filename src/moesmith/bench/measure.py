@@ -29,9 +29,9 @@ from moesmith.errors import MoesmithError
 from moesmith.export.gguf.target import Gguf
 from moesmith.export.target import Quant, Source
 from moesmith.export.targets import source_of
-from moesmith.files.artefact import read_json
 from moesmith.files.outputs import check_result, new_file
 from moesmith.files.write import write_json
+from moesmith.parent.checkpoint import read_config
 from moesmith.parent.compute import AUTO, Choice, Device, DType, long_name
 from moesmith.parent.load import choose_compute
 from moesmith.run.folder import Run, open_run
@@ -213,7 +213,7 @@ def _weights(path: Path, source: Source, dtype: torch.dtype | None) -> Weights:
 
 def _own(path: Path) -> bool:
     """Whether a folder brings code of its own."""
-    return path.is_dir() and read_json(path / "config.json")["model_type"] == "moesmith"
+    return path.is_dir() and read_config(str(path)).get("model_type") == "moesmith"
 
 
 def prompts(run: Run, batch: int, length: int) -> list[list[int]]:

@@ -92,10 +92,9 @@ def refuse_files(folder: Path, source: str) -> int:
         MoesmithError: one of these; the file or the tensor is named.
     """
     numbers = 0
-    shards = _shards(folder, source)
     odd: dict[str, str] = {}
     owner: dict[str, str] = {}
-    for file in shards:
+    for file in shards(folder, source):
         for name, entry in _header(folder / file, source).items():
             if name in owner:
                 raise MoesmithError(f"{source} has {name} twice, in {owner[name]} and in {file}", AGAIN)
@@ -109,8 +108,12 @@ def refuse_files(folder: Path, source: str) -> int:
     return numbers
 
 
-def _shards(folder: Path, source: str) -> list[str]:
-    """List the files that make up the model."""
+def shards(folder: Path, source: str) -> list[str]:
+    """List the safetensors files that make up the model, by name.
+
+    Raises:
+        MoesmithError: they are missing or ambiguous; ``source``, what the user named, is named.
+    """
     there = sorted(path.name for path in folder.glob("model*.safetensors"))
     index = folder / INDEX
     if not index.is_file():

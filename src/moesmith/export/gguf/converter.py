@@ -18,8 +18,7 @@ from transformers import AutoTokenizer
 
 from moesmith.errors import MoesmithError
 from moesmith.export.gguf.quantise import quantise
-from moesmith.files.artefact import read_json
-from moesmith.parent.checkpoint import first_line, quiet
+from moesmith.parent.checkpoint import first_line, quiet, read_config
 
 NAME, PHI3 = "model", "phi-3"
 OUTTYPES = {"f32": "ALL_F32", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -48,7 +47,7 @@ def convert(folder: Path, out: Path, outtype: str) -> None:
         return
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         plain = Path(scratch) / "plain.gguf"
-        convert(folder, plain, "bf16" if read_json(folder / "config.json").get("dtype") == "bfloat16" else "f32")
+        convert(folder, plain, "bf16" if read_config(str(folder)).get("dtype") == "bfloat16" else "f32")
         try:
             quantise(plain, out)
         except BaseException:
