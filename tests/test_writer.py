@@ -5,15 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config
 
+from moesmith.errors import MoesmithError
 from moesmith.evaluation import harness, writer
 from moesmith.evaluation.answers import write_answers
-from moesmith.evaluation.writer import Written, write
+from moesmith.evaluation.likelihoods import token_likelihoods
+from moesmith.evaluation.writer import Written, keeps_pairs, write
+from moesmith.export.native import write_native
+from moesmith.mixture.folder import load_folder
 from moesmith.mixture.moe import build
+from moesmith.parent.load import Parent
 from moesmith.testing.carvings import random_carving
 from moesmith.testing.masks import harvested
 from moesmith.testing.parents import tiny_model, tiny_parent
@@ -60,6 +67,50 @@ def test_answers_are_those_of_each_prompt_alone(name: str, rows: int) -> None:
     assert len(order) == len(PROMPTS)
     assert len({len(answer.ids) for answer in known}) > 3, "answers of different lengths"
     assert {answer.ended for answer in known} == {True, False}
+
+
+def convolutions() -> Any:
+    """A random LFM2: two of three layers keep the input of a convolution, and no keys and values."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}
+    config = Lfm2Config(vocab_size=300, pad_token_id=0, bos_token_id=0, eos_token_id=1, **sizes, **layers)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8 if parameter.dim() > 1 else 1)  # else all answers are one token again and again
+    return model
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_layers_that_keep_more_than_keys_and_values_write_too(mixture: bool, tmp_path: Path) -> None:
+    model = convolutions()
+    if mixture:
+        parent = Parent.from_model(model, tiny_tokenizer())
+        write_native(parent, random_carving(parent), tmp_path / "out")
+        model = load_folder(tmp_path / "out", torch.float32)
+    assert not keeps_pairs(model)
+    found, begun = dict[int, Written](), list(range(2, 72))
+    prompts = [*PROMPTS, begun + PROMPTS[0], begun + PROMPTS[1]]
+    write(model, prompts, found.__setitem__, ends=[1], new=6, rows=4)
+    assert [found[index] for index in range(len(prompts))] == [alone(model, prompt, [1], 6) for prompt in prompts]
+    pairs = [(begun, [7, 8]), (begun, [9]), (begun, [10, 11, 12])]  # choices behind one long context
+    for (before, after), one in zip(pairs, token_likelihoods(model, pairs, 512), strict=True):
+        log_SV = model(torch.tensor([before + after])).logits[0].detach().log_softmax(-1)
+        wanted = sum(float(log_SV[len(before) - 1 + place, token]) for place, token in enumerate(after))
+        assert one.total == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_model_without_a_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(writer, "DynamicCache", refuses_configs)
+    with pytest.raises(MoesmithError, match=r"no cache for the layers of LlamaModel, so it cannot write here\. Leave"):
+        write(model, PROMPTS, {}.__setitem__, ends=[1], new=6, rows=4)
+
+
+def refuses_configs(*_: Any, config: Any = None) -> DynamicCache:
+    """A cache of a transformers that does not know a kind of layer."""
+    if config is not None:
+        raise KeyError("layer_type")
+    return DynamicCache()
 
 
 @pytest.mark.parametrize("name", MODELS)

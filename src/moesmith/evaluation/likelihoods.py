@@ -19,7 +19,7 @@ from moesmith.console import meter
 from moesmith.data.text import read_records, records_file
 from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import WINDOW, context_length, evaluating, logits_of, text_field
-from moesmith.evaluation.writer import hidden, layers_of
+from moesmith.evaluation.writer import hidden, keeps_pairs, layers_of
 from moesmith.parent.accelerator import halving
 from moesmith.parent.vocabulary import refuse_ids, rows_of
 
@@ -101,7 +101,8 @@ def token_likelihoods(
 
     Pairs whose input is the same (all but the last token) share one row. Rows that share a long context, such as the
     choices of a question behind its examples, go through the model behind it, and a next context keeps what it has in
-    common with the one before (the model's own key-value cache). Logits are computed where a token is asked for alone.
+    common with the one before (the model's own key-value cache; a model whose layers keep something else reads each row
+    whole). Logits are computed where a token is asked for alone.
 
     Args:
         model: a causal language model.
@@ -144,7 +145,7 @@ def _likelihoods(
 
     result: list[Likelihood] = [Likelihood(math.nan, False, 0)] * len(cut)
     shown = meter(label, len(rows), "prompts") if label else nullcontext()
-    alone, families = _families(contexts)
+    alone, families = _families(contexts) if keeps_pairs(model) else (list(contexts), {})
     with shown as bar, evaluating(model):
 
         def answer(inputs: Sequence[Row], skipped: int, hidden_BSD: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 Transformers' ``generate`` runs a batch until its longest answer ends, and a step costs nearly as much for the last
 answer as for all. Here rows that ended leave the batch, and prompts that wait are read and join it. What all prompts
-begin with, such as a task's examples, is read once.
+begin with, such as a task's examples, is read once. Layers that keep more of what they read than keys and values, which
+can be cut and padded, write one answer after the other.
 
 Shapes: B rows, S positions that are read, N positions that are held, P of what all prompts begin with, V vocabulary.
 """
@@ -18,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from moesmith.errors import MoesmithError
 from moesmith.evaluation.perplexity import evaluating, logits_of
 from moesmith.parent.structure import attention_window
 
@@ -43,6 +46,21 @@ def hidden(model: PreTrainedModel, ids_BS: Tensor, cache: DynamicCache | None = 
     options |= {"use_cache": cache is not None, "past_key_values": cache}
     found: Tensor = model.base_model(input_ids=ids_BS.to(model.device), **options).last_hidden_state
     return found
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache | None:
+    """Make a cache with a place for what each layer keeps; ``None`` if transformers knows none for such layers."""
+    config = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)][-1]  # the decoder's own
+    try:
+        return DynamicCache(config=config)
+    except (LookupError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def keeps_pairs(model: PreTrainedModel) -> bool:
+    """Whether all that layers keep of what they read are keys and values; LFM2's convolutions keep something else."""
+    cache = empty_cache(model)
+    return cache is not None and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
 
 
 @dataclass
@@ -76,11 +94,15 @@ def write(
         stop: whether what was written so far is to end there; its last token belongs to the answer.
         temperature: 0 for the most likely token.
         seed: each answer's draws follow from it and the prompt's index alone.
+
+    Raises:
+        MoesmithError: transformers has no cache for the model's layers.
     """
-    waiting, open_rows = deque(enumerate(prompts)), list[_Row]()
+    waiting, open_rows, pairs = deque(enumerate(prompts)), list[_Row](), keeps_pairs(model)
+    rows = rows if pairs else 1
     with evaluating(model):
         # a sliding window counts places, also those that padding leaves empty between the beginning and the rest
-        board = Board(model, [] if has_windows(model) else beginning(prompts))
+        board = Board(model, [] if has_windows(model) or not pairs else beginning(prompts), pairs=pairs)
         while waiting or open_rows:
             free = rows - len(open_rows)
             if waiting and (not open_rows or free >= max(1, rows // JOIN)):
@@ -149,13 +171,14 @@ class Board:
     Args:
         model: the one that reads.
         begin: token ids that every prompt begins with.
+        pairs: whether layers keep keys and values alone (:func:`keeps_pairs`); else there is one row at a time.
 
     Attributes:
         mask_BN: which positions are a row's own.
     """
 
-    def __init__(self, model: PreTrainedModel, begin: Sequence[int] = ()) -> None:
-        self.model, self.cache, self.begin = model, DynamicCache(), DynamicCache()
+    def __init__(self, model: PreTrainedModel, begin: Sequence[int] = (), *, pairs: bool = True) -> None:
+        self.model, self.cache, self.begin, self.pairs = model, DynamicCache(), DynamicCache(), pairs
         self.mask_BN = torch.zeros(0, 0, dtype=torch.int64, device=model.device)
         self.P = len(begin)
         if begin:
@@ -175,8 +198,7 @@ class Board:
         mask_BS = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
         mask_BN = F.pad(mask_BS, (self.P, 0), value=1)
         position_BS = (mask_BN.cumsum(-1) - 1).clamp_min(0)[:, self.P :]
-        begun = layers_of(self.begin) if self.P else []
-        cache = DynamicCache([tuple(part.expand(len(rest), -1, -1, -1) for part in pair) for pair in begun])
+        cache = self._begun(len(rest))
         logits_BV = self._read(torch.stack(rows), mask_BN, position_BS, cache)
         if not len(self.mask_BN):
             self.mask_BN, self.cache = mask_BN, cache
@@ -193,6 +215,16 @@ class Board:
         )
         self.mask_BN = together(self.mask_BN, mask_BN, -1)
         return logits_BV
+
+    def _begun(self, rows: int) -> DynamicCache:
+        """A cache for new rows, with what all prompts begin with."""
+        if self.pairs:
+            begun = layers_of(self.begin) if self.P else []
+            return DynamicCache([tuple(part.expand(rows, -1, -1, -1) for part in pair) for pair in begun])
+        if (cache := empty_cache(self.model)) is None:
+            what = f"transformers has no cache for the layers of {type(self.model.base_model).__name__}"
+            raise MoesmithError(f"{what}, so it cannot write here", "Leave out what lets the model write answers.")
+        return cache
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read one more token of every row; their logits (B, V)."""
