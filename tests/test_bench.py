@@ -14,9 +14,10 @@ from commands import moesmith
 from conversions import snapshot
 from refusals import refused
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, GPTNeoXConfig
 
 from moesmith.bench import measure, process
-from moesmith.bench.bounds import Count, Weights, bounds, of_folder, of_gguf
+from moesmith.bench.bounds import Count, Experts, Weights, bounds, of_folder, of_gguf
 from moesmith.bench.figure import bench_figure
 from moesmith.bench.files import Files
 from moesmith.bench.measure import prompts, summary
@@ -27,6 +28,8 @@ from moesmith.export.gguf.converter import convert
 from moesmith.export.native import write_native
 from moesmith.export.target import Source
 from moesmith.files.artefact import read_json
+from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import load_parent
 from moesmith.run.folder import open_run
 from moesmith.testing.carvings import random_carving
@@ -36,10 +39,9 @@ L, D, F, E, F_E, KV = 2, 32, 64, 4, 32, 2 * 8  # the tiny Llama and its carving
 
 
 def test_bounds_are_hand_arithmetic() -> None:
-    dense = Weights(Count(100, 20), Count(90, 20), 1, 1, 3.0, 4.0, None)
-    moe = Weights(Count(40, 20, 30, 120), Count(38, 20, 30, 120), 4, 1, 3.0, 4.0, None)
-    assert moe.distinct(1) == 1
-    assert moe.distinct(2) == pytest.approx(7 / 4)
+    dense = Weights(Count(100, 20), Count(90, 20), 3.0, 4.0, None)
+    experts = (Experts(4, 1, 30, 120),)
+    moe = Weights(Count(40, 20, experts), Count(38, 20, experts), 3.0, 4.0, None)
     assert moe.step_bytes(2, 10) == pytest.approx(40 + 20 + 30 * 7 / 4 + 2 * 3 * 10)
     assert dense.prompt_flops(3) == 2 * 90 * 3 + 2 * 20 + 4 * (1 + 2 + 3)
     found = bounds(dense, moe, 1, 8, 4)
@@ -47,9 +49,14 @@ def test_bounds_are_hand_arithmetic() -> None:
     assert found["prefill"]["bound"] == pytest.approx((2 * 90 * 8 + 40 + 4 * 36) / (2 * (38 + 30) * 8 + 40 + 4 * 36))
     # every expert is read in the end, and what they share only once
     assert moe.step_bytes(1000, 0) == pytest.approx(40 + 20 + 120)
-    overlapping = Count(40, 20, 30, 50)
-    assert overlapping.used(4) == 40 + 20 + 50
-    windowed = Weights(Count(1, 1), Count(1, 1), 1, 1, 3.0, 4.0, 4)
+    overlapping = Count(40, 20, (Experts(4, 1, 30, 50),))
+    assert overlapping.used(1000) == 40 + 20 + 50
+    # layers may differ in their gate
+    several = Count(40, 20, (Experts(4, 1, 30, 120), Experts(3, 2, 10, 30)))
+    assert several.used(2) == pytest.approx(40 + 20 + 30 * 7 / 4 + 10 * 3 * (1 - 1 / 9))
+    two = Weights(several, several, 0.0, 0.0, None)
+    assert two.prompt_flops(5) == pytest.approx(2 * (40 + 30 + 2 * 10) * 5 + 2 * 20)
+    windowed = Weights(Count(1, 1), Count(1, 1), 3.0, 4.0, 4)
     assert windowed.step_bytes(2, 10) == 2 + 2 * 3 * 4
     assert windowed.prompt_flops(6) == 2 * 6 + 2 + 4 * (1 + 2 + 3 + 4 + 4 + 4)
 
@@ -61,15 +68,14 @@ def test_counts_are_those_of_the_tensors(home: Path, finished: Path) -> None:
     dense = of_folder(home / "m", config, torch.bfloat16)
     assert dense.entries == Count(L * (attention + 3 * D * F), V * D)  # the tied embedding is read as the head
     assert dense.bytes.always == 2 * (L * (attention + 3 * D * F + 2 * D) + D)
-    assert (dense.experts, dense.cache, dense.scores) == (1, L * 2 * KV * 2, L * 4 * 4 * 8)
+    assert (dense.cache, dense.scores) == (L * 2 * KV * 2, L * 4 * 4 * 8)
     moe = of_folder(finished / "model", config, torch.bfloat16)
-    expert = L * 3 * D * F_E
-    assert moe.entries == Count(L * (attention + E * D), V * D, expert, E * expert)
-    assert (moe.experts, moe.active) == (E, 1)
+    expert = 3 * D * F_E
+    assert moe.entries == Count(L * (attention + E * D), V * D, (Experts(E, 1, expert, E * expert),) * L)
     stored = load_file(finished / "model" / "model.safetensors")
     head = 0 if "lm_head.weight" in stored else V * D
     total = sum(tensor.numel() for tensor in stored.values())
-    assert moe.bytes.always + moe.bytes.experts + moe.bytes.head == 2 * total
+    assert moe.bytes.always + sum(layer.all for layer in moe.bytes.layers) + moe.bytes.head == 2 * total
     assert moe.step_bytes(10**6, 0) == pytest.approx(2 * total)
     assert head == V * D
 
@@ -81,10 +87,46 @@ def test_counts_of_own_format(own: bool, tmp_path: Path) -> None:
     carving = random_carving(parent, experts=4, kept=24, top_k=2, compensation="refit" if own else "none")
     write_native(parent, carving, tmp_path)
     found = of_folder(tmp_path, parent.config, torch.float32)
-    assert (found.experts, found.active) == (4, 2)
-    assert found.entries.expert == parent.L * 24 * 2 * parent.D
-    everything = 4.0 * 24 * parent.L if own else float(carving.union().sum()) * parent.F
-    assert found.entries.experts == everything * 2 * parent.D
+    assert [(layer.count, layer.active) for layer in found.entries.layers] == [(4, 2)] * parent.L
+    assert [layer.one for layer in found.entries.layers] == [24 * 2 * parent.D] * parent.L
+    everything = [4.0 * 24] * parent.L if own else (carving.union() * parent.F).tolist()
+    assert [layer.all for layer in found.entries.layers] == pytest.approx([2 * parent.D * n for n in everything])
+
+
+def test_counts_of_own_format_follow_each_layers_own_gate(tmp_path: Path) -> None:
+    parent = tiny_parent("phi", num_hidden_layers=3)
+    few, many = random_carving(parent, experts=2, kept=24), random_carving(parent, experts=4, kept=16, top_k=2)
+    one = Layer([Expert(torch.arange(40))], Linear(torch.zeros(1, parent.D)))
+    write_native(parent, Carving([one, few.layers[1], many.layers[2]], parent.F), tmp_path)
+    found, size = of_folder(tmp_path, parent.config, torch.float32).entries, 2 * parent.D
+    assert [(layer.count, layer.active, layer.one) for layer in found.layers] == [
+        (2, 1, 24 * size),
+        (4, 2, pytest.approx(16 * size)),
+    ]
+    attention, routers = 3 * 3 * parent.D**2, (1 + 2 + 4) * parent.D
+    assert found.always == attention + routers + 40 * size  # the only expert of a layer is read by every step
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300), True),
+        (GPTNeoXConfig(**SMALL, intermediate_size=64), False),
+        (FalconConfig(**SMALL, bos_token_id=0, eos_token_id=1), True),
+    ],
+    ids=["GPT-2", "GPT-NeoX", "Falcon"],
+)
+def test_ends_of_a_model_are_known_whatever_they_are_called(config: Any, tied: bool, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    found = of_folder(tmp_path, config, torch.float32)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert found.entries.head == 300 * 32
+    assert found.bytes.head == 4 * 300 * 32
+    assert found.bytes.always == 4 * (total - 300 * 32 * (1 if tied else 2))
 
 
 def test_a_parent_with_a_list_of_another_tool_is_read(home: Path, tmp_path: Path) -> None:
@@ -113,9 +155,8 @@ def test_counts_of_own_format_of_version_0_1(home: Path, tmp_path: Path) -> None
     own = {"gate": {"experts": E, "top_k": 2}, "widths": [16, 24], "unions": [48, 48], "attention": None}
     (folder / "config.json").write_text(json.dumps(own))
     found = of_folder(folder, config, torch.float32)
-    assert (found.experts, found.active) == (E, 2)
-    assert found.bytes.expert == pytest.approx(4 * 3 * D * (16 + 24))
-    assert found.bytes.experts == 4 * 3 * D * (48 + 48)
+    assert [(layer.count, layer.active, layer.all) for layer in found.bytes.layers] == [(E, 2, 4 * 3 * D * 48)] * 2
+    assert [layer.one for layer in found.bytes.layers] == pytest.approx([4 * 3 * D * 16, 4 * 3 * D * 24])
 
 
 def test_prompts_are_held_out_text(finished: Path) -> None:

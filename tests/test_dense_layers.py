@@ -130,8 +130,8 @@ def test_a_bound_counts_what_every_token_reads(tmp_path: Path) -> None:
     TARGETS["hf"].write(source, tmp_path / "out", Options())
     weights = of_folder(tmp_path / "out", source.parent.config, torch.float32)
     D, F = source.parent.D, source.parent.F
-    assert (weights.experts, weights.active) == (4, 1)
-    assert weights.entries.expert == 3 * D * F // 2
+    (layer,) = weights.entries.layers
+    assert (layer.count, layer.active, layer.one) == (4, 1, 3 * D * F // 2)
     assert weights.entries.always >= 2 * 3 * D * F
 
 

@@ -11,17 +11,40 @@ is computed only for the last token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 
-from moesmith.parent.checkpoint import read_config
+from moesmith.parent.checkpoint import empty, read_config
 from moesmith.parent.stored import shards
 from moesmith.parent.structure import attention_window, head_dim
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer.
+
+    Attributes:
+        count: E, how many there are.
+        active: K, how many a token chooses.
+        one: the weights of one of them, as bytes or as entries of matrices.
+        all: of all as they are stored; less than E times one where they share channels.
+    """
+
+    count: int
+    active: int
+    one: float
+    all: float
+
+    def used(self, tokens: int) -> float:
+        """Return what ``tokens`` tokens are expected to use, if each chooses uniformly and independently."""
+        distinct = self.count * (1 - (1 - self.active / self.count) ** tokens)
+        return min(self.one * distinct, max(self.all, self.one))
 
 
 @dataclass(frozen=True)
@@ -31,18 +54,16 @@ class Count:
     Attributes:
         always: the weights that every step uses: attention, norms, routers, a dense network.
         head: the output matrix, or the embedding where it is tied.
-        expert: one expert, summed over the layers.
-        experts: all experts as they are stored; less than E times one expert where they share channels.
+        layers: of each layer that has several experts, these.
     """
 
     always: float
     head: float
-    expert: float = 0.0
-    experts: float = 0.0
+    layers: tuple[Experts, ...] = ()
 
-    def used(self, distinct: float) -> float:
-        """Return the amount that a step uses with ``distinct`` experts in every layer."""
-        return self.always + self.head + min(self.expert * distinct, max(self.experts, self.expert))
+    def used(self, tokens: int) -> float:
+        """Return the amount that a step of ``tokens`` tokens uses."""
+        return self.always + self.head + sum(layer.used(tokens) for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -52,8 +73,6 @@ class Weights:
     Attributes:
         bytes: bytes that the runtime reads.
         entries: entries of matrices.
-        experts: E, the experts of a layer; 1 for a dense model.
-        active: K, the experts that a token chooses.
         cache: bytes of the key/value cache per token of context, all layers.
         scores: FLOPs of attention per token and position that it attends to, all layers.
         window: the most positions that a token attends to, or ``None``.
@@ -61,24 +80,18 @@ class Weights:
 
     bytes: Count
     entries: Count
-    experts: int
-    active: int
     cache: float
     scores: float
     window: int | None
 
-    def distinct(self, tokens: int) -> float:
-        """Return how many experts of a layer ``tokens`` tokens are expected to choose, uniformly and independently."""
-        return self.experts * (1 - (1 - self.active / self.experts) ** tokens)
-
     def step_bytes(self, batch: int, context: float) -> float:
         """Count the bytes that a decode step reads for ``batch`` sequences with ``context`` tokens each."""
-        return self.bytes.used(self.distinct(batch)) + batch * self.cache * min(context, self.window or math.inf)
+        return self.bytes.used(batch) + batch * self.cache * min(context, self.window or math.inf)
 
     def prompt_flops(self, length: int) -> float:
         """Count the FLOPs of one prompt up to its first new token."""
         attended = sum(min(place, self.window or place) for place in range(1, length + 1))
-        body = self.entries.always + self.entries.expert * self.active
+        body = self.entries.always + sum(layer.one * layer.active for layer in self.entries.layers)
         return 2 * body * length + 2 * self.entries.head + self.scores * attended
 
 
@@ -115,26 +128,64 @@ def of_folder(folder: Path, config: Any, dtype: torch.dtype) -> Weights:
         dtype: the weights' dtype in memory.
     """
     own = read_config(str(folder))
-    gate, widths, unions = _own_format(own)
-    experts = next((int(own[name]) for name in ("num_local_experts", "num_experts") if own.get(name)), 1)
-    active = int(own.get("num_experts_per_tok") or 1) if experts > 1 else 1
-    shared = [width / union if union else 1 / gate["experts"] for width, union in zip(widths, unions, strict=True)]
-    return _weights(
-        _safetensors(folder, dtype),
-        gate.get("experts", experts),
-        gate.get("top_k", active),
-        config,
-        dtype.itemsize,
-        shared,
-        [(a["qk"], a["vo"]) for a in own.get("attention") or ()],
-    )
+    gates = _own_format(own)
+    if not gates:
+        experts = next((int(own[name]) for name in ("num_local_experts", "num_experts") if own.get(name)), 1)
+        gates = [Gate(experts, int(own.get("num_experts_per_tok") or 1), 1 / experts)] * config.num_hidden_layers
+    kept = [(a["qk"], a["vo"]) for a in own.get("attention") or ()]
+    return _weights(_safetensors(folder, dtype), gates, config, dtype.itemsize, Ends.of(config), kept)
 
 
-def _own_format(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[int], list[int | None]]:
-    """Read gate, expert widths and unions by layer from a config of moesmith's own format; empty for another format."""
-    if layers := config.get("layers"):
-        return layers[0]["gate"], [layer["width"] for layer in layers], [layer["union"] for layer in layers]
-    return config.get("gate") or {}, config.get("widths") or [], config.get("unions") or []  # version 0.1
+class Gate(NamedTuple):
+    """How a layer's experts are chosen, and how they are stored."""
+
+    experts: int
+    top_k: int
+    share: float  # one expert's part of what is stored of all
+
+
+def _own_format(config: Mapping[str, Any]) -> list[Gate]:
+    """Read each layer's gate from a config of moesmith's own format; empty for another format."""
+    layers = config.get("layers") or [
+        {"gate": config["gate"], "width": width, "union": union}  # version 0.1
+        for width, union in zip(config.get("widths") or (), config.get("unions") or (), strict=True)
+    ]
+    return [
+        Gate(gate["experts"], gate["top_k"], layer["width"] / layer["union"] if layer["union"] else 1 / gate["experts"])
+        for layer in layers
+        for gate in [layer["gate"]]
+    ]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How embedding and output matrix are known.
+
+    Attributes:
+        embedding, head: their names, such as ``wte`` and ``lm_head``.
+        shape: of the output matrix: some classes call it otherwise in files (GPT-NeoX: ``embed_out``).
+    """
+
+    embedding: str
+    head: str
+    shape: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, config: Any) -> Ends:
+        """Ask a config's class."""
+        model: Any = empty(config)
+        names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        return cls(names[id(embedding)], names[id(head)], tuple(head.weight.shape))
+
+    def part(self, name: str, shape: Sequence[int]) -> str:
+        """Return ``embedding``, ``head``, or nothing for a tensor that is neither."""
+        *path, owner, _ = ["", *name.split(".")]
+        if any(part.isdigit() for part in path):  # in a layer
+            return ""
+        if owner == self.embedding:
+            return "embedding"
+        return "head" if owner == self.head or tuple(shape) == self.shape else ""
 
 
 def of_gguf(file: Path, config: Any) -> Weights:
@@ -154,7 +205,9 @@ def of_gguf(file: Path, config: Any) -> Weights:
         return int(found.contents()) if found is not None else 0
 
     tensors = [(t.name, [int(n) for n in reversed(t.shape)], float(t.n_bytes)) for t in reader.tensors]
-    return _weights(tensors, field("expert_count") or 1, field("expert_used_count") or 1, config, 2)
+    experts = field("expert_count") or 1
+    gates = [Gate(experts, field("expert_used_count") or 1, 1 / experts)] * config.num_hidden_layers
+    return _weights(tensors, gates, config, 2, Ends("token_embd", "output"))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -174,46 +227,45 @@ def _safetensors(folder: Path, dtype: torch.dtype) -> Tensors:
 
 def _weights(
     tensors: Tensors,
-    experts: int,
-    active: int,
+    gates: Sequence[Gate],
     config: Any,
     cached: int,
-    shared: list[float] | None = None,
+    ends: Ends,
     kept: list[tuple[int, int]] | None = None,
 ) -> Weights:
-    found: dict[str, list[float]] = {part: [0.0, 0.0] for part in ("always", "head", "embedding", "expert", "experts")}
+    """Sum up tensors: of all ``gates`` layers, with caches of ``cached`` bytes a number.
+
+    ``kept`` are the widths of pruned attention.
+    """
+    found: dict[str | int, list[float]] = defaultdict(lambda: [0.0, 0.0])  # by a layer's index: of its experts
     for name, shape, stored in tensors:
         matrix = float(math.prod(shape)) if len(shape) > 1 and "bias" not in name else 0.0
-        part = _part(name) if experts > 1 else _part(name).replace("experts", "always")
+        part: str | int = ends.part(name, shape) or "always"
+        if (".experts." in name or "_exps." in name) and gates[_layer(name)].experts > 1:
+            part = _layer(name)
         found[part][0] += stored
         found[part][1] += matrix
-        if part == "experts":
-            share = shared[_layer(name)] if shared else 1 / experts
-            found["expert"][0] += stored * share
-            found["expert"][1] += matrix * share
     if not found["head"][0]:
         found["head"] = found["embedding"]
     heads = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or heads
     widths = kept or [(head_dim(config),) * 2] * config.num_hidden_layers
-    size, entries = (Count(*(found[part][i] for part in ("always", "head", "expert", "experts"))) for i in (0, 1))
+    sparse = [(gate, found[index]) for index, gate in enumerate(gates) if index in found]
+    size, entries = (
+        Count(
+            found["always"][i],
+            found["head"][i],
+            tuple(Experts(gate.experts, gate.top_k, all_[i] * gate.share, all_[i]) for gate, all_ in sparse),
+        )
+        for i in (0, 1)
+    )
     return Weights(
         bytes=size,
         entries=entries,
-        experts=experts,
-        active=active,
         cache=float(sum(kv * (qk + vo) * cached for qk, vo in widths)),
         scores=float(sum(2 * heads * (qk + vo) for qk, vo in widths)),
         window=attention_window(config),
     )
-
-
-def _part(name: str) -> str:
-    if "embed_tokens" in name or name == "token_embd.weight":
-        return "embedding"
-    if name.startswith("lm_head.") or ".lm_head." in name or name == "output.weight":
-        return "head"
-    return "experts" if ".experts." in name or "_exps." in name else "always"
 
 
 def _layer(name: str) -> int:
