@@ -325,6 +325,63 @@ def test_a_worker_that_fails_is_one_line_and_gone(tmp_path: Path) -> None:
     assert worker.process.returncode is not None
 
 
+class Silent:
+    """A worker that does nothing."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def tell(self, *_: Any, **__: Any) -> None: ...
+
+    def hear(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize("late", ["made", "measured"])
+def test_a_runtime_that_fails_takes_nothing_with_it(
+    late: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise MoesmithError("vllm fails with the MoE: KeyError: gate", "Choose others.")
+
+    pair, times = measure._pair, [{"prefill_seconds": 1.0, "decode_seconds": 1.0, "memory": 1}] * 2
+
+    def rounds(*given: Any) -> dict[str, Any]:
+        measured = {"seconds": {"dense": times, "moe": times}, "idle_cores": 0.0, "facts": {"dense": {}, "moe": {}}}
+        return fails() if late == "measured" and given[-1].startswith("vllm") else measured
+
+    monkeypatch.setattr(measure, "interpreter", lambda *_: sys.executable)
+    monkeypatch.setattr(measure, "Worker", Silent)
+    monkeypatch.setattr(measure, "_rounds", rounds)
+    if late == "made":
+        monkeypatch.setattr(
+            measure, "_pair", lambda files, runtime, q: (fails if runtime == "vllm" else pair)(files, runtime, q)
+        )
+    monkeypatch.setattr(measure, "RUNTIMES", ("transformers", "vllm"))
+    given: tuple[Any, ...] = ([1, 2], 24, 4, ["q8_0"], 2)
+    out = tmp_path / "all.json"
+    measure.bench(finished, None, *given, out=out)
+    assert "without vllm float32: vllm fails with the MoE: KeyError: gate. Choose others." in capsys.readouterr().err
+    cells = [(x["runtime"], x["batch"]) for x in read_json(out)["results"]]
+    assert cells == [("transformers", 1), ("transformers", 2)]
+    chosen = tmp_path / "chosen.json"
+    with pytest.raises(MoesmithError, match="vllm fails with the MoE"):
+        measure.bench(finished, ["transformers", "vllm"], *given, out=chosen)
+    if late == "measured":  # what is dear is kept
+        assert [(x["runtime"], x["batch"]) for x in read_json(chosen)["results"]] == cells
+        assert f"what was measured before is in {chosen}" in capsys.readouterr().err
+    else:
+        assert not chosen.exists()
+    monkeypatch.setattr(measure, "RUNTIMES", ("vllm",))
+    with pytest.raises(MoesmithError, match=r"no runtime (is left|measured anything)\. Name one"):
+        measure.bench(finished, None, *given, out=tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
+
+
 REFUSALS: list[tuple[list[object], str]] = [
     (["--runtime", "onnx"], "--runtime onnx is not known"),
     (["--runtime", "transformers,vllm", "--vllm-python", "/nowhere/python"], "vLLM is not installed for /nowhere"),

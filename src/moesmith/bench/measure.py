@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
@@ -80,8 +80,9 @@ def bench(
         The contents of the file (docs/speed.md).
 
     Raises:
-        MoesmithError: the run is not finished, ``out`` may not be written, a runtime is unknown, not installed, cannot
-            hold the model, or fails.
+        MoesmithError: the run is not finished, ``out`` may not be written; a chosen runtime is unknown, not installed,
+            cannot hold the model, or fails (what was measured before is written). Without a choice these are left out,
+            and it is an error if none is left.
     """
     run = open_run(folder)
     run.check_finished()
@@ -103,7 +104,7 @@ def bench(
     if not pythons:
         raise MoesmithError("no runtime is left", f"Name one in --runtime, of {','.join(RUNTIMES)}.")
     files, cells = Files(source), [(runtime, q) for runtime in pythons for q in _types(runtime, source, choice, quants)]
-    pairs = {cell: _pair(files, *cell) for cell in cells}
+    pairs = _pairs(files, cells, chosen=runtimes is not None)
     types = {"transformers": choice.dtype, "vllm": source.parent.stored}
     weights = {
         (runtime, q): (_weights(dense, source, types.get(runtime)), _weights(moe, source, types.get(runtime)))
@@ -124,28 +125,52 @@ def bench(
     found: dict[str, Any] = {"run": str(folder), "prompt": prompt, "new": new, "rounds": rounds, "threads": threads()}
     found |= {"repack": repack}
     found |= {"machine": machine(), "versions": versions(), "runtimes": {}, "results": []}
-    total = len(cells) * sum(batches) * (prompt + new) * (rounds + 1) * 2
-    with meter("bench", total) as bar:
-        for cell in cells:
-            runtime, quant = cell
-            sizes = {side: size(path) for side, path in zip(SIDES, pairs[cell], strict=True)}
-            with ExitStack() as stack:
-                workers = [stack.enter_context(Worker(runtime, pythons[runtime], NAMES[side])) for side in SIDES]
-                for w, path in zip(workers, pairs[cell], strict=True):
-                    w.tell("load", path=str(path.resolve()), own_code=_own(path), dtype=names.get(runtime), **loading)
-                facts = [w.hear() for w in workers]
-                found["runtimes"].setdefault(runtime, facts[0])
-                for batch in sorted(batches):
-                    result = {"runtime": runtime, "weights": quant, "batch": batch, "file_bytes": sizes}
-                    measured = _rounds(workers, rows[:batch], new, rounds, bar, f"{runtime} {quant} batch {batch}")
-                    limit = bounds(*weights[cell], batch, prompt, new)
-                    found["results"].append(result | summary(measured, batch, prompt, new, limit))
-    with new_file(out, overwrite=overwrite) as work:
-        write_json(work, found)
-        drawn = _picture(found, work.parent / figure)
-    if drawn:
-        say(f"figure: {out.parent / figure}")
+    total = len(pairs) * sum(batches) * (prompt + new) * (rounds + 1) * 2
+
+    def write() -> None:
+        with new_file(out, overwrite=overwrite) as work:
+            write_json(work, found)
+            drawn = _picture(found, work.parent / figure)
+        if drawn:
+            say(f"figure: {out.parent / figure}")
+
+    def measure(runtime: str, quant: str) -> None:
+        sizes = {side: size(path) for side, path in zip(SIDES, pairs[runtime, quant], strict=True)}
+        with ExitStack() as stack:
+            workers = [stack.enter_context(Worker(runtime, pythons[runtime], NAMES[side])) for side in SIDES]
+            for w, path in zip(workers, pairs[runtime, quant], strict=True):
+                w.tell("load", path=str(path.resolve()), own_code=_own(path), dtype=names.get(runtime), **loading)
+            facts = [w.hear() for w in workers]
+            found["runtimes"].setdefault(runtime, facts[0])
+            for batch in sorted(batches):
+                result = {"runtime": runtime, "weights": quant, "batch": batch, "file_bytes": sizes}
+                measured = _rounds(workers, rows[:batch], new, rounds, bar, f"{runtime} {quant} batch {batch}")
+                limit = bounds(*weights[runtime, quant], batch, prompt, new)
+                found["results"].append(result | summary(measured, batch, prompt, new, limit))
+
+    try:
+        with meter("bench", total) as bar:
+            for cell in pairs:
+                _attempt(measure, cell, chosen=runtimes is not None)
+    except MoesmithError:
+        if found["results"]:
+            write()
+            say(f"what was measured before is in {out}")
+        raise
+    if not found["results"]:
+        raise MoesmithError("no runtime measured anything", f"Name one in --runtime, of {','.join(RUNTIMES)}.")
+    write()
     return found
+
+
+def _attempt(work: Callable[[str, str], None], cell: tuple[str, str], *, chosen: bool) -> None:
+    """Do something for a runtime and a type of weights; where none was chosen, those that fail are left out."""
+    try:
+        work(*cell)
+    except MoesmithError as error:
+        if chosen:
+            raise
+        say(f"without {' '.join(cell)}: {error}")
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -198,6 +223,20 @@ def _types(runtime: str, source: Source, choice: Choice, quants: Sequence[str]) 
     if runtime == "llama.cpp":
         return quants
     return [long_name(choice.dtype if runtime == "transformers" else source.parent.stored)]
+
+
+def _pairs(files: Files, cells: Sequence[tuple[str, str]], *, chosen: bool) -> dict[tuple[str, str], tuple[Path, Path]]:
+    """Make what each cell's runtime loads."""
+    pairs = {}
+
+    def prepare(runtime: str, quant: str) -> None:
+        pairs[runtime, quant] = _pair(files, runtime, quant)
+
+    for cell in cells:
+        _attempt(prepare, cell, chosen=chosen)
+    if not pairs:
+        raise MoesmithError("no runtime is left", f"Name one in --runtime, of {','.join(RUNTIMES)}.")
+    return pairs
 
 
 def _pair(files: Files, runtime: str, quant: str) -> tuple[Path, Path]:
