@@ -113,6 +113,15 @@ def test_tokens_and_template_survive(tmp_path: Path) -> None:
     assert answers.chat == tokenizer.apply_chat_template(chat, tokenize=False)
 
 
+def test_of_several_templates_the_file_has_that_of_an_ordinary_chat(tmp_path: Path) -> None:
+    source, out = tiny_source("llama"), tmp_path / "moe.gguf"
+    tokenizer, plain = source.parent.tokenizer, str(source.parent.tokenizer.chat_template)
+    tokenizer.chat_template = {"default": plain, "tool_use": "tools: {{ tools }}"}  # type: ignore[assignment]
+    Gguf().write(source, out, Options(quant="f32"))
+    assert Gguf().verify(source, out, IDS)["within_tolerance"] == 1.0
+    assert gguf.GGUFReader(str(out)).fields["tokenizer.chat_template"].contents() == plain
+
+
 def test_marks_between_documents_are_no_text(tmp_path: Path) -> None:
     source, out = tiny_source("qwen2"), tmp_path / "moe.gguf"
     ids = source.ids.clone()

@@ -13,13 +13,18 @@ from typing import Any
 
 import pytest
 from commands import moesmith
+from conversions import UNTRAINED, convert
 from huggingface_hub import ModelCard, constants
 from refusals import refused
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesmith.errors import MoesmithError
+from moesmith.export.delta import pack, unpack
 from moesmith.export.push import push
-from moesmith.files.artefact import sums_of, verify_files
+from moesmith.files.artefact import read_json, sums_of, verify_files, write_list
+from moesmith.files.outputs import list_of
+from moesmith.files.seal import file_digest
+from moesmith.files.write import write_record
 from moesmith.run.folder import open_run
 
 
@@ -96,6 +101,62 @@ def test_a_dry_run_writes_the_folder(finished: Path, tmp_path: Path) -> None:
     assert f"`llama-server --hf-repo me/moe --hf-file {file.name}`" in card.text
     assert f"`ollama run hf.co/me/moe:{file.name}`" in card.text
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_the_folder_has_files_of_its_own_outside_the_run(finished: Path, tmp_path: Path) -> None:
+    """Whoever edits it, such as the config, changes nothing in the run."""
+    push(finished, "me/moe", out=tmp_path / "out", licence="mit", dry_run=True)
+    model = open_run(finished).model
+    assert not any((tmp_path / "out" / path.name).samefile(path) for path in model.iterdir())
+    for out in (finished / "stock", open_run(finished).inputs["model"]):
+        with pytest.raises(MoesmithError, match="which this command reads"):
+            push(finished, "me/moe", out=out, licence="mit", dry_run=True)
+    assert not (finished / "stock").exists()
+
+
+def test_named_templates_are_carried(home: Path, tmp_path: Path) -> None:
+    """A tokenizer may have a template for each use; all but the default lie in a folder of their own."""
+    parent = Path(shutil.copytree(home / "m", tmp_path / "m"))
+    (parent / "additional_chat_templates").mkdir()
+    (parent / "additional_chat_templates" / "tool_use.jinja").write_text("tools: {{ tools }}")
+    run = convert("dive-plus", parent, home / "d", tmp_path / "run", UNTRAINED).folder
+    name = "additional_chat_templates/tool_use.jinja"
+    assert name in push(run, "me/moe", out=tmp_path / "out", licence="mit", dry_run=True)["files"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template["tool_use"] == "tools: {{ tools }}"
+    pack(run, tmp_path / "delta")
+    unpack(tmp_path / "delta", str(parent), tmp_path / "back")
+    assert sums_of(tmp_path / "back" / "model") == sums_of(run / "model")
+    assert (tmp_path / "back" / "model" / name).read_text() == "tools: {{ tools }}"
+
+
+def test_what_lies_beside_a_file_may_be_edited(finished: Path, tmp_path: Path) -> None:
+    file, beside = tmp_path / "moe.gguf", tmp_path / "moe.Modelfile"
+    file.write_bytes(b"GGUF")
+    beside.write_text("FROM moe.gguf")
+    write_list(list_of(file), {path.name: file_digest(path) for path in (file, beside)})
+    beside.write_text("FROM moe.gguf\nSYSTEM be brief")
+    push(finished, "me/moe", out=tmp_path / "out", licence="mit", files=[file], dry_run=True)
+    file.write_bytes(b"GGUF of another command")
+    with pytest.raises(MoesmithError, match=r"moe\.gguf has changed since moesmith wrote it"):
+        push(finished, "me/moe", out=tmp_path / "again", licence="mit", files=[file], dry_run=True)
+
+
+def test_data_sets_are_those_that_the_run_read(finished: Path, tmp_path: Path) -> None:
+    run, own = Path(shutil.copytree(finished, tmp_path / "run")), tmp_path / "own.yaml"
+    own.write_text("a: {hub: org/a, eval_split: test, fields: [x]}\nb: {hub: org/b, eval_split: test, fields: [x]}\n")
+    header = read_json(run / "run.json")
+    cases = {
+        (str(own), None): {"org/a", "org/b"},
+        (str(own), ("b",)): {"org/b"},
+        ("paper24", ("boolq", "coqa")): {"google/boolq", "stanfordnlp/coqa"},
+        ("builtin", None): set(),
+        ("/nowhere/else", None): set(),
+    }
+    for number, ((data, names), wanted) in enumerate(cases.items()):
+        recipe = header["recipe"] | {"domains": header["recipe"]["domains"] | {"names": names}}
+        write_record(run / "run.json", header | {"inputs": header["inputs"] | {"data": data}, "recipe": recipe})
+        found = push(run, "me/moe", out=tmp_path / f"out-{number}", licence="mit", dry_run=True)["metadata"]
+        assert set(found.get("datasets") or ()) == wanted
 
 
 def test_quantised_files_have_a_repository_of_their_own(finished: Path, tmp_path: Path) -> None:

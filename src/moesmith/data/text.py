@@ -64,7 +64,7 @@ def load_domains(source: str | Path, names: str | Sequence[str] | None = None) -
     source, names = path_text("data", source), None if names is None else several("names", names)
     if source == BUILTIN:
         return builtin_domains(names)
-    path = _locate(source)
+    path = locate(source)
     if path.is_file():
         return hub_domains(path, names)
     groups = _groups(path)
@@ -85,14 +85,19 @@ def source_digest(source: str | Path, names: Sequence[str] | None = None) -> str
     source = path_text("data", source)
     if source == BUILTIN:
         return builtin_digest(names)
-    path = _locate(source)
+    path = locate(source)
     if path.is_file():
         sets = read_sets(path)
         return digest({name: sets[name].model_dump() for name in choose(sorted(sets), names, str(path))})
     return digest({name: [file_digest(file) for file in pair] for name, pair in _files(path, names).items()})
 
 
-def _locate(source: str) -> Path:
+def locate(source: str) -> Path:
+    """Return the folder or the ``.yaml`` file that a data source is, the one of this package for a name it knows.
+
+    Raises:
+        MoesmithError: it is neither; nor is the built-in text.
+    """
     if not source.strip():
         raise MoesmithError(
             "no data source is named", f"Give a folder, a .yaml file, {BUILTIN} or {', '.join(SHIPPED)}."

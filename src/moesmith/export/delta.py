@@ -35,7 +35,7 @@ from moesmith.files.artefact import (
 )
 from moesmith.files.outputs import check_folder, check_place, existing, inputs_of
 from moesmith.files.parse import as_written
-from moesmith.files.write import TEMPORARY, write_json
+from moesmith.files.write import TEMPORARY, copy_file, write_json
 from moesmith.mixture.carving import Carving
 from moesmith.parent.compute import named
 from moesmith.parent.load import Parent, load_parent
@@ -211,9 +211,11 @@ def _rebuild(parent: Parent, delta: Path, facts: Mapping[str, Any], out: Path) -
             made = stock_tensors(parent, carving, parent.model.dtype) if stock else named_tensors(parent, carving)
             write_shards(target, _counted(made, bar))
         lists = listed(delta / name)
-        common = [path for path in (delta / FOLDERS[0]).iterdir() if path.name in lists]
-        for path in [*common, *(delta / name).iterdir()]:  # files of both folders are stored only in the first
-            shutil.copyfile(path, target / path.name)
+        for folder in dict.fromkeys((delta / FOLDERS[0], delta / name)):  # files of both are stored only in the first
+            for path in (path for path in folder.rglob("*") if path.is_file()):
+                file = path.relative_to(folder).as_posix()
+                if file in lists or folder == delta / name:
+                    copy_file(path, target / file)
         wrong += [f"{name}/{file}" for file in differing(target)]
     return wrong
 
@@ -234,7 +236,7 @@ def _carry(folder: Path, target: Path, first: Path) -> None:
     target.mkdir()
     for name in lists:
         if not name.endswith(WEIGHTS) and before.get(name) != lists[name]:
-            shutil.copyfile(folder / name, target / name)
+            copy_file(folder / name, target / name)
     write_sums(target, {name: lists[name] for name in lists if name != CARD})
     if (folder / CARD).is_file():
         shutil.copyfile(folder / CARD, target / CARD)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +23,13 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from moesmith.arguments import path_of, several
 from moesmith.console import code, say
 from moesmith.data.hf_datasets import read_sets
+from moesmith.data.text import locate
 from moesmith.errors import MoesmithError
 from moesmith.export.folder import whole_folder
 from moesmith.files.artefact import SUMS, differing, own_list
-from moesmith.files.outputs import list_of
+from moesmith.files.outputs import check_place, inputs_of, list_of
 from moesmith.files.parse import parse_yaml
-from moesmith.files.write import write_text
+from moesmith.files.write import copy_file, write_text
 from moesmith.run.folder import Run, finished_of, open_run
 
 CARD = "README.md"
@@ -54,7 +54,7 @@ def push(
     Args:
         folder: the run.
         to: the repository, ``user/name``; made if it is not there.
-        out: where the folder to upload is written; a temporary one if left out.
+        out: where the folder to upload is written, with files of its own; a temporary one if left out.
         base_model: the parent's hub id; taken from the run where it names one.
         licence: of the model, a hub identifier such as ``apache-2.0``; the parent folder's own card says it if it is
             left out and that card does.
@@ -79,38 +79,44 @@ def push(
         raise MoesmithError("a dry run writes a folder", "Give --out.")
     run, more = open_run(folder), [path_of("file", file) for file in several("files", files)]
     run.check_finished()
+    if out is not None:
+        check_place(path_of("out", out), [*inputs_of(run.folder), *more])
     run.check_files()
     if absent := [file for file in more if not file.is_file()]:
         raise MoesmithError(f"there is no file {absent[0]}", "Give files that exist.")
     for file in more:
-        if differing(file.parent, own_list(list_of(file)) or {}):
+        known = (own_list(list_of(file)) or {}).get(file.name)  # what was written beside it may have been edited
+        if known is not None and differing(file.parent, {file.name: known}):
             raise MoesmithError(
                 f"{file} has changed since moesmith wrote it", "Give it as it was written, or export it again."
             )
     if quantized_of is not None and not more:
         raise MoesmithError("no quantised files are named", "Give --file, such as a GGUF file of 'moesmith export'.")
-    names, own = [file.name for file in more], [] if quantized_of is not None else list(run.model.iterdir())
-    if taken := [n for n in names if names.count(n) > 1 or n in {CARD, SUMS, *(file.name for file in own)}]:
+    names, found = [file.name for file in more], run.model.rglob("*") if quantized_of is None else ()
+    own = {file.relative_to(run.model).as_posix(): file for file in found if file.is_file()}
+    if taken := [n for n in names if names.count(n) > 1 or n in {CARD, SUMS, *own}]:
         raise MoesmithError(f"two files would be called {taken[0]}", "Rename one of them.")
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "model" if out is None else path_of("out", out)
         card = _card(run, to, base_model, licence, names, quantized_of)
         with whole_folder(place) as work:
-            for file in [*own, *more]:
-                if file.name not in (CARD, SUMS):
-                    _placed(file, work / file.name)
+            for name, file in (own | dict(zip(names, more, strict=True))).items():
+                if name not in (CARD, SUMS):
+                    (copy_file if out is not None else _linked)(file, work / name)
             write_text(work / CARD, card)
-        sizes = {file.name: file.stat().st_size for file in sorted(place.iterdir())}
+        made = sorted(file for file in place.rglob("*") if file.is_file())
+        sizes = {file.relative_to(place).as_posix(): file.stat().st_size for file in made}
         url = None if dry_run else _upload(place, to, private=private, card=card)
     return {"repository": to, "url": url, "files": sizes, "metadata": ModelCard(card).data.to_dict()}
 
 
-def _placed(source: Path, target: Path) -> None:
-    """Put a file in another folder without copying it, where the file system can."""
+def _linked(source: Path, target: Path) -> None:
+    """Give a file another name in a folder that nobody edits, or copy it where the file system cannot."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        copy_file(source, target)
 
 
 def _card(
@@ -165,10 +171,14 @@ def _front(card: Path) -> tuple[dict[str, Any], str]:
 
 def _datasets(run: Run) -> list[str]:
     """Return the hub ids of the data sets that a run read; empty for folders, files and the built-in text."""
-    source = Path(run.inputs["data"])
-    if not (source.is_file() and source.suffix in (".yaml", ".yml")):
+    try:
+        source = locate(run.inputs["data"])
+    except MoesmithError:  # the built-in text, or of another machine
         return []
-    return sorted({s.hub for s in read_sets(source).values() if not s.data_files and not Path(s.hub).exists()})
+    sets = read_sets(source) if source.is_file() else {}
+    names = run.header["recipe"]["domains"]["names"] or sets
+    read = [sets[name] for name in names if name in sets]
+    return sorted({one.hub for one in read if not one.data_files and not Path(one.hub).exists()})
 
 
 def _results(run: Run) -> list[EvalResult]:
