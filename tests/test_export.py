@@ -308,7 +308,9 @@ def test_channel_replaces_the_bias_where_the_direction_is_constant(tmp_path: Pat
 
 def test_bias_without_a_direction_is_refused(tmp_path: Path) -> None:
     parent = tiny_parent("llama")
-    with pytest.raises(MoesmithError, match="no constant direction"):
+    with pytest.raises(
+        MoesmithError, match=r"no constant direction for it\. Set carve\.compensation to refit\. Write the native"
+    ):
         write_stock(parent, random_carving(parent, compensation="bias"), tmp_path / "moe")
     assert list(tmp_path.iterdir()) == []
 

@@ -112,7 +112,9 @@ def test_norms_train_with_their_biases_and_the_parent_keeps_its_own() -> None:
 
 def test_a_stock_architecture_is_refused(tmp_path: Path) -> None:
     parent = tiny_parent("phi")
-    with pytest.raises(MoesmithError, match=r"have no gate, and no stock .* Write the native format") as error:
+    with pytest.raises(
+        MoesmithError, match=r"have no gate, and no stock .* Write the native format.*--to native"
+    ) as error:
         write_stock(parent, random_carving(parent), tmp_path / "moe")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []

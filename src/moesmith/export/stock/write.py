@@ -70,6 +70,9 @@ CARRIED = (
 # fmt: on
 
 
+HELD = "Write the native format, which holds it (moesmith export RUN --to native)."
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a stock folder is written; the defaults are for transformers and vLLM.
@@ -107,32 +110,31 @@ def stock_refusal(parent: Parent, carving: Carving) -> tuple[str, str] | None:
         return (
             f"The parent computes its keys again, rotated otherwise, once a text outgrows {original:,} tokens "
             "(longrope), and no stock Mixture-of-Experts does while it generates",
-            "Write the native format (native.write_native).",
+            HELD,
         )
     if parent.why:
-        return f"{parent.why}, and no stock Mixture-of-Experts has that", "Write the native format, which holds it."
+        return f"{parent.why}, and no stock Mixture-of-Experts has that", HELD
     if parent.family == NATIVE:
         return (
             "The parent's feed-forward networks have no gate, and no stock Mixture-of-Experts has experts without one",
-            "Write the native format (native.write_native).",
+            HELD,
         )
-    native = "Write the native format, which holds it."
     if not carving.alike:
         counts = sorted({f"{len(layer.routed)} (top-{layer.top_k})" for layer in carving.layers})
         return (
             f"Its layers have {' and '.join(counts)} experts, and a stock Mixture-of-Experts has as many in all",
-            native,
+            HELD,
         )
     for index, layer in enumerate(carving.layers):
         if isinstance(layer.router, Analytic) and layer.router.folded(parent.ffns[index]) is None:
             return (
                 f"Layer {index} routes by what its channels compute, and a stock router is linear",
-                native,
+                HELD,
             )
         if any(expert.bias_D is not None for expert in layer.experts) and layer.constant_D is None:
             return (
                 f"Layer {index} has a compensation bias and the carving holds no constant direction for it",
-                "Set Layer.constant_D (router.constant_direction), or write the native format, which has biases.",
+                f"Set carve.compensation to refit. {HELD}",
             )
     return None
 
