@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +247,64 @@ def test_generate_takes_the_most_likely_tokens_whatever_the_generation_config_sa
 def test_generate_refuses_a_prompt_that_fills_the_context(finished: Path) -> None:
     with pytest.raises(MoesmithError, match=r"^601 tokens leave no room for an answer in 512\. Give a shorter prompt"):
         continuations(finished, "a " * 600, 4, False, "fp32")
+
+
+PART = b'data: {"content": "half", "stop": false, "tokens": [5]}\n\n'
+END = b'data: {"content": "", "stop": true, "tokens_predicted": 2}\n\n'
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@contextmanager
+def serving(reply: bytes) -> Iterator[LlamaCpp]:
+    """A file's speaker whose server answers every request with these bytes, and then is gone."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    one, _ = listening.accept()
+                    one.recv(65536)
+                    one.sendall(reply)
+                    one.shutdown(socket.SHUT_RDWR)
+                    one.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        mine = LlamaCpp.__new__(LlamaCpp)
+        mine.name, mine.templated, mine.said = "m", False, io.StringIO()  # type: ignore[assignment]
+        mine.server = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+        mine.address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield mine
+        mine.server.wait()
+
+
+@pytest.mark.parametrize(
+    ("reply", "says"),
+    [
+        (b"", r"llama\.cpp does not answer: it ended with status 7\. Start the chat again"),
+        (HEAD + b"\r\n" + PART, r"llama\.cpp stopped in the middle of an answer: it ended with status 7\. Start"),
+        (HEAD + b"\r\n" + PART + END[:20], r"stopped in the middle of an answer: it ended with status 7\. Start"),
+        (CHUNKED + b"%x\r\n%s\r\n" % (len(PART), PART), r"stopped in the middle of an answer"),
+        (CHUNKED + b"%x\r\n%s" % (len(PART), PART[:30]), r"stopped in the middle of an answer"),
+    ],
+    ids=["before the reply", "after a part", "in a part", "between chunks", "in a chunk"],
+)
+def test_a_server_that_dies_is_an_error_and_no_answer(reply: bytes, says: str) -> None:
+    with serving(reply) as mine:
+        talk = talking.Talk(mine)
+        with pytest.raises(MoesmithError, match=says):
+            talk.ask("Hi", 4, 0.0)
+        assert talk.turns == []
+        mine.templated = True
+        with pytest.raises(MoesmithError, match="does not answer"):
+            talk.ask("Hi", 4, 0.0)
+
+
+def test_an_answer_is_whole_when_the_server_says_so() -> None:
+    with serving(HEAD + b"\r\n" + PART + END) as mine:
+        talk = talking.Talk(mine)
+        assert talk.ask("Hi", 4, 0.0).tokens == 2
+        assert talk.turns[1]["content"] == "half"
 
 
 @pytest.mark.slow

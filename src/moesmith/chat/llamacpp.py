@@ -6,6 +6,8 @@ standard input does, so it does not outlive this one, and Ctrl-C does not reach 
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import importlib.util
 import json
 import os
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from moesmith.evaluation.answers import TOO_LONG
 from moesmith.evaluation.prompt import Turns
 from moesmith.export.gguf.modelfile import CONTEXT
 from moesmith.parent.gguf.file import open_gguf
+
+AGAIN = "Start the chat again."
 
 
 class LlamaCpp:
@@ -59,28 +64,40 @@ class LlamaCpp:
 
     def _why(self) -> str:
         """What the server said last about an error."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.server.wait(1)  # a connection breaks a moment before its process is gone
         self.said.seek(0)
         lines = [line.strip() for line in self.said if "rror" in line or "GGML_ASSERT" in line]
-        return lines[0][:300] if lines else f"it ended with status {self.server.poll()}"
+        status = self.server.poll()
+        return (
+            lines[0][:300] if lines else "the connection broke" if status is None else f"it ended with status {status}"
+        )
 
     def answer(self, turns: Turns, tokens: int, temperature: float, answer: Answer) -> None:
         """As :meth:`moesmith.chat.speaker.Speaker.answer`."""
         prompt = turns[-1]["content"]
         if self.templated:
             with self._post("/apply-template", messages=list(turns)) as reply:
-                prompt = json.load(reply)["prompt"]
+                try:
+                    prompt = json.load(reply)["prompt"]
+                except (http.client.HTTPException, OSError, ValueError) as error:
+                    raise MoesmithError(f"llama.cpp does not answer: {self._why()}", AGAIN) from error
         options = {"temperature": temperature, "samplers": ["temperature"], "return_tokens": True}
+        ended = False
         with self._post("/completion", prompt=prompt, n_predict=tokens, stream=True, **options) as reply:
-            for line in reply:
+            for line in _lines(reply):
                 kind, _, text = line.decode("utf-8").partition(": ")
                 if kind == "error":
                     raise MoesmithError(f"llama.cpp stopped: {text.strip()[:300]}", TOO_LONG)
                 if kind == "data":
                     part = json.loads(text)
+                    ended = ended or part["stop"]
                     made = part["tokens_predicted"] if part["stop"] else answer.tokens + len(part.get("tokens") or ())
                     if made > answer.tokens:  # some come without text: halves of a character, the end
                         answer.count(made - answer.tokens)
                     answer.add(part["content"])
+        if not ended:  # the server died: half an answer is no turn of a conversation
+            raise MoesmithError(f"llama.cpp stopped in the middle of an answer: {self._why()}", AGAIN)
 
     def _post(self, path: str, **body: Any) -> Any:
         header = {"Content-Type": "application/json"}
@@ -94,8 +111,8 @@ class LlamaCpp:
             except (ValueError, KeyError, TypeError):
                 said = str(error)
             raise MoesmithError(f"llama.cpp does not answer: {said[:300]}", TOO_LONG) from error
-        except urllib.error.URLError as error:
-            raise MoesmithError(f"llama.cpp does not answer: {self._why()}", "Start the chat again.") from error
+        except (http.client.HTTPException, OSError) as error:
+            raise MoesmithError(f"llama.cpp does not answer: {self._why()}", AGAIN) from error
 
     def close(self) -> None:
         """End the process."""
@@ -103,6 +120,12 @@ class LlamaCpp:
             if pipe is not None:
                 pipe.close()
         self.server.wait()
+
+
+def _lines(reply: Any) -> Iterator[bytes]:
+    """Yield whole lines of a reply, up to where it ends or the connection breaks."""
+    with contextlib.suppress(http.client.HTTPException, OSError):
+        yield from (line for line in reply if line.endswith(b"\n"))
 
 
 def main(file: str, context: str, threads: str) -> None:
