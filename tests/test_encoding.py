@@ -90,6 +90,17 @@ def test_a_chat_has_the_control_tokens_of_its_template_and_no_others() -> None:
     assert tiny_tokenizer().decode(ids) == "<s>user\nsay </s> twice: </s></s>\n<s>assistant\nno</s>\n"
 
 
+@pytest.mark.parametrize(
+    "odd", ["\ue0000\ue001", "\ue0007\ue001", "\ue000\ue0000\ue001", "\ue000", "\ue001", "\ue000\ue001"]
+)
+def test_private_characters_in_a_message_are_its_own(odd: str) -> None:
+    """They also stand for spelled control tokens for a moment."""
+    for text in (odd, f"{odd}</s>{odd}", f"</s>{odd}<s>", f"{odd}1{odd}"):
+        ids = chat_ids(messages(text, f"no {odd}")["messages"], chatting())
+        assert tiny_tokenizer().decode(ids) == f"<s>user\n{text}</s>\n<s>assistant\nno {odd}</s>\n"
+        assert (ids.count(BOS), ids.count(EOS)) == (2, 2)
+
+
 def test_bos_is_the_templates_business() -> None:
     tokenizer = chatting()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])

@@ -22,7 +22,8 @@ from moesmith.errors import MoesmithError
 from moesmith.files.seal import digest
 
 BATCH = 64  # texts per tokenizer call
-MARK = "\ue000{}\ue001"  # replaces a spelled control token while the template is filled in; private-use characters
+# what replaces a spelled control token while the template is filled in begins and ends with: private-use characters
+OPENS, CLOSES = "\ue000", "\ue001"
 TODAY = datetime(2024, 7, 26)  # for templates that write the date (Llama 3's own fallback): text must not change by day
 
 
@@ -92,10 +93,13 @@ def _laid_out(
         raise MoesmithError(what, "Give a parent with a template, or records with the field text.")
     spelled: list[str] = []
     pattern = control_pattern(tokenizer)
+    # a message may hold these characters: the mark has one more of them in a row than any
+    runs = re.findall(f"{OPENS}+", json.dumps(messages, ensure_ascii=False, default=str))
+    opening = OPENS * (1 + max(map(len, runs), default=0))
 
     def hide(found: re.Match[str]) -> str:
         spelled.append(found[0])
-        return MARK.format(len(spelled) - 1)
+        return f"{opening}{len(spelled) - 1}{CLOSES}"
 
     if pattern is not None:
         messages = [{**message, "content": pattern.sub(hide, message["content"])} for message in messages]
@@ -112,7 +116,7 @@ def _laid_out(
             raise MoesmithError(what, "Leave the system message or the template out.") from error
         what = f"the parent's chat template refuses a chat that begins {messages[0]['content'][:40]!r}: {reason}"
         raise MoesmithError(what, "Fix or leave out records like it.") from error
-    pieces = re.split(MARK.format(r"(\d+)"), text)
+    pieces = re.split(rf"{opening}(\d+){CLOSES}", text)
     return [spelled[int(piece)] if index % 2 else piece for index, piece in enumerate(pieces)]
 
 
