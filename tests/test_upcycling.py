@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 from moesmith.calibration.view import LayerView
 from moesmith.conversion.plan import make_plan
 from moesmith.methods import steps as method_steps
+from moesmith.methods.base import Carver
+from moesmith.methods.llama_moe import LlamaMoe
 from moesmith.methods.upcycling import DropUpcycling, redraw
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Expert, Layer, Linear
@@ -167,23 +169,31 @@ def test_draws_follow_the_seed_and_the_share(home: Path, tmp_path: Path) -> None
     assert len({run.keys["carve"] for run in runs}) == 3
 
 
+@pytest.mark.parametrize(("preset", "method"), [("drop-upcycling", DropUpcycling), ("llama-moe-1of8", LlamaMoe)])
 def test_a_killed_carving_goes_on_behind_its_layers(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    preset: str,
+    method: type[Carver],
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    whole = convert("drop-upcycling", home / "m", home / "d", tmp_path / "whole", OFF)
+    """Both draw at random: with one generator that goes on, and all beforehand."""
+    off = [*OFF, *(["stage1.tokens=0"] if preset == "llama-moe-1of8" else [])]
+    whole = convert(preset, home / "m", home / "d", tmp_path / "whole", off)
     monkeypatch.setattr(method_steps, "SAVE_SECONDS", -1.0)
-    carve, seen = DropUpcycling.carve, []
+    carve, seen = method.carve, []
 
-    def dies(self: DropUpcycling, view: LayerView) -> Layer:
+    def dies(self: Carver, view: LayerView) -> Layer:
         seen.append(view.index)
         if seen == [0, 1]:
             raise KeyboardInterrupt
         return carve(self, view)
 
-    monkeypatch.setattr(DropUpcycling, "carve", dies)
+    monkeypatch.setattr(method, "carve", dies)
     with pytest.raises(KeyboardInterrupt):
-        convert("drop-upcycling", home / "m", home / "d", tmp_path / "killed", OFF)
-    killed = convert("drop-upcycling", home / "m", home / "d", tmp_path / "killed", OFF)
+        convert(preset, home / "m", home / "d", tmp_path / "killed", off)
+    killed = convert(preset, home / "m", home / "d", tmp_path / "killed", off)
     assert seen == [0, 1, 1]
     assert "continuing at layer 1" in capfd.readouterr().err
     assert weights(killed.folder) == weights(whole.folder)

@@ -35,14 +35,21 @@ class LlamaMoe(Channels):
         return None if self.settings.compensation == "bias" else 0
 
     def begin(self, job: Job) -> list[list[Tensor]]:
-        """Begin with a generator of its own, so that the choice does not depend on what the router draws."""
-        self.draws = torch.Generator().manual_seed(self.recipe.seed)
+        """Draw all channels: layer by layer, a carving that goes on behind finished layers would draw theirs again.
+
+        With a generator of its own, so that the choice does not depend on what the router draws.
+        """
+        F, kept = job.parent.F, kept_channels(job.parent.F, self.ratio(job.parent))
+        draws = torch.Generator().manual_seed(self.recipe.seed)
+        self.drawn = [
+            [torch.randperm(F, generator=draws)[:kept].sort().values for _ in range(self.experts)]
+            for _ in range(job.parent.L)
+        ]
         return super().begin(job)
 
     def choose(self, view: LayerView, groups: Sequence[Part]) -> list[Tensor]:
-        """Draw the channels without looking at any statistics."""
-        F, kept = view.parent.F, kept_channels(view.parent.F, self.ratio(view.parent))
-        return [torch.randperm(F, generator=self.draws)[:kept].sort().values for _ in range(self.experts)]
+        """Return what was drawn, without looking at any statistics."""
+        return self.drawn[view.index]
 
     def about(self, run: Run) -> list[str]:
         """Describe the run in numbers."""
