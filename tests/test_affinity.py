@@ -57,6 +57,21 @@ def test_scores_of_kin_correlate() -> None:
     assert similarity[0, 1] > 0.8 > 0 > similarity[0, 2]
 
 
+@pytest.mark.parametrize("profile", ["rows", "columns", "both"])
+def test_a_single_domain_is_like_itself(profile: affinity.Profile) -> None:
+    """As one expert's, whichever way domains are compared."""
+    scores = [torch.rand(2, 5) + 0.1]
+    for similarity in (
+        affinity.perplexity_similarity(np.array([[7.0]]), profile),
+        affinity.perplexity_similarity(
+            np.exp(affinity.predicted_losses(scores, [[torch.tensor([1, 3])] * 2])), profile
+        ),
+        affinity.score_similarity(scores),
+    ):
+        assert similarity.tolist() == [[1.0]]
+        assert affinity.cluster(similarity, 1)[1] == [[0]]
+
+
 def test_losses_are_predicted_from_variances() -> None:
     """Where channels are independent: the share of the output's variance that a bias does not make up for."""
     generator = torch.Generator().manual_seed(0)

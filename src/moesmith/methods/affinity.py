@@ -76,6 +76,8 @@ def _pearson(profiles: Array) -> Array:
 
     A domain that is the best calibration set for every other one has such a row: all ones.
     """
+    if len(profiles) == 1:  # NumPy gives a number, not a matrix
+        return np.ones((1, 1))
     flat = np.ptp(profiles, axis=1) == 0
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.corrcoef(profiles)
