@@ -325,6 +325,30 @@ def test_a_sample_is_rows_that_the_layer_gets() -> None:
                 assert {tuple(row.tolist()) for row in found} <= rows
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_keeps_no_batch_alive(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is taken there are only its own rows, whatever the parent computes in."""
+    parent, cat = tiny_parent("llama", dtype=dtype), torch.cat
+    kept: list[tuple[int, int]] = []
+
+    def noted(parts: Sequence[Tensor], *args: Any) -> Tensor:
+        kept.extend((part.untyped_storage().nbytes(), part.nbytes) for part in parts)
+        return cat(parts, *args)  # type: ignore[arg-type]
+
+    with Stream(parent, [[WINDOWS]], batch=3) as stream:
+        view, go = next(stream.views(torch.Generator())), stream._pass
+
+        def passes(*args: Any, **options: Any) -> None:
+            go(*args, **options)
+            monkeypatch.setattr(torch, "cat", noted)  # of what was taken from every batch
+
+        monkeypatch.setattr(stream, "_pass", passes)
+        found = view.sample(WINDOWS.numel() // 8)
+    assert len(kept) == 4
+    assert sum(size for _, size in kept) == found.nbytes
+    assert all(storage == own for storage, own in kept)
+
+
 def test_samples_are_spread_over_all_text() -> None:
     """The text is 300 windows, each of one token of its own: a sample meets windows from its start to its end."""
     parent = tiny_parent("llama")

@@ -221,7 +221,9 @@ class Stream:
 
         class Rows:
             def add(self, x_TD: Tensor) -> None:
-                found[stream.mine[stream.position]] = x_TD[:: max(1, step // few)].float()
+                # a copy: a view would keep the whole batch
+                rows_ND = x_TD[:: max(1, step // few)].to(torch.float32, copy=True)
+                found[stream.mine[stream.position]] = rows_ND
 
         which = [position for position, number in enumerate(self.mine) if number % few == 0]
         with watch([ffn.module], [Rows()]):
