@@ -10,15 +10,14 @@ begins with ``export`` writes a native and a stock folder instead, and notes whi
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import sys
-import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from several import fork
 from torch import nn
 
 from moesmith.conversion.steps.training import prepare
@@ -100,35 +99,16 @@ def export(folder: Path, name: str, rank: int) -> None:
 def forked(folder: Path, job: str) -> int:
     """Fork a job's processes and wait for them; returns the worst exit status."""
     name, processes, how, before = job.split(":")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(int(processes)):
-        child = os.fork()
-        if child == 0:
-            if int(processes) > 1:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": processes}
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                if Path("/sys/class/net/lo").exists():  # a host name that does not resolve is no obstacle then
-                    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-            status = 1
-            try:
-                loop.SAVE_SECONDS = 0.0  # a checkpoint after every step
-                if name.startswith("export"):
-                    export(folder, name, rank)
-                else:
-                    work(folder, name, rank, how == "spread", before)
-                status = 0
-            except CutError:
-                status = 0
-            except Exception:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    return max(os.waitpid(child, 0)[1] for child in children)
+
+    def begin(rank: int) -> None:
+        loop.SAVE_SECONDS = 0.0  # a checkpoint after every step
+        if name.startswith("export"):
+            export(folder, name, rank)
+            return
+        with suppress(CutError):
+            work(folder, name, rank, how == "spread", before)
+
+    return fork(int(processes), begin)
 
 
 def story(folder: Path, name: str) -> list[tuple[int, float, float]]:

@@ -105,6 +105,11 @@ class World:
         for tensor in tensors if self.size > 1 else ():
             dist.reduce(tensor, owner)
 
+    def hand_out(self, owner: int, *tensors: Tensor) -> None:
+        """Fill every process's tensors with the owner's, in place; contiguous, on the CPU. All must call it."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor.view(torch.uint8), owner, group=self._control)  # gloo does not know all dtypes
+
     def rows(self, part: Tensor) -> list[Tensor]:
         """Return every process's tensor, of any first dimension, on the CPU; all must call it."""
         if self.size == 1:
@@ -187,6 +192,12 @@ def _joined(count: str) -> World:
         dist.init_process_group(kinds, timeout=PATIENCE)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     return World(dist.get_rank(), dist.get_world_size(), control)
+
+
+def beside() -> int:
+    """Return how many processes of the run share this machine, this one included; all if the launcher does not say."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return min(max(1, int(count)), world().size) if count.isdigit() else world().size
 
 
 def refuse_others() -> None:

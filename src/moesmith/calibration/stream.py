@@ -93,17 +93,19 @@ class Stream:
         self.batches = [self.every[index] for index in self.mine]
         self.owner = crew().mine([(g, t) for g, t, windows in parts for _ in windows.split(batch)])
         self.texts = [len(group) for group in texts]
-        self.tokens = sum(ids.numel() for ids in self.batches)
+        self.tokens, self.total = (sum(ids.numel() for ids in some) for some in (self.batches, self.every))
         self.calls: dict[tuple[int, ...], list[Call]] = {}  # of every layer, by the shape of a batch
         self.index = self.position = 0  # of the layer, and of the batch that is passing it
         self.left = 1.0  # of the layer's work, for the progress bar
         self.passed = False  # whether the tokens have gone on from the layer of the last view
         self.scratch = None if folder is None else folder / f"{WAITING}{crew().rank or ''}"
         self._drop()  # left by a process that was killed
-        self.room, self.buffers = room, buffers(activations, held=held, repair=repair)
+        places = buffers(activations, held=False, repair=repair) * self.tokens + 2 * held * self.total
+        self.fits = places * parent.D * parent.dtype.itemsize <= room
         self.waiting = self._buffer("waiting")
         self.beyond = self._buffer("beyond") if activations == "dense" else []
-        self.inputs, self.outputs = (self._buffer(name) if held else [] for name in ("inputs", "outputs"))
+        self.held = held  # then every process has all processes' batches of these two
+        self.inputs, self.outputs = (self._buffer(name, self.every) if held else [] for name in ("inputs", "outputs"))
         self.intact = self._buffer("intact") if repair else []  # the parent's own states
         self.tokens_now: Tokens | None = None  # of this layer, once a method has asked; then states wait without them
 
@@ -119,25 +121,33 @@ class Stream:
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def _buffer(self, name: str) -> list[Tensor]:
+    def _buffer(self, name: str, batches: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Make a place for hidden states, (B, S, D) for every batch, on the CPU or, where all are too large, on disk.
 
         The parts follow each other in memory.
+
+        Args:
+            name: of the file on disk.
+            batches: of token ids; this process's own if left out.
         """
-        D, dtype = self.parent.D, self.parent.dtype
-        size = self.tokens * D
-        if self.scratch is None or self.buffers * size * dtype.itemsize <= self.room:
-            whole_N = torch.empty(size, dtype=dtype)
+        D, dtype, batches = self.parent.D, self.parent.dtype, self.batches if batches is None else batches
+        sizes = [ids.numel() * D for ids in batches]
+        if self.scratch is None or self.fits or not sizes:
+            whole_N = torch.empty(sum(sizes), dtype=dtype)
         else:
             self.scratch.mkdir(exist_ok=True)
-            whole_N = torch.from_file(str(self.scratch / name), shared=True, size=size, dtype=dtype)
-        parts = whole_N.split([ids.numel() * D for ids in self.batches]) if self.batches else ()
-        return [part.view(*ids.shape, D) for part, ids in zip(parts, self.batches, strict=True)]
+            whole_N = torch.from_file(str(self.scratch / name), shared=True, size=sum(sizes), dtype=dtype)
+        parts = whole_N.split(sizes) if sizes else ()
+        return [part.view(*ids.shape, D) for part, ids in zip(parts, batches, strict=True)]
 
     def _whole(self, buffer: list[Tensor]) -> Tensor:
-        """View a buffer's parts as one, (T, D)."""
+        """Fetch other processes' batches of a buffer that has places for all; view its parts as one, (T, D)."""
+        if not buffer:
+            return torch.zeros(0, self.parent.D, dtype=self.parent.dtype)
+        for number, part_BSD in enumerate(buffer):  # each into its place: a second copy of all text may not fit
+            crew().hand_out(crew().owner(number), part_BSD)
         first = buffer[0]
-        return first.as_strided((self.tokens, self.parent.D), (self.parent.D, 1), first.storage_offset())
+        return first.as_strided((self.total, self.parent.D), (self.parent.D, 1), first.storage_offset())
 
     def views(self, generator: torch.Generator) -> Iterator[LayerView]:
         """Yield every layer in turn; ask each one before taking the next."""
@@ -170,12 +180,13 @@ class Stream:
         Where the method holds tokens, they have passed the layer's attention already, and only its network is left;
         unless the layer does more to the network's output than to add it.
         """
-        if not self.inputs or not self.parent.additive:
+        if not self.held or not self.parent.additive:
             self._pass(make(), keep=True)
             return
         self.hold(self.index)  # a layer that was carved before a restart goes the same way
         network, left = make().get_submodule(self._inside(self.index)), self.left
-        for state_BSD, x_BSD in zip(self.waiting, self.inputs, strict=True):
+        for state_BSD, number in zip(self.waiting, self.mine, strict=True):
+            x_BSD = self.inputs[number]
             rest_BSD = state_BSD.to(self.parent.device).float()
             state_BSD.copy_(rest_BSD + network(x_BSD.to(self.parent.device)).float())
             self.advance(left * self._share(state_BSD))
@@ -215,7 +226,7 @@ class Stream:
     def sample(self, index: int, tokens: int) -> Tensor:
         """See :meth:`LayerView.sample`."""
         found: dict[int, Tensor] = {}
-        step = max(1, sum(ids.numel() for ids in self.every) // max(1, tokens))
+        step = max(1, self.total // max(1, tokens))
         ffn, stream = self.parent.ffns[index], self
         few = max(1, len(self.every) // 64)  # not every batch, but every token of the chosen ones
 
@@ -242,15 +253,14 @@ class Stream:
         """
         if self.tokens_now is not None:
             return self.tokens_now
-        if not self.inputs:
+        if not self.held:
             raise MoesmithError("this stream holds no tokens", "Say so in the method's needs(): held=True.")
         layer = self.model.layer(index)
         around = layer if self.around is self.model else self.around.layer(index)
         seen, rest, network = Seen(), share(around), layer.get_submodule(self._inside(index))
         put(rest, self._inside(index), seen)
-        energies: list[Tensor] = []
-        shares: list[Tensor] = []
-        factors: list[Tensor] = []
+        # of every batch; a process may have none, and still takes part in what all exchange
+        energies, shares, factors = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0)]
         for position, state_BSD in enumerate(self.waiting):
             rest_BSD = self._run(rest, state_BSD)
             y_BSD = network(seen.x)
@@ -267,32 +277,32 @@ class Stream:
             shares.append(_energy(y_BSD if self.parent.additive else behind_BSD - rest_BSD) / energies[-1])
             if not self.parent.additive:  # how far an error of the output goes: as far as the output itself
                 factors.append(shares[-1] * energies[-1] / _energy(y_BSD).clamp_min(1e-20))
-            self.inputs[position].copy_(seen.x)
-            self.outputs[position].copy_(y_BSD)
+            self.inputs[self.mine[position]].copy_(seen.x)
+            self.outputs[self.mine[position]].copy_(y_BSD)
             if self.parent.additive:
                 state_BSD.copy_(rest_BSD)
             self.advance(HELD * self._share(state_BSD))
         del layer, around, rest, network
         give_back()
         weight_T, share_T = 1 / self._everyones(torch.cat(energies)), self._everyones(torch.cat(shares))
-        if factors:
+        if not self.parent.additive:
             weight_T = weight_T * self._everyones(torch.cat(factors))
         weight_T = weight_T.clamp_max(HEAVIEST * float(weight_T.mean()))
-        lengths = torch.tensor([ids.shape[1] for ids in self.every for _ in ids])
+        lengths = torch.tensor([ids.shape[1] for ids in self.every for _ in ids], dtype=torch.int64)
         sequence_T = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
-        parts = self._everyones(self._whole(self.inputs)), self._everyones(self._whole(self.outputs))
+        parts = self._whole(self.inputs), self._whole(self.outputs)
         self.tokens_now = Tokens(*parts, weight_T / weight_T.mean(), sequence_T, share_T)
         return self.tokens_now
 
-    def _everyones(self, mine_TN: Tensor) -> Tensor:
-        """Put the rows of all processes' tokens in the order of the text."""
+    def _everyones(self, mine_T: Tensor) -> Tensor:
+        """Put the numbers of all processes' tokens in the order of the text."""
         team = crew()
         if team.size == 1:
-            return mine_TN
-        parts: list[Tensor] = [mine_TN] * len(self.every)
-        for rank, rows_TN in enumerate(team.rows(mine_TN)):
+            return mine_T
+        parts: list[Tensor] = [mine_T] * len(self.every)
+        for rank, rows_T in enumerate(team.rows(mine_T)):
             numbers = range(len(self.every))[rank :: team.size]
-            found = rows_TN.split([self.every[number].numel() for number in numbers])
+            found = rows_T.split([self.every[number].numel() for number in numbers])
             for number, part in zip(numbers, found, strict=True):
                 parts[number] = part
         return torch.cat(parts)

@@ -34,7 +34,7 @@ from moesmith.run.folder import Run
 from moesmith.run.settings import DomainsSection
 from moesmith.run.shapes import LOSS
 from moesmith.run.step import Cost, Job, Step
-from moesmith.world import alone, crew
+from moesmith.world import alone, beside, crew
 
 if TYPE_CHECKING:
     from moesmith.methods.base import Carver
@@ -317,8 +317,8 @@ def around(parent: Parent, carving: Carving) -> Layered:
 
 
 def waiting_room(parent: Parent) -> int:
-    """Return the bytes of memory for tokens that wait between two layers; the rest wait on disk."""
-    return (parent.memory or free_memory(torch.device("cpu"))) // 8
+    """Return the bytes of memory for a process's tokens that wait between two layers; the rest wait on disk."""
+    return (parent.memory or free_memory(torch.device("cpu"))) // 8 // beside()
 
 
 def check_gram(parent: Parent, groups: int, *, gram: bool) -> None:
