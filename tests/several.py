@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def several(processes: int, work: Callable[..., None], *args: Any) -> None:
 
 
 def fork(processes: int, work: Callable[[int], None]) -> int:
-    """Fork processes that call ``work(rank)``, and wait for them; returns the worst exit status."""
+    """Fork processes that call ``work(rank)``, and wait for them: all, or until one fails; returns its exit status."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -56,7 +57,15 @@ def fork(processes: int, work: Callable[[int], None]) -> int:
                 sys.stderr.flush()
                 os._exit(status)
         children.append(child)
-    return max(os.waitpid(child, 0)[1] for child in children)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:  # the others might wait for it
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            return status
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from commands import moesmith
 from golden import ASSETS
 from scipy.optimize import linear_sum_assignment
+from several import several
 from torch import Tensor
 
 from moesmith.calibration.moments import Second
-from moesmith.calibration.stream import Stream
+from moesmith.calibration.stream import BATCH, Stream
 from moesmith.errors import MoesmithError
 from moesmith.methods.balanced import balanced_assignment, balanced_kmeans
 from moesmith.methods.cmoe import centres, distances, divide, fit_router, marks
@@ -28,6 +30,7 @@ from moesmith.parent.layerwise import layered
 from moesmith.parent.load import Parent
 from moesmith.run.recipe import load_recipe
 from moesmith.testing.parents import FAMILIES, tiny_parent
+from moesmith.world import together
 
 WINDOWS = torch.randint(0, 100, (12, 16), generator=torch.Generator().manual_seed(1))
 X_TD = torch.randn(50, 32, generator=torch.Generator().manual_seed(2))
@@ -37,17 +40,41 @@ SETTINGS = {
 }
 
 
-def carved(parent: Parent, name: str, *more: str, seed: int = 0) -> tuple[Carving, Partition]:
+def carved(parent: Parent, name: str, *more: str, seed: int = 0, batch: int = BATCH) -> tuple[Carving, Partition]:
     """All layers of a parent, as the step makes them."""
     method: Any = load_recipe(name, None, [*SETTINGS[name], *more]).method
     method.length, layers = WINDOWS.shape[1], []
-    with Stream(parent, [[WINDOWS[:5]], [WINDOWS[5:]]], method.activations) as stream:
+    with Stream(parent, [[WINDOWS[:5]], [WINDOWS[5:]]], method.activations, batch=batch) as stream:
         for view in stream.views(torch.Generator().manual_seed(seed)):
             layers.append(method.carve(view))
             so_far = Carving([*layers, *layers[-1:] * (parent.L - len(layers))], parent.F)
             model = layered(parent.model, lambda index: carved_layer(parent, so_far, index))  # noqa: B023
             stream.carved(lambda: parent.turned(model).layer(view.index))  # noqa: B023
     return Carving(layers, parent.F), method
+
+
+def shared_out(rank: int, folder: str, name: str, batch: str) -> None:
+    """Write what a process makes of the layers when several share the text."""
+    torch.set_num_threads(1)
+    place = Path(folder) / f"{rank}"
+    place.mkdir(exist_ok=True)
+    with together():
+        carved(tiny_parent("biased"), name, batch=int(batch))[0].save(place)
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(2, 2), (3, 8)])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_several_processes_look_at_all_text(name: str, processes: int, batch: int, tmp_path: Path) -> None:
+    """Seven batches between two, and two between three: one has none. Each makes what one alone makes."""
+    several(processes, shared_out, tmp_path, name, batch)
+    alone, _ = carved(tiny_parent("biased"), name, batch=batch)
+    for rank in range(processes):
+        for ours, theirs in zip(alone.layers, Carving.load(tmp_path / f"{rank}").layers, strict=True):
+            assert [e.channels.tolist() for e in theirs.experts] == [e.channels.tolist() for e in ours.experts]
+            assert type(theirs.router) is type(ours.router)
+            if isinstance(ours.router, Linear):
+                assert isinstance(theirs.router, Linear)
+                torch.testing.assert_close(theirs.router.weight_ED, ours.router.weight_ED)
 
 
 def test_sizes_follow_from_what_a_token_leaves_out() -> None:

@@ -39,6 +39,8 @@ def settings_of(preset: str) -> list[str]:
         return ["carve.passes=1", "carve.batch=16"]
     if preset == "tomoe-50":
         return []
+    if preset == "expert-weaver":
+        return ["carve.experts=8", "stage2.micro_batch=2"]
     return ["stage1.micro_batch=2", "stage2.micro_batch=2"]
 
 
@@ -69,7 +71,7 @@ def check_losses(what: str, one: Run, more: Run) -> None:
 
 
 slow = pytest.mark.slow
-MORE = [("dive-1of8", 2), ("dive-plus", 4), ("tomoe-50", 2), ("dot-moe", 2)]
+MORE = [("dive-1of8", 2), ("dive-plus", 4), ("tomoe-50", 2), ("dot-moe", 2), ("expert-weaver", 2)]
 
 
 @pytest.mark.parametrize(("preset", "processes"), [("token", 2), *(pytest.param(*more, marks=slow) for more in MORE)])

@@ -9,7 +9,7 @@ one locks the folder, writes and speaks. A step that several can share (``Step.p
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +76,14 @@ class World:
     def merged(self, parts: Mapping[Any, Value]) -> dict[Any, Value]:
         """Return all processes' entries in one mapping; all must call it."""
         return {key: value for part in self.exchange(dict(parts)) for key, value in part.items()}
+
+    def ordered(self, own: Sequence[Value]) -> list[Value]:
+        """Return what all processes made of the items that :meth:`mine` divided, in the items' order; all call it."""
+        parts = self.exchange(list(own))
+        found: list[Any] = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            found[rank :: self.size] = part
+        return found
 
     def add(self, *tensors: Tensor) -> None:
         """Add up every process's tensors, in place; all must call it.

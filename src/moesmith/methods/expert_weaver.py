@@ -34,6 +34,7 @@ from moesmith.parent.network import Network
 from moesmith.run.folder import Run
 from moesmith.run.settings import Section
 from moesmith.run.step import Job
+from moesmith.world import crew
 
 PUBLISHED = 0.75  # share of the channels that a token uses where the published bounds of the shared share hold
 SMALL = 1e-6  # added to a mean before dividing by it
@@ -143,7 +144,7 @@ class ExpertWeaver(Partition):
             return torch.zeros(len(x_TD), dtype=torch.int64, device=x_TD.device)
 
         (stats,) = view.statistics(look, 1)
-        profile_FS = torch.cat(found, 1)
+        profile_FS = torch.cat(crew().ordered(found), 1)  # of all processes' batches
         specialised = float((variation(profile_FS) > spec.threshold).float().mean())
         common, widths, top_k = self.divided(F, specialised if spec.shares == "layer" else 0.5)
         order_F = profile_FS.mean(1).argsort(descending=True, stable=True)
