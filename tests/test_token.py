@@ -325,6 +325,16 @@ def test_what_does_not_help_is_dropped() -> None:
     assert (outcome.before, outcome.energy) == (0, 0)
 
 
+def test_without_unread_tokens_what_is_finite_is_kept() -> None:
+    _, start, tokens, rows_N = start_of(tiny_parent("llama"))
+    mine_N, _ = held_out(tokens, rows_N)
+    found, outcome = trained(start, tokens, mine_N, LocalSection(passes=1, batch=32))
+    assert not torch.equal(found.gate_FD, start.gate_FD)
+    assert (outcome.before, outcome.after, outcome.energy) == (0, 0, 0)
+    found, _ = trained(start, tokens, mine_N, LocalSection(passes=1, batch=32, lr=1e38))
+    assert found is start
+
+
 @pytest.mark.parametrize("family", ["llama", "phi", "biased"])
 def test_side_by_side_is_each_alone(family: str) -> None:
     """Experts of 20, 9 and 1 steps and one of none, each with biases of its own."""

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from moesmith import convert
 from moesmith.calibration.stream import Stream
-from moesmith.calibration.view import LayerView, Tokens
+from moesmith.calibration.view import HELD_OUT, LayerView, Tokens, held_out
 from moesmith.errors import MoesmithError
 from moesmith.methods.groups import Fitting, Groups
+from moesmith.methods.refit import refit_down
 from moesmith.methods.steps import around
+from moesmith.methods.tomoe.method import Tomoe
 from moesmith.mixture.carving import Carving
+from moesmith.mixture.layer import Expert
 from moesmith.mixture.moe import build, carved_layer, moe_blocks
 from moesmith.parent.layerwise import layered
+from moesmith.run.recipe import load_recipe
 from moesmith.testing.masks import harvested
 from moesmith.testing.parents import tiny_parent
 
@@ -90,15 +94,41 @@ def run_of(tmp_path: Path, *settings: str) -> Any:
 @pytest.mark.parametrize("attention", ["hybrid", "none"])
 def test_a_refit_that_errs_more_is_dropped(attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "moesmith.methods.tomoe.refit.refit_down", lambda down_DF, _gram, kept, _ridge: -2 * down_DF[:, kept]
+        "moesmith.methods.tomoe.refit.refit_down", lambda down_DF, _gram, kept, _ridge: down_DF[:, kept] / 0
     )
     run = run_of(tmp_path, f"masks.attention={attention}")
     before, after = (Carving.load(run.path(name)) for name in ("masks", "refit"))
     assert len(after.attention) == len(before.attention)
+    assert all(expert.plain for layer in after.layers for expert in layer.routed)  # as it was: no copy of its columns
     found = run.metrics("refit")
     assert found["error_refitted"] == found["error_learned"] > 0
     stages = run.evaluation["stages"]
     assert stages["refit"]["geomean"] == pytest.approx(stages["masks"]["geomean"], rel=1e-5)
+
+
+def test_without_unread_tokens_a_finite_refit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rule of local training."""
+    parent, method = tiny_parent("llama"), load_recipe("tomoe-plus").method
+    assert isinstance(method, Tomoe)
+    assert method.refit is not None
+    with Stream(parent, [[WINDOWS]], "carved", held=True, repair=True) as stream:
+        tokens = next(tokens_of(view) for view in stream.views(torch.Generator()))
+    groups = Groups(parent.ffns[0], tokens, torch.zeros(len(tokens.x_TD), dtype=torch.int64), 1, Fitting())
+    expert, none = Expert(torch.arange(0, parent.F, 2)), torch.zeros(0, dtype=torch.int64)
+    _, gram_FF, down_DF = groups.fit(0)
+    wanted_DF = refit_down(down_DF, gram_FF, expert.channels, method.settings.ridge)
+    unread_N = held_out(replace(tokens, sequence_T=tokens.sequence_T + HELD_OUT - 1), torch.arange(16))[1]
+    assert len(unread_N) == 16
+    made, errors = method.refit._refit(groups, 0, expert, none, torch.float32)
+    assert made.down_DF is not None
+    torch.testing.assert_close(made.down_DF, wanted_DF)
+    assert errors == (0, 0, 0)
+    wrong = [(wanted_DF * torch.nan, none), (wanted_DF * torch.nan, unread_N), (-2 * wanted_DF, unread_N)]
+    for other_DF, rows_N in wrong:
+        monkeypatch.setattr("moesmith.methods.tomoe.refit.refit_down", lambda *_given: other_DF)  # noqa: B023
+        found, (before, after, _) = method.refit._refit(groups, 0, expert, rows_N, torch.float32)
+        assert found is expert
+        assert before == after
 
 
 def test_a_refit_needs_sums(tmp_path: Path) -> None:

@@ -69,6 +69,18 @@ def squared_error(expert: Network, tokens: Tokens, rows_N: Tensor, chunk: int = 
     return total
 
 
+def better(before: float, after: float, unread: int, made: Sequence[Tensor]) -> bool:
+    """Whether what was made of an expert is kept: it errs less on unread tokens, or if there are none, it is finite.
+
+    Args:
+        before: squared error of the expert as it was, on unread tokens.
+        after: of what was made.
+        unread: how many such tokens there are.
+        made: the new matrices.
+    """
+    return after < before if unread else all(bool(part.isfinite().all()) for part in made)  # a NaN is not less either
+
+
 def energy(tokens: Tokens, rows_N: Tensor) -> float:
     """Sum weight · ‖R y‖² over some tokens."""
     total = 0.0
@@ -110,7 +122,7 @@ def reconstruct(
     """Train experts on their tokens by Adam: Σ weight · ‖y − expert(x)‖² over a step's tokens.
 
     The learning rate of a matrix is relative to its rms, rises for :data:`WARM` steps and falls linearly to 0. What is
-    no better than the start on held-out windows is dropped.
+    no better than the start on held-out windows is dropped (:func:`better`).
 
     Args:
         starts: the experts, fp32 where the parent computes. Biases are added as the parent adds them and not trained.
@@ -136,7 +148,7 @@ def reconstruct(
     for start, network, (_, others_N) in zip(starts, found, parted, strict=True):
         before = squared_error(start, tokens, others_N)
         after = before if network is start else squared_error(network, tokens, others_N)
-        if len(others_N) and not after < before:  # a NaN is not better either
+        if network is not start and not better(before, after, len(others_N), network.weights):
             network, after = start, before
         results.append((network, Outcome(before, after, energy(tokens, others_N))))
     return results

@@ -23,7 +23,7 @@ from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job
-from moesmith.training.local import energy, squared_error
+from moesmith.training.local import better, energy, squared_error
 from moesmith.world import crew
 
 TOKENS = 131_072  # training tokens that a refit reads
@@ -38,10 +38,11 @@ class Refit(Carve):
 class Refitted(Carver):
     """Learned masks as they are, with a ``down_proj`` for every expert.
 
-    A refit that errs no less than the parent's own columns on windows that it did not read is dropped.
+    A refit that errs no less than the parent's own columns on windows that it did not read is dropped: then the expert
+    stays as it is (:func:`moesmith.training.local.better`).
     """
 
-    name, version = "tomoe", 3
+    name, version = "tomoe", 4
     activations: ClassVar[Activations] = "carved"
 
     def needs(self) -> Needs:
@@ -96,7 +97,7 @@ class Refitted(Carver):
     def _refit(
         self, groups: Groups, number: int, expert: Expert, rows_N: Tensor, dtype: torch.dtype
     ) -> tuple[Expert, tuple[float, float, float]]:
-        """An expert with the better ``down_proj``; on unread tokens, squared errors before, after, and of nothing."""
+        """The expert, refitted if that is better; on unread tokens, squared errors before, after, and of nothing."""
         _, gram_FF, down_DF = groups.fit(number)
         network, kept, tokens = groups.network, expert.channels, groups.tokens
         own_DF = network.down_DF[:, kept.to(network.down_DF.device)]
@@ -105,10 +106,10 @@ class Refitted(Carver):
             squared_error(network.narrowed(kept, part_DF).to(torch.float32), tokens, rows_N)
             for part_DF in (own_DF, refitted_DF)
         )
-        better = after < before
-        chosen_DF = refitted_DF if better else own_DF
-        errors = before, after if better else before, energy(tokens, rows_N)
-        return replace(expert, down_DF=chosen_DF.to("cpu", dtype)), errors
+        nothing = energy(tokens, rows_N)
+        if not better(before, after, len(rows_N), [refitted_DF]):
+            return expert, (before, before, nothing)
+        return replace(expert, down_DF=refitted_DF.to("cpu", dtype)), (before, after, nothing)
 
     def metrics(self) -> dict[str, Any]:
         """Errors of the networks on windows that no refit read, and each expert's share of the tokens."""
