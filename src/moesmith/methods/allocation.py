@@ -26,7 +26,7 @@ from moesmith.calibration.stream import BATCH, Stream
 from moesmith.calibration.view import Tokens
 from moesmith.files.artefact import read_json
 from moesmith.files.write import write_json
-from moesmith.methods.groups import Fitting, Groups
+from moesmith.methods.groups import SQUARES, Fitting, Groups
 from moesmith.methods.refit import eliminate_work, eliminated
 from moesmith.methods.scores import kept_channels
 from moesmith.methods.sensitivity import information_of, measure
@@ -102,7 +102,7 @@ class Allocation(Step):
         if pace:
             squares = 0.6 * sizes.L * tokens * sizes.F**2 / sizes.total
             seconds = (1.7 * tokens + squares) / pace.blocks + sizes.L * eliminate_work(sizes.F, 0) / pace.solves
-        memory = shapes.gram(3, channels=True) + 3 * tokens * sizes.D * shapes.itemsize
+        memory = shapes.gram(SQUARES, channels=True) + 3 * tokens * sizes.D * shapes.itemsize
         return Cost(tokens=tokens, seconds=seconds, memory=memory, layerwise=memory)
 
 

@@ -262,7 +262,7 @@ def refit_experts(
     crew().add(pooled_FF)
     made = {}
     for number, gram_FF in mine.items():
-        mixed_FF = torch.lerp(gram_FF, pooled_FF, spec.pool)
+        mixed_FF = gram_FF.lerp_(pooled_FF, spec.pool)  # in place: a layer's matrices take the most memory
         refitted_DF = refit_down(down_DF, mixed_FF, experts[number].channels, spec.ridge)
         made[number] = refitted_DF.to("cpu", parent.stored)
     for number, refitted_DF in crew().merged(made).items():

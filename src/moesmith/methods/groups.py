@@ -21,6 +21,9 @@ from moesmith.methods.scores import most
 from moesmith.parent.network import Network
 
 CHUNK = 4096  # tokens whose channels exist at once
+# F × F numbers, fp32, that exist at once while an expert is fitted, eliminated from and refitted: moments of all tokens
+# and of its own, two to work with, and matrices of D × F that are as large as two more
+SQUARES = 6
 PULL = 3.0  # towards the parent's columns in a fit to what is lost: that is mostly noise to a layer's channels
 LOUD, FEW = 0.5, 0.05  # share of the hidden state that a network makes of a sink; the most tokens that can be sinks
 
@@ -89,14 +92,15 @@ class Groups:
         if len(self.rows) > 1:
             read_N, _ = held_out(self.tokens, self.rows[expert])
             share = max(spec.pool, spec.prior / (spec.prior + len(read_N))) if len(read_N) else 1.0
-            own = self._moments(read_N)
-            gram_FF, cross_DF = torch.lerp(own[0], gram_FF, share), torch.lerp(own[1], cross_DF, share)
+            gram_FF, cross_DF = (
+                own.lerp_(all_, share) for own, all_ in zip(self._moments(read_N), self.pooled, strict=True)
+            )
         down_DS, channels = self.network.down_DF, torch.arange(len(gram_FF))
         if among is not None and among < len(channels):
             channels = most((gram_FF.diagonal() * down_DS.float().square().sum(0)).cpu(), among)
             here = channels.to(gram_FF.device)
             down_DS = refit_down(down_DS, gram_FF, channels, spec.ridge)
-            gram_FF, cross_DF = gram_FF[here][:, here], cross_DF[:, here] if spec.repair else cross_DF
+            gram_FF, cross_DF = gram_FF[here[:, None], here], cross_DF[:, here] if spec.repair else cross_DF
         return channels, gram_FF, fit_down(down_DS, gram_FF, cross_DF, PULL) if spec.repair else down_DS
 
     def _moments(self, rows_N: Tensor) -> tuple[Tensor, Tensor]:

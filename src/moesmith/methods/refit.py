@@ -19,12 +19,15 @@ def compensation_bias(down_DF: Tensor, mean_F: Tensor, kept: Tensor) -> Tensor:
     return (down_DF.float()[:, pruned_F.to(down_DF.device)] @ mean_F[pruned_F].float().to(down_DF.device)).cpu()
 
 
-def _damped(gram_FF: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """C + λ I and λ = ``ridge`` · mean diag C, never 0."""
-    damping = (ridge * gram_FF.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    damped_FF = gram_FF.clone()
-    damped_FF.diagonal().add_(damping)
-    return damped_FF, damping
+def _root(own_FF: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor of C + λ I, and λ = ``ridge`` · mean diag C, never 0; λ is added in place.
+
+    C is the caller's to lose: matrices of this size are most of the memory that a layer takes, so that nobody keeps one
+    for longer than it is needed.
+    """
+    damping = (ridge * own_FF.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    own_FF.diagonal().add_(damping)
+    return torch.linalg.cholesky(own_FF), damping
 
 
 def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.01) -> Tensor:
@@ -41,10 +44,10 @@ def refit_down(down_DF: Tensor, gram_FF: Tensor, kept: Tensor, ridge: float = 0.
     """
     W_DF = down_DF.to(gram_FF.device, torch.float32)
     kept = kept.to(gram_FF.device)
-    cross_FS = gram_FF[:, kept]
-    square_SS, damping = _damped(cross_FS[kept], ridge)
-    target_DS = W_DF @ cross_FS + damping * W_DF[:, kept]
-    return torch.cholesky_solve(target_DS.T, torch.linalg.cholesky(square_SS)).T
+    target_DS = W_DF @ gram_FF[:, kept]
+    root_SS, damping = _root(gram_FF[kept[:, None], kept], ridge)
+    target_DS += damping * W_DF[:, kept]
+    return torch.cholesky_solve(target_DS.T, root_SS).T
 
 
 def refit_work(D: int, F: int, kept: int) -> float:
@@ -65,8 +68,8 @@ def fit_down(down_DF: Tensor, gram_FF: Tensor, cross_DF: Tensor, ridge: float = 
         ridge: λ, relative to the mean diagonal of C.
     """
     W_DF = down_DF.to(gram_FF.device, torch.float32)
-    damped_FF, damping = _damped(gram_FF, ridge)
-    return torch.cholesky_solve((cross_DF + damping * W_DF).T, torch.linalg.cholesky(damped_FF)).T
+    root_FF, damping = _root(gram_FF.clone(), ridge)
+    return torch.cholesky_solve((cross_DF + damping * W_DF).T, root_FF).T
 
 
 def fit_work(D: int, F: int) -> float:
@@ -105,8 +108,7 @@ def eliminated(
         E‖W a − W' a_S‖² + λ‖W − W'‖² grows, W' refitted on the channels S that are left and 0 elsewhere.
     """
     W_DF = down_DF.to(gram_FF.device, torch.float32)
-    damped_FF, _ = _damped(gram_FF, ridge)
-    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(damped_FF))
+    inverse_FF = torch.cholesky_inverse(_root(gram_FF.clone(), ridge)[0])
     left_F = torch.arange(len(gram_FF), device=gram_FF.device)
     for drop in drops:
         order = (W_DF.square().sum(0) / inverse_FF.diagonal()).argsort(stable=True)
@@ -116,7 +118,8 @@ def eliminated(
         solved_RS = torch.cholesky_solve(beside_RS, root_RR)
         cost = (torch.cholesky_solve(lost_DR.T, root_RR) * lost_DR.T).sum()
         W_DF = W_DF[:, stay] - lost_DR @ solved_RS
-        inverse_FF = inverse_FF[stay][:, stay] - beside_RS.T @ solved_RS
+        inverse_FF = inverse_FF[stay[:, None], stay]  # the larger one goes before there is a third
+        inverse_FF -= beside_RS.T @ solved_RS
         left_F = left_F[stay]
         yield left_F, cost  # not read here: an accelerator would have to finish each round
 

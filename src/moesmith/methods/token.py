@@ -27,7 +27,7 @@ from moesmith.calibration.view import LayerView, Tokens, spread
 from moesmith.methods.allocation import Allocation, allocated
 from moesmith.methods.base import Carver, Needs
 from moesmith.methods.clusters import centre_router, kmeans, root
-from moesmith.methods.groups import Fitting, Groups, gathered, sent
+from moesmith.methods.groups import SQUARES, Fitting, Groups, gathered, sent
 from moesmith.methods.refit import eliminate, eliminate_work, fit_work, refit_down, refit_work
 from moesmith.methods.registry import register
 from moesmith.methods.router import constant_direction
@@ -112,9 +112,8 @@ class Token(Carver):
     def needs(self) -> Needs:
         """Count passes over all text: to hold the tokens, to train on them, and through what was carved."""
         spec = self.settings
-        return Needs(
-            gram=True, groups=1, passes=1.7 + 0.6 * spec.repair + 1.2 * spec.passes, held=True, repair=spec.repair
-        )
+        passes = 1.7 + 0.6 * spec.repair + 1.2 * spec.passes
+        return Needs(gram=True, groups=SQUARES - 2, passes=passes, held=True, repair=spec.repair)
 
     def closed_forms(self, shapes: Shapes) -> tuple[float, float]:
         """All tokens' Gram matrix, and those of groups; every expert is fitted, eliminated from and refitted."""
@@ -148,7 +147,7 @@ class Token(Carver):
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """All calibration text."""
-        check_gram(job.parent, 3, gram=True)
+        check_gram(job.parent, SQUARES, gram=True)
         self.information = information_of(job.run) if self.settings.sensitivity else []
         self.widths = allocated(job.run) if self.uneven else [self.width(job.parent)] * job.parent.L
         full = {index for index, width in enumerate(self.widths) if width == job.parent.F}

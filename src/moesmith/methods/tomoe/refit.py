@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moesmith.calibration.view import Activations, LayerView, held_out
 from moesmith.methods.base import Carver, Needs
-from moesmith.methods.groups import Fitting, Groups, gathered, sent
+from moesmith.methods.groups import SQUARES, Fitting, Groups, gathered, sent
 from moesmith.methods.refit import fit_work, refit_down, refit_work
 from moesmith.methods.steps import Carve, check_gram
 from moesmith.mixture.carving import Carving
@@ -47,7 +47,7 @@ class Refitted(Carver):
 
     def needs(self) -> Needs:
         """Hold all tokens, and make up for what earlier layers lost."""
-        return Needs(gram=True, groups=1, passes=2.1, held=True, repair=True)
+        return Needs(gram=True, groups=SQUARES - 2, passes=2.1, held=True, repair=True)
 
     def tokens(self, shapes: Shapes) -> int:
         """Some of the training text."""
@@ -70,7 +70,7 @@ class Refitted(Carver):
 
     def begin(self, job: Job) -> list[list[Tensor]]:
         """The training text's beginning, as one group."""
-        check_gram(job.parent, 3, gram=True)
+        check_gram(job.parent, SQUARES, gram=True)
         blocks = job.run.training("masks")
         return [[blocks[: max(1, TOKENS // blocks.shape[1])].long()]]
 
