@@ -73,6 +73,10 @@ SIZES: dict[str, tuple[list[str], str]] = {
         ["carve.start={method: dive}", "masks.budget=0.3"],
         r"attention alone is 33% of the parameters, but masks\.budget is 30%: .* Raise masks\.budget, or leave carve",
     ),
+    "a start with a single expert": (
+        ["carve.start={method: static}"],
+        r"carve\.experts is 4, but a start of method static has one expert\. Set carve\.experts to 1, or",
+    ),
     "no text": (["masks.tokens=0"], r"masks\.tokens is 0, but masks are learned from text\. Set masks\.tokens"),
     "window longer than the model": (
         ["masks.window=1024", "masks.tokens=2048"],

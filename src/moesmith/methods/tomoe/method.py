@@ -119,6 +119,11 @@ class Tomoe(Method):
         if self.start is not None:
             expert_ratio(sizes, self.spec.budget)
             self.start.check(parent)
+            if self.start.experts != self.experts:
+                raise MoesmithError(
+                    f"carve.experts is {self.experts}, but a start of method {self.start.name} has one expert",
+                    "Set carve.experts to 1, or carve.start.method to one with several experts, such as dive.",
+                )
 
     def check_domains(self, names: Sequence[str], source: str) -> None:
         """Check the domains as the start does."""
