@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moesmith.calibration.stream import Stream
 from moesmith.conversion.convert import convert
 from moesmith.errors import MoesmithError
-from moesmith.methods.allocation import allocated, convex, losses, step_of, widths_of
+from moesmith.methods.allocation import allocated, convex, dense_or_even, losses, step_of, widths_of
 from moesmith.methods.refit import eliminate, eliminated, refit_down
 from moesmith.methods.sensitivity import information, measure
 from moesmith.mixture.carving import Carving
@@ -124,3 +124,10 @@ def test_layers_of_different_widths_are_written_in_our_own_format() -> None:
     for widths, native in (((64, 64), False), ((64, 40), False), ((64, 32), True)):
         layers = [Layer([Expert(torch.arange(width))], Linear(torch.zeros(1, parent.D))) for width in widths]
         assert Carving(layers, parent.F).is_native(parent) == native
+
+
+def test_layers_alike_may_be_narrower_than_kernels_like() -> None:
+    """Of 256 channels 26 stay: no multiple of 32, but a width; from 32 on, multiples."""
+    curves = [[weight * n**2 for n in range(8)] for weight in (1.0, 2.0, 3.0)]
+    assert dense_or_even(curves, 256, 3 * 26, 32) == [26] * 3
+    assert dense_or_even(curves, 256, 3 * 40, 32) == [32] * 3

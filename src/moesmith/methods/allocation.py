@@ -163,9 +163,10 @@ def widths_of(curves: Sequence[Sequence[float]], F: int, channels: int, step: in
 def dense_or_even(curves: Sequence[Sequence[float]], F: int, channels: int, step: int) -> list[int]:
     """Choose which layers stay dense, so that together all lose least; the others get the same width.
 
-    Arguments are those of :func:`widths_of`. Widths are multiples of 32 if ``step`` is.
+    Arguments are those of :func:`widths_of`. Widths are multiples of 32 if ``step`` is and there are so many channels.
     """
-    L, unit = len(curves), ALIGN if step % ALIGN == 0 else 1
+    L = len(curves)
+    unit = ALIGN if step % ALIGN == 0 and channels // L >= ALIGN else 1
     choices = []
     for count in range(L):
         width = (channels - count * F) // (L - count) // unit * unit
