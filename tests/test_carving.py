@@ -226,6 +226,19 @@ def test_parameters_are_those_in_the_files(family: str, tied: bool, tmp_path: Pa
     assert parameters(parent, one)["parameters_total"] == parameters(parent, one)["parameters_active"]
 
 
+def test_layers_may_differ_in_biases_and_experts_of_one_may_not(tmp_path: Path) -> None:
+    parent = tiny_parent("llama")
+    carving = random_carving(parent, compensation="bias")
+    first, second = carving.layers
+    for expert in first.routed:
+        expert.bias_D = None
+    write_native(parent, carving, tmp_path / "m")
+    assert parameters(parent, carving, native=True)["parameters_total"] == sum(weights_in(tmp_path / "m").values())
+    second.routed[2].bias_D = None
+    with pytest.raises(MoesmithError, match=r"has a bias_D for some experts only\. Give the others zeros\."):
+        second.check(parent.D, parent.F)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "biased"])
 def test_the_plan_counts_as_the_files(family: str) -> None:
     """Every expert as wide as planned and with as little in common as that allows: the plan is exact."""

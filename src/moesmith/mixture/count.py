@@ -69,9 +69,9 @@ def in_native(parent: Parent, carving: Carving) -> tuple[int, int]:
     ffn, D, total, active = parent.ffns[0], parent.D, 0, 0.0
     inner = sum(bias is not None for bias in ffn.biases[:2])
     channel = ffn.matrices * D + inner
-    output = D if ffn.down_bias_D is not None or any(e.bias_D is not None for e in carving.layers[0].routed) else 0
     for index, layer in enumerate(carving.layers):
         E, K, spec = len(layer.routed), layer.top_k, layer.gate(ffn)
+        output = D if ffn.down_bias_D is not None or layer.routed[0].bias_D is not None else 0
         router = E * D * (ffn.matrices - 1 if spec.logits == "hidden" else 1)
         if spec.logits != "linear":
             router += E * (inner if spec.logits == "hidden" else 1)

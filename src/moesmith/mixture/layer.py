@@ -172,7 +172,7 @@ class Layer:
 
         Raises:
             MoesmithError: the router has another number of experts, there are fewer than K experts, a channel is out of
-                range, or a matrix has another shape.
+                range, a matrix has another shape, or only some of the routed experts have a bias.
         """
         experts = len(self.routed)
         if not experts or len(self.router) != experts:
@@ -185,6 +185,8 @@ class Layer:
         kept += [self.router.channels] if isinstance(self.router, Analytic) else []
         if any(len(channels) and not 0 <= int(channels.min()) <= int(channels.max()) < d_ff for channels in kept):
             raise MoesmithError("keeps channels that the parent does not have")
+        if len({expert.bias_D is None for expert in self.routed}) > 1:
+            raise MoesmithError("has a bias_D for some experts only", "Give the others zeros.")
         for expert in self.experts:
             F = expert.width
             shapes = {"down_DF": (D, F), "gate_FD": (F, D), "up_FD": (F, D), "bias_D": (D,)}
