@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from moesmith.export.native import write_native
 from moesmith.mixture.attention import CarvedAttention, GatedLinear, install, narrowed, rotary_width, zeroed
-from moesmith.mixture.moe import share
 from moesmith.native.heads import HeadGate, PrunedAttention, expand_pairs, keep
+from moesmith.parent.layerwise import share
 from moesmith.parent.sizes import Sizes
 from moesmith.parent.structure import attention_of, attention_weights, decoder_layers, head_dim
 from moesmith.testing.masks import harvested, tiny_masks

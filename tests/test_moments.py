@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -464,6 +465,19 @@ def test_a_generator_goes_on_from_layer_to_layer() -> None:
             draws.append(torch.rand(3, generator=view.generator))
     alone = torch.Generator().manual_seed(5)
     assert all(torch.equal(draw, torch.rand(3, generator=alone)) for draw in draws)
+
+
+def test_a_copy_of_the_network_is_made_once_and_let_go() -> None:
+    """Methods may ask for it as often as they like; before another form of the layer is made it is gone."""
+    parent = tiny_parent("llama")
+    with Stream(parent, [[WINDOWS]], "carved") as stream:
+        for view in stream.views(torch.Generator()):
+            network = view.network
+            assert view.network is network
+            known, left = weakref.ref(network), []
+            del network
+            stream.carved(lambda: left.append(known()) or stream.model.layer(view.index))  # noqa: B023
+            assert left == ([None] if view.index + 1 < parent.L else [])
 
 
 def test_layers_without_any_text() -> None:

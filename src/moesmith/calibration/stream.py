@@ -107,6 +107,7 @@ class Stream:
         self.held = held  # then every process has all processes' batches of these two
         self.inputs, self.outputs = (self._buffer(name, self.every) if held else [] for name in ("inputs", "outputs"))
         self.intact = self._buffer("intact") if repair else []  # the parent's own states
+        self.view: LayerView | None = None  # of this layer
         self.tokens_now: Tokens | None = None  # of this layer, once a method has asked; then states wait without them
 
     def __enter__(self) -> Stream:
@@ -114,7 +115,7 @@ class Stream:
 
     def __exit__(self, *_error: Any) -> None:
         self.waiting, self.beyond, self.inputs, self.outputs, self.intact = [], [], [], [], []
-        self.tokens_now = None
+        self.tokens_now = self.view = None
         self._drop()
 
     def _drop(self) -> None:
@@ -161,7 +162,8 @@ class Stream:
                 state_BSD.copy_(hidden_BSD)
             for index in range(self.parent.L):
                 self.index, self.passed, self.left = index, False, 1.0
-                yield LayerView(self.parent, index, generator, len(self.texts), self)
+                self.view = LayerView(self.parent, index, generator, len(self.texts), self)
+                yield self.view
                 if not self.passed and index + 1 < self.parent.L:
                     self._on(lambda: self.around.layer(self.index))
                 self.advance(1.0)  # what the last layer's text did not pass
@@ -180,6 +182,7 @@ class Stream:
         Where the method holds tokens, they have passed the layer's attention already, and only its network is left;
         unless the layer does more to the network's output than to add it.
         """
+        vars(self.view).pop("network", None)  # a copy would stand beside the layer that is made
         if not self.held or not self.parent.additive:
             self._pass(make(), keep=True)
             return

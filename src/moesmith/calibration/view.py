@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -127,9 +128,12 @@ class LayerView:
         """Its feed-forward network."""
         return self.parent.ffns[self.index]
 
-    @property
+    @cached_property
     def network(self) -> Network:
-        """The same where and in what the parent computes, for methods that run it themselves; a copy if it must be."""
+        """The same where and in what the parent computes, for methods that run it themselves; a copy if it must be.
+
+        The stream lets the copy go before it makes another form of the layer.
+        """
         return self.ffn.to(self.parent.device, self.parent.dtype)
 
     def sample(self, tokens: int) -> Tensor:

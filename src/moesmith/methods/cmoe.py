@@ -22,6 +22,7 @@ from moesmith.calibration.view import LayerView
 from moesmith.methods.balanced import balanced_assignment
 from moesmith.methods.base import Needs, Routed
 from moesmith.methods.partition import Partition, check_ratio, members
+from moesmith.methods.parts import hidden_of
 from moesmith.methods.registry import register
 from moesmith.methods.router import fitted_router
 from moesmith.mixture.layer import Analytic, Layer, Linear
@@ -181,5 +182,4 @@ def divide(
 def fit_router(network: Network, x_TD: Tensor, heads_E: Tensor, ridge: float) -> Tensor:
     """Fit a linear router to an analytic one's logits |h| of the experts' channels (:func:`router.fitted_router`)."""
     one = network.narrowed(heads_E, network.down_DF[:, heads_E.to(network.down_DF.device)])
-    scores = [one.hidden(rows_CD.to(one.gate_FD.dtype)).float().abs() for rows_CD in x_TD.split(CHUNK)]
-    return fitted_router(x_TD, torch.cat(scores), ridge)
+    return fitted_router(x_TD, torch.cat([a_NE.abs() for a_NE in hidden_of(one, x_TD)]), ridge)

@@ -127,7 +127,7 @@ class Partition(Carver):
     def begin(self, job: Job) -> list[list[Tensor]]:
         """Return those windows, evenly spread: a group for every domain."""
         windows, few = windows_of(job.run), self.windows(len(job.names))
-        return [[windows[name][spread(torch.arange(len(windows[name])), few)]] for name in job.names]
+        return [[spread(windows[name], few)] for name in job.names]
 
     def tokens(self, shapes: Shapes) -> int:
         """Count the tokens of these windows."""

@@ -65,7 +65,7 @@ def install(layer: nn.Module, config: Any, gate: nn.Module) -> None:
     """Put ``gate`` into a decoder layer's attention: it reads the input once and masks the projections.
 
     Args:
-        layer: a decoder layer of a model that may be changed (``moe.share``).
+        layer: a decoder layer of a model that may be changed (``layerwise.share``).
         config: the model's config.
         gate: a module with ``read(x_BSD)``, ``qk``, ``vo`` and ``mask_output``.
     """

@@ -84,8 +84,8 @@ def better(before: float, after: float, unread: int, made: Sequence[Tensor]) -> 
 def energy(tokens: Tokens, rows_N: Tensor) -> float:
     """Sum weight · ‖R y‖² over some tokens."""
     total = 0.0
-    for rows in rows_N.split(4096):
-        _, y_ND, weight_N1 = tokens.take(rows, tokens.y_TD.device)
+    for rows in rows_N.to(tokens.y_TD.device).split(4096):
+        y_ND, weight_N1 = tokens.y_TD[rows], tokens.weight_T[rows][:, None]
         total += float((weight_N1 * tokens.felt(y_ND.float()).square()).sum())
     return total
 

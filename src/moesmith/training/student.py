@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesmith.mixture.moe import share
 from moesmith.parent.head import head_of
 from moesmith.parent.hooks import hidden_output, hooked
+from moesmith.parent.layerwise import share
 from moesmith.parent.load import Parent
 from moesmith.parent.structure import decoder_layers
 from moesmith.run.settings import TrainSection
