@@ -159,6 +159,8 @@ class Channels(Carver):
         """Return every expert's text, or a part of it if that is enough; load the moments that are known."""
         self.clusters = clusters_of(job.run)
         texts = self.texts(windows_of(job.run))
+        if self.refit and len({tuple(map(id, text)) for text in texts}) == 1:
+            texts = texts[:1]  # all experts' text is the same: its statistics are taken and kept once
         self.weights = [float(sum(map(len, text))) for text in texts]
         self.known = self._known(job, texts)
         if not self._needed:
@@ -181,7 +183,7 @@ class Channels(Carver):
         if self.known:
             groups = [(group.mean_LF[index], group.var_LF[index]) for group in self.known]
         else:
-            groups = [_pooled(one) for one in stats]
+            groups = [_pooled(one) for one in stats] * (self.experts if len(stats) == 1 else 1)
         routed = [Expert(kept) for kept in self.choose(view, groups)]
         layer = Layer(routed, Linear(torch.zeros(len(routed), parent.D)), self.top_k)
         if self.settings.compensation == "bias":
@@ -249,7 +251,7 @@ def refit_experts(
         parent: the dense model.
         index: the layer's index.
         experts: their ``down_DF`` is set.
-        stats: of each expert's tokens, with Gram matrices.
+        stats: of each expert's tokens, with Gram matrices; a single one if all experts have the same.
         weights: of each Gram matrix in the pool's.
         spec: ``ridge`` and ``pool`` (``base.Kept``).
     """
@@ -261,6 +263,8 @@ def refit_experts(
         pooled_FF += weights[number] / sum(weights) * gram_FF
     crew().add(pooled_FF)
     made = {}
+    if len(stats) == 1:
+        mine = dict.fromkeys(crew().mine(range(len(experts))), pooled_FF)
     for number, gram_FF in mine.items():
         mixed_FF = gram_FF.lerp_(pooled_FF, spec.pool)  # in place: a layer's matrices take the most memory
         refitted_DF = refit_down(down_DF, mixed_FF, experts[number].channels, spec.ridge)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moesmith.calibration.view import LayerView
-from moesmith.methods.base import ROUTING, Kept, Routed
+from moesmith.errors import MoesmithError
+from moesmith.methods.base import ROUTING, Kept, Needs, Routed
 from moesmith.methods.channels import Channels, Part
 from moesmith.methods.dive import about_experts
 from moesmith.methods.registry import register
 from moesmith.methods.scores import kept_channels
+from moesmith.parent.load import Parent
 from moesmith.run.folder import Run
 from moesmith.run.step import Job
 
@@ -29,6 +32,19 @@ class LlamaMoe(Channels):
         """Experts and what they keep."""
 
         method: Literal["llama-moe"] = "llama-moe"
+
+    def check(self, parent: Parent) -> None:
+        """Refuse a router's start that tells experts' texts apart: all experts have the same."""
+        super().check(parent)
+        if self.lda:
+            raise MoesmithError(
+                "router.start is lda, which tells experts' texts apart, but those of llama-moe have the same",
+                "Set router.start to random.",
+            )
+
+    def needs(self) -> Needs:
+        """Count the statistics of all experts once: they have the same text."""
+        return replace(super().needs(), groups=1 if self.refit else None)
 
     def moments_tokens(self) -> int | None:
         """Take none unless there is a bias, which replaces what is lost."""
