@@ -63,6 +63,9 @@ def spread(
     layers = nn.ModuleList()
     for index in range(inner.depth):
         layer = share(inner.layer(index))
+        for name, weight in list(layer.named_parameters()):
+            if not weight.is_contiguous() and weight not in whole:  # GPT-2 stores a matrix the other way round
+                put(layer, name, nn.Parameter(weight.detach().contiguous(), weight.requires_grad))
         fully_shard(layer, reshard_after_forward=True, ignored_params=whole, **options)
         layers.append(layer)
     found = inner.shell
