@@ -106,7 +106,7 @@ def test_a_refit_that_errs_more_is_dropped(attention: str, tmp_path: Path, monke
     assert stages["refit"]["geomean"] == pytest.approx(stages["masks"]["geomean"], rel=1e-5)
 
 
-def test_without_unread_tokens_a_finite_refit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refit_is_kept_where_unread_tokens_speak_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the rule of local training."""
     parent, method = tiny_parent("llama"), load_recipe("tomoe-plus").method
     assert isinstance(method, Tomoe)
@@ -119,11 +119,11 @@ def test_without_unread_tokens_a_finite_refit_is_kept(monkeypatch: pytest.Monkey
     wanted_DF = refit_down(down_DF, gram_FF, expert.channels, method.settings.ridge)
     unread_N = held_out(replace(tokens, sequence_T=tokens.sequence_T + HELD_OUT - 1), torch.arange(16))[1]
     assert len(unread_N) == 16
-    made, errors = method.refit._refit(groups, 0, expert, none, torch.float32)
+    made, (before, after, _) = method.refit._refit(groups, 0, expert, unread_N, torch.float32)
     assert made.down_DF is not None
     torch.testing.assert_close(made.down_DF, wanted_DF)
-    assert errors == (0, 0, 0)
-    wrong = [(wanted_DF * torch.nan, none), (wanted_DF * torch.nan, unread_N), (-2 * wanted_DF, unread_N)]
+    assert after < before
+    wrong = [(wanted_DF, none), (wanted_DF * torch.nan, unread_N), (-2 * wanted_DF, unread_N)]
     for other_DF, rows_N in wrong:
         monkeypatch.setattr("moesmith.methods.tomoe.refit.refit_down", lambda *_given: other_DF)  # noqa: B023
         found, (before, after, _) = method.refit._refit(groups, 0, expert, rows_N, torch.float32)

@@ -46,6 +46,7 @@ from moesmith.run.step import Job, Step
 from moesmith.training.local import LocalSection, Outcome, at_once, order_of, reconstruct
 from moesmith.world import crew
 
+TRAINING = 0.6  # of the time of an expert, for the progress bar
 LIGHT = 0.2  # weight of a token's error, where the mean is 1, below which it is not clustered
 
 
@@ -193,10 +194,16 @@ class Token(Carver):
             now = mine[first : first + some]
             parts = [self.start(groups, expert, self.widths[view.index]) for expert in now]
             starts = [start for _, start in parts]
-            trained = reconstruct(starts, tokens, [rows[e] for e in now], [orders[e] for e in now], spec)
+            part, texts = len(now) / len(mine), ([rows[e] for e in now], [orders[e] for e in now])
+            training = TRAINING * part if spec.passes else 0.0
+
+            def advance(share: float, most: float = training) -> None:
+                view.advance(most * share)
+
+            trained = reconstruct(starts, tokens, *texts, spec, advance)
             for expert, (kept, start), (found, outcome) in zip(now, parts, trained, strict=True):
                 made[expert] = as_expert(view.parent, kept, found, trained=found is not start), outcome
-            view.advance(len(now) / len(mine))
+            view.advance(part - training)
         made = crew().merged(made)
         self.report(ids_T, [made[expert][1] for expert in range(experts)])
         return Layer([made[expert][0] for expert in range(experts)], Linear(router_ED))

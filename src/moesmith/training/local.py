@@ -15,7 +15,7 @@ D model width, F_e an expert's width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from moesmith.training.loop import ordinary_mode
 
 WARM = 10  # steps in which the learning rate rises
 BETAS = (0.9, 0.95)  # of Adam
+Advance = Callable[[float], None]
 COPIES = 8  # of an expert's matrices while it trains: itself, gradient, two moments, what a step makes of them
 
 
@@ -67,18 +68,6 @@ def squared_error(expert: Network, tokens: Tokens, rows_N: Tensor, chunk: int = 
             error_ND = tokens.felt(y_ND.float() - expert.to(x_ND.dtype).output(x_ND).float())
             total += float((weight_N1 * error_ND.square()).sum())
     return total
-
-
-def better(before: float, after: float, unread: int, made: Sequence[Tensor]) -> bool:
-    """Whether what was made of an expert is kept: it errs less on unread tokens, or if there are none, it is finite.
-
-    Args:
-        before: squared error of the expert as it was, on unread tokens.
-        after: of what was made.
-        unread: how many such tokens there are.
-        made: the new matrices.
-    """
-    return after < before if unread else all(bool(part.isfinite().all()) for part in made)  # a NaN is not less either
 
 
 def energy(tokens: Tokens, rows_N: Tensor) -> float:
@@ -117,12 +106,17 @@ def at_once(network: Network, experts: int) -> int:
 
 @ordinary_mode()
 def reconstruct(
-    starts: Sequence[Network], tokens: Tokens, rows: Sequence[Tensor], orders: Sequence[Tensor], spec: Any
+    starts: Sequence[Network],
+    tokens: Tokens,
+    rows: Sequence[Tensor],
+    orders: Sequence[Tensor],
+    spec: Any,
+    advance: Advance = lambda _share: None,
 ) -> list[tuple[Network, Outcome]]:
     """Train experts on their tokens by Adam: Σ weight · ‖y − expert(x)‖² over a step's tokens.
 
     The learning rate of a matrix is relative to its rms, rises for :data:`WARM` steps and falls linearly to 0. What is
-    no better than the start on held-out windows is dropped (:func:`better`).
+    no better than the start on held-out windows is dropped, and so is what no token there speaks for.
 
     Args:
         starts: the experts, fp32 where the parent computes. Biases are added as the parent adds them and not trained.
@@ -130,6 +124,7 @@ def reconstruct(
         rows: each expert's own among them.
         orders: of each, from :func:`order_of`.
         spec: a :class:`LocalSection`.
+        advance: is told of every step which share of the steps it is.
     """
     parted = [held_out(tokens, rows_N) for rows_N in rows]
     found = list(starts)
@@ -139,22 +134,22 @@ def reconstruct(
         scales = [energy(tokens, parted[n][0]) / len(parted[n][0]) for n in busy]
         given = [starts[n] for n in busy]
         if len(busy) == 1:
-            trained = [alone(given[0], tokens, texts_SB[0], scales[0], spec)]
+            trained = [alone(given[0], tokens, texts_SB[0], scales[0], spec, advance)]
         else:
-            trained = side_by_side(given, tokens, texts_SB, scales, spec)
+            trained = side_by_side(given, tokens, texts_SB, scales, spec, advance)
         for number, network in zip(busy, trained, strict=True):
             found[number] = network
     results = []
     for start, network, (_, others_N) in zip(starts, found, parted, strict=True):
         before = squared_error(start, tokens, others_N)
         after = before if network is start else squared_error(network, tokens, others_N)
-        if network is not start and not better(before, after, len(others_N), network.weights):
+        if not after < before:  # nor is a NaN less, or 0 of no tokens
             network, after = start, before
         results.append((network, Outcome(before, after, energy(tokens, others_N))))
     return results
 
 
-def alone(start: Network, tokens: Tokens, text_SB: Tensor, scale: float, spec: Any) -> Network:
+def alone(start: Network, tokens: Tokens, text_SB: Tensor, scale: float, spec: Any, advance: Advance) -> Network:
     """Train one expert.
 
     Args:
@@ -163,6 +158,7 @@ def alone(start: Network, tokens: Tokens, text_SB: Tensor, scale: float, spec: A
         text_SB: the tokens of every step.
         scale: what a token's error is relative to.
         spec: a :class:`LocalSection`.
+        advance: as for :func:`reconstruct`.
     """
     masters = [part.clone().requires_grad_(True) for part in start.weights]
     rates = [spec.lr * float(rms(part)) for part in start.weights]
@@ -177,11 +173,17 @@ def alone(start: Network, tokens: Tokens, text_SB: Tensor, scale: float, spec: A
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * pace(step, len(text_SB))
         optimizer.step()
+        advance(1 / len(text_SB))
     return start.replaced([master.detach() for master in masters])
 
 
 def side_by_side(
-    starts: Sequence[Network], tokens: Tokens, texts_SB: Sequence[Tensor], scales: Sequence[float], spec: Any
+    starts: Sequence[Network],
+    tokens: Tokens,
+    texts_SB: Sequence[Tensor],
+    scales: Sequence[float],
+    spec: Any,
+    advance: Advance,
 ) -> list[Network]:
     """Train several experts at once: what :func:`alone` makes of each, up to rounding.
 
@@ -217,6 +219,7 @@ def side_by_side(
             square[:A].mul_(second).addcmul_(gradient, gradient, value=1 - second)
             root = (square[:A] / (1 - second ** (step + 1))).sqrt_().add_(1e-8)
             master[:A].sub_(rate_E11[:A] * pace_SE11[step, :A] / (1 - first ** (step + 1)) * mean[:A] / root)
+        advance(1 / steps[0])
     found = dict(zip(order, zip(*masters, strict=True), strict=True))
     return [start.replaced(found[number]) for number, start in enumerate(starts)]
 

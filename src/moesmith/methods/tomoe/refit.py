@@ -23,7 +23,7 @@ from moesmith.mixture.layer import Expert, Layer, Linear
 from moesmith.parent.load import Parent
 from moesmith.run.shapes import Shapes
 from moesmith.run.step import Job
-from moesmith.training.local import better, energy, squared_error
+from moesmith.training.local import energy, squared_error
 from moesmith.world import crew
 
 TOKENS = 131_072  # training tokens that a refit reads
@@ -38,11 +38,11 @@ class Refit(Carve):
 class Refitted(Carver):
     """Learned masks as they are, with a ``down_proj`` for every expert.
 
-    A refit that errs no less than the parent's own columns on windows that it did not read is dropped: then the expert
-    stays as it is (:func:`moesmith.training.local.better`).
+    A refit that errs no less than the parent's own columns on windows that it did not read is dropped, and so is one
+    that no token there speaks for: then the expert stays as it is.
     """
 
-    name, version = "tomoe", 4
+    name, version = "tomoe", 3
     activations: ClassVar[Activations] = "carved"
 
     def needs(self) -> Needs:
@@ -107,7 +107,7 @@ class Refitted(Carver):
             for part_DF in (own_DF, refitted_DF)
         )
         nothing = energy(tokens, rows_N)
-        if not better(before, after, len(rows_N), [refitted_DF]):
+        if not after < before:
             return expert, (before, before, nothing)
         return replace(expert, down_DF=refitted_DF.to("cpu", dtype)), (before, after, nothing)
 
