@@ -21,6 +21,7 @@ from moesmith.testing.carvings import random_carving
 from moesmith.testing.parents import tiny_parent
 from moesmith.world import World, crew, together
 
+CASES = [(kind, room) for kind in ("added", "behind a factor") for room in (0, 2**30)]
 WINDOWS = torch.randint(2, 250, (20, 16), generator=torch.Generator().manual_seed(3))
 
 
@@ -31,57 +32,62 @@ def parent_of(kind: str) -> Parent:
     return parent
 
 
-def hold(rank: int, folder: str, kind: str, room: str, windows: str) -> None:
+def hold(rank: int, place: Path, kind: str, room: int, windows: int) -> None:
     """Write all tokens of the last layer, behind two carved ones, as this process has them."""
     torch.set_num_threads(1)
-    parent, place = parent_of(kind), Path(folder)
+    parent = parent_of(kind)
     carving = random_carving(parent, experts=2)
-    texts: Sequence[Sequence[torch.Tensor]] = [[WINDOWS[: int(windows)]]] if int(windows) else []
+    texts: Sequence[Sequence[torch.Tensor]] = [[WINDOWS[:windows]]] if windows else []
+    place.mkdir(parents=True, exist_ok=True)
+    options = {"folder": place, "room": room, "batch": 4, "repair": kind == "added"}
+    with Stream(parent, texts, "carved", held=True, **options) as stream:  # type: ignore[arg-type]
+        for view in stream.views(torch.Generator()):
+            tokens = view.tokens()
+            files = {path.name: path.stat().st_size for path in place.glob(f".waiting{rank or ''}/*")}
+            stream.carved(lambda: carved_layer(parent, carving, view.index))  # noqa: B023
+        found = {name: getattr(tokens, f"{name}_T").clone() for name in ("weight", "sequence", "share")}
+        found |= {"x": tokens.x_TD.clone(), "y": tokens.y_TD.clone(), "files": torch.tensor(len(files))}
+        if files:  # all that another process holds is on disk as well, and nowhere else
+            size = tokens.x_TD.nbytes
+            waiting = files.get("waiting", 0)  # none of a process without text
+            assert (files["inputs"], files["outputs"], waiting < size) == (size, size, crew().size > 1)
+            assert tokens.x_TD.data_ptr() == stream.inputs[0].data_ptr()
+    write_tensors(place / f"{crew().size}-{rank}.safetensors", found)
+
+
+def place_of(folder: str | Path, kind: str, room: int) -> Path:
+    return Path(folder) / f"{kind} {room}"
+
+
+def hold_all(rank: int, folder: str, windows: str) -> None:
+    """Of every kind, in memory and on disk."""
     with together():
-        options = {"folder": place, "room": int(room), "batch": 4}
-        repair = kind == "added"
-        with Stream(parent, texts, "carved", held=True, repair=repair, **options) as stream:
-            for view in stream.views(torch.Generator()):
-                tokens = view.tokens()
-                files = {path.name: path.stat().st_size for path in place.glob(f".waiting{rank or ''}/*")}
-                stream.carved(lambda: carved_layer(parent, carving, view.index))  # noqa: B023
-            found = {name: getattr(tokens, f"{name}_T").clone() for name in ("weight", "sequence", "share")}
-            found |= {"x": tokens.x_TD.clone(), "y": tokens.y_TD.clone(), "files": torch.tensor(len(files))}
-            if files:  # all that another process holds is on disk as well, and nowhere else
-                size = tokens.x_TD.nbytes
-                assert (files["inputs"], files["outputs"], files["waiting"] < size) == (size, size, crew().size > 1)
-                assert tokens.x_TD.data_ptr() == stream.inputs[0].data_ptr()
-        write_tensors(place / f"{crew().size}-{rank}.safetensors", found)
+        for kind, room in CASES:
+            hold(rank, place_of(folder, kind, room), kind, room, int(windows))
 
 
-@pytest.mark.parametrize("kind", ["added", "behind a factor"])
-@pytest.mark.parametrize("room", [0, 2**30])
-def test_every_process_holds_all_tokens(kind: str, room: int, tmp_path: Path) -> None:
-    """In the order of the text, to the bit; on disk if they are too large. Five batches, so one process has fewer."""
-    for processes in (1, 2):
-        several(processes, hold, tmp_path, kind, room, len(WINDOWS))
-    alone = read_tensors(tmp_path / "1-0.safetensors")
-    assert alone["x"].shape == (WINDOWS.numel(), 32)
-    files = 0 if room else 4 if kind == "added" else 3  # the parent's own states wait for repair
-    for rank in range(2):
-        found = read_tensors(tmp_path / f"2-{rank}.safetensors")
-        assert all(torch.equal(found[name], alone[name]) for name in alone)
-        assert found["files"] == files
+@pytest.mark.parametrize(("processes", "windows"), [(2, 20), (3, 8)])
+def test_every_process_holds_all_tokens(processes: int, windows: int, tmp_path: Path) -> None:
+    """In the order of the text, to the bit; on disk if they are too large.
 
-
-@pytest.mark.parametrize("kind", ["added", "behind a factor"])
-def test_a_process_without_text_takes_part(kind: str, tmp_path: Path) -> None:
-    """Three processes share two batches."""
-    for processes in (1, 3):
-        several(processes, hold, tmp_path, kind, 2**30, 8)
-    alone = read_tensors(tmp_path / "1-0.safetensors")
-    for rank in range(3):
-        found = read_tensors(tmp_path / f"3-{rank}.safetensors")
-        assert all(torch.equal(found[name], alone[name]) for name in alone)
+    Two processes share five batches, so one has fewer; three share two, so one has none.
+    """
+    several(processes, hold_all, tmp_path, windows)
+    for kind, room in CASES:
+        place = place_of(tmp_path, kind, room)
+        hold(0, place, kind, room, windows)
+        alone = read_tensors(place / "1-0.safetensors")
+        assert alone["x"].shape == (16 * windows, 32)
+        assert alone["files"] == (0 if room else 4 if kind == "added" else 3)  # the parent's own states wait for repair
+        for rank in range(processes):
+            found = read_tensors(place / f"{processes}-{rank}.safetensors")
+            assert all(torch.equal(found[name], alone[name]) for name in alone if name != "files")
+            if room or len(WINDOWS[:windows].split(4)) >= processes:
+                assert found["files"] == alone["files"]
 
 
 def test_no_text_at_all_is_held_too(tmp_path: Path) -> None:
-    hold(0, str(tmp_path), "added", "0", "0")
+    hold(0, tmp_path, "added", 0, 0)
     found = read_tensors(tmp_path / "1-0.safetensors")
     assert found["x"].shape == found["y"].shape == (0, 32)
     assert len(found["weight"]) == len(found["sequence"]) == len(found["share"]) == 0
