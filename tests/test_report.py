@@ -19,7 +19,7 @@ from moesmith.evaluation.routing import Routing, Sample
 from moesmith.files.write import write_json, write_text
 from moesmith.mixture.carving import Carving
 from moesmith.mixture.layer import Layer
-from moesmith.report import figures
+from moesmith.report import figures, routes
 from moesmith.report.numbers import number, percent
 from moesmith.report.page import write_report
 from moesmith.report.style import to_svg
@@ -70,14 +70,14 @@ def test_figures_name_what_they_show() -> None:
         figures.stages_figure({"parent": {"math": 4.0}, "carved": {"math": 9.0}}, {"parent": 4.0, "carved": 9.0})
     )
     assert all(word in words for word in ("perplexity (log scale)", "math", "parent", "carved", "geometric mean"))
-    words = text_of(figures.load_figure([[0.5, 0.499, 0.001], [0.3, 0.3, 0.4]]))
+    words = text_of(routes.load_figure([[0.5, 0.499, 0.001], [0.3, 0.3, 0.4]]))
     assert all(word in words for word in ("share of choices (%)", "layer", "E2", "×", "50", "40"))
     words = text_of(figures.training_figure({"Stage 1": ([10, 20], [3.0, 2.0])}))
     assert all(word in words for word in ("training tokens", "loss (nats per token)", "Stage 1"))
 
 
 def test_svg_is_part_of_the_page() -> None:
-    svg = to_svg(figures.entropy_figure([0.1, 0.2], [0.9, 1.0]), "one", 'a "picture"')
+    svg = to_svg(routes.entropy_figure([0.1, 0.2], [0.9, 1.0]), "one", 'a "picture"')
     assert svg.startswith('<svg viewBox="0 0 ')
     assert "http" not in svg
     assert "var(--ink" in svg
@@ -95,17 +95,17 @@ def test_extreme_values_still_draw() -> None:
     gap = {"parent": {"a": 2.0, "b": 3.0}, "carved": {"a": float("inf")}}
     assert "nan" not in to_svg(figures.stages_figure(gap, {"parent": 2.4, "carved": float("nan")}), "b", "").lower()
     wide = np.full((50, 64), 1 / 64)
-    to_svg(figures.load_figure(wide), "c", "")
-    to_svg(figures.domain_figure(wide[:3], ["a", "b", "a_very_long_domain_name"]), "d", "")
-    to_svg(figures.parting_figure(np.zeros((90, 1)), [f"domain {i}" for i in range(90)]), "e", "")
+    to_svg(routes.load_figure(wide), "c", "")
+    to_svg(routes.domain_figure(wide[:3], ["a", "b", "a_very_long_domain_name"]), "d", "")
+    to_svg(routes.parting_figure(np.zeros((90, 1)), [f"domain {i}" for i in range(90)]), "e", "")
 
 
 def test_a_name_is_never_a_formula() -> None:
     name = r"$\nonsense{$"
     for figure in (
         figures.affinity_figure(np.eye(2), [name, "b"]),
-        figures.domain_figure([[0.5, 0.5]], [name]),
-        figures.parting_figure([[0.5, 0.5]], [name]),
+        routes.domain_figure([[0.5, 0.5]], [name]),
+        routes.parting_figure([[0.5, 0.5]], [name]),
         figures.stages_figure({name: {name: 3.0}}, {name: 3.0}),
     ):
         assert name in text_of(figure)

@@ -1,6 +1,7 @@
 """Convert and measure every row of a comparison, one after the other or several at once; write its table and page.
 
-OUT/runs/<row>: the conversions; OUT/rows/<row>.json: what was measured of each; OUT/comparison.json, .csv, .md, .html.
+OUT/runs/<row>: the conversions; OUT/rows/<row>.json: what was measured of each; OUT/speed/<row>.json: the benchmark of
+a row that is timed; OUT/comparison.json, .csv, .md, .html.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ class Comparison:
                     yield from self.ruler.measure(model, title, have)
 
             work: Any = control.model_dump(exclude_defaults=True)
-            if isinstance(control, Quantised) and control.of:
-                work |= {"of": self._work(self.recipes[control.of])}
+            if of := needed_by(conversion):
+                work |= {"of": self._work(self.recipes[of])}
             return self._kept(name, work, controlled if make else None)
         if recipe is None:
             run = open_run(conversion.source.run)
@@ -293,9 +294,9 @@ def compare(
                     say(f"{name}: {row['refused']}")
                 found[name] = row
                 write_tables(series.out, series.write(table()))
-        if not spec.keep and all("refused" not in found.get(one.name, {"refused": ""}) for one in shown):
-            for name in comparison.read_later:
-                drop_models(series.folder(name))
+        to_read = {needed_by(one) for one in shown if "refused" in found.get(one.name, {"refused": "not made"})}
+        for name in () if spec.keep else comparison.read_later - to_read:
+            drop_models(series.folder(name))
         result = series.write(table())
         write_tables(series.out, result)
         write_page(series.out, result)

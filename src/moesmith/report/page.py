@@ -25,7 +25,7 @@ from moesmith.files.artefact import check_file
 from moesmith.files.outputs import check_result, new_file, real
 from moesmith.files.parse import as_written
 from moesmith.files.write import write_text
-from moesmith.report import figures, masks, style
+from moesmith.report import figures, masks, routes, style
 from moesmith.report.numbers import big, duration, number, percent
 from moesmith.report.source import AbsentError, Source, present
 from moesmith.run.folder import STOCK, Run, finished_of
@@ -324,18 +324,18 @@ def _routing(source: Source) -> dict[str, Any]:
     load_LE = np.where(routing.present_LE & several_L[:, None], routing.load_LE, np.nan)
     entropy, balance = (np.where(several_L, each_L, np.nan) for each_L in (routing.entropy_L, routing.balance_L))
     return {
-        "load": source.picture(figures.load_figure(load_LE, DEAD), "load", "Share of choices per expert and layer"),
+        "load": source.picture(routes.load_figure(load_LE, DEAD), "load", "Share of choices per expert and layer"),
         # an expert's number means the same in all layers only where it was made for the same domains
-        "domains": source.picture(figures.domain_figure(share, names, home), "domains", "Experts chosen per domain")
+        "domains": source.picture(routes.domain_figure(share, names, home), "domains", "Experts chosen per domain")
         if source.home
         else "",
         "parting": source.picture(
-            figures.parting_figure([parting[name] for _, name in apart], [name for _, name in apart]),
+            routes.parting_figure([parting[name] for _, name in apart], [name for _, name in apart]),
             "parting",
             "How a domain's choices differ, per layer",
         ),
         "apart": apart,
-        "entropy": source.picture(figures.entropy_figure(entropy, balance), "entropy", "Routing entropy per layer"),
+        "entropy": source.picture(routes.entropy_figure(entropy, balance), "entropy", "Routing entropy per layer"),
         "dead": dead,
         "count": sum(len(row) for row in dead.values()),
         "all": int(routing.sizes_L[several_L].sum()),
